@@ -1,0 +1,45 @@
+PYTHON ?= python3
+SEED ?= 0
+RUN ?= runs/demo
+BIN := .venv/bin
+
+.PHONY: help dev demo test check tiny-model bench gpu clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / — /'
+
+# Built once, and again when what it is built from changes.
+.venv/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/pip install -e '.[dev]'
+	touch $@
+
+dev: .venv/.ready  ## the environment: .venv with everything installed and the kernels built
+	@$(BIN)/python -m clp_kernels.info
+
+demo: .venv/.ready  ## train the tiny model, sweep the weights, print samples (SEED=1, RUN=folder)
+	rm -rf "$(RUN)"
+	$(BIN)/clp train --output-dir "$(RUN)" --seed $(SEED)
+	$(BIN)/clp eval "$(RUN)" --seed $(SEED)
+
+test: .venv/.ready  ## the whole CPU test suite
+	$(BIN)/python -m pytest
+
+check: .venv/.ready  ## ruff, mypy, import directions, README commands
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+tiny-model: .venv/.ready  ## make the embedded model again (about ten minutes)
+	$(BIN)/python scripts/tiny_model.py
+
+bench: .venv/.ready  ## time the kernels against plain PyTorch on the CPU
+	$(BIN)/python -m bench sample --device cpu
+
+# Uses the python3 that has a CUDA build of PyTorch, not .venv.
+gpu:             ## on a machine with a GPU: build in place, GPU tests, sanitizer, benchmark
+	$(PYTHON) -m bench.gpu
+
+clean:           ## remove what the other targets have made
+	rm -rf .venv build runs *.egg-info clp_kernels/*.so

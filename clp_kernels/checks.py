@@ -1,0 +1,129 @@
+"""Argument checks of the public ops: each error names the argument, what was expected, what came.
+
+Shapes, dtypes and devices are checked always. Values (NaN, ranges) are checked on CPU tensors
+only, because reading a CUDA tensor on the host would stall the stream; `steer` and the samplers
+check device rows where they enter.
+"""
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def tensor(name: str, value: object, shape: tuple[int | None, ...], like: Tensor | None) -> Tensor:
+    """A floating tensor of this shape (None: any size), on `like`'s device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    sizes = tuple(value.shape)
+    if len(sizes) != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, sizes, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(sizes)}")
+    same_device(name, value, like)
+    return value
+
+
+def same_device(name: str, value: Tensor, like: Tensor | None) -> None:
+    """Raises ValueError unless both tensors are on one device."""
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like the other inputs, got {value.device}")
+
+
+def same_dtype(name: str, value: Tensor, *dtypes: torch.dtype) -> None:
+    """Raises TypeError unless the tensor has one of these dtypes."""
+    if value.dtype not in dtypes:
+        wanted = " or ".join(str(d) for d in dict.fromkeys(dtypes))
+        raise TypeError(f"{name} must be {wanted}, got {value.dtype}")
+
+
+def mode(value: str) -> None:
+    """Raises ValueError for a mixing mode that does not exist."""
+    if value not in ("geometric", "probability"):
+        raise ValueError(f'mode must be "geometric" or "probability", got {value!r}')
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the values of this tensor may be looked at: on the CPU, outside torch.compile."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def finite(name: str, value: Tensor) -> None:
+    """Raises ValueError for NaN or infinity in a CPU tensor."""
+    if readable(value) and not bool(torch.isfinite(value).all()):
+        bad = (~torch.isfinite(value)).nonzero()[0].tolist()
+        raise ValueError(f"{name} must be finite, got {value[tuple(bad)].item()} at index {bad}")
+
+
+def weight_rows(
+    weights: Tensor, batch: int | None, m: int, like: Tensor, values: bool = True
+) -> Tensor:
+    """weights [B, m] real and finite, as float32 (float64 beside float64 inputs)."""
+    tensor("weights", weights, (batch, m), like)
+    if values:
+        finite("weights", weights)
+    return weights.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def example_ids(ids: Tensor, num_tokens: int, batch: int, like: Tensor) -> None:
+    """example_ids: int32 or int64 [T], each in [0, B)."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"example_ids must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"example_ids must be int32 or int64, got {ids.dtype}")
+    if tuple(ids.shape) != (num_tokens,):
+        raise ValueError(f"example_ids must have shape [{num_tokens}], got {list(ids.shape)}")
+    same_device("example_ids", ids, like)
+    in_range("example_ids", ids, 0, batch)
+
+
+def in_range(name: str, ids: Tensor, low: int, high: int, also: int | None = None) -> None:
+    """Raises ValueError for an index of a CPU tensor outside [low, high), but for `also`."""
+    if not readable(ids) or ids.numel() == 0:
+        return
+    outside = (ids < low) | (ids >= high)
+    if also is not None:
+        outside &= ids != also
+    if bool(outside.any()):
+        extra = "" if also is None else f" or {also}"
+        got = ids[outside][0].item()
+        raise ValueError(f"{name} must lie in [{low}, {high}){extra}, got {got}")
+
+
+def per_row(
+    name: str, value: object, batch: int, like: Tensor, dtype: torch.dtype, ok: str
+) -> Tensor:
+    """A number or a [B] tensor as a [B] tensor; `ok` names the range, see _RANGES."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and not dtype.is_floating_point:
+            raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
+        if tuple(value.shape) != (batch,):
+            raise ValueError(f"{name} must be a number or have shape [{batch}], got {list(value.shape)}")
+        same_device(name, value, like)
+        rows = value.to(dtype)
+    else:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+        if not dtype.is_floating_point and not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        rows = torch.full((batch,), value, dtype=dtype, device=like.device)  # type: ignore[arg-type]
+    if readable(rows):
+        good = _RANGES[ok](rows)
+        if not bool(good.all()):
+            raise ValueError(f"{name} must be {ok}, got {rows[~good][0].item()}")
+    return rows
+
+
+_RANGES = {
+    "finite and >= 0": lambda t: t.isfinite() & (t >= 0),
+    "finite and > 0": lambda t: t.isfinite() & (t > 0),
+    "0 (off) or positive": lambda t: t >= 0,
+    "in (0, 1]": lambda t: (t > 0) & (t <= 1),
+    "in [0, 1]": lambda t: (t >= 0) & (t <= 1),
+    "an integer": lambda t: torch.ones_like(t, dtype=torch.bool),
+}

@@ -1,0 +1,170 @@
+"""Which backends exist, the order in which "auto" tries them, and why one is not used.
+
+`BACKENDS[op]` is the whole table. A backend named by the caller (or by the environment variable
+CLP_KERNELS_BACKEND) never falls back: it runs, or `select` raises with its reason. `auto` takes
+the first whose `why_not` is None. GPU kernels are additionally held back from `auto` until their
+tests have passed on a GPU of that architecture: VERIFIED lists those runs.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clp_kernels import native, reference
+
+# (op, backend, compute capability) of every GPU kernel whose tests have passed on hardware, with
+# the rows in bench/results/ that show it. Empty: no GPU kernel has run on a GPU yet.
+VERIFIED: frozenset[tuple[str, str, tuple[int, int]]] = frozenset()
+
+NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of one op: `run(*args)`, and `why_not(*args)`: None or a sentence."""
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None]
+
+
+def _always(*_: Any) -> str | None:
+    return None
+
+
+def _sample_cpu_why_not(
+    logits: torch.Tensor,
+    weights: torch.Tensor | None,
+    mode: str,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    min_p: torch.Tensor | None,
+    *_: Any,
+) -> str | None:
+    if logits.device.type != "cpu":
+        return f"the logits are on {logits.device}, not on the CPU"
+    if (missing := native.cpu_missing()) is not None:
+        return missing
+    return _no_filters(top_k, top_p, min_p) or native.dtype_why_not(logits)
+
+
+def _sample_cuda_why_not(
+    logits: torch.Tensor,
+    weights: torch.Tensor | None,
+    mode: str,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor | None,
+    top_p: torch.Tensor | None,
+    min_p: torch.Tensor | None,
+    *_: Any,
+) -> str | None:
+    if logits.device.type != "cuda":
+        return f"the logits are on {logits.device}, not on a GPU"
+    if (missing := native.cuda_missing()) is not None:
+        return missing
+    if mode != "geometric":
+        return f"the cuda kernel mixes geometrically only, mode is {mode!r}"
+    return _no_filters(top_k, top_p, min_p) or native.dtype_why_not(logits)
+
+
+def _no_filters(*filters: torch.Tensor | None) -> str | None:
+    for name, value in zip(("top_k", "top_p", "min_p"), filters, strict=True):
+        if value is not None:
+            return f"{name} is set and this kernel draws without filters"
+    return None
+
+
+def _unfiltered(
+    kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Gives a kernel without filters the op's signature: nothing is filtered, greedy is certain."""
+
+    def run(
+        logits: torch.Tensor,
+        weights: torch.Tensor | None,
+        mode: str,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor | None,
+        min_p: torch.Tensor | None,
+        seed: torch.Tensor,
+        position: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens, logprobs = kernel(logits, weights, mode, temperature, seed, position)
+        certain = (temperature == 0) & (tokens >= 0)
+        return tokens, logprobs, torch.where(certain, 0.0, logprobs)
+
+    return run
+
+
+def _reference(op: str) -> Backend:
+    return Backend("reference", getattr(reference, op), _always)
+
+
+BACKENDS: dict[str, tuple[Backend, ...]] = {
+    "mixed_lora": (_reference("mixed_lora"),),
+    "mixed_lora_backward": (_reference("mixed_lora_backward"),),
+    "mixed_linear": (_reference("mixed_linear"),),
+    "mixed_linear_backward": (_reference("mixed_linear_backward"),),
+    "mix_logits": (_reference("mix_logits"),),
+    "mix_logits_backward": (_reference("mix_logits_backward"),),
+    "sample": (
+        Backend("cuda", _unfiltered(native.sample_cuda), _sample_cuda_why_not),
+        Backend("cpu", _unfiltered(native.sample_cpu), _sample_cpu_why_not),
+        _reference("sample"),
+    ),
+    "linear_logprob": (_reference("linear_logprob"),),
+    "linear_logprob_backward": (_reference("linear_logprob_backward"),),
+}
+
+
+def requested(backend: str) -> str:
+    """The backend a call asks for: its argument, or CLP_KERNELS_BACKEND where that is "auto"."""
+    if backend not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
+    if backend != "auto":
+        return backend
+    chosen = os.environ.get("CLP_KERNELS_BACKEND", "auto")
+    if chosen not in NAMES:
+        raise ValueError(f"CLP_KERNELS_BACKEND must be one of {', '.join(NAMES)}, got {chosen!r}")
+    return chosen
+
+
+def select(op: str, backend: str, *args: Any) -> Backend:
+    """The backend that runs `op` on these (normalised) arguments.
+
+    Raises:
+        ValueError: unknown backend name.
+        RuntimeError: the backend asked for cannot run this call; the message gives the reason.
+    """
+    wanted = requested(backend)
+    table = BACKENDS[op]
+    if wanted == "auto":
+        for entry in table:
+            if entry.why_not(*args) is None and _unverified(op, entry.name, args) is None:
+                return entry
+        reasons = "; ".join(f"{entry.name}: {entry.why_not(*args)}" for entry in table)
+        raise RuntimeError(f"no backend can run {op}: {reasons}")
+    for entry in table:
+        if entry.name == wanted:
+            reason = entry.why_not(*args)
+            if reason is not None:
+                raise RuntimeError(f"backend {wanted!r} cannot run {op}: {reason}")
+            return entry
+    known = ", ".join(entry.name for entry in table)
+    raise RuntimeError(f"{op} has no {wanted!r} backend; it has: {known}")
+
+
+def _unverified(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
+    """Why "auto" holds back a GPU kernel, or None."""
+    if backend not in ("triton", "cuda"):
+        return None
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    capability = torch.cuda.get_device_capability(device)
+    if (op, backend, capability) in VERIFIED:
+        return None
+    return f"not verified on compute capability {capability}; name backend={backend!r} to use it"

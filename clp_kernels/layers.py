@@ -1,0 +1,374 @@
+"""MixedLoRALinear, `inject` and `steer`: a model whose every example carries its own weights."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clp_kernels import checks
+from clp_kernels.functional import apply_mixed_lora
+from clp_kernels.invariant import is_batch_invariant
+
+
+class _Rows(NamedTuple):
+    """The active rows: weights [B, m], the optional token map, and two facts about them."""
+
+    weights: Tensor
+    example_ids: Tensor | None
+    all_zero: bool
+    set_in_backward: bool
+
+
+class Steering:
+    """The rows shared by all layers of one model. Only `steer` writes it."""
+
+    def __init__(self) -> None:
+        self.rows: _Rows | None = None
+
+
+class MixedLoRALinear(nn.Module):
+    """A frozen linear layer plus m LoRA adapters, mixed per example by the rows of `steer`.
+
+        y_t = x_t W^T + bias + sum_i weights[b(t), i] * scaling_i * (x_t A_i^T) B_i^T
+
+    Wraps any `nn.Linear` (or transformers' `Conv1D`, which keeps W transposed), as `base_layer`.
+    Adapters of different rank are stored zero-padded to the largest.
+
+    Args:
+        base_layer: The layer to wrap; it stays as it is, and is the caller's to freeze.
+        adapter_names: m names, in the order of the columns of `weights`.
+        ranks: r of each adapter; 0 for an adapter without this module.
+        lora_alpha: alpha of each adapter; scaling_i = lora_alpha_i / r_i.
+        steering: The object that `steer` writes; shared by the layers of a model.
+        dtype: dtype of the adapters: float32 (default) or the base layer's.
+
+    Shapes: x [B, ..., in] with weights [B, m], or x [T, in] with example_ids [T].
+    Raises: RuntimeError without rows; ValueError where x and the rows do not fit.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_names: Sequence[str],
+        *,
+        ranks: Sequence[int],
+        lora_alpha: Sequence[float],
+        steering: Steering,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_names = tuple(adapter_names)
+        self.ranks = tuple(ranks)
+        self.lora_alpha = tuple(lora_alpha)
+        self.steering = steering
+        self.backend = backend
+        out_features, in_features = self.base_weight.shape
+        m, r, device = len(self.adapter_names), max(self.ranks), self.base_weight.device
+        self.lora_A = nn.Parameter(torch.zeros(m, r, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(m, out_features, r, dtype=dtype, device=device))
+        scaling = [a / r_i if r_i else 0.0 for a, r_i in zip(lora_alpha, ranks, strict=True)]
+        self.scaling: Tensor
+        self.register_buffer("scaling", torch.tensor(scaling, device=device), persistent=False)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """W as [out_features, in_features]."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight.t() if is_transposed(self.base_layer) else weight
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """PEFT's start: A Kaiming-uniform, B zero, so that every row gives the base layer."""
+        for i, r_i in enumerate(self.ranks):
+            nn.init.kaiming_uniform_(self.lora_A.data[i, :r_i], math.sqrt(5), generator=generator)
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, ..., in] or [T, in] -> [..., out], with the rows that `steer` has set."""
+        rows = self.steering.rows
+        if rows is None:
+            raise RuntimeError(
+                "a steered layer ran without weights: call the model inside "
+                "`with clp_kernels.steer(model, weights):` (all-zero rows give the base model)"
+            )
+        if not torch.compiler.is_compiling():
+            _refuse_foreign_recompute(rows)
+            # What zero rows mean; a gradient still needs the adapters' part.
+            if rows.all_zero and not (torch.is_grad_enabled() or is_batch_invariant()):
+                return self.base_layer(x)  # type: ignore[no-any-return]
+        weights, example_ids = rows.weights, rows.example_ids
+        if example_ids is None and x.shape[0] != weights.shape[0]:
+            raise ValueError(
+                f"the batch has {x.shape[0]} examples, weights has {weights.shape[0]} rows; repeat "
+                "the rows (weights.repeat_interleave(n, 0) for n sequences a prompt), or pass "
+                "example_ids to steer for flattened tokens"
+            )
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        return apply_mixed_lora(
+            x,
+            self.base_weight,
+            self.lora_A,
+            self.lora_B,
+            weights * self.scaling,
+            bias,
+            example_ids,
+            self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Names and ranks, for print(model)."""
+        return ", ".join(f"{n}: r={r}" for n, r in zip(self.adapter_names, self.ranks, strict=True))
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D (GPT-2), which keeps its weight as [in, out]."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def _refuse_foreign_recompute(rows: _Rows) -> None:
+    """A forward inside a backward is a recomputation; it must run with the rows of its forward."""
+    if torch._C._current_graph_task_id() != -1 and not rows.set_in_backward:
+        raise RuntimeError(
+            "a steered layer was recomputed in the backward with rows that may not be its own; use "
+            "model.gradient_checkpointing_enable(), or torch.utils.checkpoint.checkpoint(..., "
+            "use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), "
+            "clp_kernels.steer(model, weights)))"
+        )
+
+
+def steered_layers(model: nn.Module) -> dict[str, MixedLoRALinear]:
+    """The MixedLoRALinear layers of a model by module name, in module order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, MixedLoRALinear)}
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """The adapters of an injected model, in the order of the columns of `weights`."""
+    for layer in model.modules():
+        if isinstance(layer, MixedLoRALinear):
+            return layer.adapter_names
+    raise ValueError("model has no MixedLoRALinear layer; call inject or load_adapters first")
+
+
+def target_linears(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The linear layers that `target_modules` names, by module name.
+
+    "all-linear": every linear layer but the output embedding, as in PEFT. A list: each name equals
+    a module's name or its ending after a dot.
+
+    Raises: ValueError for a name that matches no linear layer.
+    """
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)}
+    if isinstance(target_modules, str):
+        if target_modules != "all-linear":
+            raise ValueError(
+                f'target_modules must be "all-linear" or a list of names, got {target_modules!r}'
+            )
+        get_head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
+        head = get_head()
+        return {n: m for n, m in linears.items() if m is not head}
+    found: dict[str, nn.Module] = {}
+    for target in target_modules:
+        hits = {n: m for n, m in linears.items() if n == target or n.endswith(f".{target}")}
+        if not hits:
+            raise ValueError(f"target_modules: {target!r} names no linear layer of the model")
+        found |= hits
+    return {n: m for n, m in linears.items() if n in found}
+
+
+def inject(
+    model: nn.Module,
+    adapters: Sequence[str],
+    *,
+    r: int = 8,
+    lora_alpha: float = 16,
+    target_modules: str | Sequence[str] = "all-linear",
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """Replaces the target layers of a model by MixedLoRALinear, in place, and freezes the rest.
+
+    Args:
+        model: Any module; transformers models get PEFT's meaning of "all-linear".
+        adapters: Names of the m adapters (the objectives), in the order of `weights`' columns.
+        r, lora_alpha: LoRA rank and alpha (PEFT's meaning), the same for all.
+        target_modules: "all-linear", or names matched as PEFT matches a list.
+        dtype: Of the adapters' parameters: float32, or the base layers'.
+        generator: Source of the start values; the global one if None.
+
+    Returns:
+        The names of the replaced modules. At the start B = 0: every row gives the base model.
+
+    Raises:
+        ValueError: bad r, lora_alpha or names, a target that matches nothing, a model injected
+            before, or a quantised layer.
+    """
+    if not isinstance(r, int) or r < 1:
+        raise ValueError(f"r must be a positive integer, got {r!r}")
+    if not (math.isfinite(lora_alpha) and lora_alpha > 0):
+        raise ValueError(f"lora_alpha must be finite and positive, got {lora_alpha}")
+    targets = target_linears(model, target_modules)
+    ranks = {name: [r] * len(adapters) for name in targets}
+    alphas = {name: [float(lora_alpha)] * len(adapters) for name in targets}
+    for layer in replace_linears(model, adapters, ranks, alphas, dtype).values():
+        layer.reset_parameters(generator)
+    return list(targets)
+
+
+def replace_linears(
+    model: nn.Module,
+    adapters: Sequence[str],
+    ranks: dict[str, list[int]],
+    lora_alpha: dict[str, list[float]],
+    dtype: torch.dtype,
+) -> dict[str, MixedLoRALinear]:
+    """Wraps the named layers (adapters all zero), freezes everything else, returns the new layers.
+
+    `ranks` and `lora_alpha` hold one entry an adapter for each module name. All checks come before
+    the first replacement, so a refused model is unchanged.
+    """
+    names = list(adapters)
+    if not names or len(set(names)) != len(names) or not all(n and "." not in n for n in names):
+        raise ValueError(f"adapters must be distinct non-empty names without dots, got {names}")
+    if any(isinstance(m, MixedLoRALinear) for m in model.modules()):
+        raise ValueError("model has adapters already; inject or load_adapters works once a model")
+    if not ranks:
+        raise ValueError("target_modules matches no linear layer of the model")
+    if dtype not in checks.FLOATS:
+        raise ValueError(f"dtype must be a floating dtype, got {dtype}")
+    for name in ranks:
+        weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
+        if weight.dtype not in checks.FLOATS or weight.dim() != 2:
+            raise ValueError(f"{name} has a {weight.dtype} weight of shape {list(weight.shape)}; "
+                             "quantised layers are not supported")  # fmt: skip
+        if dtype not in (torch.float32, weight.dtype):
+            raise ValueError(f"dtype must be float32 or {name}'s {weight.dtype}, got {dtype}")
+    model.requires_grad_(False)
+    steering, layers = Steering(), {}
+    for name in ranks:
+        parent, _, child = name.rpartition(".")
+        layers[name] = MixedLoRALinear(
+            model.get_submodule(name),
+            names,
+            ranks=ranks[name],
+            lora_alpha=lora_alpha[name],
+            steering=steering,
+            # A float64 model (tests, gradcheck) gets float64 adapters.
+            dtype=torch.float64 if _dtype_of(model, name) == torch.float64 else dtype,
+        )
+        setattr(model.get_submodule(parent), child, layers[name])
+    return layers
+
+
+def _dtype_of(model: nn.Module, name: str) -> torch.dtype:
+    weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
+    return weight.dtype
+
+
+class steer:  # noqa: N801  reads as a verb: `with steer(model, weights):`
+    """Sets the weight rows for all steered layers of a model: `with steer(model, weights): ...`
+
+    Args:
+        model: A model after `inject` or `load_adapters` (also wrapped by DDP or torch.compile).
+        weights: [B, m], one row an example: a tensor or nested sequence of real numbers. A tensor
+            that requires grad gets its gradient.
+        example_ids: int32 or int64 [T], for modules that see flattened tokens [T, in].
+
+    Rows may be changed freely between calls without recompilation. Nests: the inner rows hold
+    inside. Gradient checkpointing through transformers' `gradient_checkpointing_enable()` re-enters
+    the rows of the forward when it recomputes, also after this context has ended.
+
+    Raises:
+        ValueError: wrong shape, NaN or infinity (rows on a GPU are read once here), no steered
+            layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Tensor | Sequence[Sequence[float]],
+        example_ids: Tensor | None = None,
+    ) -> None:
+        self.model = model
+        names = adapter_names(model)
+        layer = next(m for m in model.modules() if isinstance(m, MixedLoRALinear))
+        acc = torch.float64 if layer.lora_A.dtype == torch.float64 else torch.float32
+        rows = torch.as_tensor(weights).to(layer.lora_A.device, acc)
+        if rows.dim() != 2 or rows.shape[1] != len(names):
+            raise ValueError(
+                f"weights must have shape [B, {len(names)}] for the adapters {', '.join(names)}, "
+                f"got {list(rows.shape)}"
+            )
+        self._all_zero = False
+        if not torch.compiler.is_compiling():
+            largest = float(rows.detach().abs().amax()) if rows.numel() else 0.0
+            if not math.isfinite(largest):
+                bad = rows[~torch.isfinite(rows)][0].item()
+                raise ValueError(f"weights must be finite, got {bad}")
+            self._all_zero = largest == 0
+        if example_ids is not None:
+            checks.example_ids(example_ids, example_ids.numel(), rows.shape[0], rows)
+        self.weights, self.example_ids = rows, example_ids
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        rows = _Rows(self.weights, self.example_ids, self._all_zero, in_backward)
+        shared = list({id(m.steering): m.steering for m in self._layers()}.values())
+        previous = [s.rows for s in shared]
+        for steering in shared:
+            steering.rows = rows
+        self._undo.append(lambda: _assign(shared, previous))
+        if torch.is_grad_enabled():
+            self._bind_checkpointing(shared, rows)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _layers(self) -> Iterator[MixedLoRALinear]:
+        return (m for m in self.model.modules() if isinstance(m, MixedLoRALinear))
+
+    def _bind_checkpointing(self, shared: list[Steering], rows: _Rows) -> None:
+        """Makes what transformers hands to checkpoint() carry these rows into the recomputation."""
+        for module in self.model.modules():
+            original = module.__dict__.get("_gradient_checkpointing_func")
+            if original is not None:
+                module._gradient_checkpointing_func = _carrying(original, shared, rows)
+                self._undo.append(_restore(module, original))
+
+
+def _assign(shared: list[Steering], values: Sequence[_Rows | None]) -> None:
+    for steering, value in zip(shared, values, strict=True):
+        steering.rows = value
+
+
+def _restore(module: nn.Module, original: Callable[..., Any]) -> Callable[[], None]:
+    return lambda: setattr(module, "_gradient_checkpointing_func", original)
+
+
+def _carrying(
+    checkpoint: Callable[..., Any], shared: list[Steering], rows: _Rows
+) -> Callable[..., Any]:
+    """checkpoint(), but the function it will call twice runs with `rows` both times."""
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def with_rows(*inner: Any, **inner_kwargs: Any) -> Any:
+            previous = [s.rows for s in shared]
+            _assign(shared, [rows._replace(set_in_backward=True)] * len(shared))
+            try:
+                return function(*inner, **inner_kwargs)
+            finally:
+                _assign(shared, previous)
+
+        return checkpoint(with_rows, *args, **kwargs)
+
+    return run
