@@ -1,0 +1,272 @@
+"""The command line: clp train | sample | eval | export | info."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from clp.config import CLPConfig, load_config
+
+# transformers, torch and matplotlib are imported inside the commands: `clp --help` is immediate.
+
+
+@dataclass
+class SampleCommand:
+    """Sample from a trained policy: a batch of prompts, each with its own weights."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder or checkpoint."""
+    prompts: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
+    """Prompts to continue."""
+    input: str | None = None
+    """JSONL with "prompt" and optional "weights" and sampling parameters a line."""
+    output: str | None = None
+    """Write JSONL here instead of the terminal."""
+    weights: str | None = None
+    """Row for prompts without their own, such as "joy=0.7,brief=0.3"."""
+    simplex: bool = True
+    """Refuse rows with negative entries or a sum other than 1."""
+    max_tokens: int = 64
+    """Tokens a completion at most."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 1.0
+    """1 is off."""
+    min_p: float = 0.0
+    """0 is off."""
+    seed: int | None = None
+    """Same seed, prompt and row: same completion."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion."""
+    n: int = 1
+    """Completions a prompt."""
+    max_batch_size: int = 64
+    """Sequences decoded together."""
+    base_model: str | None = None
+    """Where the base model is, if it has moved."""
+    device: str = "cpu"
+    """Device to run on."""
+
+
+@dataclass
+class EvalCommand:
+    """Sweep the weights on held-out prompts: frontier.json, samples.jsonl, pareto.png, a table."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder or checkpoint; the files are written into it."""
+    prompts: str | None = None
+    """JSONL of held-out prompts; default: the run's eval_prompts, else the embedded ones."""
+    num_prompts: int = 128
+    """Use at most this many of them."""
+    rewards: list[str] | None = None
+    """Reward of each objective; default: those of the training."""
+    max_tokens: int | None = None
+    """Tokens a completion at most; default: the training's."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    top_p: float = 1.0
+    """1 is off."""
+    seed: int = 0
+    """Seed of the completions."""
+    reference_point: list[float] | None = None
+    """Reference point of the hypervolume; default: the origin."""
+    max_batch_size: int = 128
+    """Sequences decoded together."""
+    base_model: str | None = None
+    """Where the base model is, if it has moved."""
+    device: str = "cpu"
+    """Device to run on."""
+
+
+@dataclass
+class ExportCommand:
+    """Write one ordinary PEFT adapter for fixed weights, for vLLM or any other server."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder or checkpoint."""
+    output: Annotated[str, tyro.conf.Positional]
+    """Folder to write; must not exist or be empty."""
+    weights: str
+    """The row, such as "joy=0.7,brief=0.3"."""
+    simplex: bool = True
+    """Refuse rows with negative entries or a sum other than 1."""
+    base_model: str | None = None
+    """Where the base model is, if it has moved."""
+
+
+def train(argv: Sequence[str]) -> None:
+    """clp train [--config FILE] [--option value ...]: defaults < file < options."""
+    argv, config = list(argv), CLPConfig()
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise ValueError("--config needs the path of a YAML file")
+        config = load_config(argv[at + 1])
+        del argv[at : at + 2]
+    config = tyro.cli(
+        CLPConfig,
+        prog="clp train",
+        args=argv,
+        default=config,
+        description="Train one policy for every trade-off between the rewards. --config FILE "
+        "reads the same options from YAML; options on the command line win.",
+    )
+    from clp.train import CLPTrainer
+
+    trainer = CLPTrainer(args=config)
+    trainer.train()
+    tqdm.write(f"policy, metrics and adapters: {config.output_dir}")
+
+
+def sample(argv: Sequence[str]) -> None:
+    """clp sample RUN "prompt" ... --weights "joy=0.7,brief=0.3"."""
+    command = tyro.cli(SampleCommand, prog="clp sample", args=argv)
+    from clp.policy import Policy
+    from clp.prompts import load_prompts
+    from clp.sampler import Sampler, SamplingParams, sampling_fields
+
+    rows: list[dict[str, Any]] = [{"prompt": p} for p in command.prompts]
+    if command.input is not None:
+        rows += load_prompts(command.input, same_columns=False)
+    if not rows:
+        raise ValueError("give prompts, or a file of them with --input")
+    policy = Policy.load(command.run, base_model=command.base_model, device=command.device)
+    names = sampling_fields()
+    params, weights = [], []
+    for i, row in enumerate(rows):
+        unknown = set(row) - {"prompt", "weights", *names}
+        if unknown:
+            raise ValueError(f"prompt {i}: unknown key {sorted(unknown)[0]!r}")
+        own = {k: v for k, v in row.items() if k in names}
+        params.append(SamplingParams(**{n: getattr(command, n) for n in names} | own))
+        row_weights = row.get("weights", command.weights)
+        if row_weights is None:
+            raise ValueError(f"prompt {i} has no weights: give --weights, or one in the input file")
+        weights.append(row_weights)
+    sampler = Sampler(policy, max_batch_size=command.max_batch_size)
+    done = sampler.generate(
+        [row["prompt"] for row in rows], weights, params, simplex=command.simplex, progress=True
+    )
+    lines = [
+        {
+            "prompt": rows[c.prompt_index]["prompt"],
+            "weights": weights[c.prompt_index],
+            "index": c.index,
+            "text": c.text,
+            "finish_reason": c.finish_reason,
+            "token_ids": c.token_ids,
+            "logprobs": c.logprobs,
+        }
+        for c in done
+    ]
+    if command.output is not None:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        Path(command.output).write_text(text, encoding="utf-8")
+        return
+    for line in lines:
+        print(f"[{line['weights']}] {line['prompt']}{line['text']}")
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """clp eval RUN."""
+    command = tyro.cli(EvalCommand, prog="clp eval", args=argv)
+    from rich.console import Console
+
+    from clp.evaluate import evaluate as sweep
+    from clp.policy import Policy
+    from clp.prompts import HELDOUT_PROMPTS, load_prompts
+    from clp.report import plot_frontier, print_frontier, print_samples
+    from clp.rewards import load_rewards
+    from clp.sampler import SamplingParams
+
+    run = Path(command.run)
+    config_file = run / "config.yaml"
+    config = load_config(config_file) if config_file.is_file() else CLPConfig()
+    rows = load_prompts(command.prompts or config.eval_prompts or HELDOUT_PROMPTS)
+    policy = Policy.load(run, base_model=command.base_model, device=command.device)
+    front, samples = sweep(
+        policy,
+        load_rewards(command.rewards or policy.rewards),
+        rows[: command.num_prompts],
+        params=SamplingParams(
+            max_tokens=command.max_tokens or config.max_completion_length,
+            temperature=command.temperature,
+            top_p=command.top_p,
+        ),
+        seed=command.seed,
+        reference_point=command.reference_point,
+        max_batch_size=command.max_batch_size,
+        progress=True,
+    )
+    front.save(run / "frontier.json")
+    text = "".join(json.dumps(sample) + "\n" for sample in samples)
+    (run / "samples.jsonl").write_text(text, encoding="utf-8")
+    plot_frontier(front, run / "pareto.png")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    print_frontier(front, console)
+    print_samples(front, samples, console)
+    console.print(f"{run}/frontier.json, samples.jsonl, pareto.png")
+
+
+def export(argv: Sequence[str]) -> None:
+    """clp export RUN FOLDER --weights "joy=0.7,brief=0.3"."""
+    command = tyro.cli(ExportCommand, prog="clp export", args=argv)
+    import clp_kernels
+    from clp.policy import Policy
+    from clp.weights import parse_weights
+
+    policy = Policy.load(command.run, base_model=command.base_model)
+    row = parse_weights(command.weights, policy.objectives, simplex=command.simplex)
+    folder = clp_kernels.export_adapter(
+        policy.model, row, command.output, base_model=policy.base_model
+    )
+    print(f"PEFT adapter of rank {sum(_ranks(policy.model))}: {folder}")
+
+
+def _ranks(model: Any) -> tuple[int, ...]:
+    from clp_kernels.layers import steered_layers
+
+    layers = steered_layers(model).values()
+    return tuple(max(column) for column in zip(*(m.ranks for m in layers), strict=True))
+
+
+def info(argv: Sequence[str]) -> None:
+    """clp info: the same as `python -m clp_kernels.info`."""
+    from clp_kernels import info as kernels_info
+
+    kernels_info.main(list(argv))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "sample": sample,
+    "eval": evaluate,
+    "export": export,
+    "info": info,
+}
+
+
+def main() -> None:
+    """Entry point. Bad input ends with one line on standard error and exit code 2."""
+    name, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("--help", "-h"):
+        print("clp: one policy for every trade-off between objectives\n")
+        for command, run in COMMANDS.items():
+            print(f"  clp {command:8}{(run.__doc__ or '').splitlines()[0]}")
+        print("\nOptions of a command: clp COMMAND --help")
+        return
+    if name not in COMMANDS:
+        print(f"clp: unknown command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        COMMANDS[name](argv)
+    except (ValueError, OSError) as error:
+        print(f"clp {name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,160 @@
+"""CLPConfig: every setting of a training run; YAML and command line; unknown keys are errors."""
+
+import difflib
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass
+class CLPConfig:
+    """Settings of `clp train`. The docstring under a field is its help on the command line."""
+
+    model: str = "tiny"
+    """Base model: "tiny" (the embedded one), or a path or hub name of a transformers causal LM."""
+    rewards: list[str] = field(default_factory=lambda: ["joy=sentiment", "brief=brevity"])
+    """One objective each: a built-in reward, `objective=built-in`, or
+    `objective=classifier:PATH#label`."""
+    prompts: str | None = None
+    """JSONL of training prompts ({"prompt": ..., columns for rewards}); default: the embedded
+    story openings."""
+    eval_prompts: str | None = None
+    """JSONL of held-out prompts for `clp eval`; default: the embedded held-out story openings."""
+    output_dir: str = "runs/train"
+    """Folder of this run; one that holds another run is refused."""
+    resume: bool = False
+    """Continue the run in output_dir from its last complete checkpoint."""
+
+    # Parameters that control the adapters
+    r: int = 8
+    """LoRA rank of each objective's adapter."""
+    lora_alpha: float = 16.0
+    """LoRA alpha; the update is scaled by lora_alpha / r."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Modules that carry adapters: "all-linear", or names as in PEFT."""
+
+    # Parameters that control the weights and the objective
+    alpha: float = 0.1
+    """KL strength in [0, 1): the objective is E[(1 - alpha) w.R - alpha KL(pi || pi_ref)], KL
+    summed over the tokens of a completion, in nats."""
+    dirichlet: float = 1.0
+    """Concentration of the Dirichlet that draws a weight row for each prompt group; 1: uniform."""
+    corner_probability: float = 0.2
+    """Probability that a group trains a single objective (a corner of the simplex) instead."""
+    scale_rewards: Literal["none", "batch", "group"] = "batch"
+    """Divide each objective's rewards by its standard deviation over the batch, or over the prompt
+    group, before they are weighted; or not at all."""
+
+    # Parameters that control generation
+    num_prompts: int = 32
+    """Prompt groups a step; each group has one prompt and one weight row."""
+    num_generations: int = 4
+    """Completions a group, at least 2: the others are the baseline of each (leave-one-out)."""
+    max_completion_length: int = 48
+    """Tokens a completion at most."""
+    temperature: float = 1.0
+    """Sampling temperature, and that of the trained policy's log-probabilities."""
+
+    # Parameters that control optimisation
+    max_steps: int = 200
+    """Optimiser steps."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    """Decay of the learning rate to zero at max_steps after the warm-up."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    micro_batch_size: int = 128
+    """Completions in one forward and backward; gradients accumulate over a step's completions."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward to save memory."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of the base model; the adapters are float32."""
+    device: str = "auto"
+    """ "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ..."""
+
+    # Parameters that control saving
+    save_steps: int = 50
+    """Steps between checkpoints."""
+    save_total_limit: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    seed: int = 0
+    """Seed of adapters, prompt order, weights and sampling."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            _check_type(item.name, getattr(self, item.name), _HINTS[item.name])
+        at_least = {"r": 1, "num_prompts": 1, "num_generations": 2, "max_completion_length": 1,
+                    "max_steps": 1, "warmup_steps": 0, "micro_batch_size": 1, "save_steps": 1,
+                    "save_total_limit": 1, "seed": 0}  # fmt: skip
+        for name, low in at_least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("lora_alpha", "dirichlet", "temperature", "learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and positive, got {getattr(self, name)}")
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"alpha must be in [0, 1), got {self.alpha}")
+        if not 0 <= self.corner_probability <= 1:
+            raise ValueError(f"corner_probability must be in [0, 1], got {self.corner_probability}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be finite and >= 0, got {self.weight_decay}")
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, in the order of the fields."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+_HINTS = typing.get_type_hints(CLPConfig)
+
+
+def load_config(path: str | Path) -> CLPConfig:
+    """Reads a YAML file with keys of CLPConfig.
+
+    Raises:
+        ValueError: the file is missing or not YAML, an unknown key (with the closest match), or a
+            value of the wrong type or range.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config file {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config file {path} must hold a mapping, got {type(values).__name__}")
+    return config_from(values, source=str(path))
+
+
+def config_from(values: dict[str, Any], source: str = "config") -> CLPConfig:
+    """A CLPConfig from a mapping; unknown keys are errors with the closest match."""
+    for key in values:
+        if key not in _HINTS:
+            close = difflib.get_close_matches(str(key), _HINTS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{source}: unknown key {key!r}{hint}")
+    return CLPConfig(**values)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            options = ", ".join(map(repr, typing.get_args(hint)))
+            raise ValueError(f"{name} must be one of {options}, got {value!r}")
+    elif origin is list:
+        if not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
+            raise ValueError(f"{name} must be a non-empty list of strings, got {value!r}")
+    elif hint is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    elif hint is int or hint is bool:
+        if type(value) is not hint:
+            raise ValueError(f"{name} must be {hint.__name__}, got {value!r}")
+    elif not isinstance(value, hint):
+        raise ValueError(f"{name} must be {hint}, got {value!r}")

@@ -1,0 +1,190 @@
+"""Evaluation: sweep the weight grid on held-out prompts, in mixed batches; numbers and a front."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import moocore
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from tqdm import tqdm
+
+from clp.policy import Policy
+from clp.prompts import columns
+from clp.rewards import RewardFunc, distinct_2, score
+from clp.rollout import make_batch, token_stats
+from clp.sampler import Completion, Sampler, SamplingParams, with_seeds
+from clp.weights import weight_grid
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The trade-off curve of a policy; larger rewards are better. Rows follow `weights`.
+
+    Attributes:
+        objectives, weights [W, m], rewards [W, m] (means over the prompts), base_rewards [m].
+        kl_per_token: [W], exact KL to the base, nats, mean over all sampled tokens of the row.
+        distinct_2: [W], unique over all word bigrams of the row's completions; base_distinct_2.
+        mean_length: [W], tokens a completion.
+        spearman: objective -> rank correlation of its weight with its reward over the grid; None
+            where a reward does not vary.
+        hypervolume, base_hypervolume: area (volume) between the reference point and the rows
+            of `rewards`, or the base's point.
+        reference_point: [m]. pareto: [W], whether no other row dominates this one.
+        prompts, seed: how many prompts, and the seed of the completions.
+    """
+
+    objectives: list[str]
+    weights: list[list[float]]
+    rewards: list[list[float]]
+    base_rewards: list[float]
+    kl_per_token: list[float]
+    distinct_2: list[float]
+    base_distinct_2: float
+    mean_length: list[float]
+    base_mean_length: float
+    spearman: dict[str, float | None]
+    hypervolume: float
+    base_hypervolume: float
+    reference_point: list[float]
+    pareto: list[bool]
+    prompts: int
+    seed: int
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON (no NaN in it), replacing the file by a rename."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        temporary.replace(path)
+
+
+def evaluate(
+    policy: Policy,
+    reward_funcs: Mapping[str, RewardFunc],
+    rows: Sequence[dict[str, Any]],
+    *,
+    params: SamplingParams,
+    seed: int = 0,
+    reference_point: Sequence[float] | None = None,
+    max_batch_size: int = 64,
+    progress: bool = False,
+) -> tuple[Frontier, list[dict[str, Any]]]:
+    """Samples every prompt at every row of the grid, and with the base model.
+
+    Args:
+        policy, reward_funcs: Objectives must agree in name and order.
+        rows: Held-out prompts with the rewards' columns.
+        params: Sampling; its seed is ignored.
+        seed: Prompt i draws with the same seed at every row, so that rows differ by their
+            weights and not by luck.
+        reference_point: Of the hypervolume; the origin if None, since built-in rewards are >= 0.
+
+    Returns:
+        The frontier, and one dict a completion: prompt, weights (None: base), text, rewards.
+
+    Raises:
+        ValueError: objectives that differ, a reference point of the wrong length or one that the
+            base does not exceed.
+    """
+    if tuple(reward_funcs) != policy.objectives:
+        raise ValueError(
+            f"reward_funcs must be {list(policy.objectives)}, got {list(reward_funcs)}"
+        )
+    m = len(policy.objectives)
+    reference = [0.0] * m if reference_point is None else [float(v) for v in reference_point]
+    if len(reference) != m:
+        raise ValueError(f"reference_point must have {m} entries, got {len(reference)}")
+    grid = weight_grid(m)
+    # The base model is the all-zero row; it shares the batches.
+    sweep = torch.cat([grid, torch.zeros(1, m)])
+    everyone = [row for _ in sweep for row in rows]
+    weights = sweep.repeat_interleave(len(rows), 0)
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist() * len(sweep)
+    sampler = Sampler(policy, max_batch_size=max_batch_size)
+    ids = [policy.tokenizer(row["prompt"])["input_ids"] for row in everyone]
+    done = sampler.generate(
+        ids, weights, with_seeds(params, seeds), simplex=False, progress=progress
+    )
+    texts = [c.text for c in done]
+    rewards = score(reward_funcs, [r["prompt"] for r in everyone], texts, columns(everyone))
+    shape = (len(sweep), len(rows))
+    means = rewards.double().view(*shape, m).mean(1).numpy()
+    kl, tokens = _kl_sums(policy, ids, done, weights, params.temperature, max_batch_size, progress)
+    kl_per_token = (kl.view(shape).sum(1) / tokens.view(shape).sum(1)).tolist()
+    distinct = [distinct_2(texts[i : i + len(rows)]) for i in range(0, len(texts), len(rows))]
+    length = tokens.view(shape).mean(1).tolist()
+    if not (means[-1] > reference).all():
+        raise ValueError(
+            f"reference_point {reference} must lie below the base's rewards {means[-1].tolist()}"
+        )
+    front = Frontier(
+        objectives=list(policy.objectives),
+        weights=grid.double().numpy().round(6).tolist(),
+        rewards=means[:-1].tolist(),
+        base_rewards=means[-1].tolist(),
+        kl_per_token=kl_per_token[:-1],
+        distinct_2=distinct[:-1],
+        base_distinct_2=distinct[-1],
+        mean_length=length[:-1],
+        base_mean_length=length[-1],
+        spearman={
+            name: _spearman(grid[:, i].numpy(), means[:-1, i])
+            for i, name in enumerate(policy.objectives)
+        },
+        hypervolume=_hypervolume(means[:-1], reference),
+        base_hypervolume=_hypervolume(means[-1:], reference),
+        reference_point=reference,
+        pareto=moocore.is_nondominated(means[:-1], maximise=True).tolist(),
+        prompts=len(rows),
+        seed=seed,
+    )
+    samples = [
+        {
+            "prompt": row["prompt"],
+            "weights": None if i >= len(grid) * len(rows) else weights[i].tolist(),
+            "text": texts[i],
+            "rewards": rewards[i].tolist(),
+        }
+        for i, row in enumerate(everyone)
+    ]
+    return front, samples
+
+
+def _kl_sums(
+    policy: Policy,
+    prompt_ids: Sequence[list[int]],
+    done: Sequence[Completion],
+    weights: Tensor,
+    temperature: float,
+    size: int,
+    progress: bool,
+) -> tuple[Tensor, Tensor]:
+    """KL to the base summed over each completion, and its number of tokens; float64 [N]."""
+    head, pad = policy.head(), policy.tokenizer.pad_token_id or 0
+    # Greedy sampling has no distribution of its own; its KL is taken at temperature 1.
+    tau = temperature or 1.0
+    sums = []
+    starts = range(0, len(done), size)
+    for start in tqdm(starts, desc="KL to the base", unit="batch", disable=not progress):
+        chosen = slice(start, start + size)
+        batch = make_batch(
+            prompt_ids[chosen], done[chosen], weights[chosen], pad, policy.device
+        )
+        with torch.no_grad():
+            sums.append(token_stats(policy, batch, head, tau).kl.sum(1).double().cpu())
+    return torch.cat(sums), torch.tensor([len(c.token_ids) for c in done], dtype=torch.float64)
+
+
+def _spearman(weights: np.ndarray, rewards: np.ndarray) -> float | None:
+    if len(weights) < 2 or np.ptp(rewards) == 0:
+        return None
+    return float(stats.spearmanr(weights, rewards).statistic)
+
+
+def _hypervolume(points: np.ndarray, reference: Sequence[float]) -> float:
+    return float(moocore.hypervolume(points, ref=np.asarray(reference), maximise=True))

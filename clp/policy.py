@@ -1,0 +1,276 @@
+"""A steerable policy: a frozen causal LM, one adapter an objective, and the names in order."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import clp_kernels
+from clp_kernels.layers import steered_layers
+
+TINY = Path(__file__).parent / "tiny"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w-]*")
+
+
+class Policy:
+    """One policy pi(y | x; w) for every weight row w over the objectives.
+
+    Attributes:
+        model: The transformers causal LM with injected adapters.
+        tokenizer: Its tokenizer.
+        objectives: Names, in the order of the columns of the weights.
+        rewards: The reward specification of each objective, as given to training.
+        base_model: What the base was loaded from ("tiny", a path or a hub name).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        objectives: Sequence[str],
+        base_model: str,
+        rewards: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.objectives = tuple(objectives)
+        self.base_model = base_model
+        self.rewards = tuple(rewards)
+
+    @classmethod
+    def create(
+        cls,
+        base_model: str,
+        objectives: Sequence[str],
+        *,
+        rewards: Sequence[str] = (),
+        r: int = 8,
+        lora_alpha: float = 16,
+        target_modules: str | Sequence[str] = "all-linear",
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ) -> "Policy":
+        """A policy that equals its base model for every weight row (LoRA's B starts at zero)."""
+        model, tokenizer = load_base(base_model, dtype)
+        generator = torch.Generator().manual_seed(seed)
+        clp_kernels.inject(
+            model, objectives, r=r, lora_alpha=lora_alpha, target_modules=target_modules,
+            generator=generator,
+        )  # fmt: skip
+        return cls(model.to(device), tokenizer, objectives, base_model, rewards)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        base_model: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "Policy":
+        """Reads a folder written by `save` (a run folder or a checkpoint).
+
+        Args:
+            directory: The folder with clp.json.
+            base_model: Where the base model is now, if not where clp.json says.
+
+        Raises:
+            ValueError: no clp.json, a malformed one, an adapter that does not match its recorded
+                digest, or anything that clp_kernels.load_adapters refuses.
+        """
+        directory = Path(directory)
+        card = _read_card(directory)
+        folders = [directory / "adapters" / name for name in card["objectives"]]
+        for name, folder in zip(card["objectives"], folders, strict=True):
+            found = _digest(folder)
+            if found != card["adapters"].get(name):
+                raise ValueError(f"{folder} is not the adapter that {directory / 'clp.json'} names")
+        base = base_model or card["base_model"]
+        model, tokenizer = load_base(base, dtype)
+        clp_kernels.load_adapters(model, folders)
+        return cls(model.to(device), tokenizer, card["objectives"], base, card["rewards"])
+
+    def save(self, directory: str | Path) -> None:
+        """Writes adapters/<objective>/ as PEFT folders, then clp.json, which names their digests.
+
+        clp.json comes last and each file is replaced by a rename: a reader sees a whole policy,
+        or the digests tell it that it does not.
+        """
+        directory = Path(directory)
+        clp_kernels.save_adapters(self.model, directory / "adapters", base_model=self.base_model)
+        card = {
+            "format": 1,
+            "base_model": self.base_model,
+            "objectives": list(self.objectives),
+            "rewards": list(self.rewards),
+            "adapters": {n: _digest(directory / "adapters" / n) for n in self.objectives},
+        }
+        temporary = directory / ".clp.json.tmp"
+        try:
+            temporary.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+            temporary.replace(directory / "clp.json")
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(steered_layers(self.model).values())).lora_A.device
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that end a completion."""
+        for config in (self.model.generation_config, self.model.config):
+            ids = getattr(config, "eos_token_id", None)
+            if ids is not None:
+                return frozenset(ids if isinstance(ids, list) else [ids])
+        return frozenset()
+
+    @property
+    def context_length(self) -> int:
+        """Prompt and completion tokens that fit."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name: every lora_A and lora_B."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def steer(self, weights: Tensor) -> clp_kernels.steer:
+        """Context in which example b of a batch runs with row b of weights [B, m]."""
+        return clp_kernels.steer(self.model, weights)
+
+    @contextmanager
+    def base(self, batch_size: int) -> Iterator[None]:
+        """Context in which the model is its base model, without gradients: all-zero rows."""
+        zeros = torch.zeros(batch_size, len(self.objectives))
+        with torch.no_grad(), self.steer(zeros):
+            yield
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states [B, S, d] before the head; padding may stand on either side."""
+        output = self.model.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def head(self) -> tuple[Tensor, Tensor | None, float]:
+        """(weight [V, d], bias, temperature) with logits = (h W^T + bias) / temperature.
+
+        The temperature is that of models which scale their logits (Granite, Cohere); 1 elsewhere.
+
+        Raises: ValueError where the logits are not that, such as a soft cap (Gemma 2).
+        """
+        layer = self.model.get_output_embeddings()
+        if layer is None or isinstance(layer, clp_kernels.MixedLoRALinear):
+            raise ValueError(f"{self.base_model} has no frozen linear output head to train on")
+        probe = torch.tensor([[0, 1, 2]], device=self.device)
+        with self.base(1):
+            hidden = self.hidden_states(probe, torch.ones_like(probe))
+            plain = F.linear(hidden, layer.weight, layer.bias).float()
+            actual = self.model(input_ids=probe).logits.float()
+        scale = float((plain * actual).sum() / (plain * plain).sum())
+        error = float((actual - scale * plain).abs().max())
+        if not error <= 0.02 * float(actual.abs().max()):
+            raise ValueError(
+                f"the logits of {self.base_model} are not a linear function of its last hidden "
+                "state (a soft cap?); training needs that"
+            )
+        # A ratio within the rounding of the model's dtype is 1.
+        return layer.weight, layer.bias, 1.0 if abs(scale - 1) < 0.01 else 1 / scale
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions that count from 0 at the first real token of each row."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The frozen base model in eval mode, and its tokenizer (with a padding token).
+
+    Args:
+        name: "tiny" for the embedded model, else a path or hub name.
+
+    Raises: ValueError where it is not a transformers causal LM with its tokenizer.
+    """
+    path = str(TINY) if name == "tiny" else name
+    if not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
+        raise ValueError(f"model {name!r} is neither a folder nor a hub name such as org/model")
+    if (Path(path) / "adapter_config.json").exists():
+        raise ValueError(f"model {name!r} is an adapter; give its base model, or a merged one")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    architectures = config.architectures or []
+    if not causal & set(architectures):
+        shown = ", ".join(architectures) or config.model_type
+        raise ValueError(f"model {name!r} is not a causal LM: it holds {shown}")
+    try:
+        # attn_implementation is given because a config.json may name code to fetch in its place.
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+    # transformers makes an empty tokenizer where the files are missing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"model {name!r} comes without its tokenizer")
+    if report["missing_keys"]:
+        raise ValueError(f"model {name!r} lacks weights: {sorted(report['missing_keys'])[:5]}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def _read_card(directory: Path) -> dict[str, Any]:
+    path = directory / "clp.json"
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"{directory} holds no policy: {path} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    want = {"base_model": str, "objectives": list, "rewards": list, "adapters": dict}
+    if not isinstance(card, dict) or card.get("format") != 1:
+        raise ValueError(f"{path} must be an object with format 1")
+    for key, kind in want.items():
+        if not isinstance(card.get(key), kind):
+            raise ValueError(f"{path}: {key} must be a {kind.__name__}, got {card.get(key)!r}")
+    names = card["objectives"]
+    if not names or not all(isinstance(n, str) and n.isidentifier() for n in names):
+        raise ValueError(f"{path}: objectives must be a list of names, got {names!r}")
+    return card
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the two files of an adapter folder."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"adapter {folder} lacks {name}")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

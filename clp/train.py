@@ -1,0 +1,294 @@
+"""CLPTrainer: LoRA-conditioned CLP with a leave-one-out policy gradient, read top to bottom.
+
+Against the paper (arXiv:2407.15762): the conditioned parameters are LoRA adapters, the baseline is
+the mean of the other completions of the prompt group (RLOO) where the paper has a value function,
+and KL is the exact per-token divergence, in the objective and in its gradient.
+
+Each step is a function of (seed, step) and the parameters alone: weight rows, prompts and sampling
+seeds come from generators made anew, so a run resumed from a checkpoint repeats itself exactly.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from clp.checkpoint import checkpoints, load_optimizer, load_step, save_checkpoint
+from clp.config import CLPConfig, load_config
+from clp.losses import policy_loss, rloo_advantages, scale_rewards
+from clp.policy import Policy
+from clp.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
+from clp.rewards import RewardFunc, load_rewards
+from clp.rollout import Rollout, TokenStats, roll_out, token_stats
+from clp.sampler import Sampler, SamplingParams
+from clp.weights import draw_weights
+
+# A resumed run must be the same run; where it lives and how often it saves may change.
+_MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device"}
+
+
+class CLPTrainer:
+    """Trains one policy for every trade-off between m rewards.
+
+    Args:
+        model: Path, hub name or "tiny"; None takes args.model.
+        reward_funcs: One objective each: a mapping from objective to function, or functions
+            (called by their __name__). None takes args.rewards. Signature as in TRL:
+            f(prompts, completions, **columns) -> list of numbers.
+        args: The configuration.
+        train_dataset: Dicts with "prompt" and any columns the rewards use; None reads args.prompts.
+
+    Raises:
+        ValueError: bad configuration, prompts, rewards or model; an output folder that holds
+            another run; a run to resume whose configuration differs.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        reward_funcs: Mapping[str, RewardFunc] | Sequence[RewardFunc] | None = None,
+        args: CLPConfig | None = None,
+        train_dataset: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        args = args or CLPConfig()
+        if model is not None:
+            args.model = model
+        self.args = args
+        self.reward_funcs = _named(reward_funcs, args)
+        rows = load_prompts(args.prompts or TRAIN_PROMPTS) if train_dataset is None else train_dataset
+        self.rows = check_prompts(rows)
+        self.run = Path(args.output_dir)
+        checkpoint = _open_run(self.run, args)
+        device = args.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, args.dtype)
+        if checkpoint is None:
+            targets: str | list[str] = args.target_modules
+            self.policy = Policy.create(
+                # Functions given in Python cannot be named in a file; clp eval then asks for them.
+                args.model, list(self.reward_funcs), r=args.r,
+                rewards=args.rewards if reward_funcs is None else (),
+                lora_alpha=args.lora_alpha, dtype=dtype, device=device, seed=args.seed,
+                target_modules="all-linear" if targets == ["all-linear"] else targets,
+            )  # fmt: skip
+            self.step = 0
+        else:
+            self.policy = Policy.load(checkpoint, dtype=dtype, device=device)
+            self.step = load_step(checkpoint)
+        if args.gradient_checkpointing:
+            self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.parameters = self.policy.adapter_parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
+        )
+        if checkpoint is not None:
+            load_optimizer(checkpoint, self.parameters, self.optimizer)
+        self.head = self.policy.head()
+        # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
+        self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
+
+    def train(self) -> Policy:
+        """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy."""
+        args = self.args
+        _cut_metrics(self.run / "metrics.jsonl", self.step)
+        interval = 0.5 if sys.stderr.isatty() else 10
+        bar = tqdm(
+            total=args.max_steps, initial=self.step, desc="training", unit="step",
+            mininterval=interval,
+        )  # fmt: skip
+        with bar, open(self.run / "metrics.jsonl", "a", encoding="utf-8") as metrics_file:
+            while self.step < args.max_steps:
+                metrics = self.train_step()
+                metrics_file.write(json.dumps(metrics) + "\n")
+                metrics_file.flush()
+                bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.3f}")
+                bar.update()
+                if self.step % args.save_steps == 0 or self.step == args.max_steps:
+                    # The metrics of a step reach the disk before a checkpoint that follows it.
+                    os.fsync(metrics_file.fileno())
+                    self.save()
+        self.policy.save(self.run)
+        return self.policy
+
+    def save(self) -> Path:
+        """Writes a checkpoint of the current step."""
+        return save_checkpoint(
+            self.run, self.step, self.policy, self.optimizer, self.args.save_total_limit
+        )
+
+    def train_step(self) -> dict[str, float]:
+        """One step: draw, sample, score, one gradient step. Returns the step's metrics."""
+        start, args, step = time.perf_counter(), self.args, self.step
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        weights = draw_weights(
+            args.num_prompts, len(self.reward_funcs), args.dirichlet, args.corner_probability,
+            generator,
+        )  # fmt: skip
+        rollout = roll_out(
+            self.policy,
+            self.sampler,
+            self.reward_funcs,
+            self._prompts_of(step),
+            weights,
+            args.num_generations,
+            SamplingParams(max_tokens=args.max_completion_length, temperature=args.temperature),
+            generator,
+        )
+        lr = args.learning_rate * _lr_factor(step, args)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, stats = self._accumulate_gradients(rollout, weights)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.max_grad_norm)
+        if not bool(norm.isfinite()):
+            raise RuntimeError(f"the gradient of step {step + 1} is not finite; lower learning_rate")
+        self.optimizer.step()
+        self.step += 1
+        metrics = _metrics(rollout, weights, stats, list(self.reward_funcs), args)
+        return {
+            "step": self.step, "loss": loss, "grad_norm": float(norm), "learning_rate": lr,
+            **metrics, "step_time": time.perf_counter() - start,
+        }  # fmt: skip
+
+    def _prompts_of(self, step: int) -> list[dict[str, Any]]:
+        """The step's prompts: epochs of the data, each in an order of its own."""
+        size, chosen = len(self.rows), []
+        for i in range(step * self.args.num_prompts, (step + 1) * self.args.num_prompts):
+            epoch, place = divmod(i, size)
+            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + 500_000 + epoch)
+            chosen.append(self.rows[int(torch.randperm(size, generator=generator)[place])])
+        return chosen
+
+    def _accumulate_gradients(
+        self, rollout: Rollout, weights: Tensor
+    ) -> tuple[float, TokenStats]:
+        """Backward over micro-batches of whole groups; the loss and the detached token stats."""
+        args, k = self.args, self.args.num_generations
+        rewards = scale_rewards(rollout.rewards, args.scale_rewards)
+        groups = max(1, args.micro_batch_size // k)
+        total, parts = 0.0, []
+        for first in range(0, args.num_prompts, groups):
+            chosen = slice(first, first + groups)
+            batch = rollout.batch.rows(slice(first * k, (first + groups) * k))
+            stats = token_stats(self.policy, batch, self.head, args.temperature)
+            kl = stats.kl.sum(1)
+            advantages = rloo_advantages(
+                rewards[chosen], weights[chosen].to(kl.device), kl.detach().view(-1, k), args.alpha
+            )
+            loss = policy_loss(stats.logprobs.sum(1), kl, advantages.flatten(), args.alpha)
+            loss = loss * (kl.shape[0] / (args.num_prompts * k))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+            parts.append([stats.logprobs.detach(), stats.entropy.detach(), stats.kl.detach()])
+        return total, TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _named(
+    reward_funcs: Mapping[str, RewardFunc] | Sequence[RewardFunc] | None, args: CLPConfig
+) -> dict[str, RewardFunc]:
+    if reward_funcs is None:
+        return load_rewards(args.rewards)
+    if isinstance(reward_funcs, Mapping):
+        named = dict(reward_funcs)
+    else:
+        named = {getattr(f, "__name__", type(f).__name__): f for f in reward_funcs}
+    if not named or len(named) != len(reward_funcs):
+        raise ValueError(f"reward_funcs must have distinct names, got {list(named)}")
+    for name, function in named.items():
+        if not name.isidentifier() or not callable(function):
+            raise ValueError(f"reward_funcs: {name!r} must be an identifier naming a function")
+    return named
+
+
+def _open_run(run: Path, args: CLPConfig) -> Path | None:
+    """Claims the folder of a run; returns the checkpoint to resume from, if there is one."""
+    marks = ["config.yaml", "metrics.jsonl", "clp.json"]
+    config_file = run / "config.yaml"
+    if args.resume and config_file.is_file():
+        saved = load_config(config_file)
+        for name in CLPConfig.__dataclass_fields__:
+            before, now = getattr(saved, name), getattr(args, name)
+            if name not in _MAY_CHANGE and before != now:
+                raise ValueError(f"{run} was run with {name}={before!r}; resume asks for {now!r}")
+        found = checkpoints(run)
+        return found[-1] if found else None
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"output_dir {run} is not a folder")
+    held = [m for m in marks if (run / m).exists()] + [p.name for p in checkpoints(run)]
+    if held:
+        raise ValueError(
+            f"output_dir {run} holds another run ({held[0]}); choose another folder, or resume=True "
+            "(--resume) to continue it"
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    temporary = run / ".config.yaml.tmp"
+    temporary.write_text(args.to_yaml(), encoding="utf-8")
+    temporary.replace(config_file)
+    return None
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drops the lines after `step`, and a last line that a kill has cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _lr_factor(step: int, args: CLPConfig) -> float:
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
+    shapes: dict[str, Callable[[float], float]] = {
+        "constant": lambda x: 1.0,
+        "linear": lambda x: 1 - x,
+        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    }
+    return shapes[args.lr_scheduler_type](done)
+
+
+def _metrics(
+    rollout: Rollout, weights: Tensor, stats: TokenStats, names: list[str], args: CLPConfig
+) -> dict[str, float]:
+    """The step's numbers under TRL's names; `kl` and `entropy` are means a token, in nats."""
+    rewards, mask = rollout.rewards.cpu(), rollout.batch.completion_mask
+    weighted = torch.einsum("gkm,gm->gk", rewards, weights)
+    lengths = mask.sum(1).float()
+    ended = torch.tensor([done.finish_reason == "stop" for done in rollout.completions])
+    tokens = mask.sum()
+    drift = (stats.logprobs - rollout.sampler_logprobs).abs() * mask
+    out = {
+        "reward": weighted.mean(),
+        "reward_std": weighted.std(dim=1).mean(),
+        "frac_reward_zero_std": (weighted.std(dim=1) == 0).float().mean(),
+        "kl": stats.kl.sum() / tokens,
+        "entropy": stats.entropy.sum() / tokens,
+        "completions/mean_length": lengths.mean(),
+        "completions/clipped_ratio": (~ended).float().mean(),
+        "completions/mean_terminated_length": (lengths.cpu() * ended).sum() / ended.sum().clamp(min=1),
+        "num_tokens": rollout.batch.attention_mask.sum(),
+        "sampling/sampling_logp_difference/mean": drift.sum() / tokens,
+        "sampling/sampling_logp_difference/max": drift.max(),
+    }
+    for i, name in enumerate(names):
+        out[f"rewards/{name}/mean"] = rewards[..., i].mean()
+        out[f"rewards/{name}/std"] = rewards[..., i].std()
+        out[f"reward_weights/{name}"] = weights[:, i].mean()
+    return {key: float(value) for key, value in out.items()}

@@ -1,0 +1,131 @@
+"""Weight rows: points of the simplex that are drawn, listed, parsed and checked."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WeightSpec = str | Mapping[str, float] | Sequence[float] | Tensor
+
+
+def draw_weights(
+    count: int, m: int, concentration: float, corner_probability: float, generator: torch.Generator
+) -> Tensor:
+    """Rows [count, m] from Dirichlet(concentration), some of them moved to a corner.
+
+    Each row is a corner e_i (i uniform) with probability `corner_probability`. Float32, sums to 1.
+    CLP leaves the distribution open (arXiv:2407.15762); Dirichlet(1) is uniform on the simplex.
+    """
+
+    # torch has no Dirichlet draw that takes a generator, so numpy draws, seeded by ours.
+    seed = int(torch.randint(2**62, (), generator=generator))
+    rows = torch.from_numpy(np.random.default_rng(seed).dirichlet([concentration] * m, count))
+    corner = torch.rand(count, generator=generator) < corner_probability
+    which = torch.randint(m, (count,), generator=generator)
+    corners = torch.eye(m, dtype=rows.dtype)[which]
+    return torch.where(corner[:, None], corners, rows).float()
+
+
+def weight_grid(m: int) -> Tensor:
+    """The evaluation grid: 11 rows for two objectives, a Das-Dennis lattice above.
+
+    All rows whose entries are multiples of 1/n and sum to 1, from the last corner to the first:
+    n = 10 for m = 2 (11 rows), 4 for m = 3 (15), 3 for m = 4 (20), 2 above. m = 1 has one row.
+    """
+    n = {1: 1, 2: 10, 3: 4, 4: 3}.get(m, 2)
+    counts = [c for c in itertools.product(range(n + 1), repeat=m) if sum(c) == n]
+    return torch.tensor(counts, dtype=torch.float32) / n
+
+
+def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool = True) -> Tensor:
+    """One row [m] from "joy=0.7,brief=0.3", a mapping (missing names are 0), or m numbers.
+
+    Args:
+        spec: The weights; a string may also be "0.7,0.3".
+        objectives: The m names in order.
+        simplex: Require entries >= 0 that sum to 1 within 1e-3 (what a policy was trained on);
+            otherwise any finite row is taken.
+
+    Raises:
+        ValueError: unknown objective, wrong length, not a number, not finite, off the simplex.
+    """
+    if isinstance(spec, str):
+        spec = _parse_string(spec)
+    if isinstance(spec, Mapping):
+        for name in spec:
+            if name not in objectives:
+                raise ValueError(
+                    f"weights: unknown objective {name!r}; objectives: {', '.join(objectives)}"
+                )
+        values: list[object] = [spec.get(name, 0.0) for name in objectives]
+    elif isinstance(spec, Tensor):
+        values = spec.tolist() if spec.dim() == 1 else [spec]
+    elif isinstance(spec, Sequence):
+        values = list(spec)
+    else:
+        raise ValueError(f"weights must be a string, mapping or sequence, got {spec!r}")
+    if len(values) != len(objectives):
+        raise ValueError(
+            f"weights must have {len(objectives)} entries ({', '.join(objectives)}), "
+            f"got {len(values)}"
+        )
+    row: list[float] = []
+    for name, value in zip(objectives, values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"weights: {name} must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"weights: {name} must be finite, got {value}")
+        row.append(float(value))
+    if simplex and (min(row) < 0 or abs(sum(row) - 1) > 1e-3):
+        shown = ", ".join(f"{n}={v:g}" for n, v in zip(objectives, row, strict=True))
+        raise ValueError(
+            f"weights must be >= 0 and sum to 1, got {shown}; simplex=False (--no-simplex) allows "
+            "any row, outside what the policy was trained on"
+        )
+    return torch.tensor(row, dtype=torch.float32)
+
+
+def parse_rows(
+    specs: WeightSpec | Sequence[WeightSpec],
+    count: int,
+    objectives: Sequence[str],
+    *,
+    simplex: bool = True,
+) -> Tensor:
+    """Rows [count, m] from one specification for all, or from a list of `count` of them."""
+    many = (
+        isinstance(specs, Sequence)
+        and not isinstance(specs, str)
+        and (len(specs) == 0 or not all(isinstance(s, (int, float)) for s in specs))
+    ) or (isinstance(specs, Tensor) and specs.dim() == 2)
+    if not many:
+        return parse_weights(specs, objectives, simplex=simplex).expand(count, -1)  # type: ignore[arg-type]
+    if len(specs) != count:
+        raise ValueError(f"weights must be one row or {count} rows (one a prompt), got {len(specs)}")
+    rows = [parse_weights(s, objectives, simplex=simplex) for s in specs]  # type: ignore[arg-type, union-attr]
+    return torch.stack(rows) if rows else torch.zeros(0, len(objectives))
+
+
+def _parse_string(text: str) -> dict[str, float] | list[float]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    named = [part.partition("=") for part in parts]
+    if not parts or len({bool(sep) for _, sep, _ in named}) != 1:
+        raise ValueError(f'weights must look like "joy=0.7,brief=0.3" or "0.7,0.3", got {text!r}')
+    if not named[0][1]:
+        return [_number(part, text) for part in parts]
+    result: dict[str, float] = {}
+    for name, _, value in named:
+        if name.strip() in result:
+            raise ValueError(f"weights: {name.strip()!r} is given twice in {text!r}")
+        result[name.strip()] = _number(value, text)
+    return result
+
+
+def _number(part: str, text: str) -> float:
+    try:
+        return float(part)
+    except ValueError:
+        raise ValueError(f"weights: {part.strip()!r} in {text!r} is not a number") from None

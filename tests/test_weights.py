@@ -1,0 +1,103 @@
+"""Weight rows: draws, grids, parsing."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clp.weights import draw_weights, parse_rows, parse_weights, weight_grid
+
+NAMES = ("joy", "brief")
+
+
+def draw(count=4000, m=3, concentration=1.0, corner=0.0, seed=0):
+    return draw_weights(count, m, concentration, corner, torch.Generator().manual_seed(seed))
+
+
+def test_drawn_rows_lie_on_the_simplex_with_the_moments_of_the_dirichlet():
+    rows = draw()
+    assert float(rows.min()) >= 0
+    torch.testing.assert_close(rows.sum(1), torch.ones(4000))
+    # Dirichlet(1) in 3 dimensions: mean 1/3, variance 1/18.
+    torch.testing.assert_close(rows.mean(0), torch.full((3,), 1 / 3), atol=0.015, rtol=0)
+    torch.testing.assert_close(rows.var(0), torch.full((3,), 1 / 18), atol=0.005, rtol=0)
+
+
+def test_corner_probability_moves_that_share_to_corners():
+    share = (draw(corner=0.25) == 1).any(1).float().mean()
+    assert 0.21 < float(share) < 0.29
+    assert float((draw(corner=1.0).max(1).values == 1).float().mean()) == 1
+
+
+def test_draws_depend_on_the_generator_alone():
+    assert torch.equal(draw(seed=3), draw(seed=3))
+    assert not torch.equal(draw(seed=3), draw(seed=4))
+
+
+def test_grid_has_11_rows_for_two_objectives_and_das_dennis_above():
+    two = weight_grid(2)
+    torch.testing.assert_close(two[:, 0], torch.linspace(0, 1, 11))
+    assert [len(weight_grid(m)) for m in (1, 2, 3, 4)] == [1, 11, 15, 20]
+    for m in range(1, 6):
+        grid = weight_grid(m)
+        torch.testing.assert_close(grid.sum(1), torch.ones(len(grid)))
+        assert len({tuple(r) for r in grid.tolist()}) == len(grid)
+        assert all(row in grid.tolist() for row in torch.eye(m).tolist())
+
+
+@pytest.mark.parametrize(
+    "spec", ["joy=0.7,brief=0.3", " brief = 0.3 , joy = 0.7", "0.7,0.3", {"joy": 0.7, "brief": 0.3},
+             [0.7, 0.3], torch.tensor([0.7, 0.3])],
+)  # fmt: skip
+def test_parse_accepts_every_way_of_saying_a_row(spec):
+    torch.testing.assert_close(parse_weights(spec, NAMES), torch.tensor([0.7, 0.3]))
+
+
+def test_a_missing_name_is_zero():
+    assert parse_weights({"brief": 1}, NAMES).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("joi=1", "unknown objective 'joi'"),
+        ("joy=0.5,0.5", "must look like"),
+        ("", "must look like"),
+        ("joy=x", "not a number"),
+        ("joy=0.5,joy=0.5", "given twice"),
+        ([1.0], "2 entries"),
+        ([1.0, 0.0, 0.0], "2 entries"),
+        ([float("nan"), 1.0], "joy must be finite"),
+        ({"joy": float("inf")}, "joy must be finite"),
+        (["a", "b"], "joy must be a number"),
+        ([True, False], "joy must be a number"),
+        ([0.7, 0.7], "sum to 1"),
+        ([1.5, -0.5], "sum to 1"),
+        (3.0, "string, mapping or sequence"),
+    ],
+)
+def test_parse_refuses(spec, message):
+    with pytest.raises(ValueError, match=message):
+        parse_weights(spec, NAMES)
+
+
+def test_simplex_false_allows_any_finite_row():
+    assert parse_weights([1.5, -0.5], NAMES, simplex=False).tolist() == [1.5, -0.5]
+
+
+def test_parse_rows_takes_one_for_all_or_one_each():
+    assert parse_rows("joy=1", 3, NAMES).tolist() == [[1, 0]] * 3
+    assert parse_rows([0.25, 0.75], 2, NAMES).tolist() == [[0.25, 0.75]] * 2
+    each = parse_rows([{"joy": 1.0}, "brief=1"], 2, NAMES)
+    assert each.tolist() == [[1, 0], [0, 1]]
+    assert parse_rows(torch.eye(2), 2, NAMES).tolist() == [[1, 0], [0, 1]]
+    assert parse_rows([], 0, NAMES).shape == (0, 2)
+    with pytest.raises(ValueError, match="one row or 3 rows"):
+        parse_rows([{"joy": 1.0}], 3, NAMES)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=2))
+def test_parse_string_round_trips(values):
+    text = ",".join(f"{n}={v!r}" for n, v in zip(NAMES, values, strict=True))
+    got = parse_weights(text, NAMES, simplex=False)
+    torch.testing.assert_close(got, torch.tensor(values, dtype=torch.float32))
