@@ -270,3 +270,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"clp {name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -172,9 +172,7 @@ def _kl_sums(
     starts = range(0, len(done), size)
     for start in tqdm(starts, desc="KL to the base", unit="batch", disable=not progress):
         chosen = slice(start, start + size)
-        batch = make_batch(
-            prompt_ids[chosen], done[chosen], weights[chosen], pad, policy.device
-        )
+        batch = make_batch(prompt_ids[chosen], done[chosen], weights[chosen], pad, policy.device)
         with torch.no_grad():
             sums.append(token_stats(policy, batch, head, tau).kl.sum(1).double().cpu())
     return torch.cat(sums), torch.tensor([len(c.token_ids) for c in done], dtype=torch.float64)

@@ -215,22 +215,24 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    architectures = config.architectures or []
-    if not causal & set(architectures):
-        shown = ", ".join(architectures) or config.model_type
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    causal = [a for a in config.architectures or [] if a in known]
+    if not causal:
+        shown = ", ".join(config.architectures or []) or config.model_type
         raise ValueError(f"model {name!r} is not a causal LM: it holds {shown}")
+    # Given explicitly because a config.json may name code to fetch in its place.
+    attention = "sdpa" if getattr(transformers, causal[0])._supports_sdpa else "eager"
     try:
-        # attn_implementation is given because a config.json may name code to fetch in its place.
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model, report = loaded
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from error

@@ -102,7 +102,9 @@ def _draw_front(axis: Any, front: Frontier) -> None:
         xs, ys, c=[w[0] for w in front.weights], cmap="viridis", s=60, zorder=2,
         label="one policy, one weight row each",
     )  # fmt: skip
-    axis.scatter(*front.base_rewards[:2], marker="X", s=90, color="C3", label="base model", zorder=3)
+    axis.scatter(
+        *front.base_rewards[:2], marker="X", s=90, color="C3", label="base model", zorder=3
+    )
     axis.set_xlabel(f"{front.objectives[0]} (mean reward)")
     axis.set_ylabel(f"{front.objectives[1]} (mean reward)")
     axis.set_title(f"hypervolume {front.hypervolume:.3f}, base {front.base_hypervolume:.3f}")

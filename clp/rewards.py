@@ -16,6 +16,7 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rapidfuzz.distance import LCSseq
@@ -224,7 +225,9 @@ def load_rewards(specs: Sequence[str]) -> dict[str, RewardFunc]:
         raise ValueError(f"rewards is empty: give at least one of {', '.join(known)}")
     plan: dict[str, Callable[[], RewardFunc]] = {}
     for spec in specs:
-        objective, reward = _SPEC.fullmatch(spec).groups()
+        match = _SPEC.fullmatch(spec)
+        assert match is not None  # every string matches
+        objective, reward = match.groups()
         kind, _, target = reward.partition(":")
         if kind == "classifier":
             source = target.rsplit("#", 1)
@@ -246,12 +249,12 @@ def load_rewards(specs: Sequence[str]) -> dict[str, RewardFunc]:
     return {name: load() for name, load in plan.items()}
 
 
-def _number(objective: str, row: int, value: object) -> float:
-    plain = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy, torch
+def _number(objective: str, row: int, value: Any) -> float:
+    plain: Any = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy, torch
     came = f"reward {objective!r}, row {row}: expected a finite number, got {reprlib.repr(plain)}"
     if not isinstance(plain, numbers.Real):
         raise TypeError(f"{came}, a {type(value).__name__}")
-    if not abs(plain) <= torch.finfo(torch.float32).max:
+    if not abs(float(plain)) <= torch.finfo(torch.float32).max:
         raise ValueError(f"{came}, not finite in float32")
     return float(plain)
 

@@ -1,4 +1,4 @@
-"""Rollouts: prompt groups with weight rows -> completions -> tensors, rewards, log-probabilities."""
+"""Rollouts: prompt groups with weight rows -> completions, tensors, rewards, log-probabilities."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,9 +75,7 @@ def make_batch(
         start = p - len(prompt)
         ids[i, start : start + len(whole)] = torch.tensor(whole)
         mask[i, start : start + len(whole)] = 1
-    return Batch(
-        ids.to(device), mask.to(device), mask[:, p:].bool().to(device), weights.to(device)
-    )
+    return Batch(ids.to(device), mask.to(device), mask[:, p:].bool().to(device), weights.to(device))
 
 
 def token_stats(
@@ -105,7 +103,13 @@ def token_stats(
         return_entropy=True,
         ref_hidden=ref_hidden[:, -width - 1 : -1][mask],
     )
-    return TokenStats(*(torch.zeros_like(mask, dtype=t.dtype).masked_scatter(mask, t) for t in out))
+    return TokenStats(
+        *(
+            torch.zeros_like(mask, dtype=t.dtype).masked_scatter(mask, t)
+            for t in out
+            if t is not None
+        )
+    )
 
 
 def roll_out(

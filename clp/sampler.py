@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ class Sampler:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[list[int]],
+        prompts: Sequence[str | list[int]],
         weights: WeightSpec | Sequence[WeightSpec],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
@@ -135,7 +136,9 @@ class Sampler:
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"params must be one or {len(prompts)}, got {len(params)}")
-        waiting = [s for i, p in enumerate(prompts) for s in self._requests(i, p, rows[i], params[i])]
+        waiting = [
+            s for i, p in enumerate(prompts) for s in self._requests(i, p, rows[i], params[i])
+        ]
         size = 1 if is_batch_invariant() else self.max_batch_size
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(waiting)), key=lambda i: len(waiting[i].prompt_ids))
@@ -149,7 +152,9 @@ class Sampler:
     def _requests(
         self, i: int, prompt: str | list[int], row: Tensor, params: SamplingParams
     ) -> Iterator[_Sequence]:
-        ids = self.policy.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        ids = (
+            self.policy.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        )
         if not ids:
             raise ValueError(f"prompt {i} is empty: it has no tokens")
         if len(ids) + params.max_tokens > self.policy.context_length:
@@ -255,11 +260,11 @@ class _SampleArguments:
 
     weights: Tensor
     seed: Tensor
-    options: dict[str, float | Tensor]
+    options: dict[str, Any]
 
     @classmethod
     def of(cls, batch: list[_Sequence], device: torch.device) -> "_SampleArguments":
-        options: dict[str, float | Tensor] = {}
+        options: dict[str, Any] = {}
         for name in ("temperature", "top_k", "top_p", "min_p"):
             values = [getattr(s.params, name) for s in batch]
             # A plain number where all agree: a filter that is off then costs nothing.

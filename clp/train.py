@@ -63,7 +63,9 @@ class CLPTrainer:
             args.model = model
         self.args = args
         self.reward_funcs = _named(reward_funcs, args)
-        rows = load_prompts(args.prompts or TRAIN_PROMPTS) if train_dataset is None else train_dataset
+        rows = (
+            load_prompts(args.prompts or TRAIN_PROMPTS) if train_dataset is None else train_dataset
+        )
         self.rows = check_prompts(rows)
         self.run = Path(args.output_dir)
         checkpoint = _open_run(self.run, args)
@@ -85,7 +87,10 @@ class CLPTrainer:
             self.policy = Policy.load(checkpoint, dtype=dtype, device=device)
             self.step = load_step(checkpoint)
         if args.gradient_checkpointing:
-            self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+            network = self.policy.model
+            # transformers renamed it in 5.23.
+            enable = getattr(network, "activation_checkpointing_enable", None)
+            (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
         self.parameters = self.policy.adapter_parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
@@ -150,7 +155,9 @@ class CLPTrainer:
         loss, stats = self._accumulate_gradients(rollout, weights)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.max_grad_norm)
         if not bool(norm.isfinite()):
-            raise RuntimeError(f"the gradient of step {step + 1} is not finite; lower learning_rate")
+            raise RuntimeError(
+                f"the gradient of step {step + 1} is not finite; lower learning_rate"
+            )
         self.optimizer.step()
         self.step += 1
         metrics = _metrics(rollout, weights, stats, list(self.reward_funcs), args)
@@ -168,9 +175,7 @@ class CLPTrainer:
             chosen.append(self.rows[int(torch.randperm(size, generator=generator)[place])])
         return chosen
 
-    def _accumulate_gradients(
-        self, rollout: Rollout, weights: Tensor
-    ) -> tuple[float, TokenStats]:
+    def _accumulate_gradients(self, rollout: Rollout, weights: Tensor) -> tuple[float, TokenStats]:
         """Backward over micro-batches of whole groups; the loss and the detached token stats."""
         args, k = self.args, self.args.num_generations
         rewards = scale_rewards(rollout.rewards, args.scale_rewards)
@@ -226,8 +231,8 @@ def _open_run(run: Path, args: CLPConfig) -> Path | None:
     held = [m for m in marks if (run / m).exists()] + [p.name for p in checkpoints(run)]
     if held:
         raise ValueError(
-            f"output_dir {run} holds another run ({held[0]}); choose another folder, or resume=True "
-            "(--resume) to continue it"
+            f"output_dir {run} holds another run ({held[0]}); choose another folder, or "
+            "resume=True (--resume) to continue it"
         )
     run.mkdir(parents=True, exist_ok=True)
     temporary = run / ".config.yaml.tmp"
@@ -282,7 +287,8 @@ def _metrics(
         "entropy": stats.entropy.sum() / tokens,
         "completions/mean_length": lengths.mean(),
         "completions/clipped_ratio": (~ended).float().mean(),
-        "completions/mean_terminated_length": (lengths.cpu() * ended).sum() / ended.sum().clamp(min=1),
+        "completions/mean_terminated_length": (lengths.cpu() * ended).sum()
+        / ended.sum().clamp(min=1),
         "num_tokens": rollout.batch.attention_mask.sum(),
         "sampling/sampling_logp_difference/mean": drift.sum() / tokens,
         "sampling/sampling_logp_difference/max": drift.max(),

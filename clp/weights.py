@@ -104,7 +104,9 @@ def parse_rows(
     if not many:
         return parse_weights(specs, objectives, simplex=simplex).expand(count, -1)  # type: ignore[arg-type]
     if len(specs) != count:
-        raise ValueError(f"weights must be one row or {count} rows (one a prompt), got {len(specs)}")
+        raise ValueError(
+            f"weights must be one row or {count} rows (one a prompt), got {len(specs)}"
+        )
     rows = [parse_weights(s, objectives, simplex=simplex) for s in specs]  # type: ignore[arg-type, union-attr]
     return torch.stack(rows) if rows else torch.zeros(0, len(objectives))
 

@@ -5,7 +5,7 @@ only, because reading a CUDA tensor on the host would stall the stream; `steer` 
 check device rows where they enter.
 """
 
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -32,7 +32,9 @@ def tensor(name: str, value: object, shape: tuple[int | None, ...], like: Tensor
 def same_device(name: str, value: Tensor, like: Tensor | None) -> None:
     """Raises ValueError unless both tensors are on one device."""
     if like is not None and value.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} like the other inputs, got {value.device}")
+        raise ValueError(
+            f"{name} must be on {like.device} like the other inputs, got {value.device}"
+        )
 
 
 def same_dtype(name: str, value: Tensor, *dtypes: torch.dtype) -> None:
@@ -103,15 +105,20 @@ def per_row(
         if value.is_floating_point() and not dtype.is_floating_point:
             raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
         if tuple(value.shape) != (batch,):
-            raise ValueError(f"{name} must be a number or have shape [{batch}], got {list(value.shape)}")
+            raise ValueError(
+                f"{name} must be a number or have shape [{batch}], got {list(value.shape)}"
+            )
         same_device(name, value, like)
         rows = value.to(dtype)
     else:
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-        if not dtype.is_floating_point and not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        rows = torch.full((batch,), value, dtype=dtype, device=like.device)  # type: ignore[arg-type]
+        number: float = float(value)
+        if not dtype.is_floating_point:
+            if not isinstance(value, Integral):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            number = int(value)
+        rows = torch.full((batch,), number, dtype=dtype, device=like.device)
     if readable(rows):
         good = _RANGES[ok](rows)
         if not bool(good.all()):

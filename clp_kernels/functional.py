@@ -120,7 +120,7 @@ def apply_mixed_lora(
 class _MixedLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, base_weight, lora_A, lora_B, weights, bias, example_ids, invariant, backend = args
+        x, base_weight, lora_A, lora_B, weights, _, example_ids, invariant, backend = args
         y, u = _op.mixed_lora(*args)
         ctx.save_for_backward(x, base_weight, lora_A, lora_B, weights, example_ids, u)
         ctx.invariant, ctx.backend = invariant, backend

@@ -31,7 +31,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "CLP_KERNELS_BACKEND": os.environ.get("CLP_KERNELS_BACKEND", "not set (auto)"),
         "modules": {
-            "_cpu": native.cpu_missing() or f"loaded, instruction set {native.cpu_isa()}",
+            "_cpu": _cpu_module(),
             "_cuda": native.cuda_missing() or "loaded",
         },
         "backends": {
@@ -61,6 +61,13 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"  {name:16} {shown}")
         else:
             print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _cpu_module() -> str:
+    try:
+        return native.cpu_missing() or f"loaded, instruction set {native.isa()}"
+    except ValueError as error:  # CLP_KERNELS_CPU_ISA names what this machine lacks
+        return str(error)
 
 
 def _version(name: str) -> str:

@@ -1,6 +1,7 @@
 """MixedLoRALinear, `inject` and `steer`: a model whose every example carries its own weights."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from clp_kernels import checks
 from clp_kernels.functional import apply_mixed_lora
 from clp_kernels.invariant import is_batch_invariant
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class _Rows(NamedTuple):
@@ -67,19 +70,51 @@ class MixedLoRALinear(nn.Module):
         self.lora_alpha = tuple(lora_alpha)
         self.steering = steering
         self.backend = backend
-        out_features, in_features = self.base_weight.shape
-        m, r, device = len(self.adapter_names), max(self.ranks), self.base_weight.device
-        self.lora_A = nn.Parameter(torch.zeros(m, r, in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(m, out_features, r, dtype=dtype, device=device))
-        scaling = [a / r_i if r_i else 0.0 for a, r_i in zip(lora_alpha, ranks, strict=True)]
+        m, r, device = len(self.adapter_names), max(self.ranks), self.weight.device
+        shape_A, shape_B = (m, r, self.in_features), (m, self.out_features, r)
+        self.lora_A = nn.Parameter(torch.zeros(shape_A, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(shape_B, dtype=dtype, device=device))
         self.scaling: Tensor
-        self.register_buffer("scaling", torch.tensor(scaling, device=device), persistent=False)
+        self.register_buffer("scaling", self._scaling(device), persistent=False)
+
+    def _scaling(self, device: torch.device) -> Tensor:
+        """lora_alpha / r of each adapter, in the dtype of the weights that it multiplies."""
+        acc = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        values = [a / r if r else 0.0 for a, r in zip(self.lora_alpha, self.ranks, strict=True)]
+        return torch.tensor(values, dtype=acc, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MixedLoRALinear":
+        super()._apply(fn, recurse)
+        # model.bfloat16() would round the scaling too: 16/3 by 0.2 %.
+        self.scaling = self._scaling(self.lora_A.device)
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight as it stores it (models look at its dtype and device)."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
+        return bias
 
     @property
     def base_weight(self) -> Tensor:
         """W as [out_features, in_features]."""
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        return weight.t() if is_transposed(self.base_layer) else weight
+        return self.weight.t() if is_transposed(self.base_layer) else self.weight
+
+    @property
+    def in_features(self) -> int:
+        """Size of x's last axis."""
+        return self.base_weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Size of y's last axis."""
+        return self.base_weight.shape[0]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """PEFT's start: A Kaiming-uniform, B zero, so that every row gives the base layer."""
@@ -107,14 +142,13 @@ class MixedLoRALinear(nn.Module):
                 "the rows (weights.repeat_interleave(n, 0) for n sequences a prompt), or pass "
                 "example_ids to steer for flattened tokens"
             )
-        bias: Tensor | None = self.base_layer.bias  # type: ignore[assignment]
         return apply_mixed_lora(
             x,
             self.base_weight,
             self.lora_A,
             self.lora_B,
             weights * self.scaling,
-            bias,
+            self.bias,
             example_ids,
             self.backend,
         )
@@ -161,9 +195,11 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str]) -> dic
 
     Raises: ValueError for a name that matches no linear layer.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)}
+    linears = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)
+    }
     if isinstance(target_modules, str):
-        if target_modules != "all-linear":
+        if target_modules.lower() != "all-linear":
             raise ValueError(
                 f'target_modules must be "all-linear" or a list of names, got {target_modules!r}'
             )
@@ -206,7 +242,7 @@ def inject(
         ValueError: bad r, lora_alpha or names, a target that matches nothing, a model injected
             before, or a quantised layer.
     """
-    if not isinstance(r, int) or r < 1:
+    if type(r) is not int or r < 1:
         raise ValueError(f"r must be a positive integer, got {r!r}")
     if not (math.isfinite(lora_alpha) and lora_alpha > 0):
         raise ValueError(f"lora_alpha must be finite and positive, got {lora_alpha}")
@@ -231,8 +267,11 @@ def replace_linears(
     the first replacement, so a refused model is unchanged.
     """
     names = list(adapters)
-    if not names or len(set(names)) != len(names) or not all(n and "." not in n for n in names):
-        raise ValueError(f"adapters must be distinct non-empty names without dots, got {names}")
+    # Each name becomes a folder.
+    if not names or len(set(names)) != len(names) or not all(map(_NAME.fullmatch, names)):
+        raise ValueError(
+            f"adapters must be distinct names of letters, digits, _ and -, got {names}"
+        )
     if any(isinstance(m, MixedLoRALinear) for m in model.modules()):
         raise ValueError("model has adapters already; inject or load_adapters works once a model")
     if not ranks:
@@ -268,7 +307,7 @@ def _dtype_of(model: nn.Module, name: str) -> torch.dtype:
     return weight.dtype
 
 
-class steer:  # noqa: N801  reads as a verb: `with steer(model, weights):`
+class steer:
     """Sets the weight rows for all steered layers of a model: `with steer(model, weights): ...`
 
     Args:
@@ -342,7 +381,8 @@ class steer:  # noqa: N801  reads as a verb: `with steer(model, weights):`
         for module in self.model.modules():
             original = module.__dict__.get("_gradient_checkpointing_func")
             if original is not None:
-                module._gradient_checkpointing_func = _carrying(original, shared, rows)
+                carrying = _carrying(original, shared, rows)
+                module._gradient_checkpointing_func = carrying  # type: ignore[assignment]
                 self._undo.append(_restore(module, original))
 
 

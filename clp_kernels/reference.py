@@ -358,7 +358,15 @@ def linear_logprob(
     logprobs, entropy, kl = [], [], []
     for rows in _chunks(hidden.shape[0], head_weight.shape[-2]):
         logp, logq = _chunk_logp(
-            hidden, head_weight, bias, weights, example_ids, temperature, ref_hidden, invariant, rows
+            hidden,
+            head_weight,
+            bias,
+            weights,
+            example_ids,
+            temperature,
+            ref_hidden,
+            invariant,
+            rows,
         )
         y = targets[rows]
         ignored = y == -100
@@ -427,7 +435,15 @@ def linear_logprob_backward(
     d_omega = hidden.new_zeros(hidden.shape[0], experts.shape[0], dtype=acc) if needs[3] else None
     for rows in _chunks(hidden.shape[0], head_weight.shape[-2]):
         logp, logq = _chunk_logp(
-            hidden, head_weight, bias, weights, example_ids, temperature, ref_hidden, invariant, rows
+            hidden,
+            head_weight,
+            bias,
+            weights,
+            example_ids,
+            temperature,
+            ref_hidden,
+            invariant,
+            rows,
         )
         p, y = logp.exp(), targets[rows]
         ignored = (y == -100)[:, None]

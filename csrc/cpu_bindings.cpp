@@ -1,0 +1,69 @@
+// clp_kernels._cpu. Pointers come as integers; clp_kernels/native.py has checked what they point to.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+
+#include "cpu_isa.h"
+#include "philox.h"
+#include "sample.h"
+#include "sample_isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void sample(uintptr_t logits, int dtype, int64_t m, int64_t B, int64_t V, int64_t stride_m,
+            int64_t stride_b, uintptr_t weights, bool probability, uintptr_t temperature,
+            uintptr_t seed, uintptr_t position, uintptr_t tokens, uintptr_t logprobs,
+            int num_threads, const std::string& isa) {
+  const clp::SampleArgs args{pointer<const void>(logits),
+                             clp::DType(dtype),
+                             m,
+                             B,
+                             V,
+                             stride_m,
+                             stride_b,
+                             pointer<const float>(weights),
+                             probability,
+                             pointer<const float>(temperature),
+                             pointer<const int64_t>(seed),
+                             pointer<const int64_t>(position),
+                             pointer<int64_t>(tokens),
+                             pointer<float>(logprobs)};
+  py::gil_scoped_release release;
+  clp::sample_cpu(args, num_threads, isa.c_str());
+}
+
+void uniform(int64_t seed, int64_t position, int64_t count, uintptr_t out,
+             const std::string& isa) {
+  clp::sample_kernels(clp::resolve_isa(isa)).uniform(seed, position, count, pointer<double>(out));
+}
+
+void exp2_each(uintptr_t y, int64_t count, uintptr_t out, const std::string& isa) {
+  clp::sample_kernels(clp::resolve_isa(isa)).exp2(pointer<const float>(y), count,
+                                                  pointer<float>(out));
+}
+
+py::tuple philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+  const clp::Philox4 out = clp::philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}},
+                                              key[0], key[1]);
+  return py::make_tuple(out.x[0], out.x[1], out.x[2], out.x[3]);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  module.def("isa", [] { return clp::isa_name(clp::resolve_isa("")); });
+  module.def("isas", &clp::supported_isas);
+  module.def("sample", &sample);
+  module.def("philox", &philox);
+  module.def("uniform", &uniform);
+  module.def("exp2", &exp2_each);
+}

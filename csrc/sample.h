@@ -1,0 +1,42 @@
+// Mixes m rows of logits a batch row, draws one token and gives its log-probability.
+//
+//   z_v   = sum_i w_i l_i[v]                    (geometric), or log sum_i w_i softmax(l_i)[v]
+//   token = argmax_v (z_v / temperature + g_v)  (lowest index on ties), g_v of philox.h
+//   logprob = log_softmax(z / temperature)[token];  at temperature 0: argmax z, log_softmax(z)
+//
+// z is float32, products and sums rounded one by one in the order of i; a term of weight 0 is left
+// out; an active -inf gives -inf. A row with a NaN or +inf z, or without a finite one, gives
+// token -1 and NaN. A row's bits do not depend on the other rows or on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace clp {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct SampleArgs {
+  const void* logits;  // [m, B, V], last axis contiguous, strides in elements
+  DType dtype;
+  int64_t m, B, V;
+  int64_t stride_m, stride_b;
+  const float* weights;      // [B, m], or null for m = 1 and weight 1
+  bool probability;          // the mixing mode; CUDA: geometric only
+  const float* temperature;  // [B]
+  const int64_t* seed;       // [B]
+  const int64_t* position;   // [B]
+  int64_t* tokens;           // [B]
+  float* logprobs;           // [B]
+};
+
+// isa: "scalar", "avx2", "avx512", or "" for the one chosen at load. Throws std::invalid_argument.
+void sample_cpu(const SampleArgs& args, int num_threads, const char* isa);
+
+// Bytes of scratch memory that sample_cuda needs on the device.
+int64_t sample_cuda_workspace(int64_t B, int64_t V);
+
+// Enqueues on `stream`; every pointer is a device pointer and nothing is read on the host.
+// Returns null, or a message that stays valid.
+const char* sample_cuda(const SampleArgs& args, void* workspace, int device, void* stream);
+
+}  // namespace clp

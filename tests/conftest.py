@@ -1,0 +1,65 @@
+"""Fixtures of every test: fixed seeds, poisoned memory, two threads, the shared models."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+# OpenMP reads this when torch is loaded. With its default, active waiting, a small parallel op
+# takes 10 to 30 ms on a machine where other processes run (measured: two busy cores, two threads)
+# and 0.1 ms with this.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# derandomize: the same examples in every run; deadline: a busy machine is not a failure.
+settings.register_profile(
+    "clp",
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("clp")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test starts from the same seeds and environment, whichever tests run before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+    monkeypatch.delenv("CLP_KERNELS_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory() -> Iterator[None]:
+    """torch.empty gives NaN (the largest integer), so that an unwritten output fails its test.
+
+    PyTorch fills uninitialised memory where deterministic algorithms are on; `warn_only` keeps ops
+    without a deterministic form usable.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    before_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=before_warn_only)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of many ops on a few elements each, where waking a second thread costs most."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The folder of real models beside the repository; it is not part of the project."""
+    folder = Path(__file__).resolve().parents[1].parent / "shared" / "models"
+    if not folder.is_dir():
+        pytest.skip("the shared models (../shared/models beside the repository) are not here")
+    return folder

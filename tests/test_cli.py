@@ -1,0 +1,141 @@
+"""The command line as its user sees it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from clp import cli
+
+SMALL = [
+    "--num-prompts", "2", "--num-generations", "2", "--max-completion-length", "6",
+    "--max-steps", "1", "--r", "2",
+]  # fmt: skip
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["clp", *map(str, argv)])
+    cli.main()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, "train", "--output-dir", folder, *SMALL)
+    return folder
+
+
+def test_train_with_a_file_and_options(monkeypatch, tmp_path):
+    (tmp_path / "c.yaml").write_text("max_steps: 1\nr: 3\nalpha: 0.3\nseed: 5\n")
+    options = ["--num-prompts", "2", "--num-generations", "2", "--max-completion-length", "4"]
+    run(monkeypatch, "train", "--config", tmp_path / "c.yaml", "--alpha", "0.4", *options,
+        "--output-dir", tmp_path / "r")  # fmt: skip
+    saved = (tmp_path / "r/config.yaml").read_text()
+    assert "alpha: 0.4" in saved and "r: 3" in saved and "seed: 5" in saved
+
+
+def test_sample_from_prompts(monkeypatch, capsys, trained):
+    run(monkeypatch, "sample", trained, "Tom had a red kite.", "Mia was sad.", "--weights",
+        "joy=0.7,brief=0.3", "--seed", "1", "--max-tokens", "6")  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("[joy=0.7,brief=0.3] Tom had a red kite.")
+    assert lines[1].startswith("[joy=0.7,brief=0.3] Mia was sad.")
+
+
+def test_sample_from_a_file_with_a_row_a_prompt(monkeypatch, trained, tmp_path):
+    rows = [
+        {"prompt": "Tom had a red kite.", "weights": [1, 0], "seed": 3},
+        {"prompt": "Tom had a red kite.", "weights": {"brief": 1.0}, "max_tokens": 2},
+        {"prompt": "Mia was sad."},
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    run(monkeypatch, "sample", trained, "--input", source, "--output", target, "--weights",
+        "brief=1", "--n", "2", "--max-tokens", "5")  # fmt: skip
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [r["prompt"] for r in rows for _ in range(2)]
+    assert [line["index"] for line in lines] == [0, 1] * 3
+    assert all(len(line["token_ids"]) <= 2 for line in lines[2:4])
+    assert all(len(line["token_ids"]) == len(line["logprobs"]) for line in lines)
+
+
+def test_eval_writes_its_three_files(monkeypatch, capsys, trained):
+    run(monkeypatch, "eval", trained, "--num-prompts", "4")
+    front = json.loads((trained / "frontier.json").read_text())
+    assert len(front["weights"]) == len(front["rewards"]) == 11
+    assert front["objectives"] == ["joy", "brief"]
+    assert front["prompts"] == 4
+    samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 12 * 4
+    assert (trained / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "Spearman" in out and "joy 1.00 brief 0.00" in out
+
+
+def test_export_writes_a_peft_folder(monkeypatch, capsys, trained, tmp_path):
+    run(monkeypatch, "export", trained, tmp_path / "one", "--weights", "joy=0.5,brief=0.5")
+    assert json.loads((tmp_path / "one/adapter_config.json").read_text())["r"] == 4
+    assert (tmp_path / "one/adapter_model.safetensors").is_file()
+    assert "rank 4" in capsys.readouterr().out
+
+
+def test_info_prints_the_backends(monkeypatch, capsys):
+    run(monkeypatch, "info")
+    assert "mixed_lora" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(monkeypatch, capsys):
+    run(monkeypatch, "--help")
+    out = capsys.readouterr().out
+    assert all(f"clp {name}" in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["fly"], "unknown command 'fly'"),
+        (["train", "--config"], "--config needs the path"),
+        (["train", "--config", "none.yaml"], "none.yaml cannot be read"),
+        (
+            ["train", "--prompts", "none.jsonl", "--output-dir", "{tmp}"],
+            "none.jsonl cannot be read",
+        ),
+        (["train", "--rewards", "sentimant", "--output-dir", "{tmp}"], "sentiment"),
+        (["train", "--output-dir", "{run}"], "holds another run"),
+        (["train", "--alpha", "2", "--output-dir", "{tmp}"], "alpha"),
+        (["sample", "{run}", "Hi"], "has no weights"),
+        (["sample", "{run}", "--weights", "joy=1"], "give prompts"),
+        (["sample", "{run}", "Hi", "--weights", "joi=1"], "unknown objective 'joi'"),
+        (["sample", "{run}", "Hi", "--weights", "0.2,0.3,0.5"], "2 entries"),
+        (["sample", "{tmp}", "Hi", "--weights", "joy=1"], "clp.json is missing"),
+        (["eval", "{run}", "--reference-point", "2", "2"], "must lie below"),
+        (["eval", "{run}", "--rewards", "sentiment"], "reward_funcs must be"),
+        (["export", "{run}", "{run}", "--weights", "joy=1"], "must be missing or empty"),
+    ],
+)
+def test_bad_input_is_said_and_ends_with_code_2(
+    monkeypatch, capsys, trained, tmp_path, argv, message
+):
+    filled = [a.format(run=trained, tmp=tmp_path / "t") for a in argv]
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *filled)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert any(message in line for line in error)
+    assert "Traceback" not in "".join(error)
+
+
+def test_unknown_option_is_refused(monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "train", "--learning-rat", "1", "--output-dir", tmp_path / "t")
+    assert stop.value.code == 2
+    assert "learning-rate" in capsys.readouterr().err
+
+
+def test_help_is_immediate():
+    """Importing the command line imports neither torch nor transformers."""
+    code = "import sys, clp.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,245 @@
+"""Which backend runs a call: the table, explicit choices, the environment, unverified kernels."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clp_kernels import dispatch, mix_logits, mixed_lora, native, sample
+from clp_kernels.dispatch import Backend, select
+
+X, W = torch.randn(3, 4), torch.randn(5, 4)
+A, B, ROWS = torch.randn(2, 1, 4), torch.randn(2, 5, 1), torch.rand(3, 2)
+LORA = (X, W, A, B, ROWS, None, None, False)
+
+
+def sample_arguments(
+    *,
+    m: int = 1,
+    dtype: torch.dtype = torch.float32,
+    mode: str = "geometric",
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    device: str = "cpu",
+) -> tuple[Any, ...]:
+    logits = torch.randn(m, 3, 7).to(device, dtype)
+    weights = ROWS[:, :m] if m > 1 else None
+    numbers = torch.zeros(3, dtype=torch.int64)
+    return logits, weights, mode, torch.ones(3), top_k, top_p, min_p, numbers, numbers
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if both compiled modules were here."""
+    monkeypatch.setattr(native, "cpu_missing", lambda: None)
+    monkeypatch.setattr(native, "cuda_missing", lambda: None)
+
+
+K3 = torch.full((3,), 2)
+HALF = torch.full((3,), 0.5)
+
+# (arguments, the backend of "auto", what "cpu" says)
+SAMPLE_TABLE: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "plain": ({}, "cpu", None),
+    "bf16": ({"dtype": torch.bfloat16}, "cpu", None),
+    "fp16": ({"dtype": torch.float16}, "cpu", None),
+    "mixed": ({"m": 2}, "cpu", None),
+    "probability": ({"m": 2, "mode": "probability"}, "cpu", None),
+    "float64": ({"dtype": torch.float64}, "reference", "not torch.float64"),
+    "meta": ({"device": "meta"}, "reference", "the logits are on meta"),
+}
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("case", SAMPLE_TABLE)
+def test_sample_table(case: str) -> None:
+    changed, wanted, reason = SAMPLE_TABLE[case]
+    arguments = sample_arguments(**changed)
+    assert select("sample", "auto", *arguments).name == wanted
+    if reason is None:
+        assert select("sample", "cpu", *arguments).name == "cpu"
+    else:
+        with pytest.raises(RuntimeError, match=f"'cpu' cannot run sample: .*{reason}"):
+            select("sample", "cpu", *arguments)
+    with pytest.raises(RuntimeError, match="'cuda' cannot run sample: the logits are on"):
+        select("sample", "cuda", *arguments)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("name, value", [("top_k", K3), ("top_p", HALF), ("min_p", HALF)])
+def test_a_filter_is_run_or_refused_by_name(name: str, value: Tensor) -> None:
+    """A kernel that draws without filters must say so, never ignore one."""
+    arguments = sample_arguments(**{name: value})
+    entry = next(e for e in dispatch.BACKENDS["sample"] if e.name == "cpu")
+    reason = entry.why_not(*arguments)
+    if reason is None:
+        assert select("sample", "auto", *arguments).name == "cpu"
+    else:
+        assert name in reason
+        assert select("sample", "auto", *arguments).name == "reference"
+
+
+def test_sample_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cpu_missing", lambda: "it has not been built")
+    assert select("sample", "auto", *sample_arguments()).name == "reference"
+    with pytest.raises(RuntimeError, match="'cpu' cannot run sample: it has not been built"):
+        sample(torch.randn(3, 7), seed=0, position=0, backend="cpu")
+    assert sample(torch.randn(3, 7), seed=0, position=0).tokens.shape == (3,)
+
+
+@pytest.mark.parametrize("op", sorted(dispatch.BACKENDS))
+def test_every_op_ends_in_the_reference(op: str) -> None:
+    """`auto` always finds a backend: the reference is last and takes everything."""
+    *others, last = dispatch.BACKENDS[op]
+    assert last.name == "reference"
+    assert last.why_not() is None
+    assert last.run is getattr(dispatch.reference, op)
+    assert all(e.name in dispatch.NAMES and e.name not in ("auto", "reference") for e in others)
+    assert len({e.name for e in dispatch.BACKENDS[op]}) == len(dispatch.BACKENDS[op])
+
+
+def test_every_op_of_the_library_has_a_row() -> None:
+    schemas = torch._C._jit_get_all_schemas()
+    ops = {s.name.split("::")[1] for s in schemas if s.name.startswith("clp_kernels::")}
+    assert ops == set(dispatch.BACKENDS)
+
+
+@pytest.mark.parametrize("op", sorted(dispatch.BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
+def test_a_named_backend_never_falls_back(op: str, backend: str) -> None:
+    """It is the backend named, or an error that names it and the op."""
+    arguments = sample_arguments() if op == "sample" else LORA
+    try:
+        chosen = select(op, backend, *arguments)
+    except RuntimeError as error:
+        known = {entry.name for entry in dispatch.BACKENDS[op]}
+        pattern = f"cannot run {op}: ." if backend in known else f"{op} has no '{backend}' backend"
+        assert re.search(pattern, str(error))
+        assert backend != "reference"
+    else:
+        assert chosen.name == backend
+
+
+@pytest.mark.parametrize("name", ["numpy", "", "CPU", "reference "])
+def test_unknown_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu"):
+        select("mixed_lora", name, *LORA)
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", name)
+    with pytest.raises(ValueError, match="CLP_KERNELS_BACKEND must be one of auto, reference"):
+        mixed_lora(X, W, A, B, ROWS)
+
+
+@pytest.mark.usefixtures("built")
+def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
+    assert select("sample", "auto", *sample_arguments()).name == "reference"
+    assert select("sample", "cpu", *sample_arguments()).name == "cpu"
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "cpu")
+    assert select("sample", "reference", *sample_arguments()).name == "reference"
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "auto")
+    assert select("sample", "auto", *sample_arguments()).name == "cpu"
+
+
+def test_environment_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in ("mix_logits", "mixed_lora"):
+        monkeypatch.setitem(dispatch.BACKENDS, op, dispatch.BACKENDS[op][-1:])
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="mix_logits has no 'triton' backend; it has: reference"):
+        mix_logits(torch.randn(2, 3, 4), ROWS)
+    with pytest.raises(RuntimeError, match="mixed_lora has no 'triton' backend"):
+        mixed_lora(X, W, A, B, ROWS)
+    assert mixed_lora(X, W, A, B, ROWS, backend="reference").shape == (3, 5)
+
+
+# GPU kernels that have not passed their tests on a GPU of the architecture.
+
+CAPABILITY = (9, 0)
+
+
+@pytest.fixture
+def gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool], None]:
+    """Puts a GPU kernel that could run everything before the reference of mixed_lora."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: CAPABILITY)
+
+    def install(name: str, with_reference: bool = True) -> None:
+        def run(*_: Any) -> tuple[Tensor, Tensor]:
+            return torch.full((3, 5), 7.0), torch.empty(0)
+
+        entry = Backend(name, run, lambda *_: None)
+        rest = dispatch.BACKENDS["mixed_lora"][-1:] if with_reference else ()
+        monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", (entry, *rest))
+
+    return install
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_unverified_kernels_are_held_back_from_auto(
+    name: str, gpu_kernel: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_kernel(name)
+    assert select("mixed_lora", "auto", *LORA).name == "reference"
+    assert (mixed_lora(X, W, A, B, ROWS) != 7).all()
+    # Named, it runs.
+    assert select("mixed_lora", name, *LORA).name == name
+    assert (mixed_lora(X, W, A, B, ROWS, backend=name) == 7).all()
+    # Another op, backend or architecture verifies nothing.
+    for other in (("mixed_linear", name, CAPABILITY), ("mixed_lora", "cpu", CAPABILITY),
+                  ("mixed_lora", name, (8, 0))):  # fmt: skip
+        monkeypatch.setattr(dispatch, "VERIFIED", frozenset({other}))
+        assert select("mixed_lora", "auto", *LORA).name == "reference"
+    monkeypatch.setattr(dispatch, "VERIFIED", frozenset({("mixed_lora", name, CAPABILITY)}))
+    assert select("mixed_lora", "auto", *LORA).name == name
+    assert (mixed_lora(X, W, A, B, ROWS) == 7).all()
+
+
+def test_environment_names_an_unverified_kernel(
+    gpu_kernel: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_kernel("triton")
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "triton")
+    assert select("mixed_lora", "auto", *LORA).name == "triton"
+
+
+def test_no_backend_left_gives_every_reason(gpu_kernel: Callable[..., None]) -> None:
+    gpu_kernel("cuda", with_reference=False)
+    with pytest.raises(RuntimeError, match=r"no backend can run mixed_lora: cuda: not verified on"):
+        select("mixed_lora", "auto", *LORA)
+
+
+def test_first_backend_that_can_run_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def entry(name: str, reason: str | None) -> Backend:
+        def why_not(*args: Any) -> str | None:
+            asked.append((name, len(args)))
+            return reason
+
+        return Backend(name, lambda *_: None, why_not)
+
+    table = (entry("cuda", "no GPU"), entry("cpu", None), entry("reference", None))
+    monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", table)
+    assert select("mixed_lora", "auto", *LORA).name == "cpu"
+    assert asked == [("cuda", len(LORA)), ("cpu", len(LORA))]
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run mixed_lora: no GPU"):
+        select("mixed_lora", "cuda", *LORA)
+
+
+def test_backward_keeps_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    for op in ("mixed_lora", "mixed_lora_backward"):
+        run = dispatch.BACKENDS[op][-1].run
+
+        def spy(*args: Any, op: str = op, run: Callable[..., Any] = run) -> Any:
+            used.append(op)
+            return run(*args)
+
+        entries = (*dispatch.BACKENDS[op], Backend("cpu", spy, lambda *_: None))
+        monkeypatch.setitem(dispatch.BACKENDS, op, entries)
+    rows = ROWS.clone().requires_grad_()
+    mixed_lora(X, W, A, B, rows, backend="cpu").sum().backward()
+    assert used == ["mixed_lora", "mixed_lora_backward"]
+    assert rows.grad is not None

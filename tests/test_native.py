@@ -1,0 +1,406 @@
+"""The compiled CPU kernels against the reference, on every instruction set this machine has."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from clp_kernels import native, reference
+
+pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
+
+_cpu: Any = native._load("_cpu")[0]
+ISAS: list[str] = _cpu.isas() if _cpu else ["scalar"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INF, NAN = float("inf"), float("nan")
+
+
+def rows(m: int, batch: int, vocab_size: int, dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Arguments of a draw: logits of spread 3, weights of any sign, every temperature."""
+    weights = None if m == 1 else torch.randn(batch, m)
+    return [
+        (3 * torch.randn(m, batch, vocab_size)).to(dtype),
+        weights,
+        "geometric",
+        torch.tensor([0.0, 0.3, 1.0, 3.0]).repeat(batch)[:batch],
+        torch.randint(-(2**63), 2**63 - 1, (batch,)),
+        torch.randint(2**31, 2**40, (batch,)),
+    ]
+
+
+def expected(args: list[Any]) -> tuple[Tensor, Tensor]:
+    logits, weights, mode, temperature, seed, position = args
+    no_filters = (None, None, None)
+    tokens, logprobs, _ = reference.sample(
+        logits, weights, mode, temperature, *no_filters, seed, position
+    )
+    return tokens, logprobs
+
+
+def assert_logprobs(actual: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def assert_equals_reference(args: list[Any]) -> None:
+    """Tokens exactly, log-probabilities to 1e-6, and the same bits on every instruction set."""
+    tokens, logprobs = expected(args)
+    first = native.sample_cpu(*args, isa=ISAS[0])
+    assert torch.equal(first[0], tokens)
+    assert_logprobs(first[1], logprobs)
+    for isa in ISAS[1:]:
+        other = native.sample_cpu(*args, isa=isa)
+        assert torch.equal(other[0], tokens), isa
+        assert torch.equal(other[1].view(torch.int32), first[1].view(torch.int32)), isa
+
+
+def words(*values: int) -> list[int]:
+    return list(values)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "output"),
+    [
+        (words(0, 0, 0, 0), words(0, 0), words(0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (
+            [0xFFFFFFFF] * 4,
+            [0xFFFFFFFF] * 2,
+            words(0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        ),
+        (
+            words(0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            words(0xA4093822, 0x299F31D0),
+            words(0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter: list[int], key: list[int], output: list[int]) -> None:
+    """The vectors that Random123 publishes (kat_vectors, philox4x32 10)."""
+    assert list(_cpu.philox(counter, key)) == output
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("seed", [0, 1, -1, -(2**63), 2**63 - 1, 0x243F6A8885A308D3])
+@pytest.mark.parametrize("position", [0, 7, 2**32 - 1, 2**32, 2**63 - 1])
+def test_uniform_bits(isa: str, seed: int, position: int) -> None:
+    out = np.empty(1003)
+    _cpu.uniform(seed, position, len(out), out.ctypes.data, isa)
+    wanted = reference.philox_uniform(torch.tensor([seed]), torch.tensor([position]), len(out))
+    assert out.tobytes() == wanted.numpy().tobytes()
+    assert 0 < out.min() < out.max() < 1
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_exp2_error(isa: str) -> None:
+    y = np.linspace(-126, 0, 500_003, dtype=np.float32)
+    out = np.empty_like(y)
+    _cpu.exp2(y.ctypes.data, len(y), out.ctypes.data, isa)
+    exact = np.exp2(y.astype(np.float64))
+    ulp = np.spacing(exact.astype(np.float32)).astype(np.float64)
+    assert np.max(np.abs(out - exact) / ulp) < 1.25
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 2, 3, 5, 7, 31, 64, 257, 1000, 4099])
+def test_sample_equals_reference(vocab_size: int, dtype: torch.dtype) -> None:
+    for m in range(1, 6):
+        for batch in (0, 1, 2, 4, 9):
+            assert_equals_reference(rows(m, batch, vocab_size, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sample_large_vocabulary(dtype: torch.dtype) -> None:
+    assert_equals_reference(rows(4, 4, 151_936, dtype))
+
+
+@given(
+    m=st.integers(1, 9),
+    batch=st.integers(0, 6),
+    vocab_size=st.integers(1, 9000),
+    dtype=st.sampled_from(DTYPES),
+    masked=st.floats(0, 1),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4]),
+    seed=st.integers(0, 2**32),
+)
+def test_sample_property(
+    m: int,
+    batch: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    masked: float,
+    spread: float,
+    seed: int,
+) -> None:
+    """Any shape, any share of -inf, flat and steep rows, some weights zero."""
+    torch.manual_seed(seed)
+    args = rows(m, batch, vocab_size, dtype)
+    args[0] = (args[0] * spread).masked_fill(torch.rand(batch, vocab_size) < masked, -INF)
+    if m > 1:
+        args[1] *= torch.rand(batch, m) < 0.7
+    assert_equals_reference(args)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("vocab_size", [1, 31, 4099, 20_000])
+def test_probability_mode(isa: str, vocab_size: int) -> None:
+    for m in (1, 2, 5):
+        logits, _, _, *rest = rows(m, 8, vocab_size)
+        weights = torch.rand(8, m) * (torch.rand(8, m) < 0.8)
+        weights[:, 0] += 0.1
+        logits[:, :, vocab_size // 2 :][..., 1:] = -INF
+        args = [logits, weights, "probability", *rest]
+        # In float64, because the reference's own float32 rounding of z is of the order of 1e-6.
+        tokens, logprobs = expected([logits.double(), weights.double(), "probability", *rest])
+        actual = native.sample_cpu(*args, isa=isa)
+        assert torch.equal(actual[0], tokens)
+        assert_logprobs(actual[1], logprobs)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_probability_mode_far_apart(isa: str) -> None:
+    """Probabilities below float32's range keep their logarithm, large logits their differences."""
+    logits = torch.tensor([[[1000.0, 800.0, 799.0]], [[-500.0, -900.0, -900.5]]])
+    args = [logits, torch.tensor([[0.5, 0.5]]), "probability", torch.tensor([40.0])]
+    args += [torch.tensor([1]), torch.tensor([2])]
+    tokens, logprobs = expected([logits.double(), args[1].double(), *args[2:]])
+    actual = native.sample_cpu(*args, isa=isa)
+    assert torch.equal(actual[0], tokens)
+    assert_logprobs(actual[1], logprobs)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e9, 1e17, 3e38])
+def test_huge_logits(scale: float) -> None:
+    """Where a score's rounding swallows the noise, ties go to the lowest index, as in float64."""
+    args = rows(1, 4, 5000)
+    args[0][:] = scale
+    args[0][:, 2, ::3] = -scale
+    args[0][:, 3] *= 1 - torch.rand(5000) * 1e-6
+    assert_equals_reference(args)
+
+
+def bad_rows() -> list[Any]:
+    args = rows(1, 6, 5000)
+    args[0][0, 0] = -INF
+    args[0][0, 1, 4500] = NAN
+    args[0][0, 2, 3] = INF
+    args[0][0, 3, :4990] = -INF
+    args[0][0, 4] = -INF
+    args[0][0, 4, 4999] = NAN
+    return args
+
+
+@pytest.mark.parametrize("mode", ["geometric", "probability"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_bad_rows(isa: str, mode: str) -> None:
+    args = bad_rows()
+    args[2] = mode
+    tokens, logprobs = native.sample_cpu(*args, isa=isa)
+    assert (tokens >= 0).tolist() == [False, False, False, True, False, True]
+    assert logprobs.isnan().tolist() == [True, True, True, False, True, False]
+    assert tokens[3] >= 4990
+    args[3][:] = 0
+    assert (native.sample_cpu(*args, isa=isa)[0] >= 0).tolist() == (tokens >= 0).tolist()
+
+
+def test_weights_and_infinities() -> None:
+    """A term of weight 0 is not looked at; an active -inf decides, whatever stands beside it."""
+    args = rows(4, 6, 600)
+    logits, weights = args[0], args[1]
+    weights[0] = torch.tensor([0.0, 1.0, 0.0, 2.0])
+    logits[0, 0], logits[2, 0, ::2] = -INF, NAN
+    weights[1] = torch.tensor([1.0, -1.0, 0.5, 0.5])
+    logits[1, 1, :500] = -INF
+    weights[2] = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    logits[0, 2, :300], logits[1, 2, :300] = -INF, NAN
+    weights[3] = 0
+    weights[4] = torch.tensor([1.0, 1.0, -1.0, 1.0])
+    logits[0, 4, 7], logits[2, 4, 8] = INF, INF
+    weights[5] = torch.tensor([1.0, NAN, 0.0, 0.0])
+    assert expected(args)[0].lt(0).tolist() == [False, False, False, False, True, True]
+    assert_equals_reference(args)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ties_take_the_lowest_index(isa: str, temperature: float) -> None:
+    args = rows(2, 1, 9000, torch.bfloat16)
+    args[0][:, :, [8100, 4097, 8999]] = 100.0
+    args[1][:] = 1.0
+    args[3][:] = temperature
+    tokens = expected(args)[0]
+    assert torch.equal(native.sample_cpu(*args, isa=isa)[0], tokens)
+    assert temperature > 0 or tokens.item() == 4097
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mode", ["geometric", "probability"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_row_bits_are_its_own(isa: str, mode: str, set_threads: Callable[[int], None]) -> None:
+    """Neither the batch, nor the threads, nor padding between rows changes a row."""
+    args = rows(3, 5, 20_011)
+    args[1], args[2] = args[1].abs(), mode
+    set_threads(1)
+    tokens, logprobs = native.sample_cpu(*args, isa=isa)
+    for threads in (2, 3, 7):
+        set_threads(threads)
+        again = native.sample_cpu(*args, isa=isa)
+        assert torch.equal(again[0], tokens) and torch.equal(again[1], logprobs)
+    padded = torch.full((5, 3, 20_017), NAN)[:, :, 3:20_014].transpose(0, 1)
+    padded.copy_(args[0])
+    strided = [padded, *args[1:]]
+    order = torch.tensor([4, 0, 3])
+    picked = [args[0][:, order], args[1][order], mode, *(a[order] for a in args[3:])]
+    alone = [args[0][:, 2:3], args[1][2:3], mode, *(a[2:3] for a in args[3:])]
+    for variant, which in ((strided, slice(None)), (picked, order), (alone, slice(2, 3))):
+        again = native.sample_cpu(*variant, isa=isa)
+        assert torch.equal(again[0], tokens[which])
+        assert torch.equal(again[1], logprobs[which])
+
+
+def test_layouts_that_are_copied() -> None:
+    """A last axis that is not contiguous, and expanded or strided rows."""
+    args = rows(2, 3, 50)
+    wanted = expected(args)
+    args[0] = args[0].transpose(1, 2).contiguous().transpose(1, 2)
+    args[1] = args[1].t().contiguous().t()
+    args[4] = torch.stack([args[4], args[4]], 1)[:, 0]
+    tokens, logprobs = native.sample_cpu(*args)
+    assert torch.equal(tokens, wanted[0])
+    assert_logprobs(logprobs, wanted[1])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("mode", ["geometric", "probability"])
+def test_draws_follow_the_softmax(isa: str, mode: str) -> None:
+    """Chi-square of 40,000 draws over positions and over seeds."""
+    count, m, vocab_size = 40_000, 2, 130
+    one = 1.5 * torch.randn(m, 1, vocab_size)
+    weights = torch.tensor([[0.3, 0.7]])
+    z = reference.mix_logits(one.double(), weights.double(), mode)[0]
+    probabilities = torch.softmax(z / 0.8, -1).numpy()
+    counter = torch.arange(count)
+    for seed, position in ((torch.full((count,), 3), counter), (counter, torch.full((count,), 9))):
+        logits, rows_of = one.expand(m, count, vocab_size), weights.expand(count, m)
+        temperature = torch.full((count,), 0.8)
+        tokens, _ = native.sample_cpu(logits, rows_of, mode, temperature, seed, position, isa=isa)
+        seen = np.bincount(tokens.numpy(), minlength=vocab_size)
+        assert stats.chisquare(seen, probabilities * count).pvalue > 1e-3
+
+
+def child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_environment_chooses_the_instruction_set(isa: str) -> None:
+    code = "from clp_kernels import native; print(native.isa())"
+    assert child(code, CLP_KERNELS_CPU_ISA=isa).stdout.strip() == isa
+
+
+def test_environment_rejects_an_unknown_instruction_set() -> None:
+    code = "from clp_kernels import native; native.cpu_missing()"
+    errors = child(code, CLP_KERNELS_CPU_ISA="sse9").stderr
+    assert (
+        "ValueError: CLP_KERNELS_CPU_ISA must be one of scalar, avx2, avx512, got 'sse9'" in errors
+    )
+
+
+def test_import_loads_no_compiled_module() -> None:
+    code = (
+        "import sys; from clp_kernels import native;"
+        "print([n for n in sys.modules if n in ('clp_kernels._cpu', 'clp_kernels._cuda')])"
+    )
+    assert child(code).stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_missing_without_a_gpu() -> None:
+    assert native.cuda_missing() == "PyTorch sees no CUDA device"
+    with pytest.raises(RuntimeError, match="PyTorch sees no CUDA device"):
+        native.sample_cuda(*rows(1, 1, 5))
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ModuleNotFoundError("No module named 'clp_kernels._cpu'"), "has not been built"),
+        (ImportError("undefined symbol: x"), "does not load: undefined symbol: x"),
+    ],
+)
+def test_missing_module_says_why(
+    monkeypatch: pytest.MonkeyPatch, error: ImportError, sentence: str
+) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(native.importlib, "import_module", fail)
+    native._load.cache_clear()
+    try:
+        assert sentence in str(native.cpu_missing())
+        with pytest.raises(RuntimeError, match=r"clp_kernels\._cpu"):
+            native.sample_cpu(*rows(1, 1, 5))
+    finally:
+        native._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("sm_80", (8, 0), True),
+        ("sm_80", (8, 9), True),
+        ("sm_80", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_90a", (9, 1), False),
+        ("sm_100", (10, 3), True),
+        ("sm_100", (12, 0), False),
+    ],
+)
+def test_architectures(built: str, capability: tuple[int, int], runs: bool) -> None:
+    assert native._runs_on(built, capability) == runs
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "error", "text"),
+    [
+        (0, torch.zeros(3, 5), ValueError, r"logits must be \[m, B, V\]"),
+        (0, torch.zeros(2, 3, 0), ValueError, r"logits must be \[m, B, V\]"),
+        (0, torch.zeros(2, 3, 5, dtype=torch.float64), TypeError, "logits must be one of"),
+        (1, None, ValueError, "weights must be"),
+        (1, torch.zeros(2, 3), ValueError, r"weights must have shape \[3, 2\], got \[2, 3\]"),
+        (1, torch.zeros(3, 2).double(), TypeError, "weights must be torch.float32"),
+        (1, torch.zeros(3, 2, device="meta"), ValueError, "weights must be on cpu"),
+        (2, "linear", ValueError, "mode must be one of geometric, probability, got 'linear'"),
+        (3, torch.zeros(1), ValueError, r"temperature must have shape \[3\], got \[1\]"),
+        (4, torch.zeros(3), TypeError, "seed must be torch.int64"),
+        (5, torch.zeros(3, dtype=torch.int32), TypeError, "position must be torch.int64"),
+    ],
+)
+def test_errors_name_the_argument(
+    index: int, value: Any, error: type[Exception], text: str
+) -> None:
+    args = rows(2, 3, 5)
+    args[index] = value
+    with pytest.raises(error, match=text):
+        native.sample_cpu(*args)
+    with pytest.raises(ValueError, match="isa must be one of"):
+        native.sample_cpu(*rows(2, 3, 5), isa="mmx")

@@ -1,0 +1,181 @@
+"""Policies: loading a base, refusing what is none, saving and loading."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
+
+from clp.policy import TINY, Policy, load_base
+from clp_kernels.layers import steered_layers
+
+IDS = torch.tensor([[1, 5, 9, 30], [1, 7, 8, 40]])
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 64, "head_dim": 8,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def logits(policy, weights):
+    with torch.no_grad(), policy.steer(torch.tensor(weights)):
+        return policy.model(IDS).logits
+
+
+def randomised(seed=0):
+    policy = Policy.create("tiny", ["joy", "brief"], rewards=["joy=sentiment", "brief=brevity"])
+    generator = torch.Generator().manual_seed(seed)
+    for layer in steered_layers(policy.model).values():
+        layer.lora_B.data.normal_(0, 0.1, generator=generator)
+    return policy
+
+
+def test_a_new_policy_is_its_base_for_every_row_bit_for_bit():
+    policy = Policy.create("tiny", ["a", "b", "c"])
+    base, _ = load_base("tiny")
+    with torch.no_grad():
+        wanted = base(IDS).logits
+    assert torch.equal(logits(policy, [[1.0, 0, 0], [0.2, 0.3, 0.5]]), wanted)
+    assert torch.equal(logits(policy, [[0.0, 0, 0], [0.0, 0, 0]]), wanted)
+
+
+def test_zero_rows_give_the_base_bit_for_bit_beside_other_rows():
+    policy = randomised()
+    base, _ = load_base("tiny")
+    with torch.no_grad():
+        wanted = base(IDS).logits
+    mixed = logits(policy, [[0.0, 0.0], [0.5, 0.5]])
+    assert torch.equal(mixed[0], wanted[0])
+    assert not torch.equal(mixed[1], wanted[1])
+
+
+def test_save_and_load_are_bitwise(tmp_path):
+    policy = randomised()
+    policy.save(tmp_path / "p")
+    again = Policy.load(tmp_path / "p")
+    assert again.objectives == ("joy", "brief")
+    assert again.rewards == ("joy=sentiment", "brief=brevity")
+    rows = [[0.3, 0.7], [1.0, 0.0]]
+    assert torch.equal(logits(policy, rows), logits(again, rows))
+    for a, b in zip(
+        policy.adapter_parameters().items(), again.adapter_parameters().items(), strict=True
+    ):
+        assert a[0] == b[0] and torch.equal(a[1], b[1])
+
+
+def test_load_refuses_a_tampered_adapter(tmp_path):
+    randomised(0).save(tmp_path / "p")
+    randomised(1).save(tmp_path / "q")
+    shutil.copy(
+        tmp_path / "q/adapters/joy/adapter_model.safetensors",
+        tmp_path / "p/adapters/joy/adapter_model.safetensors",
+    )
+    with pytest.raises(ValueError, match="is not the adapter"):
+        Policy.load(tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "format 1"),
+        ('{"format": 1}', "base_model must be a str"),
+        (
+            {
+                "format": 1,
+                "base_model": "tiny",
+                "objectives": ["../x"],
+                "rewards": [],
+                "adapters": {},
+            },
+            "list of names",
+        ),
+    ],
+)
+def test_load_refuses_a_malformed_card(tmp_path, card, message):
+    (tmp_path / "clp.json").write_text(card if isinstance(card, str) else json.dumps(card))
+    with pytest.raises(ValueError, match=message):
+        Policy.load(tmp_path)
+
+
+def test_load_names_the_missing_card_and_adapter(tmp_path):
+    with pytest.raises(ValueError, match=r"clp\.json is missing"):
+        Policy.load(tmp_path)
+    randomised().save(tmp_path)
+    (tmp_path / "adapters/brief/adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks adapter_model\.safetensors"):
+        Policy.load(tmp_path)
+
+
+def test_models_that_are_no_causal_lm_are_refused(tmp_path):
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="not a causal LM: it holds BertForSequenceClassification"):
+        load_base(str(tmp_path / "bert"))
+    with pytest.raises(ValueError, match="neither a folder nor a hub name"):
+        load_base(str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_base(str(tmp_path / "empty"))
+
+
+def test_a_model_without_tokenizer_or_weights_is_refused(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(TINY / "config.json", folder)
+        shutil.copy(TINY / name, folder)
+        with pytest.raises(ValueError, match=r"tokenizer|cannot be loaded"):
+            load_base(str(folder))
+
+
+def test_a_model_whose_head_is_missing_is_refused(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model.config.tie_word_embeddings = False
+    model.model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+    with pytest.raises(ValueError, match="lacks weights"):
+        load_base(str(tmp_path))
+
+
+def with_tiny_tokenizer(model, folder):
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+    return str(folder)
+
+
+def test_head_of_a_plain_model_has_temperature_one():
+    weight, bias, temperature = Policy.create("tiny", ["a"]).head()
+    assert weight.dim() == 2 and bias is None and temperature == 1
+
+
+def test_head_of_a_model_that_scales_its_logits(tmp_path):
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0))
+    policy = Policy.create(with_tiny_tokenizer(model, tmp_path), ["a"])
+    assert policy.head()[2] == pytest.approx(4.0, rel=1e-3)
+
+
+def test_head_refuses_a_soft_cap(tmp_path):
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=0.1))
+    policy = Policy.create(with_tiny_tokenizer(model, tmp_path), ["a"])
+    with pytest.raises(ValueError, match="not a linear function"):
+        policy.head()

@@ -1,0 +1,94 @@
+"""Rollouts: tensors, and log-probabilities that equal the sampler's."""
+
+import pytest
+import torch
+
+from clp.policy import Policy
+from clp.rewards import load_rewards
+from clp.rollout import make_batch, roll_out, token_stats
+from clp.sampler import Completion, Sampler, SamplingParams
+from clp_kernels.layers import steered_layers
+
+ROWS = [{"prompt": "Tom had a red kite."}, {"prompt": "Mia"}, {"prompt": "Sam was at the lake."}]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    made = Policy.create("tiny", ["joy", "brief"], r=4)
+    generator = torch.Generator().manual_seed(2)
+    for layer in steered_layers(made.model).values():
+        layer.lora_B.data.normal_(0, 0.05, generator=generator)
+    return made
+
+
+def roll(policy, temperature=1.0, seed=0):
+    return roll_out(
+        policy,
+        Sampler(policy),
+        load_rewards(["joy=sentiment", "brief=brevity"]),
+        ROWS,
+        torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]),
+        4,
+        SamplingParams(max_tokens=12, temperature=temperature),
+        torch.Generator().manual_seed(seed),
+    )
+
+
+def test_make_batch_pads_prompts_left_and_completions_right():
+    done = [Completion(0, 0, "", [7, 8], [], "stop"), Completion(1, 0, "", [9], [], "stop")]
+    batch = make_batch([[4], [5, 6]], done, torch.eye(2), 0, torch.device("cpu"))
+    assert batch.input_ids.tolist() == [[0, 4, 7, 8], [5, 6, 9, 0]]
+    assert batch.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch.completion_mask.tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_trainers_logprobs_are_the_samplers(policy, temperature):
+    rollout = roll(policy, temperature)
+    stats = token_stats(policy, rollout.batch, policy.head(), temperature)
+    difference = (stats.logprobs - rollout.sampler_logprobs).abs() * rollout.batch.completion_mask
+    assert difference.max().item() < 1e-4
+
+
+def test_kl_and_entropy_equal_the_full_distributions(policy):
+    rollout = roll(policy)
+    batch = rollout.batch
+    stats = token_stats(policy, batch, policy.head(), 1.0)
+    for i in range(len(rollout.completions)):
+        ids = batch.input_ids[i][batch.attention_mask[i].bool()][None]
+        count = int(batch.completion_mask[i].sum())
+        with torch.no_grad():
+            with policy.steer(batch.weights[i : i + 1]):
+                logp = torch.log_softmax(policy.model(ids).logits[0, -count - 1 : -1], -1)
+            with policy.steer(torch.zeros(1, 2)):
+                logq = torch.log_softmax(policy.model(ids).logits[0, -count - 1 : -1], -1)
+        kl = (logp.exp() * (logp - logq)).sum(-1)
+        torch.testing.assert_close(stats.kl[i, :count], kl, atol=1e-5, rtol=1e-4)
+        entropy = -(logp.exp() * logp).sum(-1)
+        torch.testing.assert_close(stats.entropy[i, :count], entropy, atol=1e-4, rtol=1e-4)
+        assert stats.kl[i, count:].abs().sum().item() == 0
+
+
+def test_rewards_are_grouped_and_scored_on_the_text(policy):
+    rollout = roll(policy)
+    rewards = load_rewards(["joy=sentiment", "brief=brevity"])
+    texts = [c.text for c in rollout.completions]
+    for i, function in enumerate(rewards.values()):
+        wanted = torch.tensor(function(prompts=[""] * 12, completions=texts)).view(3, 4)
+        torch.testing.assert_close(rollout.rewards[..., i], wanted)
+
+
+def test_completions_of_a_group_differ_and_the_generator_decides(policy):
+    a, b = roll(policy), roll(policy)
+    assert [c.token_ids for c in a.completions] == [c.token_ids for c in b.completions]
+    assert len({tuple(c.token_ids) for c in a.completions[:4]}) > 1
+    c = roll(policy, seed=1)
+    assert [x.token_ids for x in a.completions] != [x.token_ids for x in c.completions]
+
+
+def test_the_gradient_reaches_the_adapters_alone(policy):
+    stats = token_stats(policy, roll(policy).batch, policy.head(), 1.0)
+    stats.logprobs.sum().backward()
+    grads = {n for n, p in policy.model.named_parameters() if p.grad is not None}
+    assert grads == set(policy.adapter_parameters())
+    policy.model.zero_grad()

@@ -1,0 +1,195 @@
+"""The sampler: seeds, batches, stops, lengths, bad input."""
+
+import pytest
+import torch
+
+import clp_kernels
+from clp.policy import Policy
+from clp.sampler import Sampler, SamplingParams, with_seeds
+from clp_kernels.layers import steered_layers
+
+PROMPTS = [
+    "Tom had a red kite.",
+    "Mia",
+    "One day, the old dog was at the lake with a friend.",
+    "Sam",
+]
+ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    made = Policy.create("tiny", ["joy", "brief"], r=4)
+    generator = torch.Generator().manual_seed(5)
+    for layer in steered_layers(made.model).values():
+        # Large enough that every row writes something else.
+        layer.lora_B.data.normal_(0, 0.05, generator=generator)
+    return made
+
+
+@pytest.fixture(scope="module")
+def sampler(policy):
+    return Sampler(policy)
+
+
+def params(**changes):
+    return SamplingParams(**({"max_tokens": 20, "seed": 3} | changes))
+
+
+def test_order_counts_and_fields(sampler):
+    done = sampler.generate(PROMPTS, ROWS, params(n=2))
+    assert [(c.prompt_index, c.index) for c in done] == [(i, k) for i in range(4) for k in range(2)]
+    for c in done:
+        assert len(c.token_ids) == len(c.logprobs) <= 20
+        assert c.finish_reason == ("length" if len(c.token_ids) == 20 else c.finish_reason)
+        assert all(lp <= 0 for lp in c.logprobs)
+    assert done[0].text != done[1].text
+
+
+def test_same_seed_same_tokens_and_other_seed_other_tokens(sampler):
+    first = [c.token_ids for c in sampler.generate(PROMPTS, ROWS, params())]
+    assert first == [c.token_ids for c in sampler.generate(PROMPTS, ROWS, params())]
+    assert first != [c.token_ids for c in sampler.generate(PROMPTS, ROWS, params(seed=4))]
+
+
+def test_completion_k_of_a_request_draws_with_seed_plus_k(sampler):
+    many = sampler.generate(PROMPTS[:1], ROWS[:1], params(n=3))
+    for k in range(3):
+        (one,) = sampler.generate(PROMPTS[:1], ROWS[:1], params(seed=3 + k))
+        assert one.token_ids == many[k].token_ids
+
+
+def test_weights_change_the_completion(sampler):
+    texts = {c.text for c in sampler.generate([PROMPTS[0]] * 4, ROWS, params())}
+    assert len(texts) > 1
+
+
+def test_alone_and_in_a_mixed_batch_are_the_same_bits_in_batch_invariant_mode(sampler):
+    with clp_kernels.batch_invariant():
+        together = sampler.generate(PROMPTS, ROWS, params())
+        reordered = sampler.generate(PROMPTS[::-1], ROWS[::-1], params())[::-1]
+        for i in range(4):
+            (alone,) = sampler.generate([PROMPTS[i]], [ROWS[i]], params())
+            for other in (together[i], reordered[i]):
+                assert other.token_ids == alone.token_ids
+                assert other.logprobs == alone.logprobs
+
+
+def test_alone_and_in_a_mixed_batch_agree_to_rounding_without_the_mode(sampler):
+    together = sampler.generate(PROMPTS, ROWS, params(temperature=0))
+    for i in range(4):
+        (alone,) = sampler.generate([PROMPTS[i]], [ROWS[i]], params(temperature=0))
+        assert alone.token_ids == together[i].token_ids
+        assert alone.logprobs == pytest.approx(together[i].logprobs, abs=1e-4)
+
+
+def test_logprobs_are_those_of_a_forward_pass(policy, sampler):
+    for temperature in (1.0, 0.7):
+        (done,) = sampler.generate(PROMPTS[:1], ROWS[:1], params(temperature=temperature))
+        ids = policy.tokenizer(PROMPTS[0])["input_ids"]
+        with torch.no_grad(), policy.steer(torch.tensor(ROWS[:1])):
+            logits = policy.model(torch.tensor([ids + done.token_ids])).logits[0] / temperature
+        logp = torch.log_softmax(logits, -1)[len(ids) - 1 : -1]
+        picked = logp.gather(-1, torch.tensor(done.token_ids)[:, None])[:, 0]
+        assert done.logprobs == pytest.approx(picked.tolist(), abs=1e-4)
+
+
+def test_greedy_equals_transformers_generate(policy, sampler):
+    done = sampler.generate(PROMPTS, ROWS, params(temperature=0))
+    for i, prompt in enumerate(PROMPTS):
+        ids = policy.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with policy.steer(torch.tensor(ROWS[i : i + 1])):
+            out = policy.model.generate(ids, max_new_tokens=20, do_sample=False)
+        assert out[0, ids.shape[1] :].tolist() == done[i].token_ids
+
+
+def test_a_batch_larger_than_max_batch_size_is_the_same(policy, sampler):
+    small = Sampler(policy, max_batch_size=2).generate(PROMPTS, ROWS, params(temperature=0))
+    large = sampler.generate(PROMPTS, ROWS, params(temperature=0))
+    assert [c.token_ids for c in small] == [c.token_ids for c in large]
+
+
+def test_rows_of_one_batch_have_their_own_parameters(sampler):
+    each = [
+        params(temperature=0),
+        params(top_k=1),
+        params(max_tokens=1),
+        params(top_p=0.5, min_p=0.1),
+    ]
+    done = sampler.generate(PROMPTS, ROWS, each)
+    for i in range(4):
+        (alone,) = sampler.generate([PROMPTS[i]], [ROWS[i]], each[i])
+        assert alone.token_ids == done[i].token_ids
+    greedy = sampler.generate(PROMPTS[1:2], ROWS[1:2], params(temperature=0))
+    assert greedy[0].token_ids == done[1].token_ids
+
+
+def test_stop_string_ends_the_text_before_it(sampler):
+    (free,) = sampler.generate(PROMPTS[:1], ROWS[:1], params(seed=1))
+    word = free.text.split()[2]
+    (cut,) = sampler.generate(PROMPTS[:1], ROWS[:1], params(seed=1, stop=[word]))
+    assert cut.finish_reason == "stop"
+    assert cut.text == free.text[: free.text.index(word)]
+    assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
+
+
+def test_an_end_token_finishes_and_is_counted(policy, sampler):
+    done = sampler.generate([PROMPTS[0]] * 8, "joy=1", with_seeds(params(max_tokens=200), range(8)))
+    ended = [c for c in done if c.finish_reason == "stop"]
+    assert ended
+    for c in ended:
+        assert c.token_ids[-1] in policy.end_ids
+        assert not set(c.token_ids[:-1]) & policy.end_ids
+        assert policy.tokenizer.eos_token not in c.text
+
+
+def test_token_ids_as_prompts(policy, sampler):
+    ids = policy.tokenizer(PROMPTS[0])["input_ids"]
+    a = sampler.generate([ids], ROWS[:1], params())
+    b = sampler.generate(PROMPTS[:1], ROWS[:1], params())
+    assert a == b
+
+
+def test_without_a_seed_the_global_generator_decides(sampler):
+    def draw():
+        return [c.token_ids for c in sampler.generate(PROMPTS, ROWS, params(seed=None))]
+
+    torch.manual_seed(1)
+    first = draw()
+    assert draw() != first
+    torch.manual_seed(1)
+    assert draw() == first
+
+
+def test_no_prompts_no_completions(sampler):
+    assert sampler.generate([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.generate(PROMPTS, ROWS[:2]), "one row or 4 rows"),
+        (lambda s: s.generate(PROMPTS, "joy=1", [params()]), "params must be one or 4"),
+        (lambda s: s.generate(["a"], {"speed": 1.0}), "unknown objective 'speed'"),
+        (lambda s: s.generate(["a"], [float("nan"), 1.0]), "finite"),
+        (lambda s: s.generate([[]], "joy=1"), "prompt 0 is empty"),
+        (lambda s: s.generate(["a"], "joy=1", params(max_tokens=10_000)), "exceeds the context"),
+        (lambda s: Sampler(s.policy, max_batch_size=0), "max_batch_size"),
+    ],
+)
+def test_bad_requests(sampler, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(sampler)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_tokens": 0}, {"max_tokens": 1.5}, {"n": 0}, {"top_k": -1}, {"temperature": -0.1},
+        {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": -1}, {"stop": [""]},
+        {"seed": 2**63}, {"seed": 1.0}, {"temperature": "hot"},
+    ],
+)  # fmt: skip
+def test_bad_sampling_parameters(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        SamplingParams(**changes)

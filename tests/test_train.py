@@ -1,0 +1,273 @@
+"""The trainer: it learns, resumes exactly, survives kills and full disks, refuses bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from clp.checkpoint import checkpoints
+from clp.config import CLPConfig
+from clp.policy import Policy
+from clp.rewards import brevity, sentiment
+from clp.train import CLPTrainer
+
+SMALL = {
+    "num_prompts": 4, "num_generations": 3, "max_completion_length": 8, "max_steps": 6,
+    "save_steps": 2, "r": 2, "warmup_steps": 2,
+}  # fmt: skip
+
+
+def config(folder, **changes):
+    return CLPConfig(output_dir=str(folder), **(SMALL | changes))
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "step_time"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    CLPTrainer(args=config(folder)).train()
+    return folder
+
+
+def test_metrics_have_trls_names(whole):
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert set(rows[0]) == {
+        "step", "loss", "grad_norm", "learning_rate", "reward", "reward_std",
+        "frac_reward_zero_std", "kl", "entropy", "completions/mean_length",
+        "completions/clipped_ratio", "completions/mean_terminated_length", "num_tokens",
+        "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+        "rewards/joy/mean", "rewards/joy/std", "rewards/brief/mean", "rewards/brief/std",
+        "reward_weights/joy", "reward_weights/brief",
+    }  # fmt: skip
+    assert rows[0]["kl"] == 0
+    assert rows[-1]["kl"] > 0
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-3
+
+
+def test_the_run_folder_holds_policy_checkpoints_and_config(whole):
+    assert sorted(p.name for p in whole.iterdir()) == [
+        "adapters", "checkpoint-000004", "checkpoint-000006", "clp.json", "config.yaml",
+        "metrics.jsonl",
+    ]  # fmt: skip
+    final, last = Policy.load(whole), Policy.load(whole / "checkpoint-000006")
+    for a, b in zip(final.adapter_parameters().values(), last.adapter_parameters().values(),
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+        assert float(a.abs().sum()) > 0
+
+
+def test_two_runs_are_bitwise_the_same(whole, tmp_path):
+    CLPTrainer(args=config(tmp_path / "b")).train()
+    assert metrics(whole) == metrics(tmp_path / "b")
+
+
+def test_micro_batches_give_the_same_training(whole, tmp_path):
+    CLPTrainer(args=config(tmp_path / "b", micro_batch_size=3)).train()
+    for a, b in zip(metrics(whole), metrics(tmp_path / "b"), strict=True):
+        assert a["reward"] == pytest.approx(b["reward"], abs=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
+
+
+def test_gradient_checkpointing_gives_the_same_training(whole, tmp_path):
+    CLPTrainer(args=config(tmp_path / "b", gradient_checkpointing=True)).train()
+    for a, b in zip(metrics(whole), metrics(tmp_path / "b"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_resume_from_a_checkpoint_is_bitwise_the_uninterrupted_run(whole, tmp_path, stop_after):
+    """Stops between checkpoints: the steps after the last one are repeated."""
+    folder = tmp_path / "cut"
+    trainer = CLPTrainer(args=config(folder))
+    real_step, done = trainer.train_step, []
+
+    def stopping():
+        if len(done) == stop_after:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real_step()
+
+    trainer.train_step = stopping
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    CLPTrainer(args=config(folder, resume=True)).train()
+    assert metrics(folder) == metrics(whole)
+
+
+def test_kill_9_at_any_moment_then_resume(whole, tmp_path):
+    """A real process, killed again and again, also while it saves."""
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "clp.cli", "train", "--output-dir", str(folder), "--resume",
+               "--save-steps", "1"]  # fmt: skip
+    for name, value in SMALL.items():
+        if name != "save_steps":
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    watch = folder / "metrics.jsonl"
+    for lines in (1, 2, 4):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            if watch.exists() and watch.read_bytes().count(b"\n") >= lines:
+                # Another moment of the step or of its checkpoint each time.
+                time.sleep(0.01 * lines)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.wait()
+        for checkpoint in checkpoints(folder):
+            Policy.load(checkpoint)
+    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+    assert metrics(folder) == metrics(whole)
+
+
+def test_resume_without_a_run_starts_one_and_a_finished_run_stays(tmp_path):
+    folder = tmp_path / "new"
+    CLPTrainer(args=config(folder, resume=True, max_steps=2)).train()
+    before = metrics(folder)
+    CLPTrainer(args=config(folder, resume=True, max_steps=2)).train()
+    assert metrics(folder) == before
+
+
+def test_resume_of_another_configuration_is_refused(whole):
+    with pytest.raises(ValueError, match=r"run with alpha=0\.\d+; resume asks for 0.77"):
+        CLPTrainer(args=config(whole, resume=True, alpha=0.77))
+
+
+@pytest.mark.parametrize("mark", ["config.yaml", "metrics.jsonl", "clp.json"])
+def test_a_folder_that_holds_another_run_is_refused_and_untouched(tmp_path, mark):
+    (tmp_path / mark).write_text("precious")
+    with pytest.raises(ValueError, match=f"holds another run \\({mark}"):
+        CLPTrainer(args=config(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == [mark]
+    assert (tmp_path / mark).read_text() == "precious"
+
+
+def test_output_dir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "f").write_text("")
+    with pytest.raises(ValueError, match="not a folder"):
+        CLPTrainer(args=config(tmp_path / "f"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """The kernel refuses to write more than 20 kB to a file: a checkpoint cannot be completed."""
+    script = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_train import CLPTrainer, config
+trainer = CLPTrainer(args=config({str(tmp_path / "full")!r}))
+trainer.train_step(); trainer.train_step(); trainer.save()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+trainer.train_step()
+try:
+    trainer.save()
+except OSError as error:
+    print("refused:", error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "refused: File too large" in done.stdout, done.stderr
+    folder = tmp_path / "full"
+    assert [p.name for p in checkpoints(folder)] == ["checkpoint-000002"]
+    assert not [p for p in folder.iterdir() if "partial" in p.name]
+    Policy.load(folder / "checkpoint-000002")
+
+
+def bad(value):
+    def odd(prompts, completions, **columns):
+        return value(completions)
+
+    return odd
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (lambda c: [float("nan")] * len(c), ValueError, "odd"),
+        (lambda c: [None] * len(c), TypeError, "odd"),
+        (lambda c: [1.0] * (len(c) - 1), ValueError, "odd"),
+        (lambda c: None, (ValueError, TypeError), "odd"),
+    ],
+)
+def test_a_bad_reward_is_refused_by_name_and_nothing_is_learned(tmp_path, value, error, message):
+    trainer = CLPTrainer(reward_funcs=[sentiment, bad(value)], args=config(tmp_path / "r"))
+    before = [p.clone() for p in trainer.parameters.values()]
+    with pytest.raises(error, match=message):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters.values(), strict=True))
+    assert (tmp_path / "r/metrics.jsonl").read_text() == ""
+
+
+def test_python_interface_with_functions_and_columns(tmp_path):
+    seen = []
+
+    def shout(prompts, completions, mood, **columns):
+        seen.extend(mood)
+        return [float("!" in c) for c in completions]
+
+    rows = [
+        {"prompt": "Tom had a red kite.", "mood": "m1"},
+        {"prompt": "Mia was sad.", "mood": "m2"},
+    ]
+    trainer = CLPTrainer(
+        model="tiny", reward_funcs=[shout, brevity], args=config(tmp_path / "p", max_steps=1),
+        train_dataset=rows,
+    )  # fmt: skip
+    policy = trainer.train()
+    assert policy.objectives == ("shout", "brevity")
+    assert sorted(seen) == ["m1"] * 6 + ["m2"] * 6
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"reward_funcs": [sentiment, sentiment]}, "distinct names"),
+        ({"reward_funcs": []}, "distinct names"),
+        ({"reward_funcs": {"a-b": sentiment}}, "identifier"),
+        ({"reward_funcs": {"a": "sentiment"}}, "identifier naming a function"),
+        ({"train_dataset": []}, "holds no prompt"),
+        ({"train_dataset": [{"text": "x"}]}, r"train_dataset\[0\]"),
+        ({"model": "no/such/model"}, "neither a folder nor a hub name"),
+    ],
+)
+def test_bad_arguments_leave_no_run_behind(tmp_path, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        CLPTrainer(args=config(tmp_path / "x"), **keywords)
+    assert not (tmp_path / "x" / "metrics.jsonl").exists()
+    if "model" not in keywords:
+        assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_training_steers(tmp_path):
+    """A short run already separates the two ends on both objectives."""
+    trainer = CLPTrainer(args=CLPConfig(
+        output_dir=str(tmp_path / "s"), num_prompts=16, max_steps=30, max_completion_length=32,
+        save_steps=30,
+    ))  # fmt: skip
+    trainer.train()
+    from clp.evaluate import evaluate
+    from clp.sampler import SamplingParams
+
+    front, _ = evaluate(
+        trainer.policy,
+        trainer.reward_funcs,
+        trainer.rows[:24],
+        params=SamplingParams(max_tokens=32),
+    )
+    brief_end, joy_end = front.rewards[0], front.rewards[-1]
+    assert front.weights[0] == [0, 1] and front.weights[-1] == [1, 0]
+    assert joy_end[0] > brief_end[0] and brief_end[1] > joy_end[1]
+    assert front.hypervolume > front.base_hypervolume
