@@ -151,10 +151,9 @@ class Policy:
         return clp_kernels.steer(self.model, weights)
 
     @contextmanager
-    def base(self, batch_size: int) -> Iterator[None]:
-        """Context in which the model is its base model, without gradients: all-zero rows."""
-        zeros = torch.zeros(batch_size, len(self.objectives))
-        with torch.no_grad(), self.steer(zeros):
+    def base(self) -> Iterator[None]:
+        """Context in which the model is its base model, without gradients."""
+        with torch.no_grad(), clp_kernels.steer(self.model, None):
             yield
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -178,7 +177,7 @@ class Policy:
         if layer is None or isinstance(layer, clp_kernels.MixedLoRALinear):
             raise ValueError(f"{self.base_model} has no frozen linear output head to train on")
         probe = torch.tensor([[0, 1, 2]], device=self.device)
-        with self.base(1):
+        with self.base():
             hidden = self.hidden_states(probe, torch.ones_like(probe))
             plain = F.linear(hidden, layer.weight, layer.bias).float()
             actual = self.model(input_ids=probe).logits.float()

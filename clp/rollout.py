@@ -92,7 +92,7 @@ def token_stats(
     targets = batch.input_ids[:, -width:][mask]
     with policy.steer(batch.weights):
         hidden = policy.hidden_states(batch.input_ids, batch.attention_mask)
-    with policy.base(batch.input_ids.shape[0]):
+    with policy.base():
         ref_hidden = policy.hidden_states(batch.input_ids, batch.attention_mask)
     out = clp_kernels.linear_logprob(
         hidden[:, -width - 1 : -1][mask],

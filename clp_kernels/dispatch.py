@@ -147,7 +147,10 @@ def select(op: str, backend: str, *args: Any) -> Backend:
         for entry in table:
             if entry.why_not(*args) is None and _unverified(op, entry.name, args) is None:
                 return entry
-        reasons = "; ".join(f"{entry.name}: {entry.why_not(*args)}" for entry in table)
+        reasons = "; ".join(
+            f"{entry.name}: {entry.why_not(*args) or _unverified(op, entry.name, args)}"
+            for entry in table
+        )
         raise RuntimeError(f"no backend can run {op}: {reasons}")
     for entry in table:
         if entry.name == wanted:

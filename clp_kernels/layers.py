@@ -11,17 +11,15 @@ from torch import Tensor, nn
 
 from clp_kernels import checks
 from clp_kernels.functional import apply_mixed_lora
-from clp_kernels.invariant import is_batch_invariant
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class _Rows(NamedTuple):
-    """The active rows: weights [B, m], the optional token map, and two facts about them."""
+    """The active rows: weights [B, m] (None: the base model), token map, and when they were set."""
 
-    weights: Tensor
+    weights: Tensor | None
     example_ids: Tensor | None
-    all_zero: bool
     set_in_backward: bool
 
 
@@ -132,23 +130,33 @@ class MixedLoRALinear(nn.Module):
             )
         if not torch.compiler.is_compiling():
             _refuse_foreign_recompute(rows)
-            # What zero rows mean; a gradient still needs the adapters' part.
-            if rows.all_zero and not (torch.is_grad_enabled() or is_batch_invariant()):
-                return self.base_layer(x)  # type: ignore[no-any-return]
         weights, example_ids = rows.weights, rows.example_ids
+        if weights is None:
+            return self.base_layer(x)  # type: ignore[no-any-return]
         if example_ids is None and x.shape[0] != weights.shape[0]:
             raise ValueError(
                 f"the batch has {x.shape[0]} examples, weights has {weights.shape[0]} rows; repeat "
                 "the rows (weights.repeat_interleave(n, 0) for n sequences a prompt), or pass "
                 "example_ids to steer for flattened tokens"
             )
+        if example_ids is not None and x.shape[:-1] != example_ids.shape:
+            raise ValueError(
+                f"example_ids names the rows of {example_ids.numel()} tokens [T, in], the layer "
+                f"got {list(x.shape)}"
+            )
+        base_weight, bias = self.base_weight, self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            # As F.linear does under autocast; the adapters keep their dtype and accumulate in fp32.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, base_weight = x.to(dtype), base_weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         return apply_mixed_lora(
             x,
-            self.base_weight,
+            base_weight,
             self.lora_A,
             self.lora_B,
             weights * self.scaling,
-            self.bias,
+            bias,
             example_ids,
             self.backend,
         )
@@ -198,6 +206,8 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str]) -> dic
     linears = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)
     }
+    if "" in linears:
+        raise ValueError("model must be a module that holds linear layers, it is one itself")
     if isinstance(target_modules, str):
         if target_modules.lower() != "all-linear":
             raise ValueError(
@@ -287,10 +297,12 @@ def replace_linears(
             raise ValueError(f"dtype must be float32 or {name}'s {weight.dtype}, got {dtype}")
     model.requires_grad_(False)
     steering, layers = Steering(), {}
+    # A layer that the model holds under several names is steered under each.
+    places = list(model.named_modules(remove_duplicate=False))
     for name in ranks:
-        parent, _, child = name.rpartition(".")
+        layer = model.get_submodule(name)
         layers[name] = MixedLoRALinear(
-            model.get_submodule(name),
+            layer,
             names,
             ranks=ranks[name],
             lora_alpha=lora_alpha[name],
@@ -298,7 +310,9 @@ def replace_linears(
             # A float64 model (tests, gradcheck) gets float64 adapters.
             dtype=torch.float64 if _dtype_of(model, name) == torch.float64 else dtype,
         )
-        setattr(model.get_submodule(parent), child, layers[name])
+        for place in [n for n, module in places if module is layer]:
+            parent, _, child = place.rpartition(".")
+            setattr(model.get_submodule(parent), child, layers[name])
     return layers
 
 
@@ -313,7 +327,7 @@ class steer:
     Args:
         model: A model after `inject` or `load_adapters` (also wrapped by DDP or torch.compile).
         weights: [B, m], one row an example: a tensor or nested sequence of real numbers. A tensor
-            that requires grad gets its gradient.
+            that requires grad gets its gradient. None runs the bare base model, for any batch.
         example_ids: int32 or int64 [T], for modules that see flattened tokens [T, in].
 
     Rows may be changed freely between calls without recompilation. Nests: the inner rows hold
@@ -328,11 +342,15 @@ class steer:
     def __init__(
         self,
         model: nn.Module,
-        weights: Tensor | Sequence[Sequence[float]],
+        weights: Tensor | Sequence[Sequence[float]] | None,
         example_ids: Tensor | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.example_ids = model, example_ids
+        self._undo: list[Callable[[], None]] = []
         names = adapter_names(model)
+        self.weights: Tensor | None = None
+        if weights is None:
+            return
         layer = next(m for m in model.modules() if isinstance(m, MixedLoRALinear))
         acc = torch.float64 if layer.lora_A.dtype == torch.float64 else torch.float32
         rows = torch.as_tensor(weights).to(layer.lora_A.device, acc)
@@ -341,21 +359,16 @@ class steer:
                 f"weights must have shape [B, {len(names)}] for the adapters {', '.join(names)}, "
                 f"got {list(rows.shape)}"
             )
-        self._all_zero = False
-        if not torch.compiler.is_compiling():
-            largest = float(rows.detach().abs().amax()) if rows.numel() else 0.0
-            if not math.isfinite(largest):
-                bad = rows[~torch.isfinite(rows)][0].item()
-                raise ValueError(f"weights must be finite, got {bad}")
-            self._all_zero = largest == 0
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"weights must be finite, got {rows[~torch.isfinite(rows)][0].item()}")
         if example_ids is not None:
-            checks.example_ids(example_ids, example_ids.numel(), rows.shape[0], rows)
-        self.weights, self.example_ids = rows, example_ids
-        self._undo: list[Callable[[], None]] = []
+            tokens = example_ids.numel() if isinstance(example_ids, Tensor) else 0
+            checks.example_ids(example_ids, tokens, rows.shape[0], rows)
+        self.weights = rows
 
     def __enter__(self) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
-        rows = _Rows(self.weights, self.example_ids, self._all_zero, in_backward)
+        rows = _Rows(self.weights, self.example_ids, in_backward)
         shared = list({id(m.steering): m.steering for m in self._layers()}.values())
         previous = [s.rows for s in shared]
         for steering in shared:

@@ -167,7 +167,7 @@ def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_sample(
-    device: str,
+    kind: str,
     logits: Tensor,
     weights: Tensor | None,
     mode: str,
@@ -178,8 +178,8 @@ def _check_sample(
     """Logits with a contiguous last axis, and (weights, temperature, seed, position) contiguous."""
     if logits.dim() != 3 or logits.shape[0] == 0 or logits.shape[2] == 0:
         raise ValueError(f"logits must be [m, B, V] with m and V > 0, got {list(logits.shape)}")
-    if logits.device.type != device:
-        raise ValueError(f"logits must be on a {device} device, got {logits.device}")
+    if logits.device.type != kind:
+        raise ValueError(f"logits must be on a {kind} device, got {logits.device}")
     if logits.dtype not in _DTYPES:
         names = ", ".join(str(dtype) for dtype in _DTYPES)
         raise TypeError(f"logits must be one of {names}, got {logits.dtype}")
@@ -188,26 +188,29 @@ def _check_sample(
     m, batch, vocab_size = logits.shape
     if weights is None and m != 1:
         raise ValueError(f"weights must be [B, m] where m > 1, got None with m = {m}")
-    expected = {
-        "weights": (weights, (batch, m), torch.float32),
-        "temperature": (temperature, (batch,), torch.float32),
-        "seed": (seed, (batch,), torch.int64),
-        "position": (position, (batch,), torch.int64),
-    }
-    for name, (value, shape, dtype) in expected.items():
-        if value is None:
-            continue
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
-        if value.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
-        if value.device != logits.device:
-            raise ValueError(
-                f"{name} must be on {logits.device} like the logits, got {value.device}"
-            )
     if vocab_size > 1 and logits.stride(2) != 1:
         logits = logits.contiguous()
-    return logits, tuple(v if v is None else v.contiguous() for v, _, _ in expected.values())
+    device = logits.device
+    if weights is not None:
+        weights = _rows("weights", weights, (batch, m), torch.float32, device)
+    return logits, (
+        weights,
+        _rows("temperature", temperature, (batch,), torch.float32, device),
+        _rows("seed", seed, (batch,), torch.int64, device),
+        _rows("position", position, (batch,), torch.int64, device),
+    )
+
+
+def _rows(
+    name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like the logits, got {value.device}")
+    return value if value.is_contiguous() else value.contiguous()
 
 
 def _sample_arguments(

@@ -23,7 +23,13 @@ def _register(schema: str, fake: Callable[..., Any]) -> None:
 
     def run(*args: Any) -> Any:
         *inputs, backend = args
-        return dispatch.select(name, backend, *inputs).run(*inputs)
+        kernel = dispatch.select(name, backend, *inputs).run
+        device = inputs[0].device.type
+        if torch.is_autocast_enabled(device):
+            # Autocast is the layer's business; in here it would round the float32 accumulators.
+            with torch.autocast(device, enabled=False):
+                return kernel(*inputs)
+        return kernel(*inputs)
 
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)

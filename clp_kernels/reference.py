@@ -52,7 +52,9 @@ def _rows_for(x: Tensor, weights: Tensor, example_ids: Tensor | None) -> Tensor:
 def _sum_per_example(per_token: Tensor, batch_size: int, example_ids: Tensor | None) -> Tensor:
     """Sums [..., m] over the tokens of each example -> [B, m], in a fixed order (no atomics)."""
     if example_ids is None:
-        return per_token.reshape(batch_size, -1, per_token.shape[-1]).sum(1)
+        m = per_token.shape[-1]
+        tokens = per_token.numel() // max(1, batch_size * m)
+        return per_token.reshape(batch_size, tokens, m).sum(1)
     member = torch.arange(batch_size, device=example_ids.device)[:, None] == example_ids[None]
     return member.to(per_token.dtype) @ per_token
 
@@ -166,7 +168,7 @@ def mixed_linear_backward(
     dx, d_expert, d_weights, d_bias = (x.new_empty(0) for _ in needs)
     if needs[0]:
         parts = [linear(s, w.t().to(acc)) for s, w in zip(scaled, expert_weight, strict=True)]
-        dx = torch.stack([torch.zeros_like(x, dtype=acc), *parts]).sum(0).to(x.dtype)
+        dx = torch.stack([x.new_zeros(x.shape, dtype=acc), *parts]).sum(0).to(x.dtype)
     flat = [s.reshape(-1, dy.shape[-1]) for s in scaled]
     if needs[1]:
         d_expert = torch.stack([s.t() @ x_flat for s in flat]).to(expert_weight.dtype)
@@ -429,8 +431,8 @@ def linear_logprob_backward(
     """
     acc = accumulator(hidden.dtype)
     experts = head_weight if head_weight.dim() == 3 else head_weight[None]
-    d_hidden = torch.zeros_like(hidden, dtype=acc)
-    d_head = torch.zeros_like(experts, dtype=acc) if needs[1] else None
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=acc)
+    d_head = experts.new_zeros(experts.shape, dtype=acc) if needs[1] else None
     d_bias = experts.new_zeros(experts.shape[:2], dtype=acc) if needs[2] else None
     d_omega = hidden.new_zeros(hidden.shape[0], experts.shape[0], dtype=acc) if needs[3] else None
     for rows in _chunks(hidden.shape[0], head_weight.shape[-2]):

@@ -26,10 +26,10 @@ struct Race {
   float gain;  // exp(peak/t - to_beat) * 2^24, rounded up
 
   void set_gain() {
-    const double top = double(peak) / temperature;
-    // 1e-4 covers e (5e-6 off) and the products; 8 * 2^-52 the rounding of large scores, where
-    // ids tie because their noise is lost. exp(60) * 2^24 still is a float.
-    const double room = top - to_beat + 1e-4 + fabs(to_beat) * 0x1p-49;
+    // 1e-4 covers e (5e-6 off) and the products. A score so large that noise is lost in its rounding
+    // needs no more: ids enter in ascending order, so a tie that is pruned would have lost anyway.
+    // exp(60) * 2^24 still is a float.
+    const double room = double(peak) / temperature - to_beat + 1e-4;
     gain = float(exp(room < 60.0 ? room : 60.0) * 0x1p24);
   }
 

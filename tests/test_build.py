@@ -85,6 +85,7 @@ def test_setup_with_a_broken_compiler(tmp_path: Path) -> None:
     assert "clp-steer: this command failed, see above" in output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
 def test_setup_without_nvcc(tmp_path: Path) -> None:
     status, output, built = build(tmp_path, CLP_KERNELS_SKIP_CUDA="1")

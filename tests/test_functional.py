@@ -967,7 +967,7 @@ def spoiled() -> Iterator[Any]:
             for how, (error, spoil) in SPOILED.items():
                 if how == "longer first axis" and name in FREE:
                     continue
-                    value = spoil(valid(op)[1][name])
+                value = spoil(valid(op)[1][name])
                 yield pytest.param(op, {name: value}, error, name, id=f"{op}: {name}: {how}")
             if name in OTHER_DTYPE:
                 half = valid(op)[1][name].half()

@@ -50,7 +50,6 @@ def offences(package: str, forbidden: set[str], *, at_import_time: bool) -> list
         ("clp_kernels", {"clp", "bench", "tests", "scripts"}),
         ("clp", {"bench", "tests", "scripts"}),
         ("bench", {"tests", "scripts"}),
-        ("tests", {"bench.tests"}),
     ],
 )
 def test_import_directions(package: str, forbidden: set[str]) -> None:

@@ -183,11 +183,14 @@ def test_a_steered_layer_without_rows_raises(name: str) -> None:
         model(x)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("value", [0.0, 1.0])
 @pytest.mark.parametrize("rows", [1, 3, 22])
-def test_wrong_number_of_rows(rows: int) -> None:
-    model = steered(llama())
+def test_wrong_number_of_rows(rows: int, value: float, grad: bool) -> None:
+    model, weights = steered(llama()), torch.full((rows, 2), value)
     wanted = rf"11 examples, weights has {rows} rows"
-    with steer(model, torch.zeros(rows, 2)), pytest.raises(ValueError, match=wanted):
+    with torch.set_grad_enabled(grad), steer(model, weights), \
+            pytest.raises(ValueError, match=wanted):  # fmt: skip
         model(IDS)
 
 
@@ -224,6 +227,18 @@ def test_steer_refuses_example_ids(ids: object, error: type[Exception]) -> None:
 def test_steer_needs_a_steered_layer() -> None:
     with pytest.raises(ValueError, match="no MixedLoRALinear layer"):
         steer(stack(), [[1.0]])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_may_be_written_in_place(grad: bool) -> None:
+    """One buffer of rows for all steps, as a captured CUDA graph needs it, also from zero."""
+    model, x, rows = steered(stack()), torch.randn(3, 6), torch.zeros(3, 2)
+    with torch.set_grad_enabled(grad), steer(model, rows):
+        for kind in ("negative", "zero", "one_hot"):
+            rows.copy_(weight_rows(kind, 3, 2))
+            got = model(x)
+            with steer(model, rows.clone()):
+                assert torch.equal(got, model(x))
 
 
 def test_steer_nests_and_restores() -> None:
@@ -480,8 +495,7 @@ def test_compiled_layer_does_not_recompile_for_other_weights(grad: bool) -> None
 
     run(compiled, torch.randn(3, 2))
     with torch.compiler.set_stance("fail_on_recompile"):
-        for kind in WEIGHT_KINDS:
-            rows = weight_rows(kind, 3, 2)
+        for rows in (*(weight_rows(kind, 3, 2) for kind in WEIGHT_KINDS), torch.zeros(3, 2)):
             for got, wanted in zip(run(compiled, rows), run(model, rows), strict=True):
                 torch.testing.assert_close(got, wanted)
 
@@ -497,8 +511,7 @@ def test_compiled_model_does_not_recompile_for_other_weights() -> None:
 
     run(torch.randn(11, 2))
     with torch.compiler.set_stance("fail_on_recompile"):
-        for _ in range(3):
-            rows = torch.randn(11, 2)
+        for rows in (torch.randn(11, 2), torch.zeros(11, 2), weight_rows("zero", 11, 2)):
             torch.testing.assert_close(run(rows), logits_of(model, IDS, rows))
 
 
@@ -538,6 +551,7 @@ REFUSED = {
     "twice the name": (stack, {"adapters": ["a", "b", "a"]}, "adapters must be distinct"),
     "an empty name": (stack, {"adapters": ["a", ""]}, "adapters must be distinct"),
     "a name with a dot": (stack, {"adapters": ["a.b"]}, "adapters must be distinct"),
+    "a name with a slash": (stack, {"adapters": ["../a"]}, "adapters must be distinct"),
     "an integer dtype": (stack, {"dtype": torch.int8}, "dtype must be a floating dtype"),
     "a third dtype": (stack, {"dtype": torch.float16}, "dtype must be float32 or"),
     "integer weights": (Integers, {}, "lin has a torch.int8 weight"),

@@ -168,10 +168,10 @@ def test_probability_mode(isa: str, vocab_size: int) -> None:
 def test_probability_mode_far_apart(isa: str) -> None:
     """Probabilities below float32's range keep their logarithm, large logits their differences."""
     logits = torch.tensor([[[1000.0, 800.0, 799.0]], [[-500.0, -900.0, -900.5]]])
-    args = [logits, torch.tensor([[0.5, 0.5]]), "probability", torch.tensor([40.0])]
-    args += [torch.tensor([1]), torch.tensor([2])]
-    tokens, logprobs = expected([logits.double(), args[1].double(), *args[2:]])
-    actual = native.sample_cpu(*args, isa=isa)
+    weights, mode = torch.tensor([[0.5, 0.5]]), "probability"
+    rest = (torch.tensor([40.0]), torch.tensor([1]), torch.tensor([2]))
+    tokens, logprobs = expected([logits.double(), weights.double(), mode, *rest])
+    actual = native.sample_cpu(logits, weights, mode, *rest, isa=isa)
     assert torch.equal(actual[0], tokens)
     assert_logprobs(actual[1], logprobs)
 
@@ -186,28 +186,41 @@ def test_huge_logits(scale: float) -> None:
     assert_equals_reference(args)
 
 
-def bad_rows() -> list[Any]:
-    args = rows(1, 6, 5000)
-    args[0][0, 0] = -INF
-    args[0][0, 1, 4500] = NAN
-    args[0][0, 2, 3] = INF
-    args[0][0, 3, :4990] = -INF
-    args[0][0, 4] = -INF
-    args[0][0, 4, 4999] = NAN
-    return args
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("margin", "wins"), [(1e-3, 510), (-1e-3, 0)])
+def test_largest_noise_is_not_pruned(isa: str, margin: float, wins: int) -> None:
+    """Id 510 of (seed 7, position 115434) has the word 0xffffffff: noise 22.87, once in 2^32."""
+    seed, position = torch.tensor([7]), torch.tensor([115_434])
+    noise = reference.gumbel(reference.philox_uniform(seed, position, 512))[0]
+    assert noise[510] > 22.87
+    logits = torch.full((1, 1, 512), -60.0)
+    logits[0, 0, 0], logits[0, 0, 510] = 0.0, noise[0] - noise[510] + margin
+    args = [logits, None, "geometric", torch.ones(1), seed, position]
+    assert expected(args)[0].item() == wins
+    assert native.sample_cpu(*args, isa=isa)[0].item() == wins
 
 
 @pytest.mark.parametrize("mode", ["geometric", "probability"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_bad_rows(isa: str, mode: str) -> None:
-    args = bad_rows()
+    args = rows(1, 7, 9000)
+    logits = args[0][0]
+    logits[0] = -INF
+    logits[1, 4500] = NAN
+    logits[2, 3] = INF
+    logits[3, :8990] = -INF
+    logits[4] = -INF
+    logits[4, 8999] = NAN
+    logits[5, 4096:] = -INF
+    logits[5, 8999] = NAN  # the only entry of its slice that is not -inf
     args[2] = mode
-    tokens, logprobs = native.sample_cpu(*args, isa=isa)
-    assert (tokens >= 0).tolist() == [False, False, False, True, False, True]
-    assert logprobs.isnan().tolist() == [True, True, True, False, True, False]
-    assert tokens[3] >= 4990
-    args[3][:] = 0
-    assert (native.sample_cpu(*args, isa=isa)[0] >= 0).tolist() == (tokens >= 0).tolist()
+    for temperature in (1.0, 0.0):
+        args[3][:] = temperature
+        tokens, logprobs = native.sample_cpu(*args, isa=isa)
+        assert (tokens >= 0).tolist() == [False, False, False, True, False, False, True]
+        assert torch.equal(logprobs.isnan(), tokens < 0)
+        assert tokens[3] >= 8990
+        assert torch.equal(tokens, expected(args)[0])
 
 
 def test_weights_and_infinities() -> None:

@@ -66,6 +66,16 @@ def test_small_huge_logits(scale: float) -> None:
     assert_equals_reference(args)
 
 
+@pytest.mark.parametrize("margin", [1e-3, -1e-3])
+def test_small_largest_noise_is_not_pruned(margin: float) -> None:
+    """Id 510 of (seed 7, position 115434) has the word 0xffffffff: noise 22.87, once in 2^32."""
+    seed, position = torch.tensor([7]), torch.tensor([115_434])
+    noise = reference.gumbel(reference.philox_uniform(seed, position, 512))[0]
+    logits = torch.full((1, 1, 512), -60.0)
+    logits[0, 0, 0], logits[0, 0, 510] = 0.0, noise[0] - noise[510] + margin
+    assert_equals_reference([logits, None, "geometric", torch.ones(1), seed, position])
+
+
 def test_small_bad_rows() -> None:
     args = rows(1, 6, 5000)
     args[0][0, 0] = -INF

@@ -1,0 +1,1 @@
+"""Speed against plain PyTorch: `python -m bench --help`. Results: bench/RESULTS.md."""

@@ -1,0 +1,170 @@
+"""`python -m bench.gpu`: all that needs an NVIDIA GPU, in under eight minutes.
+
+Builds the modules in place, runs tests/gpu, runs its small cases under compute-sanitizer, and
+measures the `sample` ladder. Needs a CUDA build of PyTorch, nvcc, pytest and what
+`import clp_kernels` needs (safetensors); nothing has to be installed first. Appends to
+bench/results/cuda.csv, and copies bench/results/*.csv to the folder $OUT where that is set.
+Outside a git checkout, $GIT_COMMIT is the commit that the rows name.
+
+A kernel that fails its tests is not measured. Exit status: 0 all is well, 1 something failed or
+did not run to its end, 2 there is no GPU.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench import rows, tables
+
+DEADLINE = 470  # seconds for everything
+PYTHON = sys.executable
+# tests/conftest.py is for the CPU suite (it wants hypothesis); the GPU tests need none of it.
+PYTEST = [PYTHON, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+PYTEST += ["--confcutdir=tests/gpu"]
+LOADS = "from clp_kernels import native; raise SystemExit(native.cuda_missing())"
+BENCH = [PYTHON, "-m", "bench", "sample", "--device", "cuda"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, the stages that must have passed before it, and its limit in seconds."""
+
+    name: str
+    command: list[str]
+    after: tuple[str, ...] = ()
+    limit: float = 120
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage. `ok` is None where it was not run."""
+
+    name: str
+    ok: bool | None
+    seconds: float
+    note: str
+
+
+def stages(sanitizer: str | None) -> list[Stage]:
+    """In the order in which they run; without the sanitizer where its program is missing."""
+    built = ("build", "load")
+    found = [
+        Stage("build", [PYTHON, "setup.py", "build_ext", "--inplace"], limit=180),
+        Stage("load", [PYTHON, "-c", LOADS], ("build",)),
+        Stage("tests", PYTEST, built),
+    ]
+    for tool in ("memcheck", "racecheck") if sanitizer else ():
+        command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *PYTEST]
+        found.append(Stage(tool, [*command, "-k", "small and not 50257"], built))
+    found += [
+        Stage("sample", BENCH, (*built, "tests")),
+        Stage("sample, graph", [*BENCH, "--graph"], (*built, "tests")),
+        Stage("sample, compiled", [*BENCH, "--graph", "--compile", "--quick"], (*built, "tests")),
+    ]
+    return found
+
+
+def run(command: list[str], limit: float) -> tuple[int | None, str]:
+    """(exit status, or None where the limit stopped it; output), printing as it comes."""
+    # Without PyTorch's cache every tensor is an allocation of its own, so that the sanitizer sees
+    # a read past its end.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "--error-exitcode" in command else {}
+    process = subprocess.Popen(
+        command,
+        cwd=rows.ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **alone},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that the limit ends its children too
+    )
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit, stop)
+    timer.start()
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    status = process.wait()
+    timer.cancel()
+    return None if stopped.is_set() else status, "".join(lines)
+
+
+def perform(stage: Stage, passed: set[str], time_left: float) -> Outcome:
+    """Runs a stage, unless one that it needs has not passed or the time is up."""
+    missing = [name for name in stage.after if name not in passed]
+    if missing:
+        return Outcome(stage.name, None, 0.0, f"not run: {missing[0]} did not pass")
+    if time_left <= 0:
+        return Outcome(stage.name, None, 0.0, f"not run: the {DEADLINE} s are used up")
+    limit = min(stage.limit, time_left)
+    print(f"\n$ {shlex.join(stage.command)}", flush=True)
+    begin = time.monotonic()
+    status, output = run(stage.command, limit)
+    seconds = time.monotonic() - begin
+    note = f"stopped after {limit:.0f} s" if status is None else f"exit status {status}"
+    ok: bool | None = status == 0
+    if "No module named pytest" in output:
+        note = "pytest is not installed: no test ran"
+    elif not ok and "--error-exitcode" in stage.command and "Device not supported" in output:
+        ok, note = None, "skipped: compute-sanitizer does not support this device"
+    print(f"({stage.name}: {note}, {seconds:.1f} s)", flush=True)
+    return Outcome(stage.name, ok, seconds, note)
+
+
+def main() -> int:
+    """Runs the stages and prints the summary; gives the exit status."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        print("bench.gpu needs an NVIDIA GPU, and this PyTorch sees none.", file=sys.stderr)
+        return 2
+    begin = time.monotonic()
+    csv = rows.RESULTS / "cuda.csv"
+    known = len(rows.read(csv))
+    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:{_cuda()}")
+    outcomes: list[Outcome] = []
+    for stage in stages(sanitizer):
+        passed = {o.name for o in outcomes if o.ok}
+        outcomes.append(perform(stage, passed, DEADLINE - (time.monotonic() - begin)))
+    if sanitizer is None:
+        for tool in ("memcheck", "racecheck"):
+            outcomes.append(Outcome(tool, None, 0.0, "skipped: no compute-sanitizer on the path"))
+    if out := os.environ.get("OUT"):
+        for path in rows.RESULTS.glob("*.csv"):
+            shutil.copy(path, Path(out) / path.name)
+    new = tables.latest(rows.read(csv)[known:])
+    if new:
+        print(f"\n{tables.table(new, spread=False)}")
+    print(f"\n{rows.machine(torch.device('cuda'))}, torch {torch.__version__}")
+    for o in outcomes:
+        verdict = {True: "passed", False: "FAILED", None: "-"}[o.ok]
+        print(f"{o.name:18} {verdict:7} {o.seconds:7.1f} s  {o.note}")
+    return exit_status(outcomes)
+
+
+def exit_status(outcomes: list[Outcome]) -> int:
+    """1 where a stage failed or was left out for a reason other than a missing sanitizer."""
+    return int(any(o.ok is False or o.note.startswith("not run") for o in outcomes))
+
+
+def _cuda() -> str:
+    return f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

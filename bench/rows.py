@@ -1,0 +1,129 @@
+"""What a measurement leaves: rows of bench/results/<device>.csv, and the tables made from them.
+
+The CSV is append-only. Its machine column holds the processor's or GPU's model, nothing else of
+the machine.
+"""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from bench.timing import Timing
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+FIELDS = (
+    "date",  # UTC, one for the whole run
+    "commit",
+    "dirty",  # whether files other than results had changed since the commit
+    "machine",
+    "threads",
+    "torch",
+    "op",
+    "provider",  # "torch...": a baseline; "floor": the time to move the bytes once
+    "case",  # JSON
+    "p20_us",
+    "p50_us",
+    "p80_us",
+    "ratio",  # times as fast as the fastest baseline of this case in this run
+    "max_err_ratio",  # largest share of the error budget; 1 is the limit
+    "peak_bytes",  # GPU memory beyond the inputs
+)
+Row = dict[str, str]
+
+
+def provenance(device: torch.device) -> Row:
+    """When, what and where: the columns that all rows of a run share."""
+    commit, dirty = _commit()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit,
+        "dirty": dirty,
+        "machine": machine(device),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+
+
+def machine(device: torch.device) -> str:
+    """The GPU's name, or the processor's model and its number of cores."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def _commit() -> tuple[str, str]:
+    """(commit, dirty); outside a git checkout ($GIT_COMMIT or "unknown", "unknown")."""
+    status = ("status", "--porcelain", "--", ".", ":!bench/results", ":!bench/RESULTS.md")
+    outputs = []
+    for command in (("rev-parse", "--short=12", "HEAD"), status):
+        try:
+            done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            break
+        if done.returncode != 0:
+            break
+        outputs.append(done.stdout.strip())
+    else:
+        return outputs[0], "yes" if outputs[1] else "no"
+    return os.environ.get("GIT_COMMIT", "unknown"), "unknown"
+
+
+def rows(
+    shared: Row, op: str, case: Mapping[str, object], times: Mapping[str, Timing], floor_us: float
+) -> list[Row]:
+    """A row for each provider and one for the floor, with ratios to the fastest baseline."""
+    baselines = [t.p50_us for name, t in times.items() if name.startswith("torch")]
+    strongest = min(baselines, default=None)
+
+    def row(provider: str, timing: Timing) -> Row:
+        own = {
+            "op": op,
+            "provider": provider,
+            "case": json.dumps(case),
+            "p20_us": f"{timing.p20_us:.2f}",
+            "p50_us": f"{timing.p50_us:.2f}",
+            "p80_us": f"{timing.p80_us:.2f}",
+            "ratio": "" if strongest is None else f"{strongest / timing.p50_us:.3f}",
+            "max_err_ratio": "" if provider == "floor" else f"{timing.max_err_ratio:.4f}",
+            "peak_bytes": "" if timing.peak_bytes is None else str(timing.peak_bytes),
+        }
+        return shared | own
+
+    floor = Timing(floor_us, floor_us, floor_us, 0.0)
+    return [row("floor", floor), *(row(name, timing) for name, timing in times.items())]
+
+
+def append(path: Path, new: Iterable[Row]) -> None:
+    """Adds rows at the end of the file, with a header where it is new.
+
+    Raises: ValueError where the file has other columns; rows that are there are never touched.
+    """
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
+    with path.open(encoding="utf-8", newline="") as file:
+        header = next(csv.reader(file), [])
+    if tuple(header) != FIELDS:
+        raise ValueError(f"{path.name} has the columns {header}, expected {list(FIELDS)}")
+    with path.open("a", encoding="utf-8", newline="") as file:
+        csv.DictWriter(file, FIELDS, lineterminator="\n").writerows(new)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, oldest first; none where it does not exist."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

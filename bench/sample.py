@@ -1,0 +1,177 @@
+"""The subject `sample` without filters: mix m rows of logits, draw a token, its log-probability.
+
+Providers. Temperature is 1 for all, which spares the baselines a division.
+    torch              mix, softmax, argmax(probs / exponential noise) (Gumbel-max), gather
+    torch_cdf          mix, softmax, cumulative sum, binary search for one uniform, gather
+    torch_multinomial  mix, softmax, torch.multinomial, gather
+    torch_compile      the first under torch.compile (optional: it compiles anew for each case)
+    reference          clp_kernels.reference, the definition
+    cpu, cuda          the compiled kernels through clp_kernels.sample, argument checks included
+
+Error gate: log-probabilities within the project's budget (clp_kernels.testing); and of ours, the
+very tokens that the reference draws. Baselines draw by their own noise, one stream for the batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+import clp_kernels
+from bench.timing import Provider
+from clp_kernels import native
+from clp_kernels.testing import assert_within_budget, weight_rows
+
+OP = "sample"
+# Below this many logits one batched product is the faster mix, above it a sum term by term
+# (measured with one thread, m 4: at V 512 6 against 18 us, at V 151,936 and B 8 in bfloat16 1.6
+# against 1.0 ms, where torch.einsum needs 11 ms).
+SMALL = 2**18
+Draw = tuple[Tensor, Tensor]  # tokens int64 [B], logprobs float32 [B]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one draw."""
+
+    vocab_size: int
+    m: int
+    batch: int
+    dtype: str
+
+    def fields(self) -> dict[str, object]:
+        """The case as it stands in a row."""
+        return {"V": self.vocab_size, "m": self.m, "B": self.batch, "dtype": self.dtype}
+
+    def floor_bytes(self) -> int:
+        """The logits, read once."""
+        return self.m * self.batch * self.vocab_size * getattr(torch, self.dtype).itemsize
+
+
+def cases(quick: bool = False) -> list[Case]:
+    """The ladder, or with `quick` the mixtures over a large vocabulary alone."""
+    sizes = (32_000, 151_936) if quick else (512, 32_000, 151_936)
+    counts, batches = ((4,), (1, 32)) if quick else ((1, 4), (1, 8, 32))
+    return [Case(*c) for c in product(sizes, counts, batches, ("float32", "bfloat16"))]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """logits [m, B, V] and weights [B, m]; for m = 1 logits [B, V] and None. seed, position [B]."""
+
+    logits: Tensor
+    weights: Tensor | None
+    seed: Tensor
+    position: Tensor
+
+
+def inputs(case: Case, device: torch.device) -> Inputs:
+    """Normal logits of spread 3 and random weights of the simplex, the same in every run."""
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(case.m, case.batch, case.vocab_size, generator=g)
+    logits = logits.to(device, getattr(torch, case.dtype))
+    weights = weight_rows("all_different", case.batch, case.m, generator=g, device=device)
+    seed = torch.randint(2**62, (case.batch,), generator=g).to(device)
+    position = torch.randint(2**16, (case.batch,), generator=g).to(device)
+    mixed = case.m > 1
+    return Inputs(logits if mixed else logits[0], weights if mixed else None, seed, position)
+
+
+def mix(logits: Tensor, weights: Tensor | None) -> Tensor:
+    """[B, V] in float32: the fastest plain form for the size."""
+    if weights is None:
+        return logits.float()
+    if logits.numel() <= SMALL:
+        return torch.bmm(weights[:, None], logits.float().transpose(0, 1))[:, 0]
+    z = logits[0] * weights[:, 0, None]
+    for i in range(1, len(logits)):
+        z.addcmul_(logits[i], weights[:, i, None])
+    return z
+
+
+def torch_gumbel(logits: Tensor, weights: Tensor | None) -> Draw:
+    """Gumbel-max with the logarithms cancelled: argmax p / e, e exponential (as in gpt-fast)."""
+    probs = torch.softmax(mix(logits, weights), dim=-1)
+    noise = torch.empty_like(probs).exponential_(1)
+    tokens = torch.div(probs, noise, out=noise).argmax(-1, keepdim=True)
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+
+
+def torch_cdf(logits: Tensor, weights: Tensor | None) -> Draw:
+    """One uniform a row instead of one a token, which is what counts on a CPU."""
+    probs = torch.softmax(mix(logits, weights), dim=-1)
+    cdf = probs.cumsum(-1)
+    u = torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:]
+    tokens = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[1] - 1)
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+
+
+def torch_multinomial(logits: Tensor, weights: Tensor | None) -> Draw:
+    """What most samplers call."""
+    probs = torch.softmax(mix(logits, weights), dim=-1)
+    tokens = torch.multinomial(probs, 1)
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+
+
+def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
+    """Everything that can draw from these inputs on their device."""
+    kind = data.logits.device.type
+    ours = {"reference": None, "cpu": native.cpu_missing, "cuda": native.cuda_missing}
+    logprobs_right, draw_right = _gates(data)
+
+    def plain(name: str, draw: Callable[..., Draw], graph: bool = True) -> Provider:
+        return Provider(name, lambda: draw(data.logits, data.weights), logprobs_right, graph)
+
+    found = [
+        plain("torch", torch_gumbel),
+        plain("torch_cdf", torch_cdf),
+        plain("torch_multinomial", torch_multinomial, graph=False),  # checks its input on the host
+    ]
+    if compiled:
+        torch._dynamo.reset()  # each case is compiled for its own sizes
+        found.append(plain("torch_compile", torch.compile(torch_gumbel, dynamic=False)))
+    for backend in ("reference", kind):
+        missing = ours[backend]
+        if missing is None or missing() is None:
+            found.append(Provider(backend, _draw(data, backend), draw_right, backend == kind))
+    return found
+
+
+def _draw(data: Inputs, backend: str) -> Callable[[], Draw]:
+    def draw() -> Draw:
+        return clp_kernels.sample(
+            data.logits,
+            weights=data.weights,
+            seed=data.seed,
+            position=data.position,
+            backend=backend,
+        )[:2]
+
+    return draw
+
+
+def _gates(data: Inputs) -> tuple[Callable[[Draw], float], Callable[[Draw], float]]:
+    """(log-probabilities right for whatever was drawn, and also drawn what the reference draws)."""
+    z64 = data.logits.double()
+    if data.weights is not None:
+        z64 = clp_kernels.mix_logits(z64, data.weights, backend="reference")
+    logp64 = torch.log_softmax(z64, dim=-1)
+    logp32 = torch.log_softmax(mix(data.logits, data.weights), dim=-1)
+    wanted, _ = _draw(data, "reference")()
+
+    def logprobs_right(draw: Draw) -> float:
+        tokens, logprobs = draw
+        if not bool(((tokens >= 0) & (tokens < logp64.shape[1])).all()):
+            raise AssertionError(f"tokens must be ids of the vocabulary, got {tokens.tolist()}")
+        ref64, same = (p.gather(-1, tokens[:, None])[:, 0] for p in (logp64, logp32))
+        return assert_within_budget(logprobs, ref64, same, name="logprobs")
+
+    def draw_right(draw: Draw) -> float:
+        wrong = (draw[0] != wanted).nonzero()[:, 0].tolist()
+        if wrong:
+            raise AssertionError(f"rows {wrong} drew other tokens than the reference")
+        return logprobs_right(draw)
+
+    return logprobs_right, draw_right
