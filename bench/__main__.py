@@ -4,6 +4,7 @@ Exit status 1: a provider was refused by its error gate.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bandwidth = timing.copy_bandwidth(device)
     print(
         f"{rows.machine(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"copy bandwidth {bandwidth / 1e9:.0f} GB/s",
+        f"copy bandwidth {bandwidth / 1e9:.0f} GB/s, load average {os.getloadavg()[0]:.1f}",
         flush=True,
     )
     found, refusals = ladder(

@@ -25,6 +25,7 @@ FIELDS = (
     "dirty",  # whether files other than results had changed since the commit
     "machine",
     "threads",
+    "load",  # of the machine when the run began (one-minute average): what others were doing
     "torch",
     "op",
     "provider",  # "torch...": a baseline; "floor": the time to move the bytes once
@@ -48,6 +49,7 @@ def provenance(device: torch.device) -> Row:
         "dirty": dirty,
         "machine": machine(device),
         "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.2f}",
         "torch": torch.__version__,
     }
 

@@ -81,10 +81,12 @@ def write_results(folder: Path = RESULTS, target: Path = ROOT / "bench" / "RESUL
         commits = {f"{r['commit']}{'+' * (r['dirty'] == 'yes')}" for r in rows}
         dates = sorted({r["date"][:10] for r in rows})
         of = ", ".join(sorted({r["torch"] for r in rows}))
+        load = max(float(r["load"]) for r in rows)
         parts.append(
             f"## `{op}` on {machine}\n\n"
             f"{threads} threads, torch {of}, {' to '.join(dates[:: max(1, len(dates) - 1)])}, "
-            f"commit {', '.join(sorted(commits))} (+: with uncommitted changes).\n"
+            f"commit {', '.join(sorted(commits))} (+: with uncommitted changes). Load average of "
+            f"the machine before the run: {load:.1f}.\n"
             f"Again: `python -m bench {op} --device {device}`.\n\n{table(rows)}\n"
         )
     target.write_text("\n".join(parts), encoding="utf-8")

@@ -5,6 +5,7 @@ only, because reading a CUDA tensor on the host would stall the stream; `steer` 
 check device rows where they enter.
 """
 
+import math
 from numbers import Integral, Real
 
 import torch
@@ -118,12 +119,41 @@ def per_row(
             if not isinstance(value, Integral):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             number = int(value)
+            if not -(2**63) <= number < 2**63:
+                raise ValueError(f"{name} must be a 64-bit integer, got {number}")
         rows = torch.full((batch,), number, dtype=dtype, device=like.device)
     if readable(rows):
         good = _RANGES[ok](rows)
         if not bool(good.all()):
             raise ValueError(f"{name} must be {ok}, got {rows[~good][0].item()}")
     return rows
+
+
+def scaling(value: object, m: int, like: Tensor) -> None:
+    """A finite number, or a finite tensor [m]."""
+    if isinstance(value, Tensor):
+        finite("scaling", tensor("scaling", value, (m,), like))
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"scaling must be a number or a tensor [m], got {type(value).__name__}")
+    elif not math.isfinite(value):
+        raise ValueError(f"scaling must be finite, got {value}")
+
+
+def broadcast_temperature(value: object, shape: torch.Size, like: Tensor) -> Tensor:
+    """A finite number > 0, or a tensor of them that broadcasts to `shape`, as float32 `shape`."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"temperature must be a number or a tensor, got {type(value).__name__}")
+        value = torch.full((), float(value), device=like.device)
+    same_device("temperature", value, like)
+    sizes = tuple(value.shape)
+    pairs = zip(reversed(sizes), reversed(shape), strict=False)
+    if len(sizes) > len(shape) or any(have not in (1, want) for have, want in pairs):
+        raise ValueError(f"temperature must broadcast to {list(shape)}, got {list(sizes)}")
+    rows = value.to(torch.float32)
+    if readable(rows) and not bool(_RANGES["finite and > 0"](rows).all()):
+        raise ValueError(f"temperature must be finite and > 0, got {rows.min().item()}")
+    return rows.expand(shape)
 
 
 _RANGES = {

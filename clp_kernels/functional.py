@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from clp_kernels import checks
 from clp_kernels import ops as _ops  # noqa: F401  registers torch.ops.clp_kernels.*
@@ -92,9 +93,7 @@ def mixed_lora(
     if bias is not None:
         checks.tensor("bias", bias, (base_weight.shape[0],), x)
         checks.same_dtype("bias", bias, x.dtype)
-    if isinstance(scaling, Tensor):
-        checks.tensor("scaling", scaling, (m,), x)
-    checks.finite("scaling", torch.as_tensor(scaling))
+    checks.scaling(scaling, m, x)
     return apply_mixed_lora(
         x, base_weight, lora_A, lora_B, weights * scaling, bias, example_ids, backend
     )
@@ -127,6 +126,7 @@ class _MixedLoRA(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs = list(ctx.needs_input_grad[:6])
         saved = ctx.saved_tensors
@@ -184,6 +184,7 @@ class _MixedLinear(torch.autograd.Function):
         return _op.mixed_linear(*args)  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs = list(ctx.needs_input_grad[:4])
         saved = ctx.saved_tensors
@@ -234,6 +235,7 @@ class _MixLogits(torch.autograd.Function):
         return _op.mix_logits(logits, weights, mode, backend)  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs = list(ctx.needs_input_grad[:2])
         grads = _op.mix_logits_backward(dz, *ctx.saved_tensors, ctx.mode, needs, ctx.backend)
@@ -294,7 +296,7 @@ def sample(
     if stacked.shape[-1] == 0:
         raise ValueError(f"logits must have a vocabulary of at least 1, got {list(logits.shape)}")
     if weights is not None:
-        weights = _check_mixture(weights.detach(), stacked, mode)
+        weights = _check_mixture(weights, stacked, mode).detach()
     batch = stacked.shape[1]
     integer = "an integer"
     rows = checks.per_row
@@ -382,14 +384,12 @@ def linear_logprob(
     ids = None
     if weights is not None:
         if hidden.dim() < 2:
-            raise ValueError("hidden must be [B, ..., d] when weights are given")
+            raise ValueError(f"hidden must be [B, ..., d] with weights, got {list(hidden.shape)}")
         batch = hidden.shape[0]
         weights = checks.weight_rows(weights, batch, head_weight.shape[0], hidden)
         per_example = targets.numel() // max(batch, 1)
         ids = torch.arange(batch, device=hidden.device).repeat_interleave(per_example)
-    tau = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device)
-    if checks.readable(tau) and not bool(((tau > 0) & tau.isfinite()).all()):
-        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+    tau = checks.broadcast_temperature(temperature, targets.shape, hidden)
     outputs = _LinearLogprob.apply(
         hidden.reshape(-1, dim),
         head_weight,
@@ -397,7 +397,7 @@ def linear_logprob(
         bias,
         weights,
         ids,
-        tau.expand(targets.shape).reshape(-1),
+        tau.reshape(-1),
         return_entropy,
         None if ref_hidden is None else ref_hidden.detach().reshape(-1, dim),
         is_batch_invariant(),
@@ -420,6 +420,7 @@ class _LinearLogprob(torch.autograd.Function):
         return _op.linear_logprob(*args)  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
         saved = ctx.saved_tensors

@@ -117,7 +117,9 @@ class MixedLoRALinear(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """PEFT's start: A Kaiming-uniform, B zero, so that every row gives the base layer."""
         for i, r_i in enumerate(self.ranks):
-            nn.init.kaiming_uniform_(self.lora_A.data[i, :r_i], math.sqrt(5), generator=generator)
+            if r_i:
+                start = self.lora_A.data[i, :r_i]
+                nn.init.kaiming_uniform_(start, math.sqrt(5), generator=generator)
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:

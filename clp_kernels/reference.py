@@ -167,8 +167,11 @@ def mixed_linear_backward(
     scaled = [omega[..., i : i + 1] * dy_acc for i in range(expert_weight.shape[0])]
     dx, d_expert, d_weights, d_bias = (x.new_empty(0) for _ in needs)
     if needs[0]:
-        parts = [linear(s, w.t().to(acc)) for s, w in zip(scaled, expert_weight, strict=True)]
-        dx = torch.stack([x.new_zeros(x.shape, dtype=acc), *parts]).sum(0).to(x.dtype)
+        # Added in order: a sum over a stacked axis rounds by the shape of the batch.
+        total = x.new_zeros(x.shape, dtype=acc)
+        for s, w in zip(scaled, expert_weight, strict=True):
+            total = total + linear(s, w.t().to(acc))
+        dx = total.to(x.dtype)
     flat = [s.reshape(-1, dy.shape[-1]) for s in scaled]
     if needs[1]:
         d_expert = torch.stack([s.t() @ x_flat for s in flat]).to(expert_weight.dtype)
@@ -194,7 +197,15 @@ def _mix(logits: Tensor, weights: Tensor, mode: str) -> Tensor:
     columns = weights.to(acc).t()[:, :, None]
     if mode == "probability":
         terms = list(starmap(_log_term, zip(logits.to(acc), columns, strict=True)))
-        return torch.logsumexp(torch.stack(terms), dim=0)
+        # Term by term: torch.logsumexp over a stacked axis rounds by the shape of the batch.
+        top = terms[0]
+        for term in terms[1:]:
+            top = torch.maximum(top, term)
+        safe = torch.where(top == -torch.inf, 0.0, top)
+        total = torch.zeros_like(top)
+        for term in terms:
+            total = total + (term - safe).exp()
+        return safe + total.log()
     mixed = torch.zeros(logits.shape[1:], dtype=acc, device=logits.device)
     blocked = torch.zeros(logits.shape[1:], dtype=torch.bool, device=logits.device)
     for l_i, w_i in zip(logits.to(acc), columns, strict=True):
@@ -219,10 +230,11 @@ def mix_logits_backward(
     d_logits, d_weights = [], []
     for l_i, w_i in zip(logits.to(acc), columns, strict=True):
         if mode == "probability":
-            p_i = torch.softmax(l_i, dim=-1)
-            ratio = torch.where(mixed == -torch.inf, 0.0, p_i / mixed.exp())
-            share = dz * w_i * ratio
-            d_logits.append(share - p_i * share.sum(-1, keepdim=True))
+            log_p = torch.log_softmax(l_i, dim=-1)
+            # In log space: both probabilities may be below the smallest float.
+            ratio = torch.where(mixed == -torch.inf, 0.0, (log_p - mixed).exp())
+            share = torch.where(w_i == 0, 0.0, dz * w_i * ratio)
+            d_logits.append(share - log_p.exp() * share.sum(-1, keepdim=True))
             d_weights.append((dz * ratio).sum(-1))
         else:
             d_logits.append(dz * w_i)
@@ -376,13 +388,21 @@ def linear_logprob(
         logprobs.append(picked.masked_fill(ignored, 0.0))
         p = logp.exp()
         if return_entropy:
-            entropy.append(-(p * logp.clamp(min=-1e30)).sum(-1).masked_fill(ignored, 0.0))
+            terms = -p * logp.clamp(min=-1e30)
+            entropy.append(_row_sums(terms, invariant).masked_fill(ignored, 0.0))
         if logq is not None:
             gap = torch.where(p > 0, logp - logq, 0.0)
-            kl.append((p * gap).sum(-1).masked_fill(ignored, 0.0))
+            kl.append(_row_sums(p * gap, invariant).masked_fill(ignored, 0.0))
     columns = (logprobs, entropy, kl)
     first, second, third = (torch.cat([hidden.new_empty(0, dtype=acc), *c]) for c in columns)
     return first, second, third
+
+
+def _row_sums(terms: Tensor, invariant: bool) -> Tensor:
+    """Sums [N, V] -> [N]. torch splits a long row among threads only where there are few rows."""
+    if not invariant or terms.shape[0] == 0:
+        return terms.sum(-1)
+    return torch.stack([row.sum() for row in terms])
 
 
 def _chunk_logp(
