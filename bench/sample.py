@@ -130,7 +130,7 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
         plain("torch_multinomial", torch_multinomial, graph=False),  # checks its input on the host
     ]
     if compiled:
-        torch._dynamo.reset()  # each case is compiled for its own sizes
+        torch.compiler.reset()  # each case is compiled for its own sizes
         found.append(plain("torch_compile", torch.compile(torch_gumbel, dynamic=False)))
     for backend in ("reference", kind):
         missing = ours[backend]

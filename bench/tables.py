@@ -17,6 +17,11 @@ Times are microseconds a call, median [20th, 80th percentile]. `torch...` are pl
 baselines. A **speed-up** is the time of the fastest baseline of the same case and run over the
 provider's own: above 1 is faster. **Floor** is the time to read the inputs once at the measured
 bandwidth of a large copy; inputs that stay in a cache can be read faster.
+
+A load average well above zero before a run means that other processes held cores meanwhile. With
+as many threads as cores, times then jump by whole time slices (4 to 8 ms) while one thread of a
+parallel region waits for its core: read the sections with one thread, or measure again on an idle
+machine.
 """
 
 
@@ -82,11 +87,11 @@ def write_results(folder: Path = RESULTS, target: Path = ROOT / "bench" / "RESUL
         dates = sorted({r["date"][:10] for r in rows})
         of = ", ".join(sorted({r["torch"] for r in rows}))
         load = max(float(r["load"]) for r in rows)
+        again = f"OMP_NUM_THREADS={threads} python -m bench {op} --device {device}"
         parts.append(
-            f"## `{op}` on {machine}\n\n"
-            f"{threads} threads, torch {of}, {' to '.join(dates[:: max(1, len(dates) - 1)])}, "
-            f"commit {', '.join(sorted(commits))} (+: with uncommitted changes). Load average of "
-            f"the machine before the run: {load:.1f}.\n"
-            f"Again: `python -m bench {op} --device {device}`.\n\n{table(rows)}\n"
+            f"## `{op}` on {machine}, threads: {threads}\n\n"
+            f"torch {of}; {' to '.join(dates[:: max(1, len(dates) - 1)])}; commit "
+            f"{', '.join(sorted(commits))} (+: with uncommitted changes); load average before the "
+            f"run: {load:.1f}. Again: `{again}`.\n\n{table(rows)}\n"
         )
     target.write_text("\n".join(parts), encoding="utf-8")

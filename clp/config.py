@@ -49,7 +49,7 @@ class CLPConfig:
     group, before they are weighted; or not at all."""
 
     # Parameters that control generation
-    num_prompts: int = 32
+    num_prompts: int = 24
     """Prompt groups a step; each group has one prompt and one weight row."""
     num_generations: int = 4
     """Completions a group, at least 2: the others are the baseline of each (leave-one-out)."""
@@ -59,7 +59,7 @@ class CLPConfig:
     """Sampling temperature, and that of the trained policy's log-probabilities."""
 
     # Parameters that control optimisation
-    max_steps: int = 200
+    max_steps: int = 150
     """Optimiser steps."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""

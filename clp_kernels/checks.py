@@ -6,7 +6,9 @@ check device rows where they enter.
 """
 
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,22 +113,23 @@ def per_row(
             )
         same_device(name, value, like)
         rows = value.to(dtype)
-    else:
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-        number: float = float(value)
-        if not dtype.is_floating_point:
-            if not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            number = int(value)
-            if not -(2**63) <= number < 2**63:
-                raise ValueError(f"{name} must be a 64-bit integer, got {number}")
-        rows = torch.full((batch,), number, dtype=dtype, device=like.device)
-    if readable(rows):
-        good = _RANGES[ok](rows)
-        if not bool(good.all()):
-            raise ValueError(f"{name} must be {ok}, got {rows[~good][0].item()}")
-    return rows
+        if readable(rows):
+            good = _RANGES[ok](rows)
+            if not bool(good.all()):
+                raise ValueError(f"{name} must be {ok}, got {rows[~good][0].item()}")
+        return rows
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+    number: float = float(value)
+    if not dtype.is_floating_point:
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        number = int(value)
+        if not -(2**63) <= number < 2**63:
+            raise ValueError(f"{name} must be a 64-bit integer, got {number}")
+    if not _RANGES[ok](number):
+        raise ValueError(f"{name} must be {ok}, got {number}")
+    return torch.full((batch,), number, dtype=dtype, device=like.device)
 
 
 def scaling(value: object, m: int, like: Tensor) -> None:
@@ -156,11 +159,12 @@ def broadcast_temperature(value: object, shape: torch.Size, like: Tensor) -> Ten
     return rows.expand(shape)
 
 
-_RANGES = {
-    "finite and >= 0": lambda t: t.isfinite() & (t >= 0),
-    "finite and > 0": lambda t: t.isfinite() & (t > 0),
+# Plain comparisons, so that each takes a number or a tensor; NaN fails them all.
+_RANGES: dict[str, Callable[[Any], Any]] = {
+    "finite and >= 0": lambda t: (t >= 0) & (t < math.inf),
+    "finite and > 0": lambda t: (t > 0) & (t < math.inf),
     "0 (off) or positive": lambda t: t >= 0,
     "in (0, 1]": lambda t: (t > 0) & (t <= 1),
     "in [0, 1]": lambda t: (t >= 0) & (t <= 1),
-    "an integer": lambda t: torch.ones_like(t, dtype=torch.bool),
+    "an integer": lambda t: t == t,
 }

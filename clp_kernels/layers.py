@@ -178,7 +178,8 @@ def _refuse_foreign_recompute(rows: _Rows) -> None:
     if torch._C._current_graph_task_id() != -1 and not rows.set_in_backward:
         raise RuntimeError(
             "a steered layer was recomputed in the backward with rows that may not be its own; use "
-            "model.gradient_checkpointing_enable(), or torch.utils.checkpoint.checkpoint(..., "
+            "transformers' gradient_checkpointing_enable() (from 5.23 on: "
+            "activation_checkpointing_enable()), or torch.utils.checkpoint.checkpoint(..., "
             "use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), "
             "clp_kernels.steer(model, weights)))"
         )

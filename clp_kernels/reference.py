@@ -496,7 +496,7 @@ def linear_logprob_backward(
                     d_bias[i] += scaled.sum(0)
                 if d_omega is not None:
                     b_i = None if bias is None else bias[i].to(acc)
-                    d_omega[rows, i] += (d_logits * F.linear(h, expert, b_i)).sum(-1)
+                    d_omega[rows, i] += (d_logits * _linear(invariant)(h, expert, b_i)).sum(-1)
     out_hidden, out_head, out_bias, out_weights = (hidden.new_empty(0) for _ in needs)
     if needs[0]:
         out_hidden = d_hidden.to(hidden.dtype)

@@ -153,7 +153,7 @@ def test_results_page_shows_the_latest_rows(tmp_path: Path) -> None:
     rows.append(tmp_path / "cpu.csv", [old, *rest, new, lone, a_row("cpu", 7, machine="B")])
     tables.write_results(tmp_path, tmp_path / "RESULTS.md")
     page = re.sub(" +", " ", (tmp_path / "RESULTS.md").read_text())
-    assert page.index("## `sample` on A") < page.index("## `sample` on B")
+    assert page.index("## `sample` on A,") < page.index("## `sample` on B,")
     assert "9999" not in page and "commit 1, c2+ " in page
     assert "python -m bench sample --device cpu" in page
     lines = [line for line in page.splitlines() if line.startswith("|")]

@@ -101,6 +101,23 @@ def test_zero_rows_are_the_base_model_to_the_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_steer_to_none_is_the_base_model_to_the_bit(name: str) -> None:
+    """For any batch size, inside other rows too, and the outer rows hold again afterwards."""
+    model = MODELS[name]()
+    with torch.no_grad():
+        base = model(IDS).logits
+    steered(model)
+    rows = torch.ones(11, 2)
+    wanted = logits_of(model, IDS, rows)
+    with torch.no_grad(), steer(model, rows):
+        with steer(model, None):
+            assert torch.equal(model(IDS).logits.view(torch.int32), base.view(torch.int32))
+            assert model(IDS[:3]).logits.shape[0] == 3
+        assert torch.equal(model(IDS).logits, wanted)
+    assert not torch.equal(wanted, base)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_each_row_is_the_merged_model(name: str) -> None:
     model = steered(MODELS[name]())
     rows = weight_rows("negative", 11, 2)

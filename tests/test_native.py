@@ -176,6 +176,16 @@ def test_probability_mode_far_apart(isa: str) -> None:
     assert_logprobs(actual[1], logprobs)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_probability_mode_keeps_close_logits_apart(isa: str) -> None:
+    """A normaliser of log(100,000) = 11.5 must not round away a difference of one ulp at 1."""
+    logits = torch.zeros(1, 1, 100_000)
+    logits[..., 7], logits[..., 9] = 1.0, 1.0 + 2.0**-23
+    one = torch.ones(1, dtype=torch.int64)
+    args = (logits, torch.ones(1, 1), "probability", torch.zeros(1), one, one)
+    assert native.sample_cpu(*args, isa=isa)[0].item() == 9
+
+
 @pytest.mark.parametrize("scale", [1e4, 1e9, 1e17, 3e38])
 def test_huge_logits(scale: float) -> None:
     """Where a score's rounding swallows the noise, ties go to the lowest index, as in float64."""

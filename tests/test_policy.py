@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from clp.policy import TINY, Policy, load_base
+from clp.weights import weight_grid
 from clp_kernels.layers import steered_layers
 
 IDS = torch.tensor([[1, 5, 9, 30], [1, 7, 8, 40]])
@@ -179,3 +180,24 @@ def test_head_refuses_a_soft_cap(tmp_path):
     policy = Policy.create(with_tiny_tokenizer(model, tmp_path), ["a"])
     with pytest.raises(ValueError, match="not a linear function"):
         policy.head()
+
+
+def test_eleven_rows_of_a_real_pretrained_model_are_eleven_single_runs(shared_models):
+    """stories260k with random adapters: logits to 1e-5, and the same greedy tokens."""
+    policy = Policy.create(str(shared_models / "stories260k"), ["a", "b"])
+    generator = torch.Generator().manual_seed(3)
+    for layer in steered_layers(policy.model).values():
+        layer.lora_B.data.normal_(0, 0.05, generator=generator)
+    rows = weight_grid(2)
+    ids = policy.tokenizer(["Once upon a time, there was a little dog."] * 11, return_tensors="pt")
+    with torch.no_grad(), policy.steer(rows):
+        together = policy.model(**ids).logits
+        tokens = policy.model.generate(**ids, max_new_tokens=20, do_sample=False)
+    one = {name: value[:1] for name, value in ids.items()}
+    for i in range(11):
+        with torch.no_grad(), policy.steer(rows[i : i + 1]):
+            alone = policy.model(**one).logits
+            single = policy.model.generate(**one, max_new_tokens=20, do_sample=False)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+        assert torch.equal(tokens[i : i + 1], single)
+    assert len({tuple(t) for t in tokens.tolist()}) > 1
