@@ -109,4 +109,4 @@ def _draw_front(axis: Any, front: Frontier) -> None:
     axis.set_ylabel(f"{front.objectives[1]} (mean reward)")
     axis.set_title(f"hypervolume {front.hypervolume:.3f}, base {front.base_hypervolume:.3f}")
     axis.figure.colorbar(points, ax=axis, label=f"weight of {front.objectives[0]}")
-    axis.legend(loc="best")
+    axis.legend(loc="upper right")  # a trade-off leaves that corner free

@@ -184,9 +184,9 @@ class Sampler:
         cache = DynamicCache(config=model.config)
         positions = position_ids(mask)
         batch = list(batch)
-        args = _SampleArguments.of(batch, device)
+        args, steering = _SampleArguments.of(batch, device), self._steering(batch)
         while batch:
-            with self.policy.steer(args.weights):
+            with steering:
                 logits = model(
                     input_ids=ids,
                     attention_mask=mask,
@@ -207,7 +207,10 @@ class Sampler:
                 batch = [batch[i] for i in alive]
                 if batch:
                     cache.batch_select_indices(keep)
-                    args = _SampleArguments.of(batch, device)
+                    args, steering = _SampleArguments.of(batch, device), self._steering(batch)
+
+    def _steering(self, batch: list[_Sequence]) -> clp_kernels.steer:
+        return self.policy.steer(torch.stack([s.row for s in batch]))
 
     def _extend(self, batch: list[_Sequence], drawn: clp_kernels.Sample) -> list[int]:
         """Appends the drawn tokens; returns the positions in the batch that go on."""
@@ -258,7 +261,6 @@ class Sampler:
 class _SampleArguments:
     """The per-row arguments of the `sample` op for a batch, on its device."""
 
-    weights: Tensor
     seed: Tensor
     options: dict[str, Any]
 
@@ -271,7 +273,7 @@ class _SampleArguments:
             same = len(set(values)) == 1
             options[name] = values[0] if same else torch.tensor(values, device=device)
         seed = torch.tensor([s.seed for s in batch], dtype=torch.int64, device=device)
-        return cls(torch.stack([s.row for s in batch]).to(device), seed, options)
+        return cls(seed, options)
 
 
 def with_seeds(params: SamplingParams, seeds: Sequence[int]) -> list[SamplingParams]:
