@@ -23,7 +23,7 @@ def policy():
     generator = torch.Generator().manual_seed(5)
     for layer in steered_layers(made.model).values():
         # Large enough that every row writes something else.
-        layer.lora_B.data.normal_(0, 0.05, generator=generator)
+        layer.lora_B.data.normal_(0, 0.15, generator=generator)
     return made
 
 
