@@ -37,7 +37,7 @@ class CLPConfig:
     """Modules that carry adapters: "all-linear", or names as in PEFT."""
 
     # Parameters that control the weights and the objective
-    alpha: float = 0.1
+    alpha: float = 0.12
     """KL strength in [0, 1): the objective is E[(1 - alpha) w.R - alpha KL(pi || pi_ref)], KL
     summed over the tokens of a completion, in nats."""
     dirichlet: float = 1.0
