@@ -254,7 +254,8 @@ def _number(objective: str, row: int, value: Any) -> float:
     came = f"reward {objective!r}, row {row}: expected a finite number, got {reprlib.repr(plain)}"
     if not isinstance(plain, numbers.Real):
         raise TypeError(f"{came}, a {type(value).__name__}")
-    if not abs(float(plain)) <= torch.finfo(torch.float32).max:
+    magnitude: Any = abs(plain)  # not float(plain): a huge integer overflows
+    if not magnitude <= torch.finfo(torch.float32).max:
         raise ValueError(f"{came}, not finite in float32")
     return float(plain)
 

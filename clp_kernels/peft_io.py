@@ -112,9 +112,6 @@ def save_adapters(
     """
     model = _unwrapped(model)
     layers, names = _layers(model), adapter_names(model)
-    for name in names:
-        if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
-            raise ValueError(f"adapter names must be folder names to be saved, got {name!r}")
     contents = {
         Path(directory) / name: {
             n: Factors(layer.lora_A[i, :r], layer.lora_B[i, :, :r], layer.lora_alpha[i])
