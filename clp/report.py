@@ -98,15 +98,14 @@ def plot_frontier(front: Frontier, path: Path) -> None:
 def _draw_front(axis: Any, front: Frontier) -> None:
     xs, ys = ([r[i] for r in front.rewards] for i in (0, 1))
     axis.plot(xs, ys, "-", color="0.8", zorder=1)
-    points = axis.scatter(
-        xs, ys, c=[w[0] for w in front.weights], cmap="viridis", s=60, zorder=2,
-        label="one policy, one weight row each",
-    )  # fmt: skip
-    axis.scatter(
-        *front.base_rewards[:2], marker="X", s=90, color="C3", label="base model", zorder=3
-    )
+    row_colors = [w[0] for w in front.weights]
+    points = axis.scatter(xs, ys, c=row_colors, cmap="viridis", s=60, zorder=2)
+    base = front.base_rewards[:2]
+    axis.scatter(*base, marker="X", s=90, color="C3", zorder=3)
+    axis.annotate("base model", base, xytext=(9, -4), textcoords="offset points", color="C3")
     axis.set_xlabel(f"{front.objectives[0]} (mean reward)")
     axis.set_ylabel(f"{front.objectives[1]} (mean reward)")
-    axis.set_title(f"hypervolume {front.hypervolume:.3f}, base {front.base_hypervolume:.3f}")
+    axis.set_title(
+        f"One policy: hypervolume {front.hypervolume:.3f}, base {front.base_hypervolume:.3f}"
+    )
     axis.figure.colorbar(points, ax=axis, label=f"weight of {front.objectives[0]}")
-    axis.legend(loc="upper right")  # a trade-off leaves that corner free

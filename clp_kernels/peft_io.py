@@ -107,7 +107,7 @@ def save_adapters(
         The folders, in the order of the columns of `weights`.
 
     Raises:
-        ValueError: no adapters, a name that cannot name a folder, NaN or infinity in an adapter,
+        ValueError: no adapters, NaN or infinity in an adapter,
             or a `<name>` that is in the way. OSError: nothing was changed.
     """
     model = _unwrapped(model)
