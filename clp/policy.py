@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
@@ -18,6 +19,9 @@ import clp_kernels
 from clp_kernels.layers import steered_layers
 
 TINY = Path(__file__).parent / "tiny"
+# What transformers raises on a folder that is incomplete or damaged.
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError,
+               safetensors.SafetensorError)  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w-]*")
 
 
@@ -212,7 +216,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         raise ValueError(f"model {name!r} is an adapter; give its base model, or a merged one")
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     causal = [a for a in config.architectures or [] if a in known]
@@ -233,7 +237,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         )
         model, report = loaded
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
     # transformers makes an empty tokenizer where the files are missing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):

@@ -151,6 +151,8 @@ def classifier(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+    from clp.policy import LOAD_ERRORS
+
     folder = Path(path).expanduser()
     problem = f"{str(folder)!r} is not a folder with a sequence classifier: "
     if not (folder / "config.json").is_file():
@@ -167,7 +169,7 @@ def classifier(
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **options
         )
-    except Exception as error:  # a broken folder fails in many ways, SafetensorError among them
+    except LOAD_ERRORS as error:
         raise ValueError(f"{problem}{type(error).__name__}: {error}") from error
     # transformers only warns of a random head, and makes an empty tokenizer for a missing one.
     if report["missing_keys"]:

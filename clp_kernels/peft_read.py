@@ -199,6 +199,7 @@ def _read_tensors(
 
 
 def tensor_keys(module: str) -> tuple[str, str]:
+    """PEFT's keys of lora_A and lora_B for a module."""
     start = f"base_model.model.{module}"
     return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
 

@@ -201,3 +201,12 @@ def test_eleven_rows_of_a_real_pretrained_model_are_eleven_single_runs(shared_mo
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
         assert torch.equal(tokens[i : i + 1], single)
     assert len({tuple(t) for t in tokens.tolist()}) > 1
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    for path in TINY.iterdir():
+        shutil.copy(path, tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_base(str(tmp_path))
