@@ -1,6 +1,5 @@
 PYTHON ?= python3
 SEED ?= 0
-RUN ?= runs/demo
 BIN := .venv/bin
 
 .PHONY: help dev demo test check tiny-model bench gpu clean
@@ -17,10 +16,10 @@ help:            ## this list
 dev: .venv/.ready  ## the environment: .venv with everything installed and the kernels built
 	@$(BIN)/python -m clp_kernels.info
 
-demo: .venv/.ready  ## train the tiny model, sweep the weights, print samples (SEED=1, RUN=folder)
-	rm -rf "$(RUN)"
-	$(BIN)/clp train --output-dir "$(RUN)" --seed $(SEED)
-	$(BIN)/clp eval "$(RUN)" --seed $(SEED)
+demo: .venv/.ready  ## train the tiny model, sweep the weights, print samples (SEED=1); starts runs/demo over
+	rm -rf runs/demo
+	$(BIN)/clp train --output-dir runs/demo --seed $(SEED)
+	$(BIN)/clp eval runs/demo --seed $(SEED)
 
 test: .venv/.ready  ## the whole CPU test suite
 	$(BIN)/python -m pytest

@@ -103,7 +103,7 @@ class ExportCommand:
 
 
 def train(argv: Sequence[str]) -> None:
-    """clp train [--config FILE] [--option value ...]: defaults < file < options."""
+    """clp train [--config FILE] [--option ...]: train one policy for every trade-off."""
     argv, config = list(argv), CLPConfig()
     if "--config" in argv:
         at = argv.index("--config")
@@ -127,7 +127,7 @@ def train(argv: Sequence[str]) -> None:
 
 
 def sample(argv: Sequence[str]) -> None:
-    """clp sample RUN "prompt" ... --weights "joy=0.7,brief=0.3"."""
+    """clp sample RUN "prompt" ... --weights "joy=0.7,brief=0.3": continue prompts."""
     command = tyro.cli(SampleCommand, prog="clp sample", args=argv)
     from clp.policy import Policy
     from clp.prompts import load_prompts
@@ -176,7 +176,7 @@ def sample(argv: Sequence[str]) -> None:
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """clp eval RUN."""
+    """clp eval RUN: sweep the weights on held-out prompts; numbers, plot, samples."""
     command = tyro.cli(EvalCommand, prog="clp eval", args=argv)
     from rich.console import Console
 
@@ -217,7 +217,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def export(argv: Sequence[str]) -> None:
-    """clp export RUN FOLDER --weights "joy=0.7,brief=0.3"."""
+    """clp export RUN FOLDER --weights "joy=0.7,brief=0.3": one PEFT adapter."""
     command = tyro.cli(ExportCommand, prog="clp export", args=argv)
     import clp_kernels
     from clp.policy import Policy
@@ -239,7 +239,7 @@ def _ranks(model: Any) -> tuple[int, ...]:
 
 
 def info(argv: Sequence[str]) -> None:
-    """clp info: the same as `python -m clp_kernels.info`."""
+    """clp info: versions, devices, and which kernels run here."""
     from clp_kernels import info as kernels_info
 
     kernels_info.main(list(argv))
@@ -263,8 +263,8 @@ def main() -> None:
     name, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("--help", "-h"):
         print("clp: one policy for every trade-off between objectives\n")
-        for command, run in COMMANDS.items():
-            print(f"  clp {command:8}{(run.__doc__ or '').splitlines()[0]}")
+        for run in COMMANDS.values():
+            print(f"  {(run.__doc__ or '').splitlines()[0]}")
         print("\nOptions of a command: clp COMMAND --help")
         return
     if name not in COMMANDS:
