@@ -256,9 +256,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def main() -> None:
     """Entry point. Bad input ends with one line on standard error and exit code 2."""
-    # Read by OpenMP when torch is loaded. Threads that wait spin for up to a scheduler slice by
-    # default; on two cores beside one busy process a training step of the demo then took 16 s and
-    # more, with this 2.4 s, and on quiet cores 0.9 s either way.
+    # Read by OpenMP when torch is loaded: how long waiting threads spin. On two cores beside one
+    # endless loop a training step of the demo takes 2.6 s by default and 2.1 s with this; on quiet
+    # cores 0.9 s either way.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     name, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("--help", "-h"):

@@ -110,7 +110,7 @@ def test_resume_from_a_checkpoint_is_bitwise_the_uninterrupted_run(whole, tmp_pa
 
 
 def test_kill_9_at_any_moment_then_resume(whole, tmp_path):
-    """A real process, killed again and again, also while it saves."""
+    """A real process, killed three times; every step saves, so a kill may fall into a save."""
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "clp.cli", "train", "--output-dir", str(folder), "--resume",
                "--save-steps", "1"]  # fmt: skip
