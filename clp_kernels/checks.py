@@ -22,10 +22,13 @@ def tensor(name: str, value: object, shape: tuple[int | None, ...], like: Tensor
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
-    sizes = tuple(value.shape)
-    if len(sizes) != len(shape) or any(
-        want is not None and want != got for want, got in zip(shape, sizes, strict=True)
-    ):
+    sizes = value.shape
+    fits = len(sizes) == len(shape)
+    # A plain loop: this runs several times a call, and a generator costs a microsecond more.
+    for want, got in zip(shape, sizes, strict=False):
+        if want is not None and want != got:
+            fits = False
+    if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{wanted}], got {list(sizes)}")
     same_device(name, value, like)
@@ -60,7 +63,14 @@ def readable(value: Tensor) -> bool:
 
 def finite(name: str, value: Tensor) -> None:
     """Raises ValueError for NaN or infinity in a CPU tensor."""
-    if readable(value) and not bool(torch.isfinite(value).all()):
+    if not readable(value):
+        return
+    # A finite sum has finite terms, and of a few numbers Python's sum costs least (0.7 us, against
+    # 3 us by PyTorch and 10 us for a look at every entry).
+    few = value.dim() == 2 and value.numel() <= 32
+    if math.isfinite(sum(map(sum, value.tolist())) if few else value.sum().item()):
+        return
+    if not bool(torch.isfinite(value).all()):
         bad = (~torch.isfinite(value)).nonzero()[0].tolist()
         raise ValueError(f"{name} must be finite, got {value[tuple(bad)].item()} at index {bad}")
 
@@ -72,7 +82,8 @@ def weight_rows(
     tensor("weights", weights, (batch, m), like)
     if values:
         finite("weights", weights)
-    return weights.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+    wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return weights if weights.dtype == wanted else weights.to(wanted)
 
 
 def example_ids(ids: Tensor, num_tokens: int, batch: int, like: Tensor) -> None:

@@ -6,14 +6,24 @@ the first whose `why_not` is None. GPU kernels are additionally held back from `
 tests have passed on a GPU of that architecture: VERIFIED lists those runs.
 """
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from clp_kernels import native, reference
+from clp_kernels import (
+    cpu_mixed_linear,
+    cpu_mixed_lora,
+    cuda_mixed_linear,
+    cuda_mixed_lora,
+    native,
+    reference,
+)
 
 # (op, backend, compute capability) of every GPU kernel whose tests have passed on hardware, with
 # the rows in bench/results/ that show it. Empty: no GPU kernel has run on a GPU yet.
@@ -101,15 +111,59 @@ def _unfiltered(
     return run
 
 
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _reference(op: str) -> Backend:
     return Backend("reference", getattr(reference, op), _always)
 
 
+def _compiled(name: str, module: ModuleType, op: str) -> Backend:
+    """An op of clp_kernels.<name>_<op>, which also says why it cannot run."""
+    return Backend(name, getattr(module, op), module.why_not)
+
+
+def _triton(module: str, op: str) -> Backend:
+    """The same in Triton, imported at its first use: the import takes half a second."""
+
+    def load() -> ModuleType:
+        return importlib.import_module(f"clp_kernels.{module}")
+
+    def why_not(x: torch.Tensor, *rest: Any) -> str | None:
+        if x.device.type != "cuda" and not _interpreting():
+            return f"the tensors are on {x.device}, not on a GPU"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        reason: str | None = load().why_not(x, *rest)
+        return reason
+
+    return Backend("triton", lambda *args: getattr(load(), op)(*args), why_not)
+
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "mixed_lora": (_reference("mixed_lora"),),
-    "mixed_lora_backward": (_reference("mixed_lora_backward"),),
-    "mixed_linear": (_reference("mixed_linear"),),
-    "mixed_linear_backward": (_reference("mixed_linear_backward"),),
+    "mixed_lora": (
+        _compiled("cpu", cpu_mixed_lora, "mixed_lora"),
+        _compiled("cuda", cuda_mixed_lora, "mixed_lora"),
+        _triton("triton_mixed_lora", "mixed_lora"),
+        _reference("mixed_lora"),
+    ),
+    "mixed_lora_backward": (
+        _compiled("cpu", cpu_mixed_lora, "mixed_lora_backward"),
+        _triton("triton_mixed_lora", "mixed_lora_backward"),
+        _reference("mixed_lora_backward"),
+    ),
+    "mixed_linear": (
+        _compiled("cpu", cpu_mixed_linear, "mixed_linear"),
+        _compiled("cuda", cuda_mixed_linear, "mixed_linear"),
+        _triton("triton_mixed_linear", "mixed_linear"),
+        _reference("mixed_linear"),
+    ),
+    "mixed_linear_backward": (
+        _compiled("cpu", cpu_mixed_linear, "mixed_linear_backward"),
+        _triton("triton_mixed_linear", "mixed_linear_backward"),
+        _reference("mixed_linear_backward"),
+    ),
     "mix_logits": (_reference("mix_logits"),),
     "mix_logits_backward": (_reference("mix_logits_backward"),),
     "sample": (
@@ -167,6 +221,8 @@ def _unverified(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
     if backend not in ("triton", "cuda"):
         return None
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    if device.type == "cpu" and _interpreting():
+        return "Triton's interpreter is for tests; name backend='triton' to use it"
     capability = torch.cuda.get_device_capability(device)
     if (op, backend, capability) in VERIFIED:
         return None

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clp_kernels import checks
-from clp_kernels import ops as _ops  # noqa: F401  registers torch.ops.clp_kernels.*
+from clp_kernels import checks, ops
 from clp_kernels.invariant import is_batch_invariant
 
 _op = torch.ops.clp_kernels
@@ -94,9 +93,9 @@ def mixed_lora(
         checks.tensor("bias", bias, (base_weight.shape[0],), x)
         checks.same_dtype("bias", bias, x.dtype)
     checks.scaling(scaling, m, x)
-    return apply_mixed_lora(
-        x, base_weight, lora_A, lora_B, weights * scaling, bias, example_ids, backend
-    )
+    if not _is(scaling, 1):
+        weights = weights * scaling
+    return apply_mixed_lora(x, base_weight, lora_A, lora_B, weights, bias, example_ids, backend)
 
 
 def apply_mixed_lora(
@@ -111,9 +110,9 @@ def apply_mixed_lora(
 ) -> Tensor:
     """`mixed_lora` without its checks, for the layers: weights float32 and already scaled."""
     args = (x, base_weight, lora_A, lora_B, weights, bias, example_ids, is_batch_invariant())
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:6]):
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args[:6]]):
         return _MixedLoRA.apply(*args, backend)  # type: ignore[no-any-return]
-    return _op.mixed_lora(*args, backend)[0]  # type: ignore[no-any-return]
+    return ops.call("mixed_lora", *args, backend)[0]  # type: ignore[no-any-return]
 
 
 class _MixedLoRA(torch.autograd.Function):

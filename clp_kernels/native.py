@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MODES = ("geometric", "probability")
 _REBUILD = "reinstall from source with a C++17 compiler, and nvcc for the GPU"
 
@@ -59,6 +59,22 @@ def cuda_missing() -> str | None:
     return None
 
 
+def cpu() -> Any:
+    """The module clp_kernels._cpu. Raises RuntimeError, with the reason, where it is missing."""
+    return _present("_cpu", cpu_missing())
+
+
+def cuda() -> Any:
+    """The module clp_kernels._cuda. Raises RuntimeError, with the reason, where it is missing."""
+    return _present("_cuda", cuda_missing())
+
+
+def _present(name: str, reason: str | None) -> Any:
+    if reason is not None:
+        raise RuntimeError(reason)
+    return _load(name)[0]
+
+
 def _runs_on(built: str, capability: tuple[int, int]) -> bool:
     """Whether code for "sm_80" runs there: same major, same or later minor ("sm_90a": equal)."""
     digits = built.removeprefix("sm_").rstrip("a")
@@ -68,21 +84,21 @@ def _runs_on(built: str, capability: tuple[int, int]) -> bool:
     return capability[0] == major and capability[1] >= minor
 
 
-def dtype_why_not(logits: Tensor) -> str | None:
+def dtype_why_not(t: Tensor) -> str | None:
     """None where the compiled kernels read this dtype, else a sentence."""
-    if logits.dtype in _DTYPES:
+    if t.dtype in DTYPES:
         return None
-    return f"the compiled kernels read float32, bfloat16 and float16, not {logits.dtype}"
+    return f"the compiled kernels read float32, bfloat16 and float16, not {t.dtype}"
 
 
 def isa() -> str:
-    """The instruction set of the CPU kernels in use: "scalar", "avx2" or "avx512".
+    """The instruction set of the CPU kernels in use: scalar, avx2, avx512 or avx512_bf16.
 
     Raises:
         RuntimeError: the CPU kernels are missing.
         ValueError: CLP_KERNELS_CPU_ISA names no instruction set, or one this machine lacks.
     """
-    name: str = _module("_cpu", cpu_missing()).isa()
+    name: str = cpu().isa()
     return name
 
 
@@ -105,7 +121,7 @@ def sample_cpu(
         mode: "geometric" or "probability".
         temperature: [B] float32, finite and >= 0; 0 is greedy.
         seed, position: [B] int64.
-        isa: "scalar", "avx2" or "avx512" for this call; "" for the one in use.
+        isa: an instruction set for this call (see `isa`); "" for the one in use.
 
     Returns:
         tokens int64 [B] (-1: a NaN or +inf, or nothing finite), logprobs float32 [B] (NaN there).
@@ -117,7 +133,7 @@ def sample_cpu(
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: the CPU kernels are missing.
     """
-    module = _module("_cpu", cpu_missing())
+    module = cpu()
     logits, rows = _check_sample("cpu", logits, weights, mode, temperature, seed, position)
     tokens, logprobs = _outputs(logits)
     arguments = _sample_arguments(logits, mode, rows)
@@ -138,7 +154,7 @@ def sample_cuda(
 
     Enqueued on the current stream of the logits' device; works under CUDA graph capture.
     """
-    module = _module("_cuda", cuda_missing())
+    module = cuda()
     if mode != "geometric":
         raise ValueError(f'mode must be "geometric" on the GPU, got {mode!r}')
     logits, rows = _check_sample("cuda", logits, weights, mode, temperature, seed, position)
@@ -152,12 +168,6 @@ def sample_cuda(
     outputs = (tokens.data_ptr(), logprobs.data_ptr(), workspace.data_ptr())
     module.sample(*arguments, *outputs, logits.device.index, stream)
     return tokens, logprobs
-
-
-def _module(name: str, reason: str | None) -> Any:
-    if reason is not None:
-        raise RuntimeError(reason)
-    return _load(name)[0]
 
 
 def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,8 +190,8 @@ def _check_sample(
         raise ValueError(f"logits must be [m, B, V] with m and V > 0, got {list(logits.shape)}")
     if logits.device.type != kind:
         raise ValueError(f"logits must be on a {kind} device, got {logits.device}")
-    if logits.dtype not in _DTYPES:
-        names = ", ".join(str(dtype) for dtype in _DTYPES)
+    if logits.dtype not in DTYPES:
+        names = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"logits must be one of {names}, got {logits.dtype}")
     if mode not in _MODES:
         raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
@@ -218,5 +228,5 @@ def _sample_arguments(
 ) -> tuple[Any, ...]:
     pointers = [0 if row is None else row.data_ptr() for row in rows]
     shape = (*logits.shape, logits.stride(0), logits.stride(1))
-    head = (logits.data_ptr(), _DTYPES[logits.dtype], *shape, pointers[0], mode == "probability")
+    head = (logits.data_ptr(), DTYPES[logits.dtype], *shape, pointers[0], mode == "probability")
     return (*head, *pointers[1:])

@@ -24,16 +24,22 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear in tiles of 16 rows, so that a row's bits do not depend on the batch around it.
 
-    A GEMM library picks its kernel by the number of rows; with every call of the same shape it
-    always picks the same one. Costs one call a tile and a copy of x (each tile starts on a fresh
-    allocation, because kernels also differ by the alignment of their inputs).
+    A GEMM library picks its kernel by the number of rows, and by the layout and the alignment of
+    each row; with calls of one shape, on contiguous rows of whole cache lines, it always picks the
+    same (docs/log.md: without the zeros at the end of rows 67 of 600 odd shapes failed). Costs one
+    call a tile and copies of x and, where it is transposed or of odd width, of the weight.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    in_features = weight.shape[1]
+    padded = -(-in_features // 32) * 32
+    if padded != in_features or not weight.is_contiguous():
+        weight = F.pad(weight, (0, padded - in_features)).contiguous()
+    rows = x.reshape(-1, in_features)
     out = x.new_empty(rows.shape[0], weight.shape[0])
     for start in range(0, rows.shape[0], INVARIANT_TILE):
         part = rows[start : start + INVARIANT_TILE]
-        tile = x.new_zeros(INVARIANT_TILE, x.shape[-1])
-        tile[: part.shape[0]] = part
+        # On an allocation of its own, which is aligned.
+        tile = x.new_zeros(INVARIANT_TILE, padded)
+        tile[: part.shape[0], :in_features] = part
         out[start : start + INVARIANT_TILE] = F.linear(tile, weight, bias)[: part.shape[0]]
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -49,14 +55,20 @@ def _rows_for(x: Tensor, weights: Tensor, example_ids: Tensor | None) -> Tensor:
     return weights.view(weights.shape[0], *([1] * (x.dim() - 2)), weights.shape[1])
 
 
-def _sum_per_example(per_token: Tensor, batch_size: int, example_ids: Tensor | None) -> Tensor:
+def sum_per_example(per_token: Tensor, batch_size: int, example_ids: Tensor | None) -> Tensor:
     """Sums [..., m] over the tokens of each example -> [B, m], in a fixed order (no atomics)."""
     if example_ids is None:
         m = per_token.shape[-1]
         tokens = per_token.numel() // max(1, batch_size * m)
         return per_token.reshape(batch_size, tokens, m).sum(1)
-    member = torch.arange(batch_size, device=example_ids.device)[:, None] == example_ids[None]
-    return member.to(per_token.dtype) @ per_token
+    # Sorted by example, and summed segment by segment: a product with a membership matrix would
+    # carry one example's NaN to all, and index_add is atomic on a GPU.
+    order = example_ids.argsort(stable=True)
+    bounds = torch.arange(batch_size + 1, device=example_ids.device, dtype=example_ids.dtype)
+    offsets = torch.searchsorted(example_ids[order], bounds)
+    return torch.segment_reduce(
+        per_token[order], "sum", offsets=offsets, axis=0, unsafe=True, initial=0.0
+    )
 
 
 def mixed_lora(
@@ -126,7 +138,7 @@ def mixed_lora_backward(
         d_lora_B = d_lora_B.to(lora_B.dtype).contiguous()
     if needs[4]:
         per_token = (g * u.unflatten(-1, (m, r))).sum(-1)
-        d_weights = _sum_per_example(per_token, weights.shape[0], example_ids).to(weights.dtype)
+        d_weights = sum_per_example(per_token, weights.shape[0], example_ids).to(weights.dtype)
     if needs[5]:
         d_bias = dy_flat.sum(0).to(base_weight.dtype)
     return dx, d_base, d_lora_A, d_lora_B, d_weights, d_bias
@@ -180,7 +192,7 @@ def mixed_linear_backward(
         if bias is not None:
             products = [p + b.to(acc) for p, b in zip(products, bias, strict=True)]
         per_token = torch.stack([(dy_acc * p).sum(-1) for p in products], dim=-1)
-        d_weights = _sum_per_example(per_token, weights.shape[0], example_ids).to(weights.dtype)
+        d_weights = sum_per_example(per_token, weights.shape[0], example_ids).to(weights.dtype)
     if needs[3]:
         d_bias = torch.stack([s.sum(0) for s in flat]).to(expert_weight.dtype)
     return dx, d_expert, d_weights, d_bias
@@ -505,5 +517,5 @@ def linear_logprob_backward(
     if d_bias is not None:
         out_bias = d_bias.view(head_weight.shape[:-1]).to(head_weight.dtype)
     if d_omega is not None and weights is not None:
-        out_weights = _sum_per_example(d_omega, weights.shape[0], example_ids).to(weights.dtype)
+        out_weights = sum_per_example(d_omega, weights.shape[0], example_ids).to(weights.dtype)
     return out_hidden, out_head, out_bias, out_weights

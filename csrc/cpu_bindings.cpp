@@ -6,6 +6,8 @@
 #include <string>
 
 #include "cpu_isa.h"
+#include "mixed_linear.h"
+#include "mixed_lora.h"
 #include "philox.h"
 #include "sample.h"
 #include "sample_isa.h"
@@ -41,6 +43,53 @@ void sample(uintptr_t logits, int dtype, int64_t m, int64_t B, int64_t V, int64_
   clp::sample_cpu(args, num_threads, isa.c_str());
 }
 
+void mixed_lora(uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t lora_A, uintptr_t lora_B,
+                int lora_dtype, uintptr_t weights, uintptr_t example_ids, bool wide_ids,
+                int64_t tokens_per_example, uintptr_t y, uintptr_t u, int64_t T, int64_t K,
+                int64_t N, int64_t m, int64_t r, int num_threads, const std::string& isa) {
+  const clp::MixedLoraArgs args{pointer<const void>(x),
+                                clp::DType(x_dtype),
+                                x_stride,
+                                pointer<const void>(lora_A),
+                                pointer<const void>(lora_B),
+                                clp::DType(lora_dtype),
+                                pointer<const float>(weights),
+                                pointer<const void>(example_ids),
+                                wide_ids,
+                                tokens_per_example,
+                                pointer<void>(y),
+                                pointer<float>(u),
+                                T,
+                                K,
+                                N,
+                                m,
+                                r};
+  py::gil_scoped_release release;
+  clp::mixed_lora_cpu(args, num_threads, isa.c_str());
+}
+
+void mixed_linear(uintptr_t x, int64_t x_stride, uintptr_t expert_weight, uintptr_t bias,
+                  int dtype, uintptr_t weights, uintptr_t example_ids, bool wide_ids,
+                  int64_t tokens_per_example, uintptr_t y, int64_t T, int64_t K, int64_t N,
+                  int64_t m, int num_threads, const std::string& isa) {
+  const clp::MixedLinearArgs args{pointer<const void>(x),
+                                  x_stride,
+                                  pointer<const void>(expert_weight),
+                                  pointer<const void>(bias),
+                                  clp::DType(dtype),
+                                  pointer<const float>(weights),
+                                  pointer<const void>(example_ids),
+                                  wide_ids,
+                                  tokens_per_example,
+                                  pointer<void>(y),
+                                  T,
+                                  K,
+                                  N,
+                                  m};
+  py::gil_scoped_release release;
+  clp::mixed_linear_cpu(args, num_threads, isa.c_str());
+}
+
 void uniform(int64_t seed, int64_t position, int64_t count, uintptr_t out,
              const std::string& isa) {
   clp::sample_kernels(clp::resolve_isa(isa)).uniform(seed, position, count, pointer<double>(out));
@@ -63,6 +112,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("isa", [] { return clp::isa_name(clp::resolve_isa("")); });
   module.def("isas", &clp::supported_isas);
   module.def("sample", &sample);
+  module.def("mixed_lora", &mixed_lora);
+  module.def("mixed_linear", &mixed_linear);
   module.def("philox", &philox);
   module.def("uniform", &uniform);
   module.def("exp2", &exp2_each);

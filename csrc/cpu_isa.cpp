@@ -6,7 +6,7 @@
 namespace clp {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
+constexpr const char* kNames[kIsas] = {"scalar", "avx2", "avx512", "avx512_bf16"};
 constexpr const char* kVariable = "CLP_KERNELS_CPU_ISA";
 
 bool has(Isa isa) {
@@ -14,14 +14,18 @@ bool has(Isa isa) {
   // These also ask the operating system whether it saves the wide registers.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
   switch (isa) {
     case Isa::kScalar:
       return true;
     case Isa::kAvx2:
       return avx2;
     case Isa::kAvx512:
-      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+      return avx512;
+    case Isa::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return isa == Isa::kScalar;
@@ -29,7 +33,7 @@ bool has(Isa isa) {
 
 Isa parse(const std::string& name, const std::string& where) {
   std::string known;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kIsas; ++i) {
     if (name == kNames[i]) {
       if (has(Isa(i))) return Isa(i);
       throw std::invalid_argument(where + "=" + name + " is not supported by this machine");
@@ -40,7 +44,7 @@ Isa parse(const std::string& name, const std::string& where) {
 }
 
 Isa widest() {
-  for (int i = 2; i > 0; --i) {
+  for (int i = kIsas - 1; i > 0; --i) {
     if (has(Isa(i))) return Isa(i);
   }
   return Isa::kScalar;
@@ -50,7 +54,7 @@ Isa widest() {
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kIsas; ++i) {
     if (has(Isa(i))) names.push_back(kNames[i]);
   }
   return names;

@@ -7,7 +7,8 @@
 
 namespace clp {
 
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+constexpr int kIsas = 4;
 
 // Names of the builds that this machine can run, narrowest first.
 std::vector<std::string> supported_isas();

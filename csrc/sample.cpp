@@ -5,10 +5,7 @@
 #include <limits>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "parallel.h"
 #include "sample_isa.h"
 
 namespace clp {
@@ -21,31 +18,11 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // with AVX2, against 2 us to start a parallel region when the threads spin and 10 us when they sleep.
 constexpr int64_t kSerialWork = 1 << 18;
 
-// Runs body(begin, end) over [0, count), cut into one contiguous range a thread.
-template <class Body>
-void parallel_ranges(int64_t count, int threads, const Body& body) {
-#ifdef _OPENMP
-  if (threads > 1 && count > 1) {
-    threads = count < threads ? int(count) : threads;
-#pragma omp parallel num_threads(threads)
-    {
-      const int64_t rank = omp_get_thread_num(), size = omp_get_num_threads();
-      body(count * rank / size, count * (rank + 1) / size);
-    }
-    return;
-  }
-#endif
-  (void)threads;
-  body(int64_t(0), count);
-}
-
 struct Row {
   int64_t num_terms = 0;
   bool valid = true;
   float temperature = 0.0f;
 };
-
-int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Terms and temperature of row b; terms of weight 0 are left out and never read.
 Row read_row(const SampleArgs& a, int64_t b, SampleTerm* terms) {
@@ -91,8 +68,9 @@ Total combine(const SamplePartial* partials, int64_t slices, double temperature)
 void normalise(const SampleArgs& a, const SampleKernels& kernels, int threads, int64_t slices,
                std::vector<SampleTerm>& terms, std::vector<Row>& rows) {
   std::vector<SamplePartial> partials(size_t(a.B * a.m * slices));
-  parallel_ranges(a.B * a.m * slices, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t job = begin; job < end; ++job) {
+  parallel(threads, [&](const Team& team) {
+    const Range jobs = team.part(a.B * a.m * slices);
+    for (int64_t job = jobs.begin; job < jobs.end; ++job) {
       const int64_t source = job / slices, first = job % slices * kSampleSlice;
       const Row& row = rows[size_t(source / a.m)];
       if (!row.valid || source % a.m >= row.num_terms) continue;
@@ -141,7 +119,8 @@ void finish_row(const SampleArgs& a, int64_t b, const Row& row, const SamplePart
 
 const SampleKernels& sample_kernels(Isa isa) {
 #ifdef CLP_X86
-  if (isa == Isa::kAvx512) return kSampleKernelsAvx512;
+  // bfloat16 dot products are of no use here.
+  if (isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16) return kSampleKernelsAvx512;
   if (isa == Isa::kAvx2) return kSampleKernelsAvx2;
 #endif
   (void)isa;
@@ -158,9 +137,10 @@ void sample_cpu(const SampleArgs& a, int num_threads, const char* isa) {
   for (int64_t b = 0; b < a.B; ++b) rows.push_back(read_row(a, b, terms.data() + b * a.m));
   if (a.probability) normalise(a, kernels, threads, slices, terms, rows);
   std::vector<SamplePartial> partials(size_t(a.B * slices));
-  parallel_ranges(a.B * slices, threads, [&](int64_t begin, int64_t end) {
+  parallel(threads, [&](const Team& team) {
+    const Range jobs = team.part(a.B * slices);
     double to_beat = -kInfinity;
-    for (int64_t job = begin; job < end; ++job) {
+    for (int64_t job = jobs.begin; job < jobs.end; ++job) {
       const int64_t b = job / slices, first = job % slices * kSampleSlice;
       // What this range has found in earlier slices of the row; it only prunes.
       if (first == 0) to_beat = -kInfinity;

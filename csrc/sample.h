@@ -11,9 +11,9 @@
 
 #include <cstdint>
 
-namespace clp {
+#include "dtype.h"
 
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+namespace clp {
 
 struct SampleArgs {
   const void* logits;  // [m, B, V], last axis contiguous, strides in elements

@@ -14,16 +14,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "dtype.h"
 #include "philox.h"
-
-namespace clp {
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-}  // namespace clp
 
 #if CLP_ISA_LEVEL == 2
 #include "simd_avx512.h"

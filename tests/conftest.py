@@ -24,6 +24,9 @@ settings.register_profile(
 )
 settings.load_profile("clp")
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    # Read when Triton is imported: its kernels then run as plain Python, on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

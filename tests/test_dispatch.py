@@ -112,7 +112,8 @@ def test_every_op_of_the_library_has_a_row() -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
 def test_a_named_backend_never_falls_back(op: str, backend: str) -> None:
     """It is the backend named, or an error that names it and the op."""
-    arguments = sample_arguments() if op == "sample" else LORA
+    others = {"sample": sample_arguments(), "mixed_linear": (X, W[None], ROWS, None, None, False)}
+    arguments = others.get(op, LORA)
     try:
         chosen = select(op, backend, *arguments)
     except RuntimeError as error:
@@ -164,6 +165,7 @@ CAPABILITY = (9, 0)
 def gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool], None]:
     """Puts a GPU kernel that could run everything before the reference of mixed_lora."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: CAPABILITY)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     def install(name: str, with_reference: bool = True) -> None:
         def run(*_: Any) -> tuple[Tensor, Tensor]:
@@ -237,7 +239,7 @@ def test_backward_keeps_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPat
             used.append(op)
             return run(*args)
 
-        entries = (*dispatch.BACKENDS[op], Backend("cpu", spy, lambda *_: None))
+        entries = (Backend("cpu", spy, lambda *_: None), dispatch.BACKENDS[op][-1])
         monkeypatch.setitem(dispatch.BACKENDS, op, entries)
     rows = ROWS.clone().requires_grad_()
     mixed_lora(X, W, A, B, rows, backend="cpu").sum().backward()

@@ -1,0 +1,257 @@
+"""`mixed_lora` on the CPU: PyTorch's base product, the low-rank part fused around it.
+
+Few rows: csrc/mixed_lora.cpp shrinks, mixes and expands in one parallel region. Many rows:
+PyTorch's matrix products with the mixing between them, in float32 and a block of rows at a time
+where the processor has no products in the inputs' dtype. `plan` says which. In batch_invariant()
+the base product runs in fixed tiles and the low-rank part in C++, whose rows do not depend on one
+another.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clp_kernels import native, reference
+
+# Rows up to which the C++ kernel is faster than PyTorch's products in the inputs' dtype, and than
+# products of float32 copies (docs/log.md, 2026-11-24).
+NATIVE_ROWS, NATIVE_ROWS_COPIED = 32, 128
+
+# A float32 copy of x or dy holds so many rows (1 MB at 4096 features), of W so many columns.
+BLOCK, WEIGHT_BLOCK = 64, 256
+
+
+class Plan(NamedTuple):
+    """native: the C++ kernel; else PyTorch's products in `gemm_dtype`."""
+
+    native: bool
+    gemm_dtype: torch.dtype
+
+
+def plan(
+    tokens: int, dtype: torch.dtype, lora_dtype: torch.dtype, has_gemm: bool, invariant: bool
+) -> Plan:
+    """How `tokens` rows run. `has_gemm`: what `has_native_gemm(dtype)` says."""
+    if has_gemm and lora_dtype == dtype:
+        return Plan(invariant or tokens <= NATIVE_ROWS, dtype)
+    return Plan(invariant or tokens <= NATIVE_ROWS_COPIED, torch.float32)
+
+
+def has_native_gemm(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of this dtype at full speed in PyTorch."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
+def why_not(x: Tensor, *_: object) -> str | None:
+    """None where these kernels can run (x, or dy in the backward), else a sentence."""
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}, not on the CPU"
+    return native.cpu_missing() or native.dtype_why_not(x)
+
+
+def mixed_lora(
+    x: Tensor,
+    base_weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    example_ids: Tensor | None,
+    invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    """As reference.mixed_lora: y in x's dtype, u = x A^T in float32."""
+    m, r, in_features = lora_A.shape
+    linear = reference.tiled_linear if invariant else F.linear
+    y = linear(x, base_weight, bias).contiguous()
+    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+    tokens = rows.shape[0]
+    how = plan(tokens, x.dtype, lora_A.dtype, has_native_gemm(x.dtype), invariant)
+    if tokens * m * r == 0:
+        u = torch.zeros(tokens, m * r)
+    elif how.native:
+        u = add_low_rank(rows, lora_A, lora_B, weights, example_ids, y)
+    else:
+        per_token, out = token_weights(weights, example_ids, tokens), y.view(tokens, -1)
+        u = _add_low_rank_by_products(rows, lora_A, lora_B, per_token, out, how.gemm_dtype)
+    return y, u if x.dim() == 2 else u.view(*x.shape[:-1], m * r)
+
+
+def add_low_rank(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    example_ids: Tensor | None,
+    y: Tensor,
+    isa: str = "",
+) -> Tensor:
+    """The C++ kernel: adds ((x A^T) * weights) B^T to y in place and returns u = x A^T.
+
+    x [T, in] with T > 0, y contiguous of T * out elements in x's dtype, lora_A in x's dtype or
+    float32 and m * r > 0; weights [B, m] float32 with example_ids [T], or B dividing T. isa: an
+    instruction set for this call, "" for the one in use. A row's bits depend on neither the other
+    rows nor the number of threads.
+    """
+    m, r, in_features = lora_A.shape
+    tokens = x.shape[0]
+    if in_features > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    u = torch.empty((tokens, m * r), dtype=torch.float32)
+    # Held here, because only their addresses are passed.
+    held = (lora_A.contiguous(), lora_B.contiguous(), weights.contiguous())
+    ids = None if example_ids is None else example_ids.contiguous()
+    native.cpu().mixed_lora(
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        x.stride(0),
+        held[0].data_ptr(),
+        held[1].data_ptr(),
+        native.DTYPES[lora_A.dtype],
+        held[2].data_ptr(),
+        0 if ids is None else ids.data_ptr(),
+        ids is not None and ids.dtype == torch.int64,
+        1 if ids is not None else tokens // weights.shape[0],
+        y.data_ptr(),
+        u.data_ptr(),
+        tokens,
+        in_features,
+        lora_B.shape[1],
+        m,
+        r,
+        torch.get_num_threads(),
+        isa,
+    )
+    return u
+
+
+def token_weights(weights: Tensor, example_ids: Tensor | None, tokens: int) -> Tensor:
+    """weights [B, m] as [T, m]."""
+    if example_ids is not None:
+        return weights.index_select(0, example_ids)
+    return weights.repeat_interleave(tokens // weights.shape[0], 0)
+
+
+def _mix(u: Tensor, per_token: Tensor) -> Tensor:
+    """u [T, m*r] times the weights of its token; a zero weight gives zero whatever u is."""
+    m = per_token.shape[1]
+    z = u.view(-1, m, u.shape[1] // m) * per_token[:, :, None]
+    zero = per_token == 0
+    if bool(zero.any()):
+        z.masked_fill_(zero[:, :, None], 0.0)
+    return z.view(u.shape)
+
+
+def _matrices(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A as [m*r, in] and B as [out, m*r]."""
+    m, r, in_features = lora_A.shape
+    A = lora_A.reshape(m * r, in_features).to(dtype)
+    return A, lora_B.transpose(0, 1).reshape(lora_B.shape[1], m * r).to(dtype)
+
+
+def _blocks(tokens: int, dtype: torch.dtype, gemm_dtype: torch.dtype) -> list[slice]:
+    """All rows at once, or blocks where they have to be copied to another dtype."""
+    step = tokens if dtype == gemm_dtype else BLOCK
+    return [slice(begin, begin + step) for begin in range(0, tokens, step)]
+
+
+def _add_low_rank_by_products(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    per_token: Tensor,
+    y: Tensor,
+    gemm_dtype: torch.dtype,
+) -> Tensor:
+    """What `add_low_rank` does, by PyTorch's products; y [T, out]."""
+    A, B = _matrices(lora_A, lora_B, gemm_dtype)
+    bare = (per_token == 0).all(1).nonzero()[:, 0]
+    base = y[bare]
+    u = torch.empty(x.shape[0], A.shape[0])
+    for block in _blocks(x.shape[0], x.dtype, gemm_dtype):
+        u[block] = x[block].to(gemm_dtype) @ A.t()
+        z = _mix(u[block], per_token[block]).to(gemm_dtype)
+        if x.dtype == gemm_dtype:
+            y.addmm_(z, B.t())
+        else:
+            y[block] += z @ B.t()
+    if len(bare):
+        y[bare] = base
+    return u
+
+
+def mixed_lora_backward(
+    dy: Tensor,
+    x: Tensor,
+    base_weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    example_ids: Tensor | None,
+    u: Tensor,
+    invariant: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As reference.mixed_lora_backward; holds [T, m*r] and blocks of rows beside the gradients."""
+    m, r, in_features = lora_A.shape
+    if invariant or m * r == 0 or x.numel() == 0:
+        return reference.mixed_lora_backward(
+            dy, x, base_weight, lora_A, lora_B, weights, example_ids, u, invariant, needs
+        )
+    out_features = dy.shape[-1]
+    rows, dy_rows = x.reshape(-1, in_features), dy.reshape(-1, out_features)
+    tokens = rows.shape[0]
+    gemm_dtype = plan(tokens, x.dtype, lora_A.dtype, has_native_gemm(x.dtype), False).gemm_dtype
+    w = token_weights(weights, example_ids, tokens)
+    A, B = _matrices(lora_A, lora_B, gemm_dtype)
+    d_A, d_B = torch.empty(A.shape, dtype=gemm_dtype), torch.empty(B.t().shape, dtype=gemm_dtype)
+    du, dots = torch.empty(tokens, m * r, dtype=gemm_dtype), torch.empty(tokens, m)
+    for block in _blocks(tokens, x.dtype, gemm_dtype):
+        add = {"beta": float(block.start > 0)}  # 0: whatever stood there is not read
+        dy_block, u_block = dy_rows[block].to(gemm_dtype), u.view(tokens, m * r)[block]
+        if needs[3]:
+            z = _mix(u_block, w[block]).to(gemm_dtype)
+            d_B.addmm_(z.t(), dy_block, **add)
+        if not (needs[0] or needs[2] or needs[4]):
+            continue
+        g = (dy_block @ B).float()
+        if needs[4]:
+            dots[block] = (g * u_block).view(-1, m, r).sum(-1)
+        du[block] = _mix(g, w[block])
+        if needs[2]:
+            d_A.addmm_(du[block].t(), rows[block].to(gemm_dtype), **add)
+    dx = x.new_empty(0)
+    if needs[0] and x.dtype == gemm_dtype:
+        dx = F.linear(dy, base_weight.t()).contiguous()
+        dx.view(tokens, in_features).addmm_(du, A)
+    elif needs[0]:
+        dx = _input_gradient_by_blocks(dy_rows, base_weight, du, A).view(x.shape)
+    d_base, d_lora_A, d_lora_B, d_weights, d_bias = (x.new_empty(0) for _ in needs[1:])
+    if needs[1]:
+        d_base = (dy_rows.t().float() @ rows.float()).to(base_weight.dtype)
+    if needs[2]:
+        d_lora_A = d_A.view(m, r, in_features).to(lora_A.dtype)
+    if needs[3]:
+        d_lora_B = d_B.view(m, r, out_features).transpose(1, 2).to(lora_B.dtype).contiguous()
+    if needs[4]:
+        d_weights = reference.sum_per_example(dots, weights.shape[0], example_ids)
+    if needs[5]:
+        d_bias = dy_rows.sum(0, dtype=torch.float32).to(base_weight.dtype)
+    return dx, d_base, d_lora_A, d_lora_B, d_weights, d_bias
+
+
+def _input_gradient_by_blocks(dy: Tensor, base_weight: Tensor, du: Tensor, A: Tensor) -> Tensor:
+    """dy W + du A with one rounding, from float32 copies of blocks: where PyTorch has no fast
+    product in this dtype, its dy @ W on a transposed W is 40 times slower than this."""
+    dx = dy.new_empty(dy.shape[0], base_weight.shape[1])
+    for begin in range(0, dx.shape[1], WEIGHT_BLOCK):
+        columns = slice(begin, begin + WEIGHT_BLOCK)
+        weight = base_weight[:, columns].float()
+        for rows in _blocks(dy.shape[0], dy.dtype, torch.float32):
+            dx[rows, columns] = torch.addmm(du[rows] @ A[:, columns], dy[rows].float(), weight)
+    return dx

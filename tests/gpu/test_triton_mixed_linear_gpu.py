@@ -1,0 +1,168 @@
+"""The Triton kernels of mixed_linear on a GPU, held to the reference. Needs no conftest.py."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from clp_kernels import reference, testing
+from clp_kernels import triton_mixed_linear as backend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET=1 hides the GPU"),
+]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GRADIENTS = ("dx", "d_expert", "d_weights", "d_bias")
+ALL = [True] * 4
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True)
+def _poison_and_exact_products() -> Any:
+    """torch.empty gives NaN, and float32 products of the reference are not rounded to TF32."""
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(
+    shape: tuple[int, ...], out_features: int, m: int, dtype: torch.dtype, *, flat: bool = False
+) -> list[Tensor | None]:
+    """dy, x, expert_weight, weights, bias, example_ids of a call, weights of any sign."""
+    size = {"device": "cuda", "dtype": dtype}
+    batch = 5 if flat else shape[0]
+    ids = torch.randint(0, 4, shape[:1], device="cuda", dtype=torch.int32) if flat else None
+    return [
+        torch.randn(*shape[:-1], out_features, **size),
+        torch.randn(shape, **size),
+        torch.randn(m, out_features, shape[-1], **size) / shape[-1] ** 0.5,
+        torch.randn(batch, m, device="cuda"),
+        torch.randn(m, out_features, **size),
+        ids,
+    ]
+
+
+def assert_within_budget(args: list[Tensor | None], invariant: bool) -> None:
+    exact = [t.double() if t is not None and t.is_floating_point() else t for t in args]
+    testing.assert_within_budget(
+        backend.mixed_linear(*args[1:], invariant),
+        reference.mixed_linear(*exact[1:], False),
+        reference.mixed_linear(*args[1:], False),
+        name="y",
+    )
+    grads = backend.mixed_linear_backward(*args, invariant, ALL)
+    wanted = reference.mixed_linear_backward(*exact, False, ALL)
+    plain = reference.mixed_linear_backward(*args, False, ALL)
+    for name, grad, want, same in zip(GRADIENTS, grads, wanted, plain, strict=True):
+        testing.assert_within_budget(grad, want, same, name=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 2, 5])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_small_within_budget(dtype: torch.dtype, m: int, invariant: bool) -> None:
+    for tokens in (1, 2, 7, 17, 64, 129):
+        for in_features, out_features in ((1, 8), (64, 172), (300, 1), (172, 300)):
+            for flat in (False, True):
+                shape = (tokens, in_features)
+                assert_within_budget(inputs(shape, out_features, m, dtype, flat=flat), invariant)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 4096), (16, 4096), (64, 2049), (256, 4096), (2, 1000, 896)])
+def test_large_within_budget(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    assert_within_budget(inputs(shape, 4096, 3, dtype), False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_strides(dtype: torch.dtype) -> None:
+    args = inputs((3, 7, 40), 24, 2, dtype)
+    assert_within_budget([None if t is None else testing.noncontiguous(t) for t in args], False)
+    args = inputs((3, 7, 40), 24, 2, dtype)
+    args[0], args[1] = (testing.expanded(t) for t in args[:2])
+    assert_within_budget(args, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
+    for shape in ((16, 4096), (3000, 512)):
+        args = inputs(shape, 512, 3, dtype, flat=True)
+        first, second = (
+            (
+                backend.mixed_linear(*args[1:], False),
+                *backend.mixed_linear_backward(*args, False, ALL),
+            )
+            for _ in range(2)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_invariant_mode_gives_a_row_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
+    dy, x, expert, weights, bias, _ = inputs((700, 2049), 172, 3, dtype)
+    needs = [True, False, True, False]
+
+    def outputs(rows: slice, invariant: bool) -> tuple[Tensor, ...]:
+        args = (x[rows], expert, weights[rows], bias, None, invariant)
+        y = backend.mixed_linear(*args)
+        dx, _, d_weights, _ = backend.mixed_linear_backward(dy[rows], *args, needs)
+        return y, dx, d_weights
+
+    equal: dict[bool, list[bool]] = {True: [], False: []}
+    for invariant, found in equal.items():
+        together = outputs(slice(None), invariant)
+        for rows in (slice(0, 1), slice(699, 700), slice(5, 22), slice(1, 130)):
+            alone = outputs(rows, invariant)
+            found += [torch.equal(a[rows], b) for a, b in zip(together, alone, strict=True)]
+    assert all(equal[True])
+    assert not all(equal[False]), "the mode is not needed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unused_experts_may_hold_anything(dtype: torch.dtype) -> None:
+    dy, x, expert, _, bias, _ = inputs((4, 200), 100, 3, dtype)
+    weights = torch.tensor([[0, 1, 0], [0, 0, 0], [0, -0.5, 0], [0, 1, 0]], device="cuda")
+    alone = (x, expert[1:2].clone(), weights[:, 1:2], bias[1:2].clone(), None, False)
+    expert[0], expert[2], bias[0], bias[2] = INF, NAN, NAN, -INF
+    needs = [True, False, False, False]
+    args = (x, expert, weights, bias, None, False)
+    y, dx = backend.mixed_linear(*args), backend.mixed_linear_backward(dy, *args, needs)[0]
+    assert torch.equal(y, backend.mixed_linear(*alone))
+    assert torch.equal(dx, backend.mixed_linear_backward(dy, *alone, needs)[0])
+    assert not y[1].any() and not dx[1].any()
+
+
+def test_cuda_graph_replays_with_new_weights() -> None:
+    _, x, expert, weights, bias, _ = inputs((16, 2048), 2048, 4, torch.bfloat16)
+    args = (x, expert, weights, bias, None, False)
+    backend.mixed_linear(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = backend.mixed_linear(*args)
+    for _ in range(2):
+        weights.copy_(torch.randn_like(weights))
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, backend.mixed_linear(*args))
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """3 experts of 2^30 elements: the last rows of the last expert lie beyond 2^31."""
+    if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GB of GPU memory")
+    expert = torch.zeros(3, 2**18, 2**12, device="cuda", dtype=torch.bfloat16)
+    expert[2, -64:] = torch.randn(64, 2**12, device="cuda")
+    x = torch.randn(4, 2**12, device="cuda").bfloat16()
+    weights = torch.randn(4, 3, device="cuda")
+    y = backend.mixed_linear(x, expert, weights, None, None, False)
+    small = backend.mixed_linear(x, expert[2:, -64:], weights[:, 2:], None, None, False)
+    assert not y[:, :-64].any()
+    torch.testing.assert_close(y[:, -64:], small, rtol=1e-2, atol=1e-2)

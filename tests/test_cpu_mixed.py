@@ -1,0 +1,509 @@
+"""mixed_lora and mixed_linear on the CPU backend: the error budget over 1,500 cases an op, the
+instruction sets, both sides of the crossover, zero rows, bits, and the choice of path."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clp_kernels import (
+    batch_invariant,
+    cpu_mixed_linear,
+    cpu_mixed_lora,
+    mixed_linear,
+    mixed_lora,
+    native,
+    reference,
+)
+from clp_kernels.testing import (
+    WEIGHT_KINDS,
+    assert_within_budget,
+    expanded,
+    noncontiguous,
+    weight_rows,
+)
+
+pytestmark = pytest.mark.skipif(
+    native.cpu_missing() is not None, reason="the CPU kernels are not built"
+)
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+OPS = ("mixed_lora", "mixed_linear")
+CASES, CHUNK = 1500, 50
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. layout: "rows" x [B, in], "padded" x [B, T/B, in], "flat" x [T, in] with ids."""
+
+    dtype: torch.dtype
+    lora_dtype: torch.dtype
+    layout: str
+    tokens: int
+    in_features: int
+    out_features: int
+    m: int
+    r: int
+    kind: str
+    strides: str
+    bias: bool
+    scaling: str
+    seed: int
+
+    @property
+    def batch(self) -> int:
+        if self.layout == "rows":
+            return self.tokens
+        return {0: 2, 1: 1, 2: 1, 7: 7, 17: 1, 64: 8, 129: 3, 1000: 8}[self.tokens]
+
+    @property
+    def draws(self) -> int:
+        """Tensors of few elements are drawn several times and judged together: plain PyTorch's
+        error on one of them may be zero by luck."""
+        least = min(self.batch * self.m, self.in_features, self.out_features)
+        if self.tokens == 0 or (least >= 32 and self.strides != "expanded"):
+            return 1
+        return 4 if least >= 8 else 8
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        if self.layout == "padded":
+            return (self.batch, self.tokens // self.batch)
+        return (self.tokens,)
+
+
+@cache
+def cases(op: str) -> list[Case]:
+    """CASES cases sampled from the product of all axes; 1 in 100 may be large."""
+    rng = random.Random(op)
+    sizes = (1, 8, 64, 172, 896, 2049, 4096)
+    found: list[Case] = []
+    while len(found) < CASES:
+        dtype = rng.choice((F32, BF16, F16))
+        case = Case(
+            dtype,
+            rng.choice((F32, dtype)),
+            rng.choice(("rows", "padded", "flat")),
+            # The large ones are often refused below.
+            rng.choice((0, 1, 2, 7, 17, *[64] * 2, *[129] * 3, *[1000] * 6)),
+            rng.choice(sizes),
+            rng.choice(sizes),
+            rng.choice((1, 2, 3, 5, 8)),
+            rng.choice((1, 4, 8, 12, 16, 64)),
+            rng.choice(WEIGHT_KINDS),
+            rng.choice(("contiguous", "noncontiguous", "expanded")),
+            rng.random() < 0.5,
+            rng.choice(("one", "number", "tensor")),
+            len(found),
+        )
+        per_row = case.in_features * case.out_features + case.m * case.r * (
+            case.in_features + case.out_features
+        )
+        if op == "mixed_linear":
+            per_row = case.m * case.in_features * case.out_features
+        work = per_row * max(case.tokens, 8)
+        if work * case.draws > (3e7 if len(found) % 100 == 0 else 3e6):
+            continue
+        if case.layout == "rows" and case.tokens > 129:
+            continue
+        found.append(case)
+    return found
+
+
+Results = dict[str, Tensor]
+
+
+def make(case: Case, op: str, draw: int) -> tuple[Results, Tensor | None, Tensor, Tensor]:
+    """Inputs, example_ids, the row of each token, and the upstream gradient of one draw."""
+    torch.manual_seed(1000 * case.seed + draw)
+    n_in, n_out, m, r = case.in_features, case.out_features, case.m, case.r
+
+    def tensor(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
+        t = (torch.randn(*shape) * scale).to(dtype)
+        if case.strides == "noncontiguous":
+            return noncontiguous(t)
+        return expanded(t, -1) if case.strides == "expanded" and t.dim() > 1 else t
+
+    ids = None
+    token_rows = torch.arange(case.tokens) // max(1, case.tokens // max(1, case.batch))
+    if case.layout == "flat":
+        # Unsorted, unequal lengths, some examples without a token.
+        token_rows = torch.randint(0, case.batch, (case.tokens,))
+        ids = token_rows.int() if case.seed % 2 else token_rows
+    weights = weight_rows(case.kind, case.batch, m)
+    inputs = {"x": tensor(*case.leading, n_in), "weights": weights}
+    if op == "mixed_lora":
+        inputs["base_weight"] = tensor(n_out, n_in, scale=n_in**-0.5)
+        inputs["lora_A"] = tensor(m, r, n_in, scale=n_in**-0.5, dtype=case.lora_dtype)
+        inputs["lora_B"] = tensor(m, n_out, r, scale=r**-0.5, dtype=case.lora_dtype)
+        if case.bias:
+            inputs["bias"] = tensor(n_out)
+        if case.scaling == "tensor":
+            inputs["scaling"] = torch.rand(m) + 0.5
+    else:
+        inputs["expert_weight"] = tensor(m, n_out, n_in, scale=n_in**-0.5)
+        if case.bias:
+            inputs["bias"] = tensor(m, n_out)
+    return inputs, ids, token_rows, tensor(*case.leading, n_out)
+
+
+def gradients(function: Callable[..., Tensor], inputs: Results, dy: Tensor) -> Results:
+    """The output and the gradient of every input."""
+    leaves = {k: t.detach().requires_grad_() for k, t in inputs.items()}
+    y = function(**leaves)
+    grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+    return {"y": y.detach(), **{f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}}
+
+
+def definition(op: str, case: Case, token_rows: Tensor) -> Callable[..., Tensor]:
+    """The formula with one row of weights a token, in the dtype of its inputs; the low-rank part
+    in the adapters' dtype, as concatenated matrices: the strongest plain form."""
+    number = 1.75 if case.scaling == "number" else 1.0
+
+    def lora(x, weights, base_weight, lora_A, lora_B, bias=None, scaling=number):  # type: ignore[no-untyped-def]
+        flat = x.reshape(-1, case.in_features)
+        u = F.linear(flat.to(lora_A.dtype), lora_A.flatten(0, 1))
+        rows = (weights * scaling)[token_rows].to(u.dtype).repeat_interleave(case.r, dim=-1)
+        delta = F.linear(u * rows, lora_B.transpose(0, 1).flatten(1))
+        y = F.linear(flat, base_weight, bias) + delta.to(x.dtype)
+        return y.view(*x.shape[:-1], case.out_features)
+
+    def linear(x, weights, expert_weight, bias=None):  # type: ignore[no-untyped-def]
+        flat, rows = x.reshape(-1, case.in_features), weights[token_rows].to(x.dtype)
+        products = [
+            F.linear(flat, w, None if bias is None else bias[i])
+            for i, w in enumerate(expert_weight)
+        ]
+        y = sum(rows[:, i : i + 1] * p for i, p in enumerate(products))
+        return y.view(*x.shape[:-1], case.out_features)
+
+    return lora if op == "mixed_lora" else linear
+
+
+def check(op: str, case: Case) -> None:
+    runs = []
+    for draw in range(case.draws):
+        inputs, ids, token_rows, dy = make(case, op, draw)
+        extra: dict[str, Any] = {"example_ids": ids, "backend": "cpu"}
+        if op == "mixed_lora" and case.scaling == "number":
+            extra["scaling"] = 1.75
+        public = mixed_lora if op == "mixed_lora" else mixed_linear
+        got = gradients(lambda public=public, extra=extra, **t: public(**t, **extra), inputs, dy)
+        plain = definition(op, case, token_rows)
+        wide = {k: t.double() for k, t in inputs.items()}
+        runs.append((got, gradients(plain, wide, dy), gradients(plain, inputs, dy)))
+        for name, tensor in inputs.items():
+            assert got[f"d_{name}"].dtype == tensor.dtype
+    for name in runs[0][1]:
+        columns = zip(*((run[name] for run in triple) for triple in runs), strict=True)
+        assert_within_budget(*(torch.stack(column) for column in columns), name=f"{name} of {case}")
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("chunk", range(CASES // CHUNK))
+@pytest.mark.parametrize("op", OPS)
+def test_budget(op: str, chunk: int) -> None:
+    for case in cases(op)[chunk * CHUNK : (chunk + 1) * CHUNK]:
+        check(op, case)
+
+
+# The C++ kernels themselves, on every instruction set of this machine.
+
+ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
+SHAPES = (  # T, in, out, m, r: registers' remainders, one segment and more, few and many rows
+    (1, 64, 64, 2, 8),
+    (2, 1030, 21, 3, 5),
+    (3, 37, 53, 8, 1),
+    (5, 8, 1, 1, 16),
+    (17, 172, 129, 2, 33),
+    (40, 2500, 70, 4, 12),
+)
+
+
+def low_rank_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, lora_dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    T, n_in, n_out, m, r = shape
+    x, y = torch.randn(T, n_in).to(dtype), torch.randn(T, n_out).to(dtype)
+    A = (torch.randn(m, r, n_in) * n_in**-0.5).to(lora_dtype)
+    B = (torch.randn(m, n_out, r) * r**-0.5).to(lora_dtype)
+    return x, A, B, torch.randn(T, m), y
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype, lora_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)])
+def test_low_rank_kernel_on_each_instruction_set(
+    isa: str, dtype: torch.dtype, lora_dtype: torch.dtype
+) -> None:
+    for shape in SHAPES:
+        x, A, B, w, y = low_rank_inputs(shape, dtype, lora_dtype)
+
+        def plain(t: torch.dtype, x=x, A=A, B=B, w=w, y=y) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+            u = x.to(t) @ A.to(t).flatten(0, 1).t()
+            z = u * w.to(t).repeat_interleave(A.shape[1], 1)
+            return u, y.to(t) + z @ B.to(t).transpose(0, 1).flatten(1).t()
+
+        got = y.clone()
+        u = cpu_mixed_lora.add_low_rank(x, A, B, w, None, got, isa)
+        (u64, y64), (u32, y32) = plain(F64), plain(F32)
+        assert_within_budget(u, u64, u32, name=f"u of {shape} on {isa}")
+        assert_within_budget(got, y64, y32.to(dtype), name=f"y of {shape} on {isa}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_mixed_product_kernel_on_each_instruction_set(isa: str, dtype: torch.dtype) -> None:
+    for T, n_in, n_out, m, _ in SHAPES:
+        x, w = torch.randn(T, n_in).to(dtype), torch.randn(T, m)
+        E = (torch.randn(m, n_out, n_in) * n_in**-0.5).to(dtype)
+        c = torch.randn(m, n_out).to(dtype)
+        got = cpu_mixed_linear.mix_products(x, E, w, c, None, isa)
+        wide = reference.mixed_linear(x.double(), E.double(), w.double(), c.double(), None, False)
+        same = reference.mixed_linear(x, E, w, c, None, False)
+        assert_within_budget(got, wide, same, name=f"y of {(T, n_in, n_out, m)} on {isa}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rounding_on_each_instruction_set(isa: str) -> None:
+    """The store rounds as PyTorch does: ties to even, overflow, subnormals, NaN."""
+    values = torch.tensor([1 + 2**-9, 1 + 3 * 2**-9, 65519.0, 65520.0, 3e38, 6e-8, 2.9e-8, -1e-7,
+                           1e-41, torch.inf, -torch.inf, torch.nan, -0.0, 0.1, 1 / 3])  # fmt: skip
+    for dtype in (BF16, F16):
+        # 1 * value: an adapter of one rank whose B holds the values, in float32.
+        B = values[None, :, None]
+        y = torch.zeros(1, len(values), dtype=dtype)
+        x = torch.ones(1, 1, dtype=dtype)
+        cpu_mixed_lora.add_low_rank(x, torch.ones(1, 1, 1), B, torch.ones(1, 1), None, y, isa)
+        torch.testing.assert_close(y[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_row_keeps_its_bits(isa: str, dtype: torch.dtype) -> None:
+    """Alone, in any batch, on any number of threads."""
+    x, A, B, w, y = low_rank_inputs((41, 1100, 75, 3, 12), dtype, dtype)
+    E = A.mT.reshape(3, -1, 1100)[:, :11].contiguous()
+    whole_y = y.clone()
+    whole_u = cpu_mixed_lora.add_low_rank(x, A, B, w, None, whole_y, isa)
+    whole = cpu_mixed_linear.mix_products(x, E, w, None, None, isa)
+    for threads in (1, 2, 3):
+        with thread_count(threads):
+            for rows in ([7], [0, 40], [3, 1, 2], list(range(19)), list(range(40, 6, -1))):
+                part = y[rows].clone()
+                u = cpu_mixed_lora.add_low_rank(x[rows], A, B, w[rows], None, part, isa)
+                assert torch.equal(u, whole_u[rows])
+                assert torch.equal(part, whole_y[rows])
+                got = cpu_mixed_linear.mix_products(x[rows], E, w[rows], None, None, isa)
+                assert torch.equal(got, whole[rows])
+
+
+@contextmanager
+def thread_count(n: int) -> Iterator[None]:
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(2)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """y has 2^31 + 6144 elements, and the second row of x begins at element 2^31 + 64."""
+    # Untouched pages cost nothing; filling 8 GB would.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    T, n_in, n_out = 2**20 + 3, 8, 2048
+    x, A, B, w, _ = low_rank_inputs((T, n_in, 1, 1, 8), BF16, BF16)
+    B = torch.randn(1, n_out, 8).to(BF16)
+    y = torch.zeros(T, n_out, dtype=BF16)
+    cpu_mixed_lora.add_low_rank(x, A, B, w, None, y)
+    tail = torch.zeros(5, n_out, dtype=BF16)
+    cpu_mixed_lora.add_low_rank(x[-5:], A, B, w[-5:], None, tail)
+    assert torch.equal(y[-5:], tail)
+    del y
+    far = torch.empty(2**31 + 200, dtype=BF16).as_strided((2, 100), (2**31 + 64, 1))
+    far.copy_(torch.randn(2, 100))
+    near, E = far.clone(), torch.randn(2, 9, 100).to(BF16)
+    got = cpu_mixed_linear.mix_products(far, E, torch.ones(2, 2), None, None)
+    assert torch.equal(got, cpu_mixed_linear.mix_products(near, E, torch.ones(2, 2), None, None))
+
+
+# The choice of path, and all paths.
+
+
+def test_plan() -> None:
+    table = {
+        # tokens, dtype, adapters' dtype, products in that dtype: native kernel, products' dtype
+        (1, F32, F32, True): (True, F32),
+        (32, F32, F32, True): (True, F32),
+        (33, F32, F32, True): (False, F32),
+        (32, BF16, BF16, True): (True, BF16),
+        (33, BF16, BF16, True): (False, BF16),
+        (128, BF16, BF16, False): (True, F32),
+        (129, BF16, BF16, False): (False, F32),
+        (128, BF16, F32, True): (True, F32),
+        (2048, F16, F32, True): (False, F32),
+    }
+    for (tokens, dtype, lora_dtype, has_gemm), wanted in table.items():
+        assert cpu_mixed_lora.plan(tokens, dtype, lora_dtype, has_gemm, False) == wanted
+        assert cpu_mixed_lora.plan(tokens, dtype, lora_dtype, has_gemm, True).native
+
+
+@pytest.fixture(params=["native", "products", "copied products"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Forces one way of the CPU backend, whatever the processor and the number of rows."""
+    limit = 10**9 if request.param == "native" else 0
+    for name in ("NATIVE_ROWS", "NATIVE_ROWS_COPIED"):
+        monkeypatch.setattr(cpu_mixed_lora, name, limit)
+    monkeypatch.setattr(cpu_mixed_linear, "NATIVE_ROWS", limit)
+
+    def has_gemm(dtype: torch.dtype) -> bool:
+        return request.param != "copied products" or dtype == F32
+
+    monkeypatch.setattr(cpu_mixed_lora, "has_native_gemm", has_gemm)
+    monkeypatch.setattr(cpu_mixed_linear, "has_native_gemm", has_gemm)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_path(op: str, path: str) -> None:
+    wanted = [c for c in cases(op) if 17 <= c.tokens <= 129 and c.dtype != F16]
+    for case in wanted[:30]:
+        check(op, case)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_zero_rows_on_every_path(dtype: torch.dtype, path: str) -> None:
+    """The bits of F.linear, also where adapters hold infinity and NaN and the base is -0.0."""
+    x, A, B, w, _ = low_rank_inputs((150, 24, 40, 2, 4), dtype, dtype)
+    W, c = torch.randn(40, 24).to(dtype), torch.full((40,), -0.0).to(dtype)
+    W[3], w[::3], w[1] = 0, 0, -0.0
+    A[0, 0, 0], B[1, 5, 2] = torch.inf, torch.nan
+    y = mixed_lora(x, W, A, B, w, bias=c, backend="cpu")
+    bare, zero = F.linear(x, W, c), (w == 0).all(1)
+    assert torch.equal(y[zero].view(torch.int16), bare[zero].view(torch.int16))
+    assert not torch.equal(y[~zero], bare[~zero])
+
+
+def test_a_nan_example_keeps_its_nan(path: str) -> None:
+    x, A, B, w, _ = low_rank_inputs((60, 24, 40, 3, 4), F32, F32)
+    ids = torch.arange(60) % 5
+    x[ids == 2] = torch.nan
+    E = torch.randn(3, 40, 24)
+    for function in (
+        lambda rows: mixed_lora(x, E[0], A, B, rows, example_ids=ids, backend="cpu"),
+        lambda rows: mixed_linear(x, E, rows, example_ids=ids, backend="cpu"),
+    ):
+        rows = w[:5].clone().requires_grad_()
+        grad = torch.autograd.grad(function(rows).sum(), rows)[0]
+        assert grad.isnan().any(1).tolist() == [b == 2 for b in range(5)]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_equal_rows_are_merged_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_mixed_linear, "has_native_gemm", lambda _: True)
+    merged: list[int] = []
+    one_product = cpu_mixed_linear._merged
+    monkeypatch.setattr(cpu_mixed_linear, "_merged", lambda *a: merged.append(1) or one_product(*a))
+    x, E = torch.randn(40, 64).to(dtype), (torch.randn(3, 50, 64) / 8).to(dtype)
+    c, rows = torch.randn(3, 50).to(dtype), torch.rand(1, 3).expand(40, 3)
+    got = mixed_linear(x, E, rows, bias=c, backend="cpu")
+    assert merged
+    arguments = (x.double(), E.double(), rows.double(), c.double(), None, False)
+    products = [F.linear(x, w, b) for w, b in zip(E, c, strict=True)]
+    plain = sum(rows.to(dtype)[:, i : i + 1] * p for i, p in enumerate(products))
+    assert_within_budget(got, reference.mixed_linear(*arguments), plain)
+    with batch_invariant():
+        mixed_linear(x, E, rows, bias=c, backend="cpu")
+    different = rows.clone()
+    different[1, 0] += 1
+    mixed_linear(x, E, different, bias=c, backend="cpu")
+    assert merged == [1]
+
+
+# Algebra in float32, 200 drawn examples an op.
+
+
+@st.composite
+def sizes(draw: Any) -> tuple[int, ...]:
+    return tuple(draw(st.integers(1, top)) for top in (6, 7, 40, 40, 5, 18, 2**20))
+
+
+@settings(max_examples=200)
+@given(sizes())
+def test_mixed_lora_algebra(size: tuple[int, ...]) -> None:
+    B, T, n_in, n_out, m, r, seed = size
+    torch.manual_seed(seed)
+    x, W = torch.randn(B, T, n_in), torch.randn(n_out, n_in)
+    A, C, w = torch.randn(m, r, n_in), torch.randn(m, n_out, r), torch.randn(B, m)
+
+    def run(x: Tensor = x, w: Tensor = w, A: Tensor = A, C: Tensor = C, **k: Any) -> Tensor:
+        return mixed_lora(x, W, A, C, w, backend="cpu", **k)
+
+    base, y = F.linear(x, W), run()
+    scale = float((y.abs().max() + (base.abs().max())) * (1 + w.abs().max()))
+
+    def close(a: Tensor, b: Tensor) -> None:
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-5 * scale)
+
+    other = torch.randn(B, m)
+    close(run(w=2 * w - other) - base, 2 * (y - base) - (run(w=other) - base))
+    p, q = torch.randperm(m), torch.randperm(B)
+    close(run(w=w[:, p], A=A[p], C=C[p]), y)
+    close(run(x=x[q], w=w[q]), y[q])
+    close(run(w=w * 0.5, scaling=2.0), y)
+    pick = torch.arange(B) % m
+    one_hot = run(w=F.one_hot(pick, m).float())
+    for b in range(B):
+        i = int(pick[b])
+        close(one_hot[b], F.linear(x[b], W + C[i] @ A[i]))
+    assert torch.equal(run(), y)
+    with batch_invariant():
+        whole = run()
+        assert torch.equal(run(x=x[q], w=w[q]), whole[q])
+        flat = run(x=x.flatten(0, 1), example_ids=torch.arange(B).repeat_interleave(T))
+        assert torch.equal(flat, whole.flatten(0, 1))
+        assert torch.equal(run(x=x[:1], w=w[:1]), whole[:1])
+
+
+@settings(max_examples=200)
+@given(sizes())
+def test_mixed_linear_algebra(size: tuple[int, ...]) -> None:
+    B, T, n_in, n_out, m, _, seed = size
+    torch.manual_seed(seed)
+    x, E = torch.randn(B, T, n_in), torch.randn(m, n_out, n_in)
+    c, w = torch.randn(m, n_out), torch.randn(B, m)
+
+    def run(x: Tensor = x, w: Tensor = w, E: Tensor = E, c: Tensor = c, **k: Any) -> Tensor:
+        return mixed_linear(x, E, w, bias=c, backend="cpu", **k)
+
+    y = run()
+    scale = float((1 + y.abs().max()) * (1 + w.abs().max()))
+
+    def close(a: Tensor, b: Tensor) -> None:
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-5 * scale)
+
+    other = torch.randn(B, m)
+    close(run(w=2 * w - other), 2 * y - run(w=other))
+    p, q = torch.randperm(m), torch.randperm(B)
+    close(run(w=w[:, p], E=E[p], c=c[p]), y)
+    close(run(x=x[q], w=w[q]), y[q])
+    pick = torch.arange(B) % m
+    one_hot = run(w=F.one_hot(pick, m).float())
+    for b in range(B):
+        close(one_hot[b], F.linear(x[b], E[pick[b]], c[pick[b]]))
+    assert torch.equal(run(), y)
+    with batch_invariant():
+        whole = run()
+        assert torch.equal(run(x=x[q], w=w[q]), whole[q])
+        flat = run(x=x.flatten(0, 1), example_ids=torch.arange(B).repeat_interleave(T))
+        assert torch.equal(flat, whole.flatten(0, 1))
+        assert torch.equal(run(x=x[:1], w=w[:1]), whole[:1])
