@@ -35,6 +35,8 @@ tiny-model: .venv/.ready  ## make the embedded model again (about ten minutes)
 
 bench: .venv/.ready  ## time the kernels against plain PyTorch on the CPU
 	$(BIN)/python -m bench sample --device cpu
+	$(BIN)/python -m bench mixed_lora --device cpu
+	$(BIN)/python -m bench mixed_lora --device cpu --grad
 
 # Uses the python3 that has a CUDA build of PyTorch, not .venv.
 gpu:             ## on a machine with a GPU: build in place, GPU tests, sanitizer, benchmark

@@ -1,4 +1,5 @@
-"""`python -m bench sample` measures and appends rows; `python -m bench results` makes RESULTS.md.
+"""Speed against plain PyTorch. `python -m bench sample` and `python -m bench mixed_lora` measure
+and append rows, `python -m bench results` makes RESULTS.md and the plots.
 
 Exit status 1: a provider was refused by its error gate.
 """
@@ -8,23 +9,27 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from bench import rows, sample, tables, timing
+from bench import mixed_lora, rows, sample, tables, timing
 
 QUICK = timing.Protocol(warmup=1, repeats=20, seconds=0.2)
+Case = sample.Case | mixed_lora.Case
 
 
 def ladder(
-    cases: Sequence[sample.Case],
+    subject: ModuleType,
+    cases: Sequence[Case],
     device: torch.device,
     protocol: timing.Protocol,
     *,
-    bandwidth: float,
+    roofs: timing.Roofs,
     save: Path | None,
     graph: bool = False,
     compiled: bool = False,
+    memory: bool = False,
 ) -> tuple[list[rows.Row], dict[str, str]]:
     """Measures every case; gives the rows, and the reason of each refusal by case and provider.
 
@@ -34,11 +39,10 @@ def ladder(
     found: list[rows.Row] = []
     refusals: dict[str, str] = {}
     for case in _progress(cases):
-        providers = sample.providers(sample.inputs(case, device), compiled=compiled)
-        times, refused = timing.measure(providers, device, protocol, graph=graph)
+        providers = subject.providers(subject.inputs(case, device), compiled=compiled)
+        times, refused = timing.measure(providers, device, protocol, graph=graph, memory=memory)
         fields = case.fields() | ({"graph": graph} if device.type == "cuda" else {})
-        floor_us = case.floor_bytes() / bandwidth * 1e6
-        new = rows.rows(shared, sample.OP, fields, times, floor_us)
+        new = rows.rows(shared, subject.OP, fields, times, case.floors(roofs))
         if save is not None:
             rows.append(save, new)
         found += new
@@ -46,7 +50,7 @@ def ladder(
     return found, refusals
 
 
-def _progress(cases: Sequence[sample.Case]) -> Iterable[sample.Case]:
+def _progress(cases: Sequence[Case]) -> Iterable[Case]:
     """A bar, where tqdm is installed; in a log a line every ten seconds."""
     try:
         from tqdm import tqdm
@@ -59,20 +63,45 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("sample", help="draw a token: mix, softmax, draw, log-probability")
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    run.add_argument("--quick", action="store_true", help="fewer cases and repeats")
-    run.add_argument("--no-save", action="store_true", help="append nothing to bench/results")
-    run.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
-    run.add_argument("--compile", action="store_true", help="torch.compile too; takes minutes")
-    commands.add_parser("results", help="make bench/RESULTS.md from bench/results")
+    subjects = {
+        "sample": "draw a token: mix, softmax, draw, log-probability",
+        "mixed_lora": "a linear layer with adapters mixed per example; on a GPU decode with "
+        "--graph, prefill without",
+    }
+    for name, what in subjects.items():
+        run = commands.add_parser(name, help=what, description=what)
+        run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        run.add_argument("--quick", action="store_true", help="fewer cases and repeats")
+        run.add_argument("--no-save", action="store_true", help="append nothing to bench/results")
+        run.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
+        run.add_argument("--compile", action="store_true", help="torch.compile too; takes minutes")
+        if name == "mixed_lora":
+            run.add_argument("--grad", action="store_true", help="forward and backward, and memory")
+    commands.add_parser("results", help="make RESULTS.md and the plots from bench/results")
     return top
+
+
+def plan(args: argparse.Namespace) -> tuple[ModuleType, Sequence[Case], timing.Protocol]:
+    """The subject, its cases, and how often each is timed; prints which cases are left out."""
+    if args.command == "sample":
+        return sample, sample.cases(args.quick), QUICK if args.quick else timing.Protocol()
+    every = mixed_lora.cases(args.device, grad=args.grad, graph=args.graph, quick=args.quick)
+    cases = [case for case in every if args.device == "cuda" or not mixed_lora.too_slow(case)]
+    for case in every:
+        if case not in cases:
+            print(f"left out (no bfloat16 product in this processor): {case.fields()}")
+    protocol = mixed_lora.GRAD_PROTOCOL if args.grad else timing.Protocol()
+    quick = mixed_lora.QUICK_GRAD_PROTOCOL if args.grad else QUICK
+    return mixed_lora, cases, quick if args.quick else protocol
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; gives the exit status."""
     args = parser().parse_args(argv)
     if args.command == "results":
+        from bench import plot  # matplotlib, which a machine that only measures may lack
+
+        plot.write_plots()
         tables.write_results()
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -82,23 +111,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("--graph needs --device cuda", file=sys.stderr)
         return 2
     device = torch.device(args.device)
-    bandwidth = timing.copy_bandwidth(device)
+    subject, cases, protocol = plan(args)
+    dtypes = sorted({case.dtype for case in cases}) if subject is mixed_lora else []
+    roofs = timing.roofs(device, dtypes)
+    gemm = "".join(
+        f", {dtype} GEMM {rate / 1e9:.0f} GFLOP/s" for dtype, rate in roofs.flops.items()
+    )
     print(
         f"{rows.machine(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"copy bandwidth {bandwidth / 1e9:.0f} GB/s, load average {os.getloadavg()[0]:.1f}",
+        f"copy bandwidth {roofs.bandwidth / 1e9:.0f} GB/s{gemm}, "
+        f"load average {os.getloadavg()[0]:.1f}",
         flush=True,
     )
     found, refusals = ladder(
-        sample.cases(args.quick),
+        subject,
+        cases,
         device,
-        QUICK if args.quick else timing.Protocol(),
-        bandwidth=bandwidth,
+        protocol,
+        roofs=roofs,
         save=None if args.no_save else rows.RESULTS / f"{args.device}.csv",
         graph=args.graph,
         compiled=args.compile,
+        memory=subject is mixed_lora and args.grad,
     )
-    print(tables.table(found, spread=False))
-    print("Microseconds a call (median); speed-up against the fastest baseline of the case.")
+    print(tables.tables(found, spread=False))
     for which, reason in refusals.items():
         print(f"REFUSED by the error gate: {which}: {reason}")
     return 1 if refusals else 0

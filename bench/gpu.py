@@ -1,13 +1,15 @@
 """`python -m bench.gpu`: all that needs an NVIDIA GPU, in under eight minutes.
 
 Builds the modules in place, runs tests/gpu, runs its small cases under compute-sanitizer, and
-measures the `sample` ladder. Needs a CUDA build of PyTorch, nvcc, pytest and what
-`import clp_kernels` needs (safetensors); nothing has to be installed first. Appends to
-bench/results/cuda.csv, and copies bench/results/*.csv to the folder $OUT where that is set.
-Outside a git checkout, $GIT_COMMIT is the commit that the rows name.
+measures the ladders of `mixed_lora` (decode in CUDA graphs, prefill, forward and backward) and of
+`sample`; what torch.compile takes part in comes last, as far as the time goes. Needs a CUDA build
+of PyTorch, nvcc, pytest and what `import clp_kernels` needs (safetensors); nothing has to be
+installed first. Appends to bench/results/cuda.csv, and copies bench/results/*.csv to the folder
+$OUT where that is set. Outside a git checkout, $GIT_COMMIT is the commit that the rows name.
 
-A kernel that fails its tests is not measured. Exit status: 0 all is well, 1 something failed or
-did not run to its end, 2 there is no GPU.
+What fails its tests is not measured: those of `mixed_lora` and `mixed_linear` are a stage of their
+own, so that one op does not keep the other from its ladder. Exit status: 0 all is well, 1 something
+failed or did not run to its end, 2 there is no GPU.
 """
 
 import os
@@ -31,7 +33,8 @@ PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
 PYTEST += ["--confcutdir=tests/gpu"]
 LOADS = "from clp_kernels import native; raise SystemExit(native.cuda_missing())"
-BENCH = [PYTHON, "-m", "bench", "sample", "--device", "cuda"]
+SAMPLE = [PYTHON, "-m", "bench", "sample", "--device", "cuda"]
+MIXED = [PYTHON, "-m", "bench", "mixed_lora", "--device", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,30 @@ class Outcome:
 
 
 def stages(sanitizer: str | None) -> list[Stage]:
-    """In the order in which they run; without the sanitizer where its program is missing."""
+    """In the order in which they run; without the sanitizer where its program is missing.
+
+    The limits of all up to the last mixed_lora ladder add up to DEADLINE: a stage that hangs takes
+    none of the time of those.
+    """
     built = ("build", "load")
+    tested, mixed = (*built, "tests"), (*built, "tests, mixed")
     found = [
-        Stage("build", [PYTHON, "setup.py", "build_ext", "--inplace"], limit=180),
-        Stage("load", [PYTHON, "-c", LOADS], ("build",)),
-        Stage("tests", PYTEST, built),
+        Stage("build", [PYTHON, "setup.py", "build_ext", "--inplace"], limit=110),
+        Stage("load", [PYTHON, "-c", LOADS], ("build",), limit=20),
+        Stage("tests", [*PYTEST, "-k", "not mixed"], built, limit=35),
     ]
     for tool in ("memcheck", "racecheck") if sanitizer else ():
         command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *PYTEST]
-        found.append(Stage(tool, [*command, "-k", "small and not 50257"], built))
+        found.append(Stage(tool, [*command, "-k", "small and not 50257"], built, limit=40))
     found += [
-        Stage("sample", BENCH, (*built, "tests")),
-        Stage("sample, graph", [*BENCH, "--graph"], (*built, "tests")),
-        Stage("sample, compiled", [*BENCH, "--graph", "--compile", "--quick"], (*built, "tests")),
+        Stage("tests, mixed", [*PYTEST, "-k", "mixed"], built, limit=100),
+        Stage("mixed_lora, graph", [*MIXED, "--graph"], mixed, limit=65),
+        Stage("mixed_lora", MIXED, mixed, limit=25),
+        Stage("mixed_lora, grad", [*MIXED, "--grad"], mixed, limit=35),
+        Stage("sample", SAMPLE, tested, limit=40),
+        Stage("sample, graph", [*SAMPLE, "--graph"], tested, limit=40),
+        Stage("sample, compiled", [*SAMPLE, "--graph", "--compile", "--quick"], tested),
+        Stage("mixed_lora, compiled", [*MIXED, "--graph", "--compile", "--quick"], mixed),
     ]
     return found
 
@@ -149,11 +162,11 @@ def main() -> int:
             shutil.copy(path, Path(out) / path.name)
     new = tables.latest(rows.read(csv)[known:])
     if new:
-        print(f"\n{tables.table(new, spread=False)}")
+        print(f"\n{tables.tables(new, spread=False)}")
     print(f"\n{rows.machine(torch.device('cuda'))}, torch {torch.__version__}")
     for o in outcomes:
         verdict = {True: "passed", False: "FAILED", None: "-"}[o.ok]
-        print(f"{o.name:18} {verdict:7} {o.seconds:7.1f} s  {o.note}")
+        print(f"{o.name:20} {verdict:7} {o.seconds:7.1f} s  {o.note}")
     return exit_status(outcomes)
 
 

@@ -28,15 +28,18 @@ FIELDS = (
     "load",  # of the machine when the run began (one-minute average): what others were doing
     "torch",
     "op",
-    "provider",  # "torch...": a baseline; "floor": the time to move the bytes once
+    "provider",  # "torch...", "peft...": a baseline; "floor...": time at the device's measured best
     "case",  # JSON
     "p20_us",
     "p50_us",
     "p80_us",
     "ratio",  # times as fast as the fastest baseline of this case in this run
     "max_err_ratio",  # largest share of the error budget; 1 is the limit
-    "peak_bytes",  # GPU memory beyond the inputs
+    "peak_bytes",  # memory beyond the inputs
+    "extra_us",  # beyond "base" of the same round, median over the rounds
+    "over_base",  # time over that of "base" in the same round, median over the rounds
 )
+ADDED = 2  # the last columns, which files from before 2026-11-24 lack
 Row = dict[str, str]
 
 
@@ -82,11 +85,20 @@ def _commit() -> tuple[str, str]:
     return os.environ.get("GIT_COMMIT", "unknown"), "unknown"
 
 
+def is_baseline(provider: str) -> bool:
+    """Whether speed-ups are measured against it; "base" and floors are not baselines."""
+    return provider.startswith(("torch", "peft"))
+
+
 def rows(
-    shared: Row, op: str, case: Mapping[str, object], times: Mapping[str, Timing], floor_us: float
+    shared: Row,
+    op: str,
+    case: Mapping[str, object],
+    times: Mapping[str, Timing],
+    floors: Mapping[str, float],
 ) -> list[Row]:
-    """A row for each provider and one for the floor, with ratios to the fastest baseline."""
-    baselines = [t.p50_us for name, t in times.items() if name.startswith("torch")]
+    """A row for each floor (in us) and each provider, with ratios to the fastest baseline."""
+    baselines = [t.p50_us for name, t in times.items() if is_baseline(name)]
     strongest = min(baselines, default=None)
 
     def row(provider: str, timing: Timing) -> Row:
@@ -98,34 +110,54 @@ def rows(
             "p50_us": f"{timing.p50_us:.2f}",
             "p80_us": f"{timing.p80_us:.2f}",
             "ratio": "" if strongest is None else f"{strongest / timing.p50_us:.3f}",
-            "max_err_ratio": "" if provider == "floor" else f"{timing.max_err_ratio:.4f}",
+            "max_err_ratio": "" if provider in floors else f"{timing.max_err_ratio:.4f}",
             "peak_bytes": "" if timing.peak_bytes is None else str(timing.peak_bytes),
+            "extra_us": "" if timing.extra_us is None else f"{timing.extra_us:.2f}",
+            "over_base": "" if timing.over_base is None else f"{timing.over_base:.4f}",
         }
         return shared | own
 
-    floor = Timing(floor_us, floor_us, floor_us, 0.0)
-    return [row("floor", floor), *(row(name, timing) for name, timing in times.items())]
+    floor_times = {name: Timing(us, us, us, 0.0) for name, us in floors.items()}
+    return [row(name, timing) for name, timing in (floor_times | dict(times)).items()]
 
 
 def append(path: Path, new: Iterable[Row]) -> None:
     """Adds rows at the end of the file, with a header where it is new.
 
-    Raises: ValueError where the file has other columns; rows that are there are never touched.
+    A file from before the last columns gets them first, empty in its rows (`migrate`).
+
+    Raises: ValueError where the file has other columns; values that are there are never touched.
     """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
-    with path.open(encoding="utf-8", newline="") as file:
-        header = next(csv.reader(file), [])
-    if tuple(header) != FIELDS:
-        raise ValueError(f"{path.name} has the columns {header}, expected {list(FIELDS)}")
+    header = _header(path)
+    if header == FIELDS[:-ADDED]:
+        migrate(path)
+    elif header != FIELDS:
+        raise ValueError(f"{path.name} has the columns {list(header)}, expected {list(FIELDS)}")
     with path.open("a", encoding="utf-8", newline="") as file:
         csv.DictWriter(file, FIELDS, lineterminator="\n").writerows(new)
 
 
+def migrate(path: Path) -> None:
+    """Writes a file without the last columns anew with them, empty; every value stays as it is."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(read(path))
+    os.replace(new, path)
+
+
+def _header(path: Path) -> tuple[str, ...]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return tuple(next(csv.reader(file), []))
+
+
 def read(path: Path) -> list[Row]:
-    """The rows of a file, oldest first; none where it does not exist."""
+    """The rows of a file, oldest first, columns that it lacks empty; none where it is missing."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        return [dict.fromkeys(FIELDS, "") | row for row in csv.DictReader(file)]

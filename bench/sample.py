@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import clp_kernels
-from bench.timing import Provider
+from bench.timing import Provider, Roofs
 from clp_kernels import native
 from clp_kernels.testing import assert_within_budget, weight_rows
 
@@ -48,6 +48,10 @@ class Case:
     def floor_bytes(self) -> int:
         """The logits, read once."""
         return self.m * self.batch * self.vocab_size * getattr(torch, self.dtype).itemsize
+
+    def floors(self, roofs: Roofs) -> dict[str, float]:
+        """Microseconds that the bytes take: there is no matrix product in it."""
+        return {"floor": self.floor_bytes() / roofs.bandwidth * 1e6}
 
 
 def cases(quick: bool = False) -> list[Case]:

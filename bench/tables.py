@@ -3,8 +3,12 @@
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from bench.rows import RESULTS, ROOT, Row, read
+from bench.rows import RESULTS, ROOT, Row, is_baseline, read
+from bench.timing import BASE
+
+CAT = "torch_cat"  # the plain form that ours are set against where there is a base
 
 HEAD = """\
 # Results
@@ -13,16 +17,25 @@ Made from `bench/results/*.csv` by `python -m bench results`: the latest row of 
 provider on each machine. Protocol: `bench/timing.py`. Every provider passed its error gate on the
 inputs it was timed with.
 
-Times are microseconds a call, median [20th, 80th percentile]. `torch...` are plain PyTorch, the
-baselines. A **speed-up** is the time of the fastest baseline of the same case and run over the
-provider's own: above 1 is faster. **Floor** is the time to read the inputs once at the measured
-bandwidth of a large copy; inputs that stay in a cache can be read faster.
+Times are microseconds a call, median [20th, 80th percentile]. `torch...` and `peft` are the
+baselines. **Floor** is the time to move the bytes once at the measured bandwidth of a large copy
+(inputs that stay in a cache can be read faster), **floor_flops** the time of the multiplications at
+the measured rate of a large square product of the same dtype. What the providers are stands at the
+top of `bench/sample.py` and `bench/mixed_lora.py`; in the latter, outputs above four million
+elements are judged on evenly spaced rows.
 
 A load average well above zero before a run means that other processes held cores meanwhile. With
 as many threads as cores, times then jump by whole time slices (4 to 8 ms) while one thread of a
 parallel region waits for its core: read the sections with one thread, or measure again on an idle
 machine.
 """
+SPEED_UP = """\
+Microseconds a call (median). Speed-up: the time of the fastest baseline of the same case and run
+over the own time; above 1 is faster."""
+OVER_BASE = """\
+Each cell: time over that of the bare layer (`base`), and in brackets the microseconds beyond it;
+medians over the rounds, each against the base of its own round. "cat extra / X's": the extra time
+of torch_cat over that of X (all: X has none); "X / cat": the whole time of X over torch_cat's."""
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -34,15 +47,31 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list(kept.values())
 
 
+def tables(rows: Sequence[Row], *, spread: bool = True) -> str:
+    """A Markdown table for each op and kind of case in the rows, with what its cells mean."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        case = json.loads(row["case"])
+        kind = ", ".join(str(case[key]) for key in ("mode", "rows") if key in case)
+        groups.setdefault((row["op"], kind), []).append(row)
+    parts = []
+    for (_, kind), group in groups.items():
+        heading = [f"**{kind}**"] if kind else []
+        if any(row["provider"] == BASE for row in group):
+            parts += [*heading, over_base_table(group, spread=spread), OVER_BASE]
+            if any(row["peak_bytes"] for row in group):
+                parts += [memory_table(group), "Peak memory beyond the inputs, over the base's."]
+        else:
+            parts += [*heading, table(group, spread=spread), SPEED_UP]
+    return "\n\n".join(parts)
+
+
 def table(rows: Sequence[Row], *, spread: bool = True) -> str:
-    """A Markdown table of one op on one machine, a line a case; `spread` adds p20 and p80."""
-    cases = {row["case"]: json.loads(row["case"]) for row in rows}
-    fields = list(dict.fromkeys(field for case in cases.values() for field in case))
-    names = list(dict.fromkeys(row["provider"] for row in rows))
-    names.sort(key=lambda n: (n != "floor", not n.startswith("torch"), n != "reference"))
-    ours = [n for n in names if n not in ("floor", "reference") and not n.startswith("torch")]
+    """Times of one op on one machine, a line a case; `spread` adds p20 and p80."""
+    cases, names, cell = _columns(rows)
+    fields = _fields(cases)
+    ours = [n for n in names if _is_ours(n)]
     lines = [[*fields, *names, *(f"{n} {what}" for n in ours for what in ("speed-up", "/ floor"))]]
-    cell = {(row["case"], row["provider"]): row for row in rows}
     for key, case in cases.items():
         line = [str(case.get(field, "")) for field in fields]
         line += [_time(cell.get((key, name)), spread) for name in names]
@@ -56,11 +85,82 @@ def table(rows: Sequence[Row], *, spread: bool = True) -> str:
     return _aligned(lines)
 
 
+def over_base_table(rows: Sequence[Row], *, spread: bool = True) -> str:
+    """Floors and the base in microseconds, every provider against the base, ours against CAT."""
+    cases, names, cell = _columns(rows)
+    fields = _fields(cases)
+    timed = [n for n in names if n.startswith("floor") or n == BASE]
+    rest = [n for n in names if n not in timed]
+    ours = [n for n in rest if _is_ours(n)]
+    ratios = [head for name in ours for head in (f"cat extra / {name}'s", f"{name} / cat")]
+    lines = [[*fields, *timed, *rest, *ratios]]
+    for key, case in cases.items():
+        line = [str(case.get(field, "")) for field in fields]
+        line += [_time(cell.get((key, name)), spread) for name in timed]
+        line += [_over(cell.get((key, name))) for name in rest]
+        cat = cell.get((key, CAT))
+        for name in ours:
+            row = cell.get((key, name))
+            if row is None or cat is None or not (row["extra_us"] and cat["extra_us"]):
+                line += ["", ""]
+                continue
+            own = float(row["extra_us"])
+            line.append(f"{float(cat['extra_us']) / own:.2f}" if own > 0 else "all")
+            line.append(f"{float(row['p50_us']) / float(cat['p50_us']):.3f}")
+        lines.append(line)
+    return _aligned(lines)
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """The base's peak in MB, and every other provider's over it."""
+    cases, names, cell = _columns(rows)
+    fields = _fields(cases)
+    rest = [n for n in names if n != BASE and not n.startswith("floor")]
+    lines = [[*fields, "base MB", *rest]]
+    for key, case in cases.items():
+        base = cell.get((key, BASE))
+        if base is None:
+            continue
+        held = float(base["peak_bytes"])
+        peaks = [cell[key, name]["peak_bytes"] if (key, name) in cell else "" for name in rest]
+        line = [*(str(case.get(field, "")) for field in fields), f"{held / 1e6:.1f}"]
+        lines.append(line + [f"{float(peak) / held:.2f}" if peak else "" for peak in peaks])
+    return _aligned(lines)
+
+
+def _columns(
+    rows: Sequence[Row],
+) -> tuple[dict[str, dict[str, Any]], list[str], dict[tuple[str, str], Row]]:
+    """Cases by their JSON; providers, floors first, then the base, baselines, ours; the cells."""
+    cases = {row["case"]: json.loads(row["case"]) for row in rows}
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    names.sort(
+        key=lambda n: (not n.startswith("floor"), n != BASE, not is_baseline(n), n != "reference")
+    )
+    return cases, names, {(row["case"], row["provider"]): row for row in rows}
+
+
+def _fields(cases: dict[str, dict[str, Any]]) -> list[str]:
+    fields = dict.fromkeys(field for case in cases.values() for field in case)
+    return [field for field in fields if field not in ("mode", "rows")]
+
+
+def _is_ours(name: str) -> bool:
+    """A kernel: neither floor, base, baseline nor the reference."""
+    return not (name.startswith(("floor", BASE, "reference")) or is_baseline(name))
+
+
+def _over(row: Row | None) -> str:
+    if row is None or not row["over_base"]:
+        return ""
+    return f"{float(row['over_base']):.3f} ({_short(float(row['extra_us']))})"
+
+
 def _time(row: Row | None, spread: bool) -> str:
     if row is None:
         return ""
     p20, p50, p80 = (_short(float(row[f"{p}_us"])) for p in ("p20", "p50", "p80"))
-    return f"{p50} [{p20}, {p80}]" if spread and row["provider"] != "floor" else p50
+    return f"{p50} [{p20}, {p80}]" if spread and not row["provider"].startswith("floor") else p50
 
 
 def _short(us: float) -> str:
@@ -88,10 +188,20 @@ def write_results(folder: Path = RESULTS, target: Path = ROOT / "bench" / "RESUL
         of = ", ".join(sorted({r["torch"] for r in rows}))
         load = max(float(r["load"]) for r in rows)
         again = f"OMP_NUM_THREADS={threads} python -m bench {op} --device {device}"
+        commands = sorted({f"`{again}{_options(json.loads(row['case']))}`" for row in rows})
+        plot = folder / f"{op}_{device}.png"
+        image = f"![time over the base against T](results/{plot.name})\n\n"
         parts.append(
             f"## `{op}` on {machine}, threads: {threads}\n\n"
             f"torch {of}; {' to '.join(dates[:: max(1, len(dates) - 1)])}; commit "
             f"{', '.join(sorted(commits))} (+: with uncommitted changes); load average before the "
-            f"run: {load:.1f}. Again: `{again}`.\n\n{table(rows)}\n"
+            f"run: {load:.1f}. Again: {', '.join(commands)}.\n\n"
+            f"{image if plot.is_file() else ''}{tables(rows)}\n"
         )
     target.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _options(case: dict[str, Any]) -> str:
+    """The options of the command that measured a case."""
+    grad, graph = "backward" in case.get("mode", ""), case.get("graph", False)
+    return " --grad" * grad + " --graph" * graph

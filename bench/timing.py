@@ -5,25 +5,34 @@ gate; what fails is refused: it gets a reason instead of a time. Then rounds: ev
 round (A B A B, not A then B), in an order shuffled anew each round, so that drift of the machine
 and whatever the neighbour left in the caches hit all alike. The first rounds are warm-up.
 
+Where one provider is called "base", it stays to the last round, and the others are also compared
+with it round by round: the median of (own time - base's time of the same round), which a drift of
+the machine does not move, and which is far smaller than either time.
+
 CPU times are wall-clock. GPU times lie between two events, after a write that pushes the inputs
 out of the L2 cache; with `graph`, what is timed is the replay of a captured CUDA graph, so that
-launch gaps are not. Peak GPU memory is taken in a call of its own.
+launch gaps are not. Peak memory is taken in a call of its own.
 """
 
+import json
+import os
 import random
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+BASE = "base"
 FLUSH_BYTES = 256 * 2**20  # larger than any GPU's L2 (B200: 126 MB)
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do the work. A name that starts with "torch" is a baseline.
+    """One way to do the work. "torch..." and "peft..." are baselines, "base" is a part of the work.
 
     run: does the work once, gives the output.
     check: the error gate: the share of the error budget that an output uses (0 to 1), or
@@ -52,13 +61,18 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: median, 20th and 80th percentile; the gate's result; peak GPU bytes."""
+    """Microseconds a call: median, 20th and 80th percentile; the gate's result; peak bytes.
+
+    extra_us and over_base: medians over the rounds of own time - base's, and own time / base's.
+    """
 
     p20_us: float
     p50_us: float
     p80_us: float
     max_err_ratio: float
     peak_bytes: int | None = None
+    extra_us: float | None = None
+    over_base: float | None = None
 
 
 def measure(
@@ -67,8 +81,13 @@ def measure(
     protocol: Protocol,
     *,
     graph: bool = False,
+    memory: bool = False,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Times of the providers that pass their gate, and the reasons of those that do not."""
+    """Times of the providers that pass their gate, and the reasons of those that do not.
+
+    A provider that raises a RuntimeError (a kernel that does not launch, no memory) is refused too.
+    `memory` takes the peak on the CPU as well; on a GPU it is always taken.
+    """
     runs: dict[str, Callable[[], Any]] = {}
     shares: dict[str, float] = {}
     refused: dict[str, str] = {}
@@ -81,13 +100,21 @@ def measure(
             runs[provider.name] = run
         except AssertionError as error:
             refused[provider.name] = str(error) or "the error gate failed"
+        except RuntimeError as error:
+            refused[provider.name] = f"RuntimeError: {error}"
     samples = _rounds(runs, stopwatch(device), protocol)
-    on_gpu = device.type == "cuda"
-    peaks = {p.name: _peak_bytes(p.run, device) for p in providers if on_gpu and p.name in runs}
+    peak = {"cuda": _peak_bytes_gpu, "cpu": peak_bytes_cpu}[device.type]
+    counted = memory or device.type == "cuda"
+    peaks = {p.name: peak(p.run) for p in providers if counted and p.name in runs}
     times = {}
     for name, seconds in samples.items():
-        p20, p50, p80 = _quantiles(seconds)
-        times[name] = Timing(p20, p50, p80, shares[name], peaks.get(name))
+        p20, p50, p80 = _quantiles(seconds.values())
+        extra = over = None
+        if BASE in samples and name != BASE:
+            pairs = [(own, samples[BASE][number]) for number, own in seconds.items()]
+            extra = _quantiles(own - base for own, base in pairs)[1]
+            over = _quantiles(own / base for own, base in pairs)[1] / 1e6
+        times[name] = Timing(p20, p50, p80, shares[name], peaks.get(name), extra, over)
     return times, refused
 
 
@@ -95,21 +122,23 @@ def _rounds(
     runs: dict[str, Callable[[], Any]],
     watch: Callable[[Callable[[], Any]], float],
     protocol: Protocol,
-) -> dict[str, list[float]]:
-    """Seconds of each call. A fixed seed shuffles, so that two runs have the same schedule."""
+) -> dict[str, dict[int, float]]:
+    """Seconds of each call by round. A fixed seed shuffles: two runs have the same schedule."""
     shuffle = random.Random(0).shuffle
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, dict[int, float]] = {name: {} for name in runs}
     for number in range(protocol.warmup + protocol.repeats):
         names = [
             name
             for name, times in samples.items()
-            if len(times) < protocol.least or sum(times) < protocol.seconds
+            if len(times) < protocol.least or sum(times.values()) < protocol.seconds
         ]
+        if names and BASE in runs and BASE not in names:
+            names.append(BASE)
         shuffle(names)
         for name in names:
             seconds = watch(runs[name])
             if number >= protocol.warmup:
-                samples[name].append(seconds)
+                samples[name][number] = seconds
     return samples
 
 
@@ -156,20 +185,65 @@ def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+def _peak_bytes_gpu(run: Callable[[], Any]) -> int:
     """GPU memory that one call takes beyond what is held before it, its outputs included."""
-    torch.cuda.synchronize(device)
-    held = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - held
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - held
 
 
-def _quantiles(seconds: list[float]) -> list[float]:
+def peak_bytes_cpu(run: Callable[[], Any]) -> int:
+    """CPU memory that one call takes through PyTorch's allocator, its outputs included.
+
+    Exact for tensors, from the allocations and frees that the profiler records in order. What
+    libraries allocate past PyTorch (oneDNN's and MKL's scratch, a kernel's own) is not in it.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else two lines on stderr for each call
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    steps = [event for event in events if event["name"] == "[memory]"]
+    held = peak = 0
+    for step in sorted(steps, key=lambda event: event["ts"]):
+        held += step["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def _quantiles(seconds: Iterable[float]) -> list[float]:
     levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    microseconds = torch.tensor(seconds, dtype=torch.float64) * 1e6
+    microseconds = torch.tensor(list(seconds), dtype=torch.float64) * 1e6
     return [float(q) for q in microseconds.quantile(levels)]
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What the device can do at best: bytes a second copied, FLOP a second of a dtype's GEMM."""
+
+    bandwidth: float
+    flops: Mapping[str, float]
+
+
+def roofs(device: torch.device, dtypes: Iterable[str]) -> Roofs:
+    """Both, measured."""
+    flops = {dtype: gemm_rate(device, getattr(torch, dtype)) for dtype in dtypes}
+    return Roofs(copy_bandwidth(device), flops)
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP a second of F.linear with a square matrix: the roof of whatever multiplies."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    x = torch.randn(size, size, device=device).to(dtype)  # a GPU draws less power for constants
+    provider = Provider("gemm", lambda: torch.nn.functional.linear(x, x), lambda _: 0.0)
+    times, _ = measure([provider], device, Protocol(warmup=1, repeats=9, least=3))
+    return 2 * size**3 / (times["gemm"].p50_us * 1e-6)
 
 
 def copy_bandwidth(device: torch.device, size: int = 512 * 2**20) -> float:

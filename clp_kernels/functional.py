@@ -79,7 +79,7 @@ def mixed_lora(
     """
     if not isinstance(x, Tensor) or x.dim() < 2:
         raise ValueError(f"x must be a tensor [B, ..., in] or [T, in], got {_describe(x)}")
-    checks.tensor("x", x, tuple(x.shape), None)
+    checks.tensor("x", x, x.shape, None)
     in_features = x.shape[-1]
     checks.tensor("base_weight", base_weight, (None, in_features), x)
     checks.same_dtype("base_weight", base_weight, x.dtype)
@@ -163,7 +163,7 @@ def mixed_linear(
     """
     if not isinstance(x, Tensor) or x.dim() < 2:
         raise ValueError(f"x must be a tensor [B, ..., in] or [T, in], got {_describe(x)}")
-    checks.tensor("x", x, tuple(x.shape), None)
+    checks.tensor("x", x, x.shape, None)
     checks.tensor("expert_weight", expert_weight, (None, None, x.shape[-1]), x)
     checks.same_dtype("expert_weight", expert_weight, x.dtype)
     m, out_features = expert_weight.shape[:2]

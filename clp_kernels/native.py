@@ -23,11 +23,14 @@ _REBUILD = "reinstall from source with a C++17 compiler, and nvcc for the GPU"
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """(module, None), or (None, why it is missing)."""
     try:
-        return importlib.import_module(f"clp_kernels.{name}"), None
+        module = importlib.import_module(f"clp_kernels.{name}")
     except ModuleNotFoundError:
         return None, f"clp_kernels.{name} has not been built; {_REBUILD}"
     except ImportError as error:
         return None, f"clp_kernels.{name} does not load: {error}"
+    if name == "_cpu":
+        module.isa()  # raises where the environment names an instruction set that is not here
+    return module, None
 
 
 def cpu_missing() -> str | None:
@@ -36,10 +39,7 @@ def cpu_missing() -> str | None:
     Raises:
         ValueError: CLP_KERNELS_CPU_ISA names no instruction set, or one this machine lacks.
     """
-    module, reason = _load("_cpu")
-    if module is not None:
-        module.isa()
-    return reason
+    return _load("_cpu")[1]
 
 
 @cache

@@ -52,7 +52,7 @@ struct DotArgs {
   int64_t pieces, length;
 };
 
-constexpr int64_t kSegment = 1024;  // a multiple of every kStep
+constexpr int64_t kSegment = 2048;  // a multiple of every kStep
 
 // Elements [begin, begin + length) of every piece.
 template <class T, int PLANES, int ROWS, int COLUMNS>

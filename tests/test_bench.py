@@ -1,6 +1,7 @@
 """bench at toy size: every case gives a valid row, a wrong provider none; rows are only added."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -12,10 +13,18 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import gpu, rows, sample, tables, timing
+from bench import gpu, mixed_lora, plot, rows, sample, tables, timing
+from clp_kernels import dispatch
 
 CPU = torch.device("cpu")
 TOY = timing.Protocol(warmup=1, repeats=2, least=1, seconds=1)
+ROOFS = timing.Roofs(bandwidth=1e6, flops={"float32": 1e9, "bfloat16": 1e9})
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the suite interprets Triton, it would be one more provider, and a very slow one."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def toy(case: sample.Case) -> sample.Case:
@@ -32,7 +41,7 @@ def a_row(provider: str = "cpu", p50: float = 2.0, **changes: str) -> rows.Row:
 def test_every_case_emits_a_valid_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sample, "SMALL", 100)  # both forms of the mix
     path, cases = tmp_path / "cpu.csv", [toy(case) for case in sample.cases()]
-    found, refused = command.ladder(cases, CPU, TOY, bandwidth=1e6, save=path)
+    found, refused = command.ladder(sample, cases, CPU, TOY, roofs=ROOFS, save=path)
     assert not refused and rows.read(path) == found
     names = ["floor", "torch", "torch_cdf", "torch_multinomial", "reference"]
     names += ["cpu"] if sample.native.cpu_missing() is None else []
@@ -58,6 +67,7 @@ def test_the_ladder_has_every_size() -> None:
     }  # fmt: skip
     assert len(fields) == 36 and set(sample.cases(quick=True)) < set(sample.cases())
     assert sample.Case(10, 4, 2, "bfloat16").floor_bytes() == 160
+    assert sample.Case(10, 4, 2, "bfloat16").floors(ROOFS) == {"floor": pytest.approx(160)}
     assert 1e8 < timing.copy_bandwidth(CPU, size=2**22) < 1e13
 
 
@@ -120,6 +130,256 @@ def test_providers_take_turns_and_a_slow_one_leaves_early(monkeypatch) -> None:
     assert times["fast"].max_err_ratio == 0.25 and times["fast"].peak_bytes is None
 
 
+def small(case: mixed_lora.Case) -> mixed_lora.Case:
+    """The same kind of case on a 24 x 24 layer, with at most 12 tokens of 3 examples."""
+    batch = min(case.batch, 3)
+    tokens = 12 if case.tokens > case.batch else batch
+    return dataclasses.replace(case, features=24, tokens=tokens, batch=batch, r=2)
+
+
+def ours(grad: bool, suffix: str = "") -> set[str]:
+    """The backends that a 24 x 24 case on the CPU has, by the dispatch table itself."""
+    case = mixed_lora.Case(24, 12, 3, 4, 2, "float32", grad=grad)
+    return {f"{b.name}{suffix}" for b in mixed_lora.backends(mixed_lora.inputs(case, CPU))}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("grad, graph", [(False, False), (True, False), (False, True)])
+def test_every_mixed_lora_case_emits_a_valid_row(tmp_path: Path, device, grad, graph) -> None:
+    """The cases of both devices, at toy size and on the CPU."""
+    cases = list(dict.fromkeys(map(small, mixed_lora.cases(device, grad=grad, graph=graph))))
+    path = tmp_path / "cpu.csv"
+    found, refused = command.ladder(
+        mixed_lora, cases, CPU, TOY, roofs=ROOFS, save=path, memory=grad
+    )
+    assert not refused and rows.read(path) == found
+    plain = {"floor_bytes", "floor_flops", "base", "torch_loop", "torch_cat", "peft"}
+    plain |= {"torch_cat_by_hand"} if grad else {"torch_stacked"}
+    for case in cases:
+        key = json.dumps(case.fields())
+        by_name = {row["provider"]: row for row in found if row["case"] == key}
+        equal = ours(grad, "_equal_rows") if case.equal_rows else set()
+        assert set(by_name) == plain | ours(grad) | equal
+        for name, row in by_name.items():
+            assert tuple(row) == rows.FIELDS and row["op"] == "mixed_lora"
+            compared = name != "base" and not name.startswith("floor")
+            assert (row["extra_us"] != "") == (row["over_base"] != "") == compared
+            assert (row["peak_bytes"] != "") == (grad and not name.startswith("floor"))
+            assert name.startswith("floor") or 0 <= float(row["max_err_ratio"]) <= 1
+        fastest = min(float(r["p50_us"]) for n, r in by_name.items() if rows.is_baseline(n))
+        ratio = fastest / float(by_name["reference"]["p50_us"])
+        assert float(by_name["reference"]["ratio"]) == pytest.approx(ratio, rel=0.02, abs=2e-3)
+
+
+def test_the_mixed_lora_ladder_has_every_size() -> None:
+    def sizes(cases: list[mixed_lora.Case]) -> set[tuple[int, int, str]]:
+        return {(c.features, c.tokens, c.dtype) for c in cases if (c.m, c.r) == (4, 16)}
+
+    both, tokens = ("float32", "bfloat16"), (1, 2, 4, 8, 16, 64, 256)
+    forward = mixed_lora.cases("cpu")
+    assert sizes(forward) == {(d, t, k) for d in (2048, 4096) for t in tokens for k in both}
+    assert {(c.m, c.r) for c in forward} == {(4, 16), (2, 8)}
+    assert {c.tokens for c in forward if c.equal_rows} == {8, 64}
+    training = mixed_lora.cases("cpu", grad=True)
+    assert sizes(training) == {(d, 2048, k) for d in (1024, 2048) for k in both}
+    assert all(c.grad and c.batch == 8 for c in training)
+    decode = sizes(mixed_lora.cases("cuda", graph=True))
+    tokens = (1, 8, 16, 32, 64, 128, 256)
+    assert decode == {(d, t, "bfloat16") for d in (2048, 4096, 8192) for t in tokens}
+    assert sizes(mixed_lora.cases("cuda")) == {(4096, t, "bfloat16") for t in (2048, 8192)}
+    assert sizes(mixed_lora.cases("cuda", grad=True)) == {(4096, 8192, "bfloat16")}
+    for device, grad, graph in (("cpu", False, False), ("cpu", True, False), ("cuda", False, True)):
+        every = mixed_lora.cases(device, grad=grad, graph=graph)
+        assert set(mixed_lora.cases(device, grad=grad, graph=graph, quick=True)) < set(every)
+
+
+def test_mixed_lora_floors() -> None:
+    case = mixed_lora.Case(10, 6, 2, 3, 2, "float32")
+    assert case.floor_bytes() == 4 * (100 + 2 * 60 + 2 * 60)  # W; A and B; x and y
+    assert case.floor_flops() == 2 * 6 * (100 + 2 * 60)
+    train = dataclasses.replace(case, grad=True)
+    assert train.floor_bytes() == case.floor_bytes() + 4 * (100 + 4 * 60 + 3 * 60)
+    assert train.floor_flops() == 2 * 6 * (2 * 100 + 6 * 60)
+    assert case.floors(ROOFS)["floor_bytes"] == pytest.approx(case.floor_bytes())
+    assert case.floors(ROOFS)["floor_flops"] == pytest.approx(case.floor_flops() / 1e3)
+    assert 1e6 < timing.gemm_rate(CPU, torch.float32, size=64) < 1e13
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("options", [[], ["--grad"]])
+def test_large_bfloat16_is_left_out_where_the_processor_has_no_product(
+    monkeypatch, capsys, native: bool, options: list[str]
+) -> None:
+    """The largest case goes, with a line that says so, and only it."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    args = command.parser().parse_args(["mixed_lora", *options])
+    _, cases, _ = command.plan(args)
+    left = set(mixed_lora.cases("cpu", grad=args.grad)) - set(cases)
+    assert len(capsys.readouterr().out.splitlines()) == len(left) == (0 if native else 1)
+    assert all(c.dtype == "bfloat16" for c in left)
+
+
+def test_each_path_of_the_triton_kernel_is_a_provider() -> None:
+    """In Triton's interpreter, which has to be chosen before Triton is imported."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    code = """
+import torch
+from bench import mixed_lora
+case = mixed_lora.Case(24, 12, 3, 4, 2, "float32")
+for provider in mixed_lora.providers(mixed_lora.inputs(case, torch.device("cpu"))):
+    print(provider.name, provider.check(provider.run()) <= 1)
+"""
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=rows.ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert {"triton True", "triton_fused True", "triton_split True"} <= set(lines)
+    assert all(line.endswith(" True") for line in lines)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_torch_compile_of_a_baseline(monkeypatch, grad: bool, dtype: str) -> None:
+    """Compiled by a backend that needs no compiler, so that the call stays the one that is used."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda form, mode: compile(form, backend="aot_eager"))
+    case = mixed_lora.Case(24, 12, 3, 4, 2, dtype, grad=grad)
+    found = mixed_lora.providers(mixed_lora.inputs(case, CPU), compiled=True)
+    compiled = next(p for p in found if p.name == "torch_cat_compiled")
+    assert compiled.check(compiled.run()) <= 1
+
+
+def wrong_outputs(case: mixed_lora.Case):
+    """(name of the output that is wrong, outputs) of the reference, one wrong at a time."""
+    data = mixed_lora.inputs(case, CPU)
+    provider = next(p for p in mixed_lora.providers(data) if p.name == "reference")
+    right = tuple(t.detach() for t in provider.run())
+    for i, name in enumerate(mixed_lora.NAMES[: len(right)]):
+        for change in (lambda t: t * 1.05, lambda t: t.flip(0), lambda t: t * torch.nan):
+            yield (
+                name,
+                provider.check,
+                tuple(change(t) if j == i else t for j, t in enumerate(right)),
+            )
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_mixed_lora_gate_refuses_each_wrong_output(grad: bool) -> None:
+    seen = set()
+    for name, check, output in wrong_outputs(mixed_lora.Case(24, 12, 3, 4, 2, "float32", grad)):
+        with pytest.raises(AssertionError, match=f"^{name} "):
+            check(output)
+        seen.add(name)
+    assert seen == set(mixed_lora.NAMES if grad else ["y"])
+
+
+def test_the_gate_refuses_an_adapter_left_out_or_the_rows_of_another_example() -> None:
+    """Of every kind of provider: the wrong weights, the layout of its gradients unchanged."""
+    case = mixed_lora.Case(24, 12, 3, 4, 2, "float32", grad=True, equal_rows=True)
+    data = mixed_lora.inputs(case, CPU)
+    right = mixed_lora.providers(data)
+    lacking = data.weights * torch.tensor([1.0, 1.0, 1.0, 0.0])
+    for weights in (lacking, data.weights.flip(0)):
+        wrong = mixed_lora.providers(dataclasses.replace(data, weights=weights))
+        for provider, other in zip(right, wrong, strict=True):
+            if provider.name != "base":
+                with pytest.raises(AssertionError, match="out of its error budget"):
+                    provider.check(other.run())
+
+
+def test_large_outputs_are_judged_on_some_rows_and_must_be_finite(monkeypatch) -> None:
+    monkeypatch.setattr(mixed_lora, "JUDGED", 24 * 3)
+    data = mixed_lora.inputs(mixed_lora.Case(24, 12, 3, 4, 2, "float32"), CPU)
+    cat = next(p for p in mixed_lora.providers(data) if p.name == "torch_cat")
+    output = cat.run()[0]  # rows 0, 4 and 8 of 12
+    assert cat.check((output,)) <= 1
+    output[7, 3] = torch.inf
+    with pytest.raises(AssertionError, match="y must be finite"):
+        cat.check((output,))
+    output[7, 3], output[8, 3] = 0.0, 100.0
+    with pytest.raises(AssertionError, match="y is out of its error budget at index \\[2, 3\\]"):
+        cat.check((output,))
+
+
+def test_a_wrong_mixed_lora_is_refused_on_the_command_line(monkeypatch, capsys) -> None:
+    """A backend that leaves the adapters out, under the name of one that the CPU does not have."""
+
+    def bare(x, base_weight, *_):
+        return x @ base_weight.t(), x.new_empty(0)
+
+    wrong = dispatch.Backend("triton", bare, lambda *_: None)
+    table = (wrong, dispatch.BACKENDS["mixed_lora"][-1])
+    monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", table)
+    case = mixed_lora.Case(24, 3, 3, 4, 2, "float32")
+    monkeypatch.setattr(mixed_lora, "cases", lambda *_, **__: [case])
+    monkeypatch.setattr(timing, "roofs", lambda *_: ROOFS)
+    assert command.main(["mixed_lora", "--quick", "--no-save"]) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"REFUSED by the error gate: triton.*y is out of its error budget", printed)
+    assert "| triton " not in printed and "torch_cat" in printed
+
+
+def test_differences_are_taken_round_by_round(monkeypatch) -> None:
+    """Times whose medians say 7.2 and 4.6; the pairs say 0.2 and 1.1."""
+    seconds = {"base": [0.0, 1.0, 2.0, 9.0], "torch_cat": [0.0, 1.1, 10.0, 9.2]}  # gate, 3 rounds
+    left = {name: iter(times) for name, times in seconds.items()}
+    monkeypatch.setattr(timing, "stopwatch", lambda device: lambda run: run())
+    both = [timing.Provider(n, lambda n=n: next(left[n]), lambda _: 0.0) for n in seconds]
+    times, _ = timing.measure(both, CPU, timing.Protocol(warmup=0, repeats=3, least=3, seconds=99))
+    assert times["torch_cat"].extra_us == pytest.approx(0.2e6)
+    assert times["torch_cat"].over_base == pytest.approx(1.1)
+    assert times["base"].extra_us is None and times["base"].over_base is None
+
+
+def test_the_base_stays_as_long_as_the_slowest(monkeypatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(timing, "stopwatch", lambda device: lambda run: run())
+    both = [
+        timing.Provider(name, lambda n=name, s=s: calls.append(n) or s, lambda _: 0.0)
+        for name, s in (("base", 1.0), ("torch_cat", 0.01))
+    ]
+    timing.measure(both, CPU, timing.Protocol(warmup=0, repeats=20, least=2, seconds=0.5))
+    assert calls.count("base") == calls.count("torch_cat") == 21  # the gate and every round
+
+
+def test_a_provider_that_cannot_run_is_refused() -> None:
+    def fail() -> None:
+        raise RuntimeError("no kernel image is available")
+
+    providers = [
+        timing.Provider("triton", fail, lambda _: 0.0),
+        timing.Provider("torch_cat", lambda: 1, lambda _: 0.0),
+    ]
+    times, refused = timing.measure(providers, CPU, TOY)
+    assert set(times) == {"torch_cat"}
+    assert refused == {"triton": "RuntimeError: no kernel image is available"}
+
+
+def test_peak_memory_on_the_cpu() -> None:
+    """Of a function whose peak is known: what is freed in between counts, what was there not."""
+    size = 2**20
+    before = torch.zeros(size)
+
+    def call() -> torch.Tensor:
+        a = before + 1  # 4 MB
+        b = a.double()  # + 8 MB: the peak
+        del a
+        return b[: size // 2] * 2  # + 4 MB, while b is held: 12 MB again
+
+    assert timing.peak_bytes_cpu(call) == pytest.approx(12 * size, abs=1000)
+    assert timing.peak_bytes_cpu(lambda: before.view(-1, 2)) < 1000
+    x = torch.zeros(size, requires_grad=True)
+
+    def train() -> tuple[torch.Tensor, torch.Tensor]:
+        y = x * x
+        return y, torch.autograd.grad(y, x, before)[0]
+
+    assert timing.peak_bytes_cpu(train) >= 8 * size
+
+
 def test_rows_are_only_added(tmp_path: Path) -> None:
     path = tmp_path / "results" / "cpu.csv"
     rows.append(path, [a_row("torch"), a_row("cpu")])
@@ -132,6 +392,25 @@ def test_rows_are_only_added(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cpu\.csv has the columns \['date', 'commit'\]"):
         rows.append(path, [a_row()])
     assert path.read_text() == "date,commit\n2026,abc\n"
+
+
+def test_rows_from_before_the_last_columns_stay_as_they_are(tmp_path: Path) -> None:
+    """Read with the new columns empty; rewritten once, when a row is added, and then only added."""
+    path, old = tmp_path / "cpu.csv", rows.FIELDS[: -rows.ADDED]
+    lines = [",".join(old), '1,2,no,"A, 2 cores"' + ",x" * (len(old) - 4), ",".join("abc" * 6)[:31]]
+    assert all(len(line.split(",")) >= len(old) for line in lines)
+    path.write_text("\n".join(lines) + "\n")
+    before = rows.read(path)
+    assert [row["over_base"] for row in before] == ["", ""] and before[0]["machine"] == "A, 2 cores"
+    assert path.read_text().splitlines() == lines  # reading changes nothing
+    rows.append(path, [a_row("cpu", over_base="1.05")])
+    after = path.read_text().splitlines()
+    assert after[0] == ",".join(rows.FIELDS)
+    assert after[1:3] == [f"{line},," for line in lines[1:]]
+    assert rows.read(path) == [*before, a_row("cpu", over_base="1.05")]
+    rows.append(path, [a_row("torch")])
+    assert path.read_text().splitlines()[:4] == after
+    assert [file.name for file in tmp_path.iterdir()] == ["cpu.csv"]
 
 
 def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -162,6 +441,69 @@ def test_results_page_shows_the_latest_rows(tmp_path: Path) -> None:
     assert lines[3] == "| 8 | | | | 7.0 [1.0, 1.0] | | |"
 
 
+def mixed_rows(*providers: str, **changes: str) -> list[rows.Row]:
+    """Rows of a small ladder: extra time 10 us for each place in the list."""
+    found = []
+    for size, tokens in ((8, 1), (8, 4), (16, 1), (16, 4)):
+        case = {"mode": "forward", "d": size, "T": tokens, "B": tokens, "m": 4, "r": 16}
+        key = json.dumps(case | {"dtype": "float32"})
+        for place, name in enumerate(("base", *providers)):
+            row = a_row(name, 100 + 10 * place, op="mixed_lora", case=key, peak_bytes="")
+            over = {"extra_us": str(10 * place), "over_base": str(1 + place / 10)}
+            found.append(row | (over if place else {"extra_us": "", "over_base": ""}) | changes)
+    return found
+
+
+def test_results_of_mixed_lora(tmp_path: Path) -> None:
+    found = mixed_rows("cpu", "torch_cat", "peft", "reference")
+    grad = json.dumps({"mode": "forward+backward", "d": 8, "T": 9})
+    both = [a_row("base", op="mixed_lora", case=grad, peak_bytes="2000000", over_base="")]
+    both += [a_row("cpu", op="mixed_lora", case=grad, peak_bytes="2200000", extra_us="-3.0")]
+    both += [a_row("torch_cat", op="mixed_lora", case=grad, peak_bytes="")]
+    rows.append(tmp_path / "cpu.csv", [*found, *both])
+    plot.write_plots(tmp_path)
+    tables.write_results(tmp_path, tmp_path / "RESULTS.md")
+    page = re.sub(" +", " ", (tmp_path / "RESULTS.md").read_text())
+    assert "python -m bench mixed_lora --device cpu`" in page
+    assert "--device cpu --grad`" in page and "](results/mixed_lora_cpu.png)" in page
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    head = "| d | T | B | m | r | dtype | base | torch_cat | peft | reference | cpu |"
+    assert lines[0] == f"{head} cat extra / cpu's | cpu / cat |"
+    assert lines[2] == (
+        "| 8 | 1 | 1 | 4 | 16 | float32 | 100 [1.0, 1.0] | 1.200 (20.0) | 1.300 (30.0)"
+        " | 1.400 (40.0) | 1.100 (10.0) | 2.00 | 0.917 |"
+    )
+    assert lines[-4].endswith("| 1.000 (-3.0) | all | 1.000 |")  # faster than the base itself
+    assert (
+        lines[-3] == "| d | T | base MB | torch_cat | cpu |"
+        and lines[-1] == "| 8 | 9 | 2.0 | | 1.10 |"
+    )
+
+
+def test_the_plot_is_written(tmp_path: Path) -> None:
+    """A panel for each d and dtype, a line and a label for each provider; of the newest machine."""
+    names = ("torch_cat", "torch_loop", "peft", "reference", "cpu", "triton", "triton_split")
+    rows.append(tmp_path / "cpu.csv", [*mixed_rows(*names), a_row()])
+    rows.append(tmp_path / "cuda.csv", [a_row()])  # nothing of mixed_lora
+    assert plot.write_plots(tmp_path) == [tmp_path / "mixed_lora_cpu.png"]
+    png = (tmp_path / "mixed_lora_cpu.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and len(png) > 20_000
+
+
+def test_results_command(monkeypatch) -> None:
+    """The plots first: the page shows those that are there."""
+    calls: list[str] = []
+    monkeypatch.setattr(plot, "write_plots", lambda: calls.append("plots"))
+    monkeypatch.setattr(tables, "write_results", lambda: calls.append("page"))
+    assert command.main(["results"]) == 0 and calls == ["plots", "page"]
+
+
+def test_labels_keep_their_distance() -> None:
+    placed = plot._spread([("b", 0.5), ("a", 0.49), ("c", 0.9)])
+    assert placed == [("a", 0.49), ("b", pytest.approx(0.49 + plot.GAP)), ("c", 0.9)]
+    assert plot._apart([("1", 0.0), ("2", 0.01), ("3", 0.2)]) == [("1", 0.0), ("3", 0.2)]
+
+
 def test_gpu_without_a_gpu_and_without_the_development_packages(tmp_path: Path) -> None:
     """Exit status 2 and one sentence; and tests/gpu can be collected there."""
     for package in ("hypothesis", "transformers", "peft", "scipy", "tqdm"):
@@ -179,6 +521,11 @@ def test_gpu_stages(capfd: pytest.CaptureFixture[str]) -> None:
     planned = {stage.name: stage for stage in gpu.stages("/bin/compute-sanitizer")}
     assert list(planned)[:5] == ["build", "load", "tests", "memcheck", "racecheck"]
     assert not {"memcheck", "racecheck"} & {stage.name for stage in gpu.stages(None)}
+    needed = list(planned.values())[: list(planned).index("mixed_lora, grad") + 1]
+    assert sum(stage.limit for stage in needed) <= gpu.DEADLINE
+    assert [name for name in planned if "compiled" in name] == list(planned)[-2:]
+    collected = [planned[name].command[-1] for name in ("tests", "tests, mixed")]
+    assert collected == ["not mixed", "mixed"]  # together all of tests/gpu
     left_out = gpu.perform(planned["sample"], {"build", "load"}, 100)
     late = gpu.perform(planned["build"], set(), 0)
     assert left_out.note == "not run: tests did not pass" and late.note.startswith("not run")

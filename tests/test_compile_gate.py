@@ -1,0 +1,254 @@
+"""Compiles every Triton kernel variant for sm_80, sm_90 and sm_100, without a GPU.
+
+A variant fails where ptxas spills registers or the kernel takes more shared memory than one block
+may have. Run as a script, this file is the worker: it compiles in a process of its own, because
+under TRITON_INTERPRET, which the other tests set, `triton.jit` gives kernels that cannot be
+compiled.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: there are no kernels to compile")
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+MODULES = ("clp_kernels.triton_mixed_lora", "clp_kernels.triton_mixed_linear")
+BROKEN = "broken"
+CAPABILITIES = ((8, 0), (9, 0), (10, 0))
+# Bytes of shared memory that one block may take (CUDA programming guide, compute capabilities).
+SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
+SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+REGISTERS = re.compile(r"Used (\d+) registers")
+
+Variant = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
+Result = dict[str, Any]
+
+
+@triton.jit
+def product_of_tiles(x_ptr, y_ptr, out_ptr, steps, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    """Correct, but its tile may be larger than any GPU can hold."""
+    rows, inner = tl.arange(0, BLOCK), tl.arange(0, DEPTH)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for step in range(steps):
+        x = tl.load(x_ptr + rows[:, None] * DEPTH + inner[None, :] + step * BLOCK * DEPTH)
+        y = tl.load(y_ptr + inner[:, None] * BLOCK + rows[None, :] + step * BLOCK * DEPTH)
+        total = tl.dot(x, y, total)
+    tl.store(out_ptr + rows[:, None] * BLOCK + rows[None, :], total)
+
+
+@triton.jit
+def scaled_by_their_sum(x_ptr, BLOCK: tl.constexpr):
+    """Holds BLOCK values in registers until all are summed."""
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(x_ptr + tl.arange(0, BLOCK), x * tl.sum(x))
+
+
+def broken_variants() -> list[Variant]:
+    """One kernel that fits, one that spills and one that takes too much shared memory."""
+    row = {"x_ptr": "*fp32", "BLOCK": "constexpr"}
+    types = {"x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*fp32", "steps": "i32"}
+    signature = types | {"BLOCK": "constexpr", "DEPTH": "constexpr"}
+    small, deep = {"BLOCK": 64, "DEPTH": 64}, {"BLOCK": 128, "DEPTH": 128}
+    return [
+        ("fits", product_of_tiles, signature, small, {"num_warps": 4, "num_stages": 3}),
+        ("spills", scaled_by_their_sum, row, {"BLOCK": 2**15}, {"num_warps": 4}),
+        ("shared", product_of_tiles, signature, deep, {"num_warps": 8, "num_stages": 6}),
+    ]
+
+
+def variants(module: str, capability: tuple[int, int]) -> list[Variant]:
+    if module == BROKEN:
+        return broken_variants()
+    found: list[Variant] = importlib.import_module(module).variants(capability)
+    return found
+
+
+def aligned(kernel: Any, signature: dict[str, str]) -> dict[tuple[int, ...], list[list[Any]]]:
+    """Pointers and sizes that 16 divides, as in real layers: what lets loads be asynchronous."""
+    return {
+        (p.num,): [["tt.divisibility", 16]]
+        for p in kernel.params
+        if signature[p.name] != "constexpr"
+        and not p.do_not_specialize
+        and not p.do_not_specialize_on_alignment
+    }
+
+
+def compile_variant(variant: Variant, capability: tuple[int, int]) -> Result:
+    name, kernel, signature, constexprs, options = variant
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        attrs=aligned(kernel, signature),
+    )
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(source, target=target, options=options)
+    spills, registers = (found.findall(log.getvalue()) for found in (SPILLS, REGISTERS))
+    if not spills or not registers:
+        raise RuntimeError(f"ptxas reported no registers for {name}: {log.getvalue()!r}")
+    return {
+        "name": name,
+        "shared": compiled.metadata.shared,
+        "spills": sum(int(store) + int(load) for store, load in spills),
+        "registers": max(map(int, registers)),
+    }
+
+
+def worker(module: str, major: str, minor: str) -> None:
+    """Prints a line of JSON for each variant; stderr names the one that was being compiled."""
+    capability = (int(major), int(minor))
+    for variant in variants(module, capability):
+        print("compiling", variant[0], file=sys.stderr)
+        print(json.dumps(compile_variant(variant, capability)), flush=True)
+
+
+def run_worker(module: str, capability: tuple[int, int], cache: str) -> list[Result]:
+    environment = dict(os.environ, TRITON_CACHE_DIR=cache, TRITON_DUMP_PTXAS_LOG="1")
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, __file__, module, *map(str, capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise AssertionError(f"{module} for {capability} did not compile:\n{done.stderr[-4000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def problems(results: list[Result], capability: tuple[int, int]) -> list[str]:
+    """A line for each variant that spills or takes too much shared memory."""
+    limit = SHARED_LIMIT[capability]
+    found = []
+    for result in results:
+        if result["spills"]:
+            found.append("{name}: spills {spills} bytes at {registers} registers".format(**result))
+        if result["shared"] > limit:
+            found.append("{name}: {shared} bytes of shared memory".format(**result) + f" > {limit}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[tuple[str, tuple[int, int]], Future[list[Result]]]]:
+    """Every module for every architecture, two processes at a time."""
+    cache = str(tmp_path_factory.mktemp("triton"))
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        yield {
+            (module, capability): pool.submit(run_worker, module, capability, cache)
+            for capability in CAPABILITIES
+            for module in (BROKEN, *MODULES)
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+by_architecture = pytest.mark.parametrize(
+    "capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}"
+)
+
+
+@by_architecture
+@pytest.mark.parametrize("module", MODULES)
+def test_no_spills_and_shared_memory_within_the_limit(
+    module: str,
+    capability: tuple[int, int],
+    compiled: dict[tuple[str, tuple[int, int]], Future[list[Result]]],
+) -> None:
+    results = compiled[module, capability].result()
+    assert len(results) == len(variants(module, capability))
+    assert not (found := problems(results, capability)), "\n".join(found)
+
+
+@by_architecture
+def test_gate_reports_spills_and_shared_memory(
+    capability: tuple[int, int],
+    compiled: dict[tuple[str, tuple[int, int]], Future[list[Result]]],
+) -> None:
+    found = problems(compiled[BROKEN, capability].result(), capability)
+    assert len(found) == 2
+    assert re.fullmatch(r"spills: spills \d+ bytes at \d+ registers", found[0])
+    assert re.fullmatch(
+        rf"shared: \d+ bytes of shared memory > {SHARED_LIMIT[capability]}", found[1]
+    )
+
+
+def test_gate_reports_a_kernel_that_does_not_compile(tmp_path: Any) -> None:
+    with pytest.raises(AssertionError, match=r"did not compile:(.|\n)*no_such_module"):
+        run_worker("no_such_module", (8, 0), str(tmp_path))
+
+
+def tiles(plan: Any) -> Iterator[Any]:
+    """The parts of a plan that describe one launch."""
+    for field in dataclasses.fields(plan):
+        value = getattr(plan, field.name)
+        if dataclasses.is_dataclass(value):
+            yield value
+
+
+def missing(tile: Any, listed: list[Variant]) -> bool:
+    """Whether no variant has a tile's block sizes among its constexprs, and its options."""
+    sizes = dataclasses.asdict(tile)
+    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+    wanted = Counter(sizes.values())
+    return not any(
+        options.items() <= with_options.items()
+        and wanted <= Counter(v for v in constexprs.values() if type(v) is int)
+        for _, _, _, constexprs, with_options in listed
+    )
+
+
+@by_architecture
+@pytest.mark.parametrize("module", MODULES)
+def test_variants_cover_every_plan(module: str, capability: tuple[int, int]) -> None:
+    plan, listed = importlib.import_module(module).plan, variants(module, capability)
+    assert len({name for name, *_ in listed}) == len(listed)
+    grid = itertools.product(
+        (1, 2, 15, 16, 17, 63, 64, 65, 128, 256, 257, 1000, 4096, 4097, 8192, 2**20),
+        (1, 64, 172, 896, 2049, 4096, 151_936),
+        (1, 64, 172, 896, 2049, 4096, 151_936),
+        (1, 4, 16, 60, 64),
+        (torch.float32, torch.bfloat16, torch.float16),
+        (False, True),
+    )
+    chosen = {
+        tile
+        for tokens, in_features, out_features, size, dtype, invariant in grid
+        for tile in tiles(
+            plan(tokens, in_features, out_features, size, dtype, capability, invariant)
+        )
+    }
+    assert chosen
+    assert not [tile for tile in chosen if missing(tile, listed)]
+    dtypes = {kind for _, _, signature, _, _ in listed for kind in signature.values()}
+    assert {"*fp32", "*bf16", "*fp16"} <= dtypes
+
+
+def test_coverage_notices_a_tile_that_is_not_listed() -> None:
+    module = importlib.import_module("clp_kernels.triton_mixed_linear")
+    tile = module.plan(1, 64, 64, 1, torch.bfloat16, (8, 0), False).forward
+    listed = variants(module.__name__, (8, 0))
+    assert not missing(tile, listed)
+    assert missing(dataclasses.replace(tile, block_t=2 * tile.block_in), listed)
+    assert missing(dataclasses.replace(tile, num_stages=9), listed)
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])

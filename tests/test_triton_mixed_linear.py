@@ -1,0 +1,502 @@
+"""The Triton kernels of mixed_linear in Triton's interpreter, held to the reference.
+
+The interpreter runs float32 and float16; its bfloat16 dot product is wrong, so bfloat16 is compiled
+(test_compile_gate.py) and runs in tests/gpu. It shows indexing, masks and the order of sums, not
+what a GPU does with them.
+"""
+
+import itertools
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from clp_kernels import reference, testing
+from clp_kernels import triton_mixed_linear as backend
+from clp_kernels import triton_mixed_linear_kernels as kernels
+
+pytestmark = [
+    pytest.mark.skipif(not backend.INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
+    # Small matrices: waking a second thread costs more than it brings.
+    pytest.mark.usefixtures("one_thread"),
+    # The interpreter warns where a test means inf and NaN to appear.
+    pytest.mark.filterwarnings("ignore:.*encountered in (matmul|cast):RuntimeWarning"),
+]
+NAN, INF = float("nan"), float("inf")
+ALL = [True] * 4
+GRADIENTS = ("dx", "d_expert", "d_weights", "d_bias")
+DTYPES = (torch.float32, torch.float16)
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype
+    layout: str
+    tokens: int
+    in_features: int
+    out_features: int
+    m: int
+    kind: str
+    strides: str
+    bias: bool
+    invariant: bool
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    expert_weight: Tensor
+    weights: Tensor
+    bias: Tensor | None
+    example_ids: Tensor | None
+    dy: Tensor
+
+    def forward_args(self) -> tuple[Any, ...]:
+        return tuple(self[:5])
+
+    def backward_args(self) -> tuple[Any, ...]:
+        return (self.dy, *self[:5])
+
+    def double(self) -> "Inputs":
+        return Inputs(*(t.double() if t is not None and t.is_floating_point() else t for t in self))
+
+
+def inputs(case: Case) -> Inputs:
+    g = torch.Generator().manual_seed(hash(case[2:6]) % 2**31)
+    shape: tuple[int, ...] = (case.tokens,)
+    batch, ids = case.tokens, None
+    if case.layout == "padded":
+        batch = next(d for d in (3, 2, 1) if case.tokens % d == 0)
+        shape = (batch, case.tokens // batch)
+    elif case.layout == "flat":
+        # Six examples of unequal length, in any order; the last one has no token.
+        batch = 6
+        kind = (torch.int32, torch.int64)[case.m % 2]
+        ids = (torch.rand(case.tokens, generator=g) ** 2 * 5).to(kind)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g).to(case.dtype)
+
+    x, dy = normal(*shape, case.in_features), normal(*shape, case.out_features)
+    expert = normal(case.m, case.out_features, case.in_features)
+    bias = normal(case.m, case.out_features) if case.bias else None
+    weights = testing.weight_rows(case.kind, batch, case.m, generator=g)
+    if case.strides == "gaps":
+        x, dy, expert, weights = map(testing.noncontiguous, (x, dy, expert, weights))
+        bias = None if bias is None else testing.noncontiguous(bias)
+        ids = None if ids is None else testing.noncontiguous(ids)
+    elif case.strides == "expanded":
+        x, dy, weights = map(testing.expanded, (x, dy, weights))
+    elif case.strides == "sliced":
+        # The last axis is dense and the others are not: read in place.
+        x, dy, expert = (torch.nn.functional.pad(t, (0, 3), value=NAN) for t in (x, dy, expert))
+        x, dy, expert = x[..., :-3], dy[..., :-3], expert[..., :-3]
+    return Inputs(x, expert, weights, bias, ids, dy)
+
+
+def cost(case: Case) -> int:
+    """The interpreter's time, roughly: steps of the forward's inner loop and sums per example."""
+    sizes = (case.tokens, case.in_features, case.out_features)
+    tile = backend.plan(*sizes, case.m, case.dtype, (8, 0), case.invariant).forward
+    blocks = (tile.block_t, tile.block_in, tile.block_out)
+    t, i, o = (-(-size // block) for size, block in zip(sizes, blocks, strict=True))
+    examples = case.tokens if case.layout == "rows" else 0
+    return case.m * (t * i * o + examples // 4)
+
+
+def sampled(count: int) -> list[Case]:
+    rng = random.Random(3)
+    axes: tuple[tuple[Any, ...], ...] = (
+        DTYPES,
+        ("rows", "padded", "flat"),
+        (0, 1, 2, 7, 17, 64, 129),
+        (1, 8, 64, 172, 300),
+        (1, 8, 64, 172, 300),
+        (1, 2, 3, 5, 8),
+        testing.WEIGHT_KINDS,
+        ("dense", "gaps", "expanded", "sliced"),
+        (True, False),
+        (True, False, False, False),
+    )
+    cases: list[Case] = []
+    while len(cases) < count:
+        case = Case(*(rng.choice(axis) for axis in axes))
+        if cost(case) <= 36 and case not in cases:
+            cases.append(case)
+    return cases
+
+
+LARGE = [
+    Case(torch.float32, "flat", 129, 64, 172, 2, "dirichlet", "dense", True, False),
+    Case(torch.float16, "padded", 129, 172, 64, 2, "negative", "sliced", True, False),
+    Case(torch.float16, "flat", 600, 64, 72, 2, "zero", "dense", True, False),
+    Case(torch.float32, "padded", 258, 24, 8, 2, "all_different", "dense", False, False),
+    Case(torch.float16, "rows", 3, 1100, 16, 2, "negative", "dense", True, False),
+    Case(torch.float32, "rows", 17, 600, 40, 1, "one_hot", "dense", True, False),
+]
+
+
+def case_id(case: Case) -> str:
+    return "-".join(str(v).removeprefix("torch.") for v in case)
+
+
+def test_sample_covers_every_value() -> None:
+    columns = list(zip(*sampled(120), strict=True))
+    assert [len(set(column)) for column in columns] == [2, 3, 7, 5, 5, 5, 7, 4, 2, 2]
+
+
+@pytest.mark.parametrize("case", [*sampled(120), *LARGE], ids=case_id)
+def test_within_budget(case: Case) -> None:
+    args = inputs(case)
+    exact, invariant = args.double(), case.invariant
+    got = backend.mixed_linear(*args.forward_args(), invariant)
+    testing.assert_within_budget(
+        got,
+        reference.mixed_linear(*exact.forward_args(), False),
+        reference.mixed_linear(*args.forward_args(), False),
+        name="y",
+    )
+    needs = [True, True, True, case.bias]
+    grads = backend.mixed_linear_backward(*args.backward_args(), invariant, needs)
+    wanted = reference.mixed_linear_backward(*exact.backward_args(), False, needs)
+    plain = reference.mixed_linear_backward(*args.backward_args(), False, needs)
+    for name, grad, want, same in zip(GRADIENTS, grads, wanted, plain, strict=True):
+        assert (grad.dtype, grad.is_contiguous()) == (same.dtype, True), name
+        testing.assert_within_budget(grad, want, same, name=name)
+
+
+def small(dtype: torch.dtype = torch.float32, layout: str = "flat", tokens: int = 40) -> Inputs:
+    return inputs(Case(dtype, layout, tokens, 40, 24, 3, "negative", "dense", True, False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unused_experts_may_hold_anything(dtype: torch.dtype) -> None:
+    args = small(dtype, "rows", 5)
+    weights = torch.tensor([[0, 1, 0], [0, 0, 0], [0, -0.5, 0], [-0.0, 1, 0], [0, 1, 0]])
+    expert, bias = args.expert_weight.clone(), args.bias.clone()
+    alone = (args.x, expert[1:2].clone(), weights[:, 1:2], bias[1:2].clone(), None)
+    expert[0], expert[2], bias[0], bias[2] = INF, NAN, NAN, -INF
+    y = backend.mixed_linear(args.x, expert, weights, bias, None, False)
+    assert torch.equal(y, backend.mixed_linear(*alone, False))
+    assert torch.equal(y[1], torch.zeros_like(y[1]))
+    needs = [True, False, False, False]
+    many = (args.dy, args.x, expert, weights, bias, None, False, needs)
+    dx = backend.mixed_linear_backward(*many)[0]
+    assert torch.equal(dx, backend.mixed_linear_backward(args.dy, *alone, False, needs)[0])
+    assert torch.equal(dx[1], torch.zeros_like(dx[1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_row_is_no_part_of_the_gradients_of_the_experts(dtype: torch.dtype) -> None:
+    args = small(dtype, "rows", 5)
+    weights = args.weights.clone()
+    weights[2] = 0
+    dy = args.dy.clone()
+    dy[2] = NAN
+    keep = torch.tensor([0, 1, 3, 4])
+    needs = [False, True, False, True]
+    got = backend.mixed_linear_backward(
+        dy, args.x, args.expert_weight, weights, args.bias, None, False, needs
+    )
+    want = backend.mixed_linear_backward(
+        dy[keep], args.x[keep], args.expert_weight, weights[keep], args.bias, None, False, needs
+    )
+    for index in (1, 3):
+        assert torch.allclose(got[index], want[index], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
+    tokens = 520 if dtype == torch.float16 else 130
+    args = inputs(Case(dtype, "flat", tokens, 16, 8, 1, "negative", "dense", True, False))
+    assert backend.plan(tokens, 16, 8, 1, dtype, (8, 0), False).token_splits > 1
+    runs = []
+    for _ in range(2):
+        y = backend.mixed_linear(*args.forward_args(), False)
+        runs.append((y, *backend.mixed_linear_backward(*args.backward_args(), False, ALL)))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+def matmul_by_column(a: Any, b: Any, dtype: Any) -> Any:
+    """a @ b, every entry summed in the order of the inner axis."""
+    total = np.zeros((a.shape[0], b.shape[1]), dtype)
+    for k in range(a.shape[1]):
+        total += a[:, k : k + 1].astype(dtype) * b[k].astype(dtype)
+    return total
+
+
+def rows_alone_and_together(
+    invariant: bool, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[Tensor, Tensor]]:
+    # The interpreter's np.matmul rounds a row by its place in the tile, which the kernels under
+    # test do not choose. tests/gpu compares the same rows on the hardware's own product.
+    monkeypatch.setattr(np, "matmul", matmul_by_column)
+    case = Case(torch.float32, "rows", 260, 300, 8, 1, "negative", "dense", True, invariant)
+    x, expert, weights, bias, _, dy = inputs(case)
+    needs = [True, False, True, False]
+
+    def outputs(rows: slice) -> tuple[Tensor, ...]:
+        args = (x[rows], expert, weights[rows], bias, None, invariant)
+        y = backend.mixed_linear(*args)
+        dx, _, d_weights, _ = backend.mixed_linear_backward(dy[rows], *args, needs)
+        return y, dx, d_weights
+
+    together, pairs = outputs(slice(None)), []
+    for rows in (slice(0, 1), slice(259, 260), slice(3, 20)):
+        pairs += [(a[rows], b) for a, b in zip(together, outputs(rows), strict=True)]
+    return pairs
+
+
+def test_invariant_mode_gives_a_row_the_same_bits_in_any_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert all(torch.equal(a, b) for a, b in rows_alone_and_together(True, monkeypatch))
+
+
+def test_outside_the_mode_the_bits_of_a_row_depend_on_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not all(torch.equal(a, b) for a, b in rows_alone_and_together(False, monkeypatch))
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize("broken", ["x", "dy", "weights"])
+def test_nan_stays_in_its_example(broken: str, layout: str) -> None:
+    args = small(torch.float32, layout, 42)
+    rows = args.example_ids
+    if rows is None:
+        rows = torch.arange(3).repeat_interleave(14)
+    needs = [True, False, True, False]
+
+    def outputs(args: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        y = backend.mixed_linear(*args.forward_args(), False)
+        dx, _, d_weights, _ = backend.mixed_linear_backward(*args.backward_args(), False, needs)
+        return y.reshape(42, -1), dx.reshape(42, -1), d_weights
+
+    clean = outputs(args)
+    tensor = getattr(args, broken).clone()
+    if broken == "weights":
+        tensor[1] = NAN
+    else:
+        tensor.view(42, -1)[rows == 1] = NAN
+    y, dx, d_weights = outputs(args._replace(**{broken: tensor}))
+    others = torch.arange(args.weights.shape[0]) != 1
+    assert torch.equal(y[rows != 1], clean[0][rows != 1])
+    assert torch.equal(dx[rows != 1], clean[1][rows != 1])
+    assert torch.equal(d_weights[others], clean[2][others])
+    if broken != "dy":
+        assert y[rows == 1].isnan().all()
+    if broken != "weights":
+        assert d_weights[1].isnan().all()
+
+
+class Recorder:
+    """Stands for a kernel: notes that it was launched, and launches it."""
+
+    def __init__(self, name: str, kernel: Any, launched: list[str]) -> None:
+        self.name, self.kernel, self.launched = name, kernel, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert len(grid) == 1
+        self.launched.append(self.name.removesuffix("_kernel"))
+        return self.kernel[grid]
+
+
+def test_gradients_not_asked_for_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = inputs(Case(torch.float32, "flat", 7, 8, 8, 1, "negative", "dense", True, False))
+    launched: list[str] = []
+    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, Recorder(name, getattr(kernels, name), launched))
+    complete = backend.mixed_linear_backward(*args.backward_args(), False, ALL)
+    expected = (
+        {"mixed_product"},
+        {"expert_gradient"},
+        {"mixed_product", "bias_dot", "sum_planes", "sum_per_example"},
+        {"bias_gradient"},
+    )
+    for needs in itertools.product([False, True], repeat=4):
+        launched.clear()
+        grads = backend.mixed_linear_backward(*args.backward_args(), False, list(needs))
+        asked = [names for names, need in zip(expected, needs, strict=True) if need]
+        assert set(launched) == set().union(*asked)
+        assert launched.count("mixed_product") == (needs[0] or needs[2])
+        for grad, need, full in zip(grads, needs, complete, strict=True):
+            if need:
+                torch.testing.assert_close(grad, full, rtol=1e-5, atol=1e-5)
+            else:
+                assert grad.shape == (0,)
+
+
+class Witness:
+    """Stands for a kernel: notes the variant that a launch would compile, and launches nothing."""
+
+    def __init__(self, kernel: Any, seen: set[Any]) -> None:
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.note
+
+    def note(self, **arguments: Any) -> None:
+        kinds = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+        types, constexprs, options = {}, {}, {}
+        for name, value in arguments.items():
+            if name in ("num_warps", "num_stages"):
+                options[name] = value
+            elif value is None or name.isupper():
+                constexprs[name] = value
+            elif isinstance(value, Tensor):
+                types[name] = kinds.get(value.dtype, "*i32")
+        self.seen.add(variant_key(self.kernel.__name__, types, constexprs, options))
+
+
+def variant_key(name: str, *parts: dict[str, Any]) -> Any:
+    """A variant without its bias and ids, which are listed in some pairs only."""
+    kept = ({k: v for k, v in p.items() if k not in ("bias_ptr", "ids_ptr")} for p in parts)
+    return (name, *(frozenset(part.items()) for part in kept))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_every_launch_is_a_listed_variant(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = set()
+    for _, kernel, signature, constexprs, options in backend.variants(capability):
+        types = {name: kind for name, kind in signature.items() if kind.startswith("*")}
+        listed.add(variant_key(kernel.__name__, types, constexprs, options))
+    seen: set[Any] = set()
+    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+        monkeypatch.setattr(kernels, name, Witness(getattr(kernels, name), seen))
+    monkeypatch.setattr(backend, "_capability", lambda x: capability)
+    layouts, only = ("padded", "flat"), [[i == j for j in range(4)] for i in range(4)]
+    for dtype, layout, tokens, size, invariant in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16),
+        layouts,
+        (16, 64, 256, 3000),
+        (64, 700),
+        (False, True),
+    ):
+        case = Case(dtype, layout, tokens, size, size, 1, "uniform", "dense", True, invariant)
+        args = inputs(case)
+        backend.mixed_linear(*args.forward_args(), invariant)
+        for needs in (ALL, *only):
+            backend.mixed_linear_backward(*args.backward_args(), invariant, needs)
+    assert seen <= listed, seen - listed
+    assert {name for name, *_ in seen} == {name for name, *_ in listed}
+
+
+def test_no_tokens_and_no_examples() -> None:
+    for shape, batch in (((0, 5), 0), ((2, 0, 5), 2)):
+        x, expert, bias = torch.randn(shape), torch.randn(3, 4, 5), torch.randn(3, 4)
+        args = (x, expert, torch.randn(batch, 3), bias, None, False)
+        assert backend.mixed_linear(*args).shape == (*shape[:-1], 4)
+        dy = x.new_empty(*shape[:-1], 4)
+        grads = backend.mixed_linear_backward(dy, *args, ALL)
+        assert [g.shape for g in grads] == [x.shape, expert.shape, (batch, 3), bias.shape]
+        assert all((g == 0).all() for g in grads)
+
+
+def test_a_token_of_an_example_that_does_not_exist_is_nan() -> None:
+    args = small()
+    ids = args.example_ids.clone()
+    ids[3], ids[7] = 6, -1
+    bad = torch.zeros(40, dtype=torch.bool).index_fill(0, torch.tensor([3, 7]), True)
+    y = backend.mixed_linear(*args._replace(example_ids=ids).forward_args(), False)
+    assert y[bad].isnan().all()
+    assert torch.equal(y[~bad], backend.mixed_linear(*args.forward_args(), False)[~bad])
+
+
+@pytest.mark.parametrize(("omega", "dy", "x"), [(2**13, 2**15, 2**-14), (2**-20, 2**-14, 2**15)])
+def test_weighted_rows_of_dy_do_not_leave_the_range_of_float16(
+    omega: float, dy: float, x: float
+) -> None:
+    """omega * dy is beyond float16's largest or below its smallest number, d_expert is not."""
+    dy_row, x_row = torch.tensor([[dy]]).half(), torch.tensor([[x]]).half()
+    args = (dy_row, x_row, torch.ones(1, 1, 1).half(), torch.tensor([[omega]]), None, None, False)
+    got = backend.mixed_linear_backward(*args, [False, True, False, False])[1]
+    assert got.item() == omega * dy * x
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """Two rows of x and two experts 2^31 elements apart, in memory that is never touched between.
+
+    The same for dy; the addresses of outputs come from the same int64 token and column indices.
+    """
+    far = 2**31
+    store = torch.from_numpy(np.zeros(far + 64, dtype=np.float16))
+    x = store.as_strided((2, 8), (far, 1))
+    dy = store.as_strided((2, 4), (far, 1), 8)
+    expert = store.as_strided((2, 4, 8), (far, 8, 1), 16)
+    for tensor in (x, dy, expert):
+        tensor.copy_(torch.randn(tensor.shape))
+    args = Inputs(x, expert, torch.randn(2, 2), None, None, dy)
+    dense = Inputs(*(t if t is None else t.contiguous() for t in args))
+    needs = [True, True, True, False]
+    y = backend.mixed_linear(*args.forward_args(), False)
+    assert torch.equal(y, backend.mixed_linear(*dense.forward_args(), False))
+    got = backend.mixed_linear_backward(*args.backward_args(), False, needs)
+    want = backend.mixed_linear_backward(*dense.backward_args(), False, needs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "dtype", "capability", "invariant", "forward", "splits", "token_splits"),
+    [
+        (1, 4096, BF16, (9, 0), False, (16, 32, 128), 2, 1),
+        (16, 4096, BF16, (9, 0), False, (16, 32, 128), 2, 1),
+        (16, 2048, BF16, (9, 0), False, (16, 32, 128), 4, 1),
+        (16, 128, BF16, (9, 0), False, (16, 32, 128), 1, 1),
+        (16, 151_936, BF16, (9, 0), False, (16, 32, 128), 1, 1),
+        (17, 4096, BF16, (9, 0), False, (64, 32, 64), 2, 1),
+        (256, 4096, BF16, (9, 0), False, (128, 64, 64), 2, 1),
+        (257, 4096, BF16, (9, 0), False, (128, 128, 64), 1, 1),
+        (8192, 4096, BF16, (9, 0), False, (128, 128, 64), 1, 1),
+        (8192, 4096, BF16, (8, 0), False, (128, 64, 64), 1, 1),
+        (8192, 4096, BF16, (10, 0), False, (128, 64, 64), 1, 1),
+        (8192, 256, BF16, (8, 0), False, (128, 64, 64), 1, 8),
+        (8192, 256, BF16, (8, 0), True, (64, 64, 64), 1, 1),
+        (1, 4096, FP32, (8, 0), False, (16, 32, 32), 2, 1),
+        (8192, 4096, FP32, (8, 0), False, (32, 32, 32), 1, 1),
+    ],
+)
+def test_plan(
+    tokens: int,
+    size: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    invariant: bool,
+    forward: tuple[int, int, int],
+    splits: int,
+    token_splits: int,
+) -> None:
+    plan = backend.plan(tokens, size, size, 4, dtype, capability, invariant)
+    tile = plan.forward
+    assert (tile.block_t, tile.block_out, tile.block_in) == forward
+    assert (plan.forward_splits, plan.token_splits) == (splits, token_splits)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float16], ids=str)
+def test_invariant_plan_does_not_depend_on_the_tokens(dtype: torch.dtype) -> None:
+    plans = {
+        backend.plan(tokens, 4096, 4096, 4, dtype, (9, 0), True)
+        for tokens in (1, 16, 17, 64, 65, 256, 257, 10**6)
+    }
+    assert len(plans) == 1
+
+
+def test_why_not() -> None:
+    assert backend.why_not(torch.zeros(1)) is None
+    assert backend.why_not(torch.zeros(1).half(), None) is None
+    assert "float64" in backend.why_not(torch.zeros(1).double())
+    assert "bfloat16" in backend.why_not(torch.zeros(1).bfloat16())
+
+
+def test_why_not_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    assert "x is on cpu, not on a GPU" in backend.why_not(torch.zeros(1))

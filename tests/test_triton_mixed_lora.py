@@ -1,0 +1,570 @@
+"""The Triton kernels of mixed_lora in Triton's interpreter, against the definition in float64.
+
+Compiled code is judged elsewhere: tests/test_compile_gate.py compiles every variant, and tests/gpu
+runs the kernels. bfloat16 is not run here: the interpreter's bfloat16 dot is wrong.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clp_kernels.testing import (
+    WEIGHT_KINDS,
+    assert_within_budget,
+    expanded,
+    noncontiguous,
+    weight_rows,
+)
+
+pytest.importorskip("triton")
+
+from clp_kernels import triton_mixed_lora as kernels
+from clp_kernels.triton_mixed_lora_backward import gradient_splits
+from clp_kernels.triton_mixed_lora_plan import Plan, Tile, plan
+
+interpreted = pytest.mark.skipif(
+    not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 was not set when triton was imported"
+)
+ALL = [True] * 6
+NAMES = ("x", "base_weight", "lora_A", "lora_B", "weights", "bias")
+INF, NAN = float("inf"), float("nan")
+F16, F32 = torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: torch.dtype = F32
+    lora_dtype: torch.dtype = F32
+    layout: str = "padded"
+    tokens: int = 17
+    batch: int = 2
+    in_features: int = 64
+    out_features: int = 64
+    m: int = 2
+    r: int = 8
+    kind: str = "all_different"
+    strides: str = "contiguous"
+    bias: bool = True
+    invariant: bool = False
+    path: str | None = "fused"
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        lora = "" if self.lora_dtype == self.dtype else "+lora32"
+        mode = "invariant" if self.invariant else self.path
+        return (
+            f"{name}{lora}-{self.layout}-T{self.tokens}-{self.in_features}x{self.out_features}"
+            f"-m{self.m}r{self.r}-{self.kind}-{self.strides}{'-bias' * self.bias}-{mode}"
+        )
+
+
+@dataclass
+class Inputs:
+    """Arguments of the op, and the gradient of y."""
+
+    x: Tensor
+    base_weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    weights: Tensor
+    bias: Tensor | None
+    ids: Tensor | None
+    dy: Tensor
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return (self.x, self.base_weight, self.lora_A, self.lora_B, self.weights, self.bias)
+
+    @property
+    def token_rows(self) -> Tensor:
+        if self.ids is not None:
+            return self.ids.long()
+        batch = self.weights.shape[0]
+        tokens = self.x.numel() // self.x.shape[-1]
+        return torch.arange(batch).repeat_interleave(tokens // max(1, batch))
+
+
+def draw(case: Case) -> Inputs:
+    """Inputs of a case; strides apply to every tensor."""
+
+    def strided(t: Tensor, expand: int | None = None) -> Tensor:
+        if case.strides == "noncontiguous":
+            return noncontiguous(t)
+        if case.strides == "offset":
+            # Off by one element: nothing is aligned to 16 bytes.
+            return torch.cat([t.reshape(-1)[:1], t.reshape(-1)])[1:].view(t.shape)
+        return expanded(t, expand) if case.strides == "expanded" and expand is not None else t
+
+    n_in, n_out, m, r = case.in_features, case.out_features, case.m, case.r
+    leading: tuple[int, ...] = (case.batch, case.tokens)
+    batch, ids = case.batch, None
+    if case.layout == "rows":
+        batch, leading = case.tokens, (case.tokens,)
+    elif case.layout == "flat":
+        leading = (case.tokens,)
+        # Unequal lengths, unsorted, and some examples without a token.
+        index_dtype = torch.int32 if case.m % 2 else torch.int64
+        ids = strided(torch.randint(0, batch, leading, dtype=index_dtype))
+    return Inputs(
+        x=strided(torch.randn(*leading, n_in).to(case.dtype), 0),
+        base_weight=strided((torch.randn(n_out, n_in) * n_in**-0.5).to(case.dtype), 0),
+        lora_A=strided((torch.randn(m, r, n_in) * n_in**-0.5).to(case.lora_dtype)),
+        lora_B=strided((torch.randn(m, n_out, r) * r**-0.5).to(case.lora_dtype)),
+        weights=strided(weight_rows(case.kind, batch, m)),
+        bias=strided(torch.randn(n_out).to(case.dtype)) if case.bias else None,
+        ids=ids,
+        dy=strided(torch.randn(*leading, n_out).to(case.dtype), 0),
+    )
+
+
+def run(
+    inputs: Inputs, invariant: bool = False, path: str | None = None, needs: list[bool] = ALL
+) -> dict[str, Tensor]:
+    """y, u and the gradients by the kernels."""
+    y, u = kernels.mixed_lora(*inputs.args, inputs.ids, invariant, path=path)
+    assert y.is_contiguous() and u.is_contiguous()
+    grads = kernels.mixed_lora_backward(
+        inputs.dy, *inputs.args[:5], inputs.ids, u, invariant, needs, path=path
+    )
+    assert all(g.is_contiguous() for g in grads)
+    return {"y": y, "u": u} | {f"d_{k}": g for k, g in zip(NAMES, grads, strict=True)}
+
+
+def plain(inputs: Inputs, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The formula in plain PyTorch under autograd, in float64 or in the inputs' own dtypes."""
+    leaves = {
+        k: None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
+        for k, t in zip(NAMES, inputs.args, strict=True)
+    }
+    x, base_weight, lora_A, lora_B, weights, bias = leaves.values()
+    m, r, _ = lora_A.shape
+    u = F.linear(x.to(lora_A.dtype), lora_A.flatten(0, 1)).flatten(0, -2)
+    omega = weights[inputs.token_rows].to(u.dtype)
+    z = u * omega.repeat_interleave(r, dim=-1)
+    delta = F.linear(z, lora_B.transpose(0, 1).reshape(-1, m * r)).to(x.dtype)
+    y = F.linear(x, base_weight, bias) + delta.view(*x.shape[:-1], delta.shape[-1])
+    wanted = {k: t for k, t in leaves.items() if t is not None}
+    grads = torch.autograd.grad(y, list(wanted.values()), inputs.dy.to(y.dtype))
+    return {"y": y, "u": u.view(*x.shape[:-1], m * r)} | {
+        f"d_{k}": g for k, g in zip(wanted, grads, strict=True)
+    }
+
+
+def judge(draws: list[Inputs], results: list[dict[str, Tensor]]) -> None:
+    """The error budget of the output, u and every gradient, over all draws together."""
+    exact = [plain(inputs, torch.float64) for inputs in draws]
+    same = [plain(inputs, None) for inputs in draws]
+    for inputs, ours in zip(draws, same, strict=True):
+        # u is kept in float32, so float32 is what it is held to.
+        ours["u"] = F.linear(inputs.x.float(), inputs.lora_A.flatten(0, 1).float())
+    for name in exact[0]:
+        columns = (torch.stack([r[name] for r in rows]) for rows in (results, exact, same))
+        assert_within_budget(*columns, name=name)
+    for got, inputs in zip(results, draws, strict=True):
+        for k, t in zip(NAMES, inputs.args, strict=True):
+            assert t is None or got[f"d_{k}"].dtype == t.dtype, k
+        assert got["y"].dtype == inputs.x.dtype and got["u"].dtype == F32
+
+
+def sampled(count: int) -> list[Any]:
+    """Every axis sampled; few cases of the largest sizes, a program takes milliseconds here."""
+    rng = random.Random(0)
+    cases = []
+    for i in range(count):
+        dtype = rng.choice((F32, F16))
+        mode = ("fused", "split", "invariant", "fused")[i % 4]
+        tokens = 129 if i % 40 == 0 else rng.choice((0, 1, 2, 7, 7, 17, 17, 64))
+        sizes = (1, 8, 64, 172, 300) if tokens < 64 else (8, 64, 172)
+        m, r = rng.choice((1, 2, 3, 5, 8)), rng.choice((1, 4, 8, 12, 16, 64))
+        strides = rng.choice(("contiguous", "noncontiguous", "expanded", "offset"))
+        if strides == "expanded" and tokens > 17:
+            strides = "noncontiguous"
+        if m * r > 32 and i % 12:
+            r = min(r, 4)
+        elif m * r > 32:
+            tokens, sizes = min(tokens, 7), (1, 8, 64)
+        if tokens > 2 and m * r > 8:
+            sizes = (1, 8, 64)
+        case = Case(
+            dtype=dtype,
+            lora_dtype=rng.choice((dtype, F32)),
+            layout=rng.choice(("rows", "padded", "flat")) if tokens < 64 else "flat",
+            tokens=tokens,
+            batch=rng.choice((1, 2, 3)),
+            in_features=rng.choice(sizes),
+            out_features=rng.choice(sizes),
+            m=m,
+            r=r,
+            kind=rng.choice(WEIGHT_KINDS),
+            strides=strides,
+            bias=rng.choice((True, False)),
+            invariant=mode == "invariant",
+            path=None if mode == "invariant" else mode,
+        )
+        cases.append(pytest.param(case, id=f"{i}-{case}"))
+    return cases
+
+
+@interpreted
+@pytest.mark.parametrize("case", sampled(120))
+def test_sampled_case_within_budget(case: Case, one_thread: None) -> None:
+    # A result of few distinct numbers is not judged by one of them: plain PyTorch can be lucky.
+    few = case.tokens and (case.tokens <= 2 or case.strides == "expanded")
+    draws = [draw(case) for _ in range(2 if few else 1)]
+    judge(draws, [run(inputs, case.invariant, case.path) for inputs in draws])
+
+
+@interpreted
+def test_empty_batch_without_examples(one_thread: None) -> None:
+    inputs = draw(Case(layout="rows", tokens=0))
+    assert inputs.weights.shape[0] == 0
+    got = run(inputs)
+    assert got["y"].shape == (0, 64) and got["d_weights"].shape == (0, 2)
+    for k in ("base_weight", "lora_A", "lora_B", "bias"):
+        assert torch.equal(got[f"d_{k}"], torch.zeros_like(got[f"d_{k}"]))
+
+
+def spoiled(inputs: Inputs, value: float) -> Inputs:
+    """The same inputs with a value that is not finite in both matrices of one adapter."""
+    lora_A, lora_B = inputs.lora_A.clone(), inputs.lora_B.clone()
+    lora_A[0, 0, 3] = lora_B[0, 5, 0] = value
+    return replace(inputs, lora_A=lora_A, lora_B=lora_B)
+
+
+@interpreted
+@pytest.mark.parametrize("value", [INF, NAN])
+@pytest.mark.parametrize("mode", ["fused", "split", "invariant", "large"])
+def test_zero_rows_are_the_base_product_bit_for_bit(
+    mode: str, value: float, one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mode == "large":
+        # Starts the accumulator from the low-rank part, as large tiles do.
+        monkeypatch.setattr(
+            kernels, "_cached_plan", lambda *args: replace(plan(*args), low_rank_first=True)
+        )
+    path = mode if mode in ("fused", "split") else None
+    inputs = draw(Case(dtype=F16, lora_dtype=F16, batch=4, tokens=5, kind="zero"))
+    bare = run(replace(inputs, weights=torch.zeros(4, 2)), mode == "invariant", path)
+    if mode == "split":
+        assert torch.equal(bare["y"], F.linear(inputs.x, inputs.base_weight, inputs.bias))
+        assert torch.equal(bare["d_x"], F.linear(inputs.dy, inputs.base_weight.t()))
+    got = run(spoiled(inputs, value), mode == "invariant", path)
+    for name in ("y", "d_x"):
+        assert torch.equal(got[name][::2], bare[name][::2]), name
+        assert not got[name][1::2].isfinite().all(), name
+
+
+@interpreted
+def test_zero_weight_shuts_out_an_adapter_that_is_not_finite(one_thread: None) -> None:
+    inputs = draw(Case(kind="one_hot", batch=4, tokens=3, m=4))
+    lora_A = inputs.lora_A.clone()
+    lora_A[1, 0, 3] = NAN
+    expected = run(inputs)["y"]
+    got = run(replace(inputs, lora_A=lora_A))["y"]
+    others = [0, 2, 3]
+    assert torch.equal(got[others], expected[others]) and got[1].isnan().all()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("path", ["fused", "split"])
+def test_infinity_in_used_adapters_stands_where_the_definition_has_it(
+    path: str, dtype: torch.dtype, one_thread: None
+) -> None:
+    inputs = draw(Case(dtype=dtype, lora_dtype=dtype, tokens=5, in_features=8, out_features=8))
+    for name in ("lora_A", "lora_B"):
+        changed = getattr(inputs, name).clone()
+        changed[0, 2, 3] = INF
+        case = replace(inputs, **{name: changed})
+        exact = plain(case, torch.float64)
+        got = run(case, path=path)
+        for key in ("y", "u", "d_x"):
+            finite = exact[key].isfinite()
+            assert torch.equal(got[key].isfinite(), finite), (name, key)
+            assert torch.equal(got[key].isnan(), exact[key].isnan()), (name, key)
+            assert torch.equal(got[key].double()[~finite].nan_to_num(nan=7.0),
+                               exact[key][~finite].nan_to_num(nan=7.0)), (name, key)  # fmt: skip
+
+
+@interpreted
+def test_one_hot_rows_equal_the_single_adapter(one_thread: None) -> None:
+    inputs = draw(Case(dtype=F16, lora_dtype=F16, kind="one_hot", batch=3, m=3, tokens=4))
+    got = run(inputs)
+    for i in range(3):
+        alone = replace(
+            inputs, x=inputs.x[i : i + 1], dy=inputs.dy[i : i + 1], weights=torch.ones(1, 1),
+            lora_A=inputs.lora_A[i : i + 1], lora_B=inputs.lora_B[i : i + 1],
+        )  # fmt: skip
+        expected = run(alone)
+        torch.testing.assert_close(got["y"][i : i + 1], expected["y"])
+        torch.testing.assert_close(got["d_x"][i : i + 1], expected["d_x"])
+        for name in ("d_lora_A", "d_lora_B"):
+            torch.testing.assert_close(got[name][i : i + 1], expected[name])
+
+
+@interpreted
+@pytest.mark.parametrize("path", ["fused", "split"])
+def test_two_runs_give_the_same_bits(path: str, one_thread: None) -> None:
+    inputs = draw(Case(dtype=F16, lora_dtype=F16, layout="flat", tokens=70, batch=5))
+    first, second = run(inputs, path=path), run(inputs, path=path)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@interpreted
+def test_gradients_of_split_tokens_add_up(
+    one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clp_kernels import triton_mixed_lora_backward as backward
+
+    inputs = draw(Case(dtype=F16, lora_dtype=F32, layout="flat", tokens=150, batch=3))
+    monkeypatch.setattr(backward, "_TOKENS_PER_PLANE", 40)
+    assert gradient_splits(150, 64, 64, 16) == 3
+    judge([inputs], [run(inputs)])
+
+
+@pytest.fixture
+def rowwise_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tl.dot whose rows do not depend on their place in the tile: numpy's BLAS does not hold that.
+
+    A tensor core does, so that only what the kernels add to it is left to show here.
+    """
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        total = d.data.copy()
+        for k in range(a.data.shape[1]):
+            total += a.data[:, k : k + 1].astype(total.dtype) * b.data[k : k + 1].astype(
+                total.dtype
+            )
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+PER_ROW = ("y", "u", "d_x")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_invariant_rows_do_not_depend_on_the_batch(
+    dtype: torch.dtype, one_thread: None, rowwise_dot: None
+) -> None:
+    case = Case(dtype=dtype, lora_dtype=dtype, batch=6, tokens=11, in_features=72)
+    inputs = draw(case)
+    got = run(inputs, invariant=True)
+    order = torch.tensor([4, 0, 5, 2, 1, 3])
+    shuffled = run(replace(inputs, x=inputs.x[order], dy=inputs.dy[order],
+                           weights=inputs.weights[order]), invariant=True)  # fmt: skip
+    for name in (*PER_ROW, "d_weights"):
+        assert torch.equal(shuffled[name], got[name][order]), name
+    alone = run(replace(inputs, x=inputs.x[3:4], dy=inputs.dy[3:4],
+                        weights=inputs.weights[3:4]), invariant=True)  # fmt: skip
+    for name in (*PER_ROW, "d_weights"):
+        assert torch.equal(alone[name], got[name][3:4]), name
+
+
+@interpreted
+def test_invariant_holds_for_flat_tokens_in_any_order(one_thread: None, rowwise_dot: None) -> None:
+    """Padded examples, and the same tokens flat and interleaved: the same bits."""
+    inputs = draw(Case(dtype=F16, lora_dtype=F16, batch=3, tokens=7))
+    padded = run(inputs, invariant=True)
+    ids = torch.randperm(21) % 3
+    position = torch.zeros(21, dtype=torch.long)
+    for b in range(3):
+        position[ids == b] = torch.arange(7)
+    flat = run(replace(inputs, x=inputs.x[ids, position], dy=inputs.dy[ids, position],
+                       ids=ids.int()), invariant=True)  # fmt: skip
+    for name in PER_ROW:
+        assert torch.equal(flat[name], padded[name][ids, position]), name
+    assert torch.equal(flat["d_weights"], padded["d_weights"])
+
+
+@interpreted
+@pytest.mark.parametrize("layout", ["padded", "flat"])
+def test_nan_in_one_example_does_not_reach_another_row(layout: str, one_thread: None) -> None:
+    inputs = draw(Case(layout=layout, batch=4, tokens=9, m=3))
+    if layout == "flat":
+        inputs.ids = torch.tensor([3, 0, 2, 1, 2, 0, 0, 3, 2])
+    expected = run(inputs)
+    rows = inputs.token_rows
+    dy = inputs.dy.clone()
+    dy.view(-1, 64)[(rows == 2).nonzero()[0, 0]] = NAN
+    got = run(replace(inputs, dy=dy))
+    others = [0, 1, 3]
+    assert got["d_weights"][2].isnan().all()
+    assert torch.equal(got["d_weights"][others], expected["d_weights"][others])
+
+
+@interpreted
+def test_token_of_an_example_that_does_not_exist_is_nan(one_thread: None) -> None:
+    inputs = draw(Case(layout="flat", tokens=6, batch=2))
+    ids = torch.tensor([0, 1, 2, -1, 1, 0])
+    y, _ = kernels.mixed_lora(*inputs.args, ids, False)
+    assert y.isnan().all(-1).tolist() == [False, False, True, True, False, False]
+
+
+class _Launch:
+    """Stands for a kernel that must not run."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        raise AssertionError("launched a kernel")
+
+
+@interpreted
+def test_needs_are_the_same_bits_and_nothing_more(
+    one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clp_kernels import triton_mixed_lora_backward as backward
+
+    inputs = draw(Case(dtype=F16, lora_dtype=F16, layout="flat", tokens=9, m=1))
+    _, u = kernels.mixed_lora(*inputs.args, inputs.ids, False)
+
+    def gradients(needs: list[bool]) -> tuple[Tensor, ...]:
+        return kernels.mixed_lora_backward(inputs.dy, *inputs.args[:5], inputs.ids, u, False, needs)
+
+    full = gradients(ALL)
+    masks = [[i == k for i in range(6)] for k in range(6)] + [
+        [True, False, True, True, True, False]
+    ]
+    for needs in [*masks, [False] * 6]:
+        for name, need, got, expected in zip(NAMES, needs, gradients(needs), full, strict=True):
+            assert torch.equal(got, expected) if need else got.shape == (0,), name
+    # The bias and the base matrix need no kernel, lora_B no product with dy.
+    for name in ("shrink_kernel", "product_kernel", "expand_kernel"):
+        monkeypatch.setattr(kernels, name, _Launch())
+    gradients([False, False, False, True, False, False])
+    for name in ("adapter_gradient_kernel", "sum_planes_kernel", "row_gradient_kernel"):
+        monkeypatch.setattr(backward, name, _Launch())
+    gradients([False, True, False, False, False, True])
+    with pytest.raises(AssertionError, match="launched"):
+        gradients([False, False, False, False, True, False])
+
+
+@interpreted
+def test_why_not_names_the_reason() -> None:
+    inputs = draw(Case(dtype=F16, lora_dtype=F16))
+    forward = (*inputs.args, inputs.ids, False)
+    assert kernels.why_not(*forward) is None
+    u = torch.zeros(2, 17, 16)
+    backward = (inputs.dy, *inputs.args[:5], inputs.ids, u, False, ALL)
+    assert kernels.why_not(*backward) is None
+    empty = replace(inputs, x=inputs.x[:0], dy=inputs.dy[:0])
+    assert kernels.why_not(*empty.args, None, False) is None
+    assert kernels.why_not(empty.dy, *empty.args[:5], None, u[:0], False, ALL) is None
+    assert "float64" in str(kernels.why_not(inputs.x.double(), *forward[1:]))
+    assert "bfloat16" in str(kernels.why_not(inputs.x.bfloat16(), *forward[1:]))
+    none = replace(inputs, lora_A=inputs.lora_A[:, :0], lora_B=inputs.lora_B[:, :, :0])
+    assert "empty" in str(kernels.why_not(*none.args, None, False))
+    assert "empty" in str(kernels.why_not(none.dy, *none.args[:5], None, u[..., :0], False, ALL))
+
+
+def test_why_not_without_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    assert kernels.why_not(torch.zeros(1, 1)) == "the inputs are on cpu, not on a GPU"
+    assert "float64" in str(kernels.why_not(torch.zeros(1, 1, dtype=torch.float64)))
+
+
+@interpreted
+def test_path_errors() -> None:
+    inputs = draw(Case())
+    with pytest.raises(ValueError, match=r"path must be .* got 'both'"):
+        kernels.mixed_lora(*inputs.args, None, False, path="both")
+    with pytest.raises(ValueError, match='"fused" in batch-invariant mode, got "split"'):
+        kernels.mixed_lora(*inputs.args, None, True, path="split")
+
+
+# The plan.
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "dtype", "capability", "invariant", "expected"),
+    [
+        (1, (4096, 4096), BF16, (9, 0), False, ("fused", Tile(16, 32, 256, 4, 4), False, True)),
+        (16, (4096, 1024), BF16, (9, 0), False, ("fused", Tile(16, 16, 256, 4, 4), False, True)),
+        (17, (4096, 1024), BF16, (9, 0), False, ("fused", Tile(64, 32, 128, 4, 4), False, True)),
+        (256, (4096, 4096), F16, (8, 0), False, ("fused", Tile(128, 64, 64, 8, 4), False, False)),
+        (257, (4096, 4096), F16, (8, 0), False, ("fused", Tile(128, 128, 64, 8, 3), True, False)),
+        (8192, (4096, 4096), BF16, (9, 0), False, ("split", Tile(128, 128, 64, 8, 3), True, True)),
+        (8192, (2048, 2048), BF16, (10, 0), False, ("fused", Tile(128, 128, 64, 8, 3), True, True)),
+        (8192, (64, 64), F32, (8, 0), False, ("split", Tile(64, 64, 16, 8, 3), False, False)),
+        (256, (64, 64), F32, (8, 0), False, ("fused", Tile(32, 32, 32, 4, 3), False, False)),
+        (1, (4096, 4096), BF16, (9, 0), True, ("fused", Tile(64, 64, 64, 4, 4), False, True)),
+        (8192, (4096, 4096), F32, (9, 0), True, ("fused", Tile(64, 64, 16, 8, 3), False, True)),
+    ],
+)
+def test_plan_table(
+    tokens: int,
+    sizes: tuple[int, int],
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    invariant: bool,
+    expected: tuple[str, Tile, bool, bool],
+) -> None:
+    chosen = plan(tokens, *sizes, 64, dtype, capability, invariant)
+    assert (chosen.path, chosen.product, chosen.low_rank_first, chosen.pdl) == expected
+
+
+def grid() -> Any:
+    return product(
+        (0, 1, 15, 16, 17, 64, 65, 256, 257, 4096, 4097, 2**33),
+        (1, 172, 2048, 2049, 16384),
+        (1, 172, 2048, 2049, 16384),
+        (1, 16, 17, 64, 512),
+        (BF16, F16, F32),
+        ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)),
+        (False, True),
+    )
+
+
+def test_plan_is_total_pure_and_bucketed() -> None:
+    fixed: dict[Any, set[Plan]] = {}
+    for sizes in grid():
+        chosen = plan(*sizes)
+        assert chosen == plan(*sizes) and chosen.path in ("fused", "split")
+        for tile in (chosen.shrink, chosen.product, chosen.expand):
+            for value in (tile.tokens, tile.columns, tile.depth):
+                assert value >= 16 and value & (value - 1) == 0
+        if sizes[-1]:
+            assert chosen.path == "fused"
+            fixed.setdefault(sizes[1:], set()).add(chosen)
+    assert all(len(plans) == 1 for plans in fixed.values())
+    buckets = {plan(t, 4096, 4096, 64, BF16, (9, 0), False) for t in range(1, 6000)}
+    assert len(buckets) == 5
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_variants_cover_the_plan(capability: tuple[int, int]) -> None:
+    found = kernels.variants(capability)
+    names = [v[0] for v in found]
+    assert len(set(names)) == len(names)
+    for _, kernel, signature, constexprs, options in found:
+        assert list(signature) == list(kernel.arg_names)
+        assert {k for k, v in signature.items() if v == "constexpr"} == set(constexprs)
+        assert set(options) <= {"num_warps", "num_stages", "launch_pdl"}
+
+    def key(constexprs: dict[str, Any], options: dict[str, Any]) -> Any:
+        free = ("RANK", "ALIGNED", "bias_ptr", "ids_ptr")
+        return frozenset({k: v for k, v in (constexprs | options).items() if k not in free}.items())
+
+    compiled = {(v[1].__name__, v[2].get("p_ptr") or v[2].get("q_ptr"), key(*v[3:])) for v in found}
+    for *sizes, dtype, at, invariant in grid():
+        if at != capability:
+            continue
+        chosen = plan(*sizes, dtype, at, invariant)
+        for name, lora_dtype, forward in product(
+            ("shrink", "product" if chosen.path == "fused" else "expand"),
+            {dtype, F32},
+            (1,) if dtype == F16 else (0, 1),
+        ):
+            settings = kernels._settings(name, chosen, dtype, lora_dtype, 16, bool(forward), True)
+            wanted = {BF16: "*bf16", F16: "*fp16", F32: "*fp32"}[lora_dtype]
+            assert (f"{name}_kernel", wanted, key(*settings)) in compiled, (name, sizes)
