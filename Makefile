@@ -2,7 +2,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: help dev demo test check tiny-model bench gpu clean
+.PHONY: help dev demo test gate check tiny-model bench gpu clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / — /'
@@ -22,7 +22,10 @@ demo: .venv/.ready  ## train the tiny model, sweep the weights, print samples (S
 	$(BIN)/clp eval runs/demo --seed $(SEED)
 
 test: .venv/.ready  ## the whole CPU test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
+
+gate: .venv/.ready  ## compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU (4 minutes)
+	$(BIN)/python -m pytest -m gate tests/test_compile_gate.py
 
 check: .venv/.ready  ## ruff, mypy, import directions, README commands
 	$(BIN)/ruff check .

@@ -16,9 +16,7 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def tensor(
-    name: str, value: object, shape: Sequence[int | None], like: Tensor | None
-) -> Tensor:
+def tensor(name: str, value: object, shape: Sequence[int | None], like: Tensor | None) -> Tensor:
     """A floating tensor of this shape (None: any size), on `like`'s device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")

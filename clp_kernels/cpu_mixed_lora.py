@@ -1,13 +1,11 @@
 """`mixed_lora` on the CPU: PyTorch's base product, the low-rank part fused around it.
 
-Few rows: csrc/mixed_lora.cpp shrinks, mixes and expands in one parallel region. Many rows:
-PyTorch's matrix products with the mixing between them, in float32 and a block of rows at a time
-where the processor has no products in the inputs' dtype. `plan` says which. In batch_invariant()
-the base product runs in fixed tiles and the low-rank part in C++, whose rows do not depend on one
-another.
+csrc/mixed_lora.cpp shrinks, mixes and expands in one parallel region. Where many wide rows meet
+PyTorch's matrix products at full speed, these do it, with the mixing between them; `use_native`
+says which. In batch_invariant() the base product runs in fixed tiles and the low-rank part in C++,
+whose rows do not depend on one another. The backward is PyTorch's products, in float32 and a block
+of rows at a time where the processor has none in the inputs' dtype.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,28 +13,30 @@ from torch import Tensor
 
 from clp_kernels import native, reference
 
-# Rows up to which the C++ kernel is faster than PyTorch's products in the inputs' dtype, and than
-# products of float32 copies (docs/log.md, 2026-11-24).
-NATIVE_ROWS, NATIVE_ROWS_COPIED = 32, 128
+# tokens * (in_features + out_features) up to which the C++ kernel beats PyTorch's products, whose
+# calls alone take 170 us (docs/log.md, 2026-11-24). The second, beside products in 16 bits, is not
+# measured: the kernel has run on processors without them only.
+NATIVE_WORK, NATIVE_WORK_16_BITS = 2**18, 2**16
 
 # A float32 copy of x or dy holds so many rows (1 MB at 4096 features), of W so many columns.
 BLOCK, WEIGHT_BLOCK = 64, 256
 
 
-class Plan(NamedTuple):
-    """native: the C++ kernel; else PyTorch's products in `gemm_dtype`."""
+def use_native(
+    tokens: int, features: int, dtype: torch.dtype, gemm_dtype: torch.dtype, invariant: bool
+) -> bool:
+    """Whether the C++ kernel runs a forward; `features` are in_features + out_features.
 
-    native: bool
-    gemm_dtype: torch.dtype
+    `gemm_dtype`: what PyTorch's products would run in (`product_dtype`). In another dtype than x's
+    they would need copies, and are slower at every size but for 14 % at 2048 rows of 4096.
+    """
+    limit = NATIVE_WORK if dtype == torch.float32 else NATIVE_WORK_16_BITS
+    return invariant or gemm_dtype != dtype or tokens * features <= limit
 
 
-def plan(
-    tokens: int, dtype: torch.dtype, lora_dtype: torch.dtype, has_gemm: bool, invariant: bool
-) -> Plan:
-    """How `tokens` rows run. `has_gemm`: what `has_native_gemm(dtype)` says."""
-    if has_gemm and lora_dtype == dtype:
-        return Plan(invariant or tokens <= NATIVE_ROWS, dtype)
-    return Plan(invariant or tokens <= NATIVE_ROWS_COPIED, torch.float32)
+def product_dtype(dtype: torch.dtype, lora_dtype: torch.dtype) -> torch.dtype:
+    """x's dtype where PyTorch multiplies it and the adapters at full speed, else float32."""
+    return dtype if lora_dtype == dtype and has_native_gemm(dtype) else torch.float32
 
 
 def has_native_gemm(dtype: torch.dtype) -> bool:
@@ -71,14 +71,15 @@ def mixed_lora(
     y = linear(x, base_weight, bias).contiguous()
     rows = x if x.dim() == 2 else x.reshape(-1, in_features)
     tokens = rows.shape[0]
-    how = plan(tokens, x.dtype, lora_A.dtype, has_native_gemm(x.dtype), invariant)
+    features = in_features + base_weight.shape[0]
+    gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
     if tokens * m * r == 0:
         u = torch.zeros(tokens, m * r)
-    elif how.native:
+    elif use_native(tokens, features, x.dtype, gemm_dtype, invariant):
         u = add_low_rank(rows, lora_A, lora_B, weights, example_ids, y)
     else:
         per_token, out = token_weights(weights, example_ids, tokens), y.view(tokens, -1)
-        u = _add_low_rank_by_products(rows, lora_A, lora_B, per_token, out, how.gemm_dtype)
+        u = _add_low_rank_by_products(rows, lora_A, lora_B, per_token, out)
     return y, u if x.dim() == 2 else u.view(*x.shape[:-1], m * r)
 
 
@@ -161,25 +162,14 @@ def _blocks(tokens: int, dtype: torch.dtype, gemm_dtype: torch.dtype) -> list[sl
 
 
 def _add_low_rank_by_products(
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    per_token: Tensor,
-    y: Tensor,
-    gemm_dtype: torch.dtype,
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, per_token: Tensor, y: Tensor
 ) -> Tensor:
-    """What `add_low_rank` does, by PyTorch's products; y [T, out]."""
-    A, B = _matrices(lora_A, lora_B, gemm_dtype)
+    """What `add_low_rank` does, by PyTorch's products in x's dtype; y [T, out]."""
+    A, B = _matrices(lora_A, lora_B, x.dtype)
     bare = (per_token == 0).all(1).nonzero()[:, 0]
     base = y[bare]
-    u = torch.empty(x.shape[0], A.shape[0])
-    for block in _blocks(x.shape[0], x.dtype, gemm_dtype):
-        u[block] = x[block].to(gemm_dtype) @ A.t()
-        z = _mix(u[block], per_token[block]).to(gemm_dtype)
-        if x.dtype == gemm_dtype:
-            y.addmm_(z, B.t())
-        else:
-            y[block] += z @ B.t()
+    u = (x @ A.t()).float()
+    y.addmm_(_mix(u, per_token).to(x.dtype), B.t())
     if len(bare):
         y[bare] = base
     return u
@@ -206,7 +196,7 @@ def mixed_lora_backward(
     out_features = dy.shape[-1]
     rows, dy_rows = x.reshape(-1, in_features), dy.reshape(-1, out_features)
     tokens = rows.shape[0]
-    gemm_dtype = plan(tokens, x.dtype, lora_A.dtype, has_native_gemm(x.dtype), False).gemm_dtype
+    gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
     w = token_weights(weights, example_ids, tokens)
     A, B = _matrices(lora_A, lora_B, gemm_dtype)
     d_A, d_B = torch.empty(A.shape, dtype=gemm_dtype), torch.empty(B.t().shape, dtype=gemm_dtype)

@@ -32,13 +32,22 @@ VERIFIED: frozenset[tuple[str, str, tuple[int, int]]] = frozenset()
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 
+def _never() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of one op: `run(*args)`, and `why_not(*args)`: None or a sentence."""
+    """An implementation of one op: `run(*args)`, and `why_not(*args)`: None or a sentence.
+
+    at_once: gives None, or a function that the public one tries before all else on its unchecked
+    arguments; that gives the result, or None to have the call checked and dispatched.
+    """
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
+    at_once: Callable[[], Callable[..., Any] | None] = _never
 
 
 def _always(*_: Any) -> str | None:
@@ -143,7 +152,9 @@ def _triton(module: str, op: str) -> Backend:
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "mixed_lora": (
-        _compiled("cpu", cpu_mixed_lora, "mixed_lora"),
+        Backend(
+            "cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not, native.mixed_lora_at_once
+        ),
         _compiled("cuda", cuda_mixed_lora, "mixed_lora"),
         _triton("triton_mixed_lora", "mixed_lora"),
         _reference("mixed_lora"),

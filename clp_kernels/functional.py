@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clp_kernels import checks, ops
+from clp_kernels import checks, dispatch, invariant, ops
 from clp_kernels.invariant import is_batch_invariant
 
 _op = torch.ops.clp_kernels
@@ -77,6 +77,24 @@ def mixed_lora(
     Source: Conditional Language Policy (arXiv:2407.15762), parameter-space conditioning with LoRA
     as the conditioned parameters; shrink and expand after Punica (arXiv:2310.18547).
     """
+    # Few frames on the way: each costs microseconds where the caches are full of weights.
+    if not torch.compiler.is_dynamo_compiling():
+        at_once = dispatch.BACKENDS["mixed_lora"][0].at_once()
+        if at_once is not None:
+            y = at_once(
+                x,
+                base_weight,
+                lora_A,
+                lora_B,
+                weights,
+                scaling,
+                bias,
+                example_ids,
+                backend,
+                invariant.depth,
+            )
+            if y is not None:
+                return y  # type: ignore[no-any-return]
     if not isinstance(x, Tensor) or x.dim() < 2:
         raise ValueError(f"x must be a tensor [B, ..., in] or [T, in], got {_describe(x)}")
     checks.tensor("x", x, x.shape, None)

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# A plain module global: torch.compile can guard on it (not on a ContextVar), and autograd's device
-# threads see it.
-_depth = 0
+# How many contexts are open. A plain module global: torch.compile can guard on it (not on a
+# ContextVar), and autograd's device threads see it.
+depth = 0
 
 
 @contextmanager
@@ -19,14 +19,14 @@ def batch_invariant() -> Iterator[None]:
     are invariant always. The cost is the loss of batching; docs/log.md has measured ratios.
     Nests; holds for the whole process, all threads.
     """
-    global _depth
-    _depth += 1
+    global depth
+    depth += 1
     try:
         yield
     finally:
-        _depth -= 1
+        depth -= 1
 
 
 def is_batch_invariant() -> bool:
     """Whether `batch_invariant()` is active."""
-    return _depth > 0
+    return depth > 0

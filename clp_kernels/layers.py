@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clp_kernels import checks
-from clp_kernels.functional import apply_mixed_lora
+from clp_kernels.functional import apply_mixed_lora, mixed_lora
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -152,16 +152,22 @@ class MixedLoRALinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, base_weight = x.to(dtype), base_weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        return apply_mixed_lora(
-            x,
-            base_weight,
-            self.lora_A,
-            self.lora_B,
-            weights * self.scaling,
-            bias,
-            example_ids,
-            self.backend,
-        )
+        lora_A, lora_B, ids, backend = self.lora_A, self.lora_B, example_ids, self.backend
+        if not torch.is_grad_enabled():
+            # A few rows then take one call (clp_kernels.native.mixed_lora_at_once).
+            return mixed_lora(
+                x,
+                base_weight,
+                lora_A,
+                lora_B,
+                weights,
+                scaling=self.scaling,
+                bias=bias,
+                example_ids=ids,
+                backend=backend,
+            )
+        scaled = weights * self.scaling
+        return apply_mixed_lora(x, base_weight, lora_A, lora_B, scaled, bias, ids, backend)
 
     def extra_repr(self) -> str:
         """Names and ranks, for print(model)."""

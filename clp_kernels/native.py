@@ -7,6 +7,7 @@ ranges) are the caller's business.
 """
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,15 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MODES = ("geometric", "probability")
+_AT_ONCE_USES = (
+    "Tensor",
+    "get_num_threads",
+    "is_grad_enabled",
+    "is_autocast_enabled",
+    "float32",
+    "bfloat16",
+    "float16",
+)
 _REBUILD = "reinstall from source with a C++17 compiler, and nvcc for the GPU"
 
 
@@ -61,18 +71,36 @@ def cuda_missing() -> str | None:
 
 def cpu() -> Any:
     """The module clp_kernels._cpu. Raises RuntimeError, with the reason, where it is missing."""
-    return _present("_cpu", cpu_missing())
+    module, reason = _load("_cpu")
+    return _present(module, reason)
 
 
 def cuda() -> Any:
     """The module clp_kernels._cuda. Raises RuntimeError, with the reason, where it is missing."""
-    return _present("_cuda", cuda_missing())
+    return _present(_load("_cuda")[0], cuda_missing())
 
 
-def _present(name: str, reason: str | None) -> Any:
+@cache
+def mixed_lora_at_once() -> Callable[..., Tensor | None] | None:
+    """csrc/cpu_at_once.cpp's `mixed_lora` for plain inputs of few rows; None where it is missing.
+
+    It takes the public arguments and the depth of batch_invariant(), and gives y, or None where
+    the call has to be checked and dispatched; then nothing has happened.
+    """
+    if cpu_missing() is not None:
+        return None
+    used = {name: getattr(torch, name) for name in _AT_ONCE_USES}
+    used["Parameter"], used["linear"] = torch.nn.Parameter, torch.nn.functional.linear
+    used["dispatch_modes"] = torch._C._len_torch_dispatch_stack
+    used["interpreter"] = torch._C._functorch.peek_interpreter_stack
+    cpu().at_once_uses(used)
+    return cpu().mixed_lora_at_once  # type: ignore[no-any-return]
+
+
+def _present(module: ModuleType | None, reason: str | None) -> Any:
     if reason is not None:
         raise RuntimeError(reason)
-    return _load(name)[0]
+    return module
 
 
 def _runs_on(built: str, capability: tuple[int, int]) -> bool:

@@ -45,7 +45,7 @@ class Plan:
 _BUCKETS = (
     (16, Tile(16, 16, 256, 4, 4), Tile(16, 32, 256, 4, 4), False),
     (64, Tile(16, 16, 256, 4, 4), Tile(64, 32, 128, 4, 4), False),
-    (256, Tile(16, 32, 128, 4, 4), Tile(128, 64, 64, 8, 4), False),
+    (256, Tile(16, 32, 128, 4, 4), Tile(64, 64, 64, 8, 4), False),
     (4096, Tile(32, 64, 128, 4, 3), Tile(128, 128, 64, 8, 3), True),
 )
 _PREFILL = (Tile(64, 64, 64, 4, 4), Tile(128, 128, 64, 8, 3), True)
@@ -58,7 +58,7 @@ _FLOAT32_BUCKETS = (
     (256, Tile(16, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3), False),
 )
 _FLOAT32_PREFILL = (Tile(32, 32, 32, 4, 3), Tile(64, 64, 16, 8, 3), False)
-_EXPAND, _FLOAT32_EXPAND = Tile(64, 128, 32, 8, 2), Tile(32, 64, 16, 4, 2)
+_EXPAND, _FLOAT32_EXPAND = Tile(64, 64, 32, 4, 2), Tile(32, 64, 16, 4, 2)
 
 
 def plan(

@@ -108,7 +108,10 @@ py::tuple philox(const std::array<uint32_t, 4>& counter, const std::array<uint32
 
 }  // namespace
 
+void bind_at_once(py::module_& module);  // cpu_at_once.cpp
+
 PYBIND11_MODULE(_cpu, module) {
+  bind_at_once(module);
   module.def("isa", [] { return clp::isa_name(clp::resolve_isa("")); });
   module.def("isas", &clp::supported_isas);
   module.def("sample", &sample);

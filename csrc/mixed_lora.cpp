@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kRows = 16;
 
 // Multiply-adds a thread should have at least: 4 us of work with AVX2, twice what waking it costs.
-constexpr int64_t kWorkPerThread = 1 << 18;
+constexpr int64_t kWorkPerThread = 1 << 16;
 
 const MixedLoraKernels& kernels_of(Isa isa) {
 #ifdef CLP_X86

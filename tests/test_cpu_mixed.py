@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from clp_kernels import (
     batch_invariant,
     cpu_mixed_linear,
     cpu_mixed_lora,
+    dispatch,
     mixed_linear,
     mixed_lora,
     native,
@@ -70,9 +72,13 @@ class Case:
         """Tensors of few elements are drawn several times and judged together: plain PyTorch's
         error on one of them may be zero by luck."""
         least = min(self.batch * self.m, self.in_features, self.out_features)
-        if self.tokens == 0 or (least >= 32 and self.strides != "expanded"):
+        if self.scaling == "tensor":
+            least = min(least, self.m)
+        if self.strides == "expanded":
+            least //= 4  # a stride of zero leaves few distinct values
+        if self.tokens == 0 or least >= 32:
             return 1
-        return 4 if least >= 8 else 8
+        return 4 if least > 8 else 12
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -131,7 +137,9 @@ def make(case: Case, op: str, draw: int) -> tuple[Results, Tensor | None, Tensor
         t = (torch.randn(*shape) * scale).to(dtype)
         if case.strides == "noncontiguous":
             return noncontiguous(t)
-        return expanded(t, -1) if case.strides == "expanded" and t.dim() > 1 else t
+        # Along the first axis: constant terms along a sum would all round in the same direction,
+        # and judge the order of a sum instead of its result.
+        return expanded(t, 0) if case.strides == "expanded" and t.dim() > 1 else t
 
     ids = None
     token_rows = torch.arange(case.tokens) // max(1, case.tokens // max(1, case.batch))
@@ -339,29 +347,32 @@ def test_more_than_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> No
 # The choice of path, and all paths.
 
 
-def test_plan() -> None:
+def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {
-        # tokens, dtype, adapters' dtype, products in that dtype: native kernel, products' dtype
-        (1, F32, F32, True): (True, F32),
-        (32, F32, F32, True): (True, F32),
-        (33, F32, F32, True): (False, F32),
-        (32, BF16, BF16, True): (True, BF16),
-        (33, BF16, BF16, True): (False, BF16),
-        (128, BF16, BF16, False): (True, F32),
-        (129, BF16, BF16, False): (False, F32),
-        (128, BF16, F32, True): (True, F32),
-        (2048, F16, F32, True): (False, F32),
+        # tokens, in + out, dtype, products' dtype: the C++ kernel runs
+        (1, 8192, F32, F32): True,
+        (32, 8192, F32, F32): True,
+        (33, 8192, F32, F32): False,
+        (2048, 128, F32, F32): True,
+        (8, 8192, BF16, BF16): True,
+        (9, 8192, BF16, BF16): False,
+        (2048, 8192, BF16, F32): True,
+        (2048, 8192, F16, F32): True,
     }
-    for (tokens, dtype, lora_dtype, has_gemm), wanted in table.items():
-        assert cpu_mixed_lora.plan(tokens, dtype, lora_dtype, has_gemm, False) == wanted
-        assert cpu_mixed_lora.plan(tokens, dtype, lora_dtype, has_gemm, True).native
+    for arguments, wanted in table.items():
+        assert cpu_mixed_lora.use_native(*arguments, False) == wanted
+        assert cpu_mixed_lora.use_native(*arguments, True)
+    for fast in (True, False):
+        monkeypatch.setattr(cpu_mixed_lora, "has_native_gemm", lambda dtype, fast=fast: fast)
+        assert cpu_mixed_lora.product_dtype(BF16, BF16) == (BF16 if fast else F32)
+        assert cpu_mixed_lora.product_dtype(BF16, F32) == F32
 
 
 @pytest.fixture(params=["native", "products", "copied products"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces one way of the CPU backend, whatever the processor and the number of rows."""
-    limit = 10**9 if request.param == "native" else 0
-    for name in ("NATIVE_ROWS", "NATIVE_ROWS_COPIED"):
+    limit = 10**12 if request.param == "native" else 0
+    for name in ("NATIVE_WORK", "NATIVE_WORK_16_BITS"):
         monkeypatch.setattr(cpu_mixed_lora, name, limit)
     monkeypatch.setattr(cpu_mixed_linear, "NATIVE_ROWS", limit)
 
@@ -507,3 +518,145 @@ def test_mixed_linear_algebra(size: tuple[int, ...]) -> None:
         flat = run(x=x.flatten(0, 1), example_ids=torch.arange(B).repeat_interleave(T))
         assert torch.equal(flat, whole.flatten(0, 1))
         assert torch.equal(run(x=x[:1], w=w[:1]), whole[:1])
+
+
+# The short way from Python to the kernel: it takes what is plain, and gives None to all else.
+
+
+def quick(**changed: Any) -> Tensor | None:
+    """mixed_lora_at_once on plain inputs of five examples with two tokens, some changed."""
+    run = native.mixed_lora_at_once()
+    assert run is not None
+    return run(*quick_arguments(**changed))
+
+
+def quick_arguments(**changed: Any) -> tuple[Any, ...]:
+    g = torch.Generator().manual_seed(3)
+    arguments: dict[str, Any] = {
+        "x": torch.randn(5, 2, 24, generator=g),
+        "base_weight": torch.randn(30, 24, generator=g),
+        "lora_A": torch.randn(2, 4, 24, generator=g),
+        "lora_B": torch.randn(2, 30, 4, generator=g),
+        "weights": torch.randn(5, 2, generator=g),
+        "scaling": 1.5,
+        "bias": torch.randn(30, generator=g),
+        "example_ids": None,
+        "backend": "auto",
+        "invariant": 0,
+    }
+    arguments |= {k: v(arguments[k]) if callable(v) else v for k, v in changed.items()}
+    return tuple(arguments.values())
+
+
+def to_dtype(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda t: t.to(dtype)
+
+
+class Mine(Tensor):
+    pass
+
+
+TAKEN: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "named": {"backend": "cpu"},
+    "no bias": {"bias": None},
+    "scaling per adapter": {"scaling": torch.tensor([0.5, 2.0])},
+    "integer scaling": {"scaling": 2},
+    "a parameter": {"lora_A": lambda t: torch.nn.Parameter(t, requires_grad=False)},
+    "bfloat16 beside float32": {n: to_dtype(BF16) for n in ("x", "base_weight", "bias")},
+    "transposed base": {"base_weight": lambda t: t.t().contiguous().t()},
+    "zero rows": {"weights": torch.zeros(5, 2)},
+}
+REFUSED: dict[str, dict[str, Any]] = {
+    "ids": {"example_ids": torch.zeros(5, dtype=torch.int32)},
+    "another backend": {"backend": "reference"},
+    "an unknown backend": {"backend": "numpy"},
+    "batch_invariant": {"invariant": 1},
+    "a gradient": {"lora_A": lambda t: t.requires_grad_()},
+    "a gradient of the weights": {"weights": lambda t: t.requires_grad_()},
+    "a gradient of the base": {"base_weight": lambda t: t.requires_grad_()},
+    "a gradient of the scaling": {"scaling": torch.ones(2, requires_grad=True)},
+    "strides of x": {"x": noncontiguous},
+    "strides of A": {"lora_A": noncontiguous},
+    "expanded weights": {"weights": torch.ones(1, 2).expand(5, 2)},
+    "float64": {"x": to_dtype(F64)},
+    "mixed dtypes": {"x": to_dtype(BF16)},
+    "weights in float64": {"weights": to_dtype(F64)},
+    "adapters in another dtype": {"lora_A": to_dtype(BF16), "lora_B": to_dtype(BF16)},
+    "A and B of two dtypes": {"lora_A": to_dtype(BF16)},
+    "meta": {"x": lambda t: t.to("meta")},
+    "a subclass": {"x": lambda t: t.as_subclass(Mine)},
+    "a list": {"weights": lambda t: t.tolist()},
+    "None": {"lora_B": None},
+    "NaN weights": {"weights": torch.full((5, 2), torch.nan)},
+    "infinite scaling": {"scaling": float("inf")},
+    "a boolean scaling": {"scaling": True},
+    "scaling of another shape": {"scaling": torch.ones(3)},
+    "too few weight rows": {"weights": lambda t: t[:4]},
+    "too few adapters": {"weights": lambda t: t[:, :1].contiguous()},
+    "one axis": {"x": torch.randn(24)},
+    "another width": {"x": torch.randn(5, 25)},
+    "another rank": {"lora_B": lambda t: t[..., :3].contiguous()},
+    "another output": {"lora_B": lambda t: t[:, :29].contiguous()},
+    "bias of another shape": {"bias": lambda t: t[:29]},
+    "no rows": {"x": lambda t: t[:0], "weights": lambda t: t[:0]},
+    "many rows": {"x": lambda t: t.repeat(1, 4, 1)},
+    "sparse": {"lora_A": lambda t: t.to_sparse()},
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_at_once_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    y = quick(**TAKEN[case])
+    assert y is not None
+    # The long way, on the same arguments.
+    bare = dispatch.Backend("cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not)
+    monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", (bare,))
+
+    def long_way(x, base_weight, lora_A, lora_B, weights, scaling, bias, *_):  # type: ignore[no-untyped-def]
+        return mixed_lora(x, base_weight, lora_A, lora_B, weights, scaling=scaling, bias=bias)
+
+    monkeypatch.setattr(native, "mixed_lora_at_once", lambda: long_way)
+    wanted = quick(**TAKEN[case])
+    assert wanted is not None
+    assert y.dtype == wanted.dtype
+    assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_at_once_refuses(case: str) -> None:
+    assert quick(**REFUSED[case]) is None
+
+
+def test_at_once_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quick() is not None
+    with torch.no_grad():
+        assert quick(lora_A=lambda t: t.requires_grad_()) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quick() is None
+    with FlopCounterMode(display=False):
+        assert quick() is None
+    arguments, run = quick_arguments(), native.mixed_lora_at_once()
+    assert run is not None
+    assert torch.func.vmap(lambda s: (run(*arguments) is None) * s)(torch.ones(2)).all()
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
+    assert quick() is None
+    assert quick(backend="cpu") is not None
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "cpu")
+    assert quick() is not None
+
+
+def test_at_once_needs_the_first_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    x, A, B, w, _ = low_rank_inputs((3, 8, 6, 2, 4), F32, F32)
+    W = torch.randn(6, 8)
+    for row in dispatch.BACKENDS["mixed_lora"]:
+        assert (row.at_once() is not None) == (row.name == "cpu")
+    reference_row = dispatch.BACKENDS["mixed_lora"][-1]
+    spy = dispatch.Backend(
+        "cpu", lambda *a: used.append(1) or reference_row.run(*a), lambda *_: None
+    )
+    mixed_lora(x, W, A, B, w)
+    monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", (spy, reference_row))
+    mixed_lora(x, W, A, B, w)
+    assert used == [1]

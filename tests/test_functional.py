@@ -1099,7 +1099,10 @@ def test_bad_arguments_are_named(
     "op", ["mixed_lora", "mixed_linear", "mix_logits", "sample", "linear_logprob"]
 )
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_named_backend_that_cannot_run_raises_its_reason(op: str, backend: str) -> None:
+def test_a_named_backend_that_cannot_run_raises_its_reason(
+    op: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     function, arguments = valid(op)
     with pytest.raises(RuntimeError, match=rf"{backend}.*{op}|{op}.*{backend}"):
         function(**arguments, backend=backend)

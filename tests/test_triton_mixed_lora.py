@@ -491,7 +491,7 @@ BF16 = torch.bfloat16
         (1, (4096, 4096), BF16, (9, 0), False, ("fused", Tile(16, 32, 256, 4, 4), False, True)),
         (16, (4096, 1024), BF16, (9, 0), False, ("fused", Tile(16, 16, 256, 4, 4), False, True)),
         (17, (4096, 1024), BF16, (9, 0), False, ("fused", Tile(64, 32, 128, 4, 4), False, True)),
-        (256, (4096, 4096), F16, (8, 0), False, ("fused", Tile(128, 64, 64, 8, 4), False, False)),
+        (256, (4096, 4096), F16, (8, 0), False, ("fused", Tile(64, 64, 64, 8, 4), False, False)),
         (257, (4096, 4096), F16, (8, 0), False, ("fused", Tile(128, 128, 64, 8, 3), True, False)),
         (8192, (4096, 4096), BF16, (9, 0), False, ("split", Tile(128, 128, 64, 8, 3), True, True)),
         (8192, (2048, 2048), BF16, (10, 0), False, ("fused", Tile(128, 128, 64, 8, 3), True, True)),
