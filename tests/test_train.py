@@ -87,6 +87,28 @@ def test_gradient_checkpointing_gives_the_same_training(whole, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
 
 
+@pytest.mark.slow
+def test_kernels_on_and_off_give_the_same_loss_curve(shared_models, tmp_path, monkeypatch):
+    """32 steps of a real pretrained model, small enough that no draw is closer than rounding."""
+    runs = {}
+    for backend in ("auto", "reference"):
+        monkeypatch.setenv("CLP_KERNELS_BACKEND", backend)
+        args = CLPConfig(
+            output_dir=str(tmp_path / backend),
+            model=str(shared_models / "stories260k"),
+            num_prompts=8,
+            max_completion_length=16,
+            max_steps=32,
+        )
+        CLPTrainer(args=args).train()
+        runs[backend] = metrics(tmp_path / backend)
+    assert len(runs["auto"]) == 32
+    for on, off in zip(runs["auto"], runs["reference"], strict=True):
+        assert on["num_tokens"] == off["num_tokens"]
+        assert on["loss"] == pytest.approx(off["loss"], rel=1e-5, abs=1e-5)
+        assert on["kl"] == pytest.approx(off["kl"], abs=1e-5)
+
+
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_resume_from_a_checkpoint_is_bitwise_the_uninterrupted_run(whole, tmp_path, stop_after):
     """Stops between checkpoints: the steps after the last one are repeated."""
