@@ -31,7 +31,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -284,12 +284,15 @@ def _plain(data: Inputs, form: Callable[..., Tensor], *, cat: bool = True) -> Ru
 
 
 def _ours(data: Inputs, run: Callable[..., Tensor]) -> Run:
+    if data.dy is None:
+        args = (data.x, data.base_weight, data.lora_A, data.lora_B, data.weights)
+        return lambda: (run(*args),)
     leaves = _leaves(data, data.x, data.lora_A, data.lora_B, data.weights)
     return _call(data, lambda x, a, b, w: run(x, data.base_weight, a, b, w), leaves)
 
 
 def _public(backend: str) -> Callable[..., Tensor]:
-    return lambda *args: clp_kernels.mixed_lora(*args, backend=backend)
+    return partial(clp_kernels.mixed_lora, backend=backend)
 
 
 def _triton(path: str) -> Callable[..., Tensor]:

@@ -16,7 +16,7 @@ from clp_kernels import native, reference
 # tokens * (in_features + out_features) up to which the C++ kernel beats PyTorch's products, whose
 # calls alone take 170 us (docs/log.md, 2026-11-24). The second, beside products in 16 bits, is not
 # measured: the kernel has run on processors without them only.
-NATIVE_WORK, NATIVE_WORK_16_BITS = 2**18, 2**16
+NATIVE_WORK, NATIVE_WORK_16_BITS = 2**17, 2**16
 
 # A float32 copy of x or dy holds so many rows (1 MB at 4096 features), of W so many columns.
 BLOCK, WEIGHT_BLOCK = 64, 64
@@ -135,17 +135,23 @@ def token_weights(weights: Tensor, example_ids: Tensor | None, tokens: int) -> T
     """weights [B, m] as [T, m]."""
     if example_ids is not None:
         return weights.index_select(0, example_ids)
-    return weights.repeat_interleave(tokens // weights.shape[0], 0)
+    each = tokens // weights.shape[0]
+    return weights if each == 1 else weights.repeat_interleave(each, 0)
 
 
-def _mix_(u: Tensor, per_token: Tensor) -> Tensor:
-    """u [T, m*r] times the weights of its token, in place; a weight of zero gives zero."""
+def _mix_(u: Tensor, per_token: Tensor, zero: Tensor | None) -> Tensor:
+    """u [T, m*r] times the weights of its token, in place; where `zero`, zero whatever u is."""
     m = per_token.shape[1]
     z = u.view(-1, m, u.shape[1] // m).mul_(per_token[:, :, None])
-    zero = per_token == 0
-    if bool(zero.any()):
+    if zero is not None:
         z.masked_fill_(zero[:, :, None], 0.0)
     return u
+
+
+def _zeros(per_token: Tensor) -> Tensor | None:
+    """Where a weight is zero, or None where none is."""
+    zero = per_token == 0
+    return zero if bool(zero.any()) else None
 
 
 def _stacked(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
@@ -163,12 +169,14 @@ def _add_low_rank_by_products(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, per_token: Tensor, y: Tensor
 ) -> Tensor:
     """What `add_low_rank` does, by PyTorch's products in x's dtype; y [T, out]."""
-    A, B = lora_A.flatten(0, 1), _stacked(lora_B, x.dtype)
-    bare = (per_token == 0).all(1).nonzero()[:, 0]
-    base = y[bare]
-    u = (x @ A.t()).float()
-    y.addmm_(_mix_(u.clone(), per_token).to(x.dtype), B.t())
-    if len(bare):
+    zero = _zeros(per_token)
+    bare = None if zero is None else zero.all(1).nonzero()[:, 0]
+    base = None if bare is None else y[bare]
+    product = x @ lora_A.flatten(0, 1).t()
+    u = product.float()
+    z = u.clone() if product.dtype == torch.float32 else product.float()
+    y.addmm_(_mix_(z, per_token, zero).to(x.dtype), _stacked(lora_B, x.dtype).t())
+    if base is not None:
         y[bare] = base
     return u
 
@@ -196,6 +204,7 @@ def mixed_lora_backward(
     tokens = rows.shape[0]
     gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
     w = token_weights(weights, example_ids, tokens)
+    zero = _zeros(w)
     A, B = lora_A.flatten(0, 1), _stacked(lora_B, gemm_dtype)
     d_base, d_lora_A, d_lora_B, d_weights, d_bias = (x.new_empty(0) for _ in needs[1:])
     if needs[1]:
@@ -208,13 +217,16 @@ def mixed_lora_backward(
         add = {"beta": float(block.start > 0)}  # 0: whatever stood there is not read
         dy_block, u_block = dy_rows[block].to(gemm_dtype), u.view(tokens, m * r)[block]
         if needs[3]:
-            d_B.addmm_(_mix_(u_block.clone(), w[block]).to(gemm_dtype).t(), dy_block, **add)
+            z = _mix_(u_block.clone(), w[block], None if zero is None else zero[block])
+            d_B.addmm_(z.to(gemm_dtype).t(), dy_block, **add)
+            del z
         if not (needs[0] or needs[2] or needs[4]):
             continue
         g = (dy_block @ B).float()
         if needs[4]:
             dots[block] = (g * u_block).view(-1, m, r).sum(-1)
-        parts.append(_mix_(g, w[block]).to(gemm_dtype))
+        _mix_(g, w[block], None if zero is None else zero[block])
+        parts.append(g.to(gemm_dtype))
         if needs[2]:
             d_A.addmm_(parts[-1].t(), rows[block].to(gemm_dtype), **add)
     del B, dy_block
