@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clp_kernels import native, reference
-from clp_kernels.cpu_mixed_lora import has_native_gemm, token_weights
+from clp_kernels.cpu_mixed_lora import token_weights
 from clp_kernels.cpu_mixed_lora import why_not as why_not
+from clp_kernels.native import has_native_gemm
 
 # Rows up to which the C++ kernel is faster than PyTorch's products in the inputs' dtype
 # (docs/log.md, 2026-11-24).

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clp_kernels import native, reference
+from clp_kernels.native import has_native_gemm
 
 # tokens * (in_features + out_features) up to which the C++ kernel beats PyTorch's products, whose
 # calls alone take 170 us (docs/log.md, 2026-11-24). The second, beside products in 16 bits, is not
 # measured: the kernel has run on processors without them only.
-NATIVE_WORK, NATIVE_WORK_16_BITS = 2**17, 2**16
+NATIVE_WORK, NATIVE_WORK_16_BITS = 2**18, 2**16
 
 # A float32 copy of x or dy holds so many rows (1 MB at 4096 features), of W so many columns.
 BLOCK, WEIGHT_BLOCK = 64, 64
@@ -37,15 +38,6 @@ def use_native(
 def product_dtype(dtype: torch.dtype, lora_dtype: torch.dtype) -> torch.dtype:
     """x's dtype where PyTorch multiplies it and the adapters at full speed, else float32."""
     return dtype if lora_dtype == dtype and has_native_gemm(dtype) else torch.float32
-
-
-def has_native_gemm(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies matrices of this dtype at full speed in PyTorch."""
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return True
 
 
 def why_not(x: Tensor, *_: object) -> str | None:

@@ -21,14 +21,14 @@ namespace py = pybind11;
 
 namespace {
 
-// A decode of more rows spends its time elsewhere.
-constexpr int64_t kRows = 32;
 constexpr int kMaxDims = 8;
 
 // PyTorch's objects, as clp_kernels/native.py hands them over, and the names of attributes.
 struct Torch {
   PyObject *tensor, *parameter, *linear, *num_threads, *grad_enabled, *autocast_enabled,
       *dispatch_modes, *interpreter, *float32, *bfloat16, *float16;
+  // Rows times features up to which the kernel is taken, by dtype.
+  int64_t float32_limit, bfloat16_limit, float16_limit;
   PyObject *cpu, *shape, *dtype, *is_cpu, *requires_grad, *is_contiguous, *data_ptr;
 };
 Torch torch;  // empty until at_once_uses
@@ -47,6 +47,9 @@ void at_once_uses(const py::dict& given) {
            keep("float32"),
            keep("bfloat16"),
            keep("float16"),
+           given["float32_limit"].cast<int64_t>(),
+           given["bfloat16_limit"].cast<int64_t>(),
+           given["float16_limit"].cast<int64_t>(),
            PyUnicode_InternFromString("cpu"),
            PyUnicode_InternFromString("shape"),
            PyUnicode_InternFromString("dtype"),
@@ -158,7 +161,10 @@ py::object mixed_lora_at_once(py::handle x, py::handle base_weight, py::handle l
   const int64_t K = X.size[X.dims - 1], N = W.size[0], m = A.size[0], r = A.size[1];
   int64_t T = 1;
   for (int i = 0; i + 1 < X.dims; ++i) T *= X.size[i];
-  if (T > kRows || W.size[1] != K || A.size[2] != K || B.size[0] != m || B.size[1] != N ||
+  const int64_t limit = X.dtype == t.float32    ? t.float32_limit
+                        : X.dtype == t.bfloat16 ? t.bfloat16_limit
+                                                : t.float16_limit;
+  if (T * (K + N) > limit || W.size[1] != K || A.size[2] != K || B.size[0] != m || B.size[1] != N ||
       B.size[2] != r || w.size[0] != X.size[0] || w.size[1] != m) {
     return py::none();
   }
