@@ -102,8 +102,8 @@ def mixed_lora_at_once() -> Callable[..., Tensor | None] | None:
     used["Parameter"], used["linear"] = torch.nn.Parameter, torch.nn.functional.linear
     used["dispatch_modes"] = torch._C._len_torch_dispatch_stack
     used["interpreter"] = torch._C._functorch.peek_interpreter_stack
-    # Beyond, checks and dispatch no longer count and PyTorch's products may be faster: 256 rows of a
-    # 2048-wide layer, or 16 beside products in 16 bits (there not measured).
+    # Beyond (256 rows of a 2048-wide layer; 16 beside products in 16 bits, there not measured) the
+    # checks no longer count, and PyTorch's products may be faster.
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         sixteen_bits = dtype != torch.float32 and has_native_gemm(dtype)
         used[f"{str(dtype)[6:]}_limit"] = 2**16 if sixteen_bits else 2**20
