@@ -1,4 +1,4 @@
-"""Every op's schema and fake, registered once with torch.library; nothing else.
+"""Every op's schema and fake, registered once with torch.library, and the way to call one.
 
 A kernel is found in two steps: the op's name here, then its row in clp_kernels.dispatch.BACKENDS.
 Schemas are functional (new outputs, contiguous). Gradients not asked for come back as empty
