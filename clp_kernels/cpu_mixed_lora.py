@@ -1,11 +1,16 @@
-"""`mixed_lora` on the CPU: PyTorch's base product, the low-rank part fused around it.
+"""`mixed_lora` on the CPU: whole in C++, or the low-rank part around PyTorch's base product.
 
-csrc/mixed_lora.cpp shrinks, mixes and expands in one parallel region. Where many wide rows meet
-PyTorch's matrix products at full speed, these do it, with the mixing between them; `use_native`
-says which. In batch_invariant() the base product runs in fixed tiles and the low-rank part in C++,
-whose rows do not depend on one another. The backward is PyTorch's products, in float32 and a block
-of rows at a time where the processor has none in the inputs' dtype.
+csrc/mixed_lora.cpp multiplies, shrinks, mixes and expands in one parallel region. Where many wide
+rows meet PyTorch's matrix products at full speed, these do it, with the mixing between them;
+`use_native_base` and `use_native` say which. In batch_invariant() the base product runs in fixed
+tiles and the low-rank part in C++, whose rows do not depend on one another. The backward is
+PyTorch's products, in float32 and a block of rows at a time where the processor has none in the
+inputs' dtype.
 """
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +20,20 @@ from clp_kernels import native, reference
 from clp_kernels.native import has_native_gemm
 
 # tokens * (in_features + out_features) up to which the C++ kernel beats PyTorch's products, whose
-# calls alone take 170 us (docs/log.md, 2026-11-24). The second, beside products in 16 bits, is not
-# measured: the kernel has run on processors without them only.
-NATIVE_WORK, NATIVE_WORK_16_BITS = 2**18, 2**16
+# calls alone take 170 us (docs/log.md); where the call at once spares the checks too, as many again.
+# The last, beside products in 16 bits, is not measured: the kernel has run on processors without
+# them only.
+NATIVE_WORK, AT_ONCE_WORK, NATIVE_WORK_16_BITS = 2**18, 2**19, 2**16
 
-# A float32 copy of x or dy holds so many rows (1 MB at 4096 features), of W so many columns.
-BLOCK, WEIGHT_BLOCK = 64, 64
+# Rows up to which our float32 base product beats PyTorch's: 3.7 times faster with 2 rows of 2048
+# features, 1.9 times with 16, 1.2 times with 96. In 16 bits on a processor without such products it
+# is 4 to 6 times faster from 4 rows on, and 1.3 times with one. In smaller matrices than BASE_SIZE
+# there are at most 5 us to win.
+BASE_ROWS, BASE_SIZE = 96, 2**14
+
+# A float32 copy of x or dy holds so many rows (1 MB at 4096 features), one of W^T so many columns
+# of W.
+BLOCK, WEIGHT_BLOCK = 64, 24
 
 
 def use_native(
@@ -33,6 +46,16 @@ def use_native(
     """
     limit = NATIVE_WORK if dtype == torch.float32 else NATIVE_WORK_16_BITS
     return invariant or gemm_dtype != dtype or tokens * features <= limit
+
+
+def use_native_base(tokens: int, size: int, dtype: torch.dtype) -> bool:
+    """Whether the C++ kernel runs the base product too; size: base_weight's elements.
+
+    Only outside of batch_invariant() with a contiguous base_weight, and where no row of weights
+    and not all of lora_B is zero: what is then the bare layer has the bits of F.linear.
+    """
+    faster = tokens <= BASE_ROWS if dtype == torch.float32 else not has_native_gemm(dtype)
+    return faster and size >= BASE_SIZE
 
 
 def product_dtype(dtype: torch.dtype, lora_dtype: torch.dtype) -> torch.dtype:
@@ -59,68 +82,124 @@ def mixed_lora(
 ) -> tuple[Tensor, Tensor]:
     """As reference.mixed_lora: y in x's dtype, u = x A^T in float32."""
     m, r, in_features = lora_A.shape
+    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+    tokens, out_features = rows.shape[0], base_weight.shape[0]
+    gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
+    native_base = (
+        tokens * m * r > 0
+        and not invariant
+        and use_native_base(tokens, base_weight.numel(), x.dtype)
+        and base_weight.is_contiguous()
+        and bool((weights != 0).any(1).all())
+        and bool(lora_B[-1, -1].any() or lora_B.any())
+    )
+    if native_base:
+        y = x.new_empty(*x.shape[:-1], out_features)
+        base = (base_weight, bias)
+        u = run_native(rows, lora_A, lora_B, weights, example_ids, y, *base)
+        return y, u if x.dim() == 2 else u.view(*x.shape[:-1], m * r)
     linear = reference.tiled_linear if invariant else F.linear
     y = linear(x, base_weight, bias).contiguous()
-    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
-    tokens = rows.shape[0]
-    features = in_features + base_weight.shape[0]
-    gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
     if tokens * m * r == 0:
         u = torch.zeros(tokens, m * r)
-    elif use_native(tokens, features, x.dtype, gemm_dtype, invariant):
-        u = add_low_rank(rows, lora_A, lora_B, weights, example_ids, y)
+    elif use_native(tokens, in_features + out_features, x.dtype, gemm_dtype, invariant):
+        u = run_native(rows, lora_A, lora_B, weights, example_ids, y)
     else:
         per_token, out = token_weights(weights, example_ids, tokens), y.view(tokens, -1)
         u = _add_low_rank_by_products(rows, lora_A, lora_B, per_token, out)
     return y, u if x.dim() == 2 else u.view(*x.shape[:-1], m * r)
 
 
-def add_low_rank(
+@cache
+def at_once() -> Callable[..., Tensor | None] | None:
+    """csrc/cpu_at_once.cpp's `mixed_lora` for plain inputs of not too many rows, or None.
+
+    It takes the public arguments and the depth of batch_invariant(), and gives y, or None where
+    the call has to be checked and dispatched; then nothing has happened.
+    """
+    if native.cpu_missing() is not None:
+        return None
+    names = ("Tensor", "get_num_threads", "is_grad_enabled", "is_autocast_enabled")
+    used: dict[str, Any] = {name: getattr(torch, name) for name in names}
+    used["Parameter"], used["linear"] = torch.nn.Parameter, F.linear
+    used["dispatch_modes"] = torch._C._len_torch_dispatch_stack
+    used["interpreter"] = torch._C._functorch.peek_interpreter_stack
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name, wide = str(dtype)[6:], dtype == torch.float32 or not has_native_gemm(dtype)
+        used[name] = dtype
+        used[f"{name}_work"] = AT_ONCE_WORK if wide else NATIVE_WORK_16_BITS
+        most = BASE_ROWS if dtype == torch.float32 else AT_ONCE_WORK
+        used[f"{name}_base_rows"] = most if use_native_base(1, BASE_SIZE, dtype) else 0
+    used["base_size"] = BASE_SIZE
+    native.cpu().at_once_uses(used)
+    return native.cpu().mixed_lora_at_once  # type: ignore[no-any-return]
+
+
+def run_native(
     x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    weights: Tensor | None,
     example_ids: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
+    base_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    u: Tensor | None = None,
     isa: str = "",
 ) -> Tensor:
-    """The C++ kernel: adds ((x A^T) * weights) B^T to y in place and returns u = x A^T.
+    """The C++ kernel: writes x W^T + bias + ((x A^T) * weights) B^T to y; returns u = x A^T.
 
-    x [T, in] with T > 0, y contiguous of T * out elements in x's dtype, lora_A in x's dtype or
-    float32 and m * r > 0; weights [B, m] float32 with example_ids [T], or B dividing T. isa: an
+    Without base_weight y holds the base product and the rest is added to it. With u [T, m*r] given,
+    lora_A is None; with lora_B None (and weights and y) u alone is computed. x [T, in] with T > 0,
+    y [T, out] in x's dtype (any shape of that many elements where contiguous), lora_A in x's dtype
+    or float32 and m * r > 0; weights [B, m] float32 with example_ids [T], or B dividing T. isa: an
     instruction set for this call, "" for the one in use. A row's bits depend on neither the other
     rows nor the number of threads.
     """
-    m, r, in_features = lora_A.shape
-    tokens = x.shape[0]
+    tokens, in_features = x.shape
     if in_features > 1 and x.stride(1) != 1:
         x = x.contiguous()
-    u = torch.empty((tokens, m * r), dtype=torch.float32)
-    # Held here, because only their addresses are passed.
-    held = (lora_A.contiguous(), lora_B.contiguous(), weights.contiguous())
-    ids = None if example_ids is None else example_ids.contiguous()
+    # All are held here, because only their addresses are passed.
+    A, B = (None if t is None else t.contiguous() for t in (lora_A, lora_B))
+    W, c, w, ids = (
+        None if t is None else t.contiguous() for t in (base_weight, bias, weights, example_ids)
+    )
+    out_features = 0 if B is None else B.shape[1]
+    if A is not None:
+        m, r, lora_dtype = A.shape[0], A.shape[1], A.dtype
+        u = torch.empty((tokens, m * r), dtype=torch.float32)
+    else:
+        assert B is not None and u is not None
+        m, r, lora_dtype = B.shape[0], B.shape[2], B.dtype
     native.cpu().mixed_lora(
         x.data_ptr(),
         native.DTYPES[x.dtype],
         x.stride(0),
-        held[0].data_ptr(),
-        held[1].data_ptr(),
-        native.DTYPES[lora_A.dtype],
-        held[2].data_ptr(),
-        0 if ids is None else ids.data_ptr(),
+        _address(W),
+        _address(c),
+        _address(A),
+        _address(B),
+        native.DTYPES[lora_dtype],
+        _address(w),
+        _address(ids),
         ids is not None and ids.dtype == torch.int64,
-        1 if ids is not None else tokens // weights.shape[0],
-        y.data_ptr(),
+        1 if w is None or ids is not None else tokens // w.shape[0],
+        _address(y),
+        y.stride(0) if y is not None and y.dim() == 2 else out_features,
         u.data_ptr(),
         tokens,
         in_features,
-        lora_B.shape[1],
+        out_features,
         m,
         r,
         torch.get_num_threads(),
         isa,
     )
     return u
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def token_weights(weights: Tensor, example_ids: Tensor | None, tokens: int) -> Tensor:
@@ -151,16 +230,10 @@ def _stacked(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     return lora_B.transpose(0, 1).reshape(lora_B.shape[1], -1).to(dtype)
 
 
-def _blocks(tokens: int, dtype: torch.dtype, gemm_dtype: torch.dtype) -> list[slice]:
-    """All rows at once, or blocks where they have to be copied to another dtype."""
-    step = tokens if dtype == gemm_dtype else BLOCK
-    return [slice(begin, begin + step) for begin in range(0, tokens, step)]
-
-
 def _add_low_rank_by_products(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, per_token: Tensor, y: Tensor
 ) -> Tensor:
-    """What `add_low_rank` does, by PyTorch's products in x's dtype; y [T, out]."""
+    """What `run_native` does, by PyTorch's products in x's dtype; y [T, out]."""
     zero = _zeros(per_token)
     bare = None if zero is None else zero.all(1).nonzero()[:, 0]
     base = None if bare is None else y[bare]
@@ -197,58 +270,59 @@ def mixed_lora_backward(
     gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
     w = token_weights(weights, example_ids, tokens)
     zero = _zeros(w)
-    A, B = lora_A.flatten(0, 1), _stacked(lora_B, gemm_dtype)
-    d_base, d_lora_A, d_lora_B, d_weights, d_bias = (x.new_empty(0) for _ in needs[1:])
+    u = u.view(tokens, m * r)
+    dx, d_base, d_lora_A, d_lora_B, d_weights, d_bias = (x.new_empty(0) for _ in needs)
     if needs[1]:
         d_base = (dy_rows.t().float() @ rows.float()).to(base_weight.dtype)
     if needs[5]:
         d_bias = dy_rows.sum(0, dtype=torch.float32).to(base_weight.dtype)
-    d_A, d_B = torch.empty(A.shape, dtype=gemm_dtype), torch.empty(B.t().shape, dtype=gemm_dtype)
-    parts, dots = [], torch.empty(tokens, m)
-    for block in _blocks(tokens, x.dtype, gemm_dtype):
-        add = {"beta": float(block.start > 0)}  # 0: whatever stood there is not read
-        dy_block, u_block = dy_rows[block].to(gemm_dtype), u.view(tokens, m * r)[block]
-        if needs[3]:
-            z = _mix_(u_block.clone(), w[block], None if zero is None else zero[block])
-            d_B.addmm_(z.to(gemm_dtype).t(), dy_block, **add)
-            del z
-        if not (needs[0] or needs[2] or needs[4]):
-            continue
-        g = (dy_block @ B).float()
-        if needs[4]:
-            dots[block] = (g * u_block).view(-1, m, r).sum(-1)
-        _mix_(g, w[block], None if zero is None else zero[block])
-        parts.append(g.to(gemm_dtype))
-        if needs[2]:
-            d_A.addmm_(parts[-1].t(), rows[block].to(gemm_dtype), **add)
-    del B, dy_block
-    if needs[2]:
-        d_lora_A = d_A.view(m, r, in_features).to(lora_A.dtype)
     if needs[3]:
+        d_B = _gradient_of_rank(_mix_(u.clone(), w, zero), dy_rows, gemm_dtype)
         d_lora_B = d_B.view(m, r, out_features).transpose(1, 2).to(lora_B.dtype).contiguous()
-    del d_A, d_B
+        del d_B
+    if not (needs[0] or needs[2] or needs[4]):
+        return dx, d_base, d_lora_A, d_lora_B, d_weights, d_bias
+    if x.dtype == gemm_dtype:
+        g = (dy_rows @ _stacked(lora_B, gemm_dtype)).float()
+    else:
+        g = run_native(dy_rows, lora_B.mT, None, None, None, None)
     if needs[4]:
-        d_weights = reference.sum_per_example(dots, weights.shape[0], example_ids)
+        d_weights = reference.sum_per_example(
+            (g * u).view(-1, m, r).sum(-1), weights.shape[0], example_ids
+        )
+    du = _mix_(g, w, zero)
+    del w
+    if needs[2]:
+        d_lora_A = _gradient_of_rank(du, rows, gemm_dtype).view(lora_A.shape).to(lora_A.dtype)
     # The largest last, when little else is held: the peak is 1.06 times the frozen layer's.
-    dx = x.new_empty(0)
-    if needs[0]:
-        du = parts[0] if len(parts) == 1 else torch.cat(parts)
-        del parts
-        if x.dtype == gemm_dtype:
-            dx = F.linear(dy, base_weight.t()).contiguous()
-            dx.view(tokens, in_features).addmm_(du, A)
-        else:
-            dx = _input_gradient_by_blocks(dy_rows, base_weight, du, A).view(x.shape)
+    if needs[0] and x.dtype == gemm_dtype:
+        dx = F.linear(dy, base_weight.t()).contiguous()
+        dx.view(tokens, in_features).addmm_(du.to(gemm_dtype), lora_A.flatten(0, 1))
+    elif needs[0]:
+        dx = _input_gradient(dy_rows, base_weight, du, lora_A).view(x.shape)
     return dx, d_base, d_lora_A, d_lora_B, d_weights, d_bias
 
 
-def _input_gradient_by_blocks(dy: Tensor, base_weight: Tensor, du: Tensor, A: Tensor) -> Tensor:
-    """dy W + du A with one rounding, from float32 copies of blocks: where PyTorch has no fast
-    product in this dtype, its dy @ W on a transposed W is 40 times slower than this."""
+def _gradient_of_rank(rank: Tensor, rows: Tensor, gemm_dtype: torch.dtype) -> Tensor:
+    """rank^T rows, [m*r, features]; rank [T, m*r] float32, rows [T, features]."""
+    step = len(rows) if rows.dtype == gemm_dtype else BLOCK
+    total = torch.empty(rank.shape[1], rows.shape[1], dtype=gemm_dtype)
+    for begin in range(0, len(rows), step):
+        part, block = rank[begin : begin + step], rows[begin : begin + step]
+        # beta 0: whatever stood there is not read.
+        total.addmm_(part.to(gemm_dtype).t(), block.to(gemm_dtype), beta=float(begin > 0))
+    return total
+
+
+def _input_gradient(dy: Tensor, base_weight: Tensor, du: Tensor, lora_A: Tensor) -> Tensor:
+    """dy W + du A with one rounding, by the C++ kernel, which reads W^T and A^T: a block of their
+    columns is copied at a time. PyTorch's dy @ W on a transposed W takes 80 times as long where the
+    processor has no product in this dtype."""
     dx = dy.new_empty(dy.shape[0], base_weight.shape[1])
+    ones = torch.ones(1, lora_A.shape[0])
     for begin in range(0, dx.shape[1], WEIGHT_BLOCK):
         columns = slice(begin, begin + WEIGHT_BLOCK)
-        weight, low_rank = base_weight[:, columns].float(), A[:, columns].float()
-        for rows in _blocks(dy.shape[0], dy.dtype, torch.float32):
-            dx[rows, columns] = torch.addmm(du[rows] @ low_rank, dy[rows].float(), weight)
+        transposed = base_weight[:, columns].t().contiguous()
+        run_native(dy, None, lora_A[..., columns].mT, ones, None, dx[:, columns], transposed, u=du)
+        del transposed  # or two of them would be held
     return dx

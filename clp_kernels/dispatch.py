@@ -152,9 +152,7 @@ def _triton(module: str, op: str) -> Backend:
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "mixed_lora": (
-        Backend(
-            "cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not, native.mixed_lora_at_once
-        ),
+        Backend("cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not, cpu_mixed_lora.at_once),
         _compiled("cuda", cuda_mixed_lora, "mixed_lora"),
         _triton("triton_mixed_lora", "mixed_lora"),
         _reference("mixed_lora"),

@@ -65,7 +65,8 @@ def mixed_lora(
 
     Returns:
         [B, ..., out_features] in x's dtype. The low-rank part accumulates in float32 (float64 for
-        float64). A row of zeros in `weights` gives the bits of F.linear(x, base_weight, bias).
+        float64). A row of zeros in `weights`, and any row where all of lora_B is zero, gives the
+        bits of F.linear(x, base_weight, bias) on the backends "cpu" and "reference".
 
     Differentiable in x, base_weight, lora_A, lora_B, weights, bias and scaling (once).
     Deterministic. Saved for the backward: the inputs and u = x A^T, [T, m*r].

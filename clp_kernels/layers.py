@@ -154,7 +154,7 @@ class MixedLoRALinear(nn.Module):
             bias = None if bias is None else bias.to(dtype)
         lora_A, lora_B, ids, backend = self.lora_A, self.lora_B, example_ids, self.backend
         if not torch.is_grad_enabled():
-            # A few rows then take one call (clp_kernels.native.mixed_lora_at_once).
+            # A few rows then take one call (clp_kernels.cpu_mixed_lora.at_once).
             return mixed_lora(
                 x,
                 base_weight,

@@ -7,7 +7,6 @@ ranges) are the caller's business.
 """
 
 import importlib
-from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -17,15 +16,6 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MODES = ("geometric", "probability")
-_AT_ONCE_USES = (
-    "Tensor",
-    "get_num_threads",
-    "is_grad_enabled",
-    "is_autocast_enabled",
-    "float32",
-    "bfloat16",
-    "float16",
-)
 _REBUILD = "reinstall from source with a C++17 compiler, and nvcc for the GPU"
 
 
@@ -87,28 +77,6 @@ def has_native_gemm(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return True
-
-
-@cache
-def mixed_lora_at_once() -> Callable[..., Tensor | None] | None:
-    """csrc/cpu_at_once.cpp's `mixed_lora` for plain inputs of not too many rows, or None.
-
-    It takes the public arguments and the depth of batch_invariant(), and gives y, or None where
-    the call has to be checked and dispatched; then nothing has happened.
-    """
-    if cpu_missing() is not None:
-        return None
-    used: dict[str, Any] = {name: getattr(torch, name) for name in _AT_ONCE_USES}
-    used["Parameter"], used["linear"] = torch.nn.Parameter, torch.nn.functional.linear
-    used["dispatch_modes"] = torch._C._len_torch_dispatch_stack
-    used["interpreter"] = torch._C._functorch.peek_interpreter_stack
-    # Beyond (256 rows of a 2048-wide layer; 16 beside products in 16 bits, there not measured) the
-    # checks no longer count, and PyTorch's products may be faster.
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        sixteen_bits = dtype != torch.float32 and has_native_gemm(dtype)
-        used[f"{str(dtype)[6:]}_limit"] = 2**16 if sixteen_bits else 2**20
-    cpu().at_once_uses(used)
-    return cpu().mixed_lora_at_once  # type: ignore[no-any-return]
 
 
 def _present(module: ModuleType | None, reason: str | None) -> Any:

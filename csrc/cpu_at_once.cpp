@@ -1,6 +1,6 @@
 // mixed_lora from Python objects to the result in one call, for plain inputs.
 //
-// A decoding step of one row spends 20 us in the kernel and, with the caches full of the layer's
+// The low-rank part of one row takes 20 us in the kernel and, with the caches full of the layer's
 // weights, 110 us in the Python of checks and dispatch (docs/log.md). So this function looks at the
 // tensors from C. It never decides what an error is: whatever is not plain gets None, and
 // clp_kernels.functional goes the long way, which computes it or says what is wrong.
@@ -8,6 +8,7 @@
 // Still no PyTorch header: tensors are read through the attributes that Python reads.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -23,13 +24,18 @@ namespace {
 
 constexpr int kMaxDims = 8;
 
-// PyTorch's objects, as clp_kernels/native.py hands them over, and the names of attributes.
+// PyTorch's objects, as clp_kernels/cpu_mixed_lora.py hands them over, and the names of attributes.
 struct Torch {
   PyObject *tensor, *parameter, *linear, *num_threads, *grad_enabled, *autocast_enabled,
-      *dispatch_modes, *interpreter, *float32, *bfloat16, *float16;
-  // Rows times features up to which the kernel is taken, by dtype.
-  int64_t float32_limit, bfloat16_limit, float16_limit;
-  PyObject *cpu, *shape, *dtype, *is_cpu, *requires_grad, *is_contiguous, *data_ptr;
+      *dispatch_modes, *interpreter;
+  // In the order of clp::DType. work: rows times features up to which a call is taken; base_rows:
+  // rows up to which the kernel runs the base product too.
+  struct {
+    PyObject* dtype;
+    int64_t work, base_rows;
+  } of[3];
+  int64_t base_size;  // elements of a base matrix from which on it does
+  PyObject *cpu, *shape, *dtype, *is_cpu, *requires_grad, *is_contiguous, *data_ptr, *new_empty;
 };
 Torch torch;  // empty until at_once_uses
 
@@ -44,19 +50,22 @@ void at_once_uses(const py::dict& given) {
            keep("is_autocast_enabled"),
            keep("dispatch_modes"),
            keep("interpreter"),
-           keep("float32"),
-           keep("bfloat16"),
-           keep("float16"),
-           given["float32_limit"].cast<int64_t>(),
-           given["bfloat16_limit"].cast<int64_t>(),
-           given["float16_limit"].cast<int64_t>(),
+           {},
+           given["base_size"].cast<int64_t>(),
            PyUnicode_InternFromString("cpu"),
            PyUnicode_InternFromString("shape"),
            PyUnicode_InternFromString("dtype"),
            PyUnicode_InternFromString("is_cpu"),
            PyUnicode_InternFromString("requires_grad"),
            PyUnicode_InternFromString("is_contiguous"),
-           PyUnicode_InternFromString("data_ptr")};
+           PyUnicode_InternFromString("data_ptr"),
+           PyUnicode_InternFromString("new_empty")};
+  const char* const names[] = {"float32", "bfloat16", "float16"};
+  for (int i = 0; i < 3; ++i) {
+    const std::string name = names[i];
+    torch.of[i] = {keep(names[i]), given[(name + "_work").c_str()].cast<int64_t>(),
+                   given[(name + "_base_rows").c_str()].cast<int64_t>()};
+  }
 }
 
 // Throws error_already_set where the call failed.
@@ -112,6 +121,30 @@ bool nobody_watches(const Torch& t, bool any_backend) {
          owned(PyObject_CallOneArg(t.autocast_enabled, t.cpu)).ptr() == Py_False;
 }
 
+// False where the tensor is of no dtype the kernel knows.
+bool code_of(const Torch& t, const View& view, clp::DType* out) {
+  for (int i = 0; i < 3; ++i) {
+    if (view.dtype == t.of[i].dtype) {
+      *out = clp::DType(i);
+      return true;
+    }
+  }
+  return false;
+}
+
+// Whether any element of a dense tensor is not zero; the first one mostly is.
+bool any(const View& view, clp::DType dtype) {
+  int64_t count = 1;
+  for (int i = 0; i < view.dims; ++i) count *= view.size[i];
+  const auto some = [&](auto* words, auto sign) {
+    return std::any_of(words, words + count, [&](auto word) { return (word & ~sign) != 0; });
+  };
+  if (dtype == clp::DType::kFloat32) {
+    return some(reinterpret_cast<const uint32_t*>(view.data), 0x80000000u);
+  }
+  return some(reinterpret_cast<const uint16_t*>(view.data), 0x8000u);
+}
+
 // m factors; false where `scaling` is neither a number nor a plain tensor [m].
 bool read_scaling(const Torch& t, PyObject* scaling, bool recording, int64_t m,
                   std::vector<float>* out) {
@@ -120,7 +153,7 @@ bool read_scaling(const Torch& t, PyObject* scaling, bool recording, int64_t m,
   } else {
     View view;
     if (!dense(t, scaling, recording, &view)) return false;
-    if (view.dtype != t.float32 || view.dims != 1 || view.size[0] != m) return false;
+    if (view.dtype != t.of[0].dtype || view.dims != 1 || view.size[0] != m) return false;
     const float* values = reinterpret_cast<const float*>(view.data);
     out->assign(values, values + m);
   }
@@ -128,11 +161,6 @@ bool read_scaling(const Torch& t, PyObject* scaling, bool recording, int64_t m,
     if (!std::isfinite(value)) return false;
   }
   return true;
-}
-
-clp::DType code(const Torch& t, PyObject* dtype) {
-  if (dtype == t.float32) return clp::DType::kFloat32;
-  return dtype == t.bfloat16 ? clp::DType::kBFloat16 : clp::DType::kFloat16;
 }
 
 py::object mixed_lora_at_once(py::handle x, py::handle base_weight, py::handle lora_A,
@@ -147,24 +175,22 @@ py::object mixed_lora_at_once(py::handle x, py::handle base_weight, py::handle l
   if (!nobody_watches(t, backend == "auto")) return py::none();
   const bool recording = call(t.grad_enabled).ptr() == Py_True;
   View X, W, A, B, w, c;
+  clp::DType x_dtype, lora_dtype;
   if (!dense(t, x.ptr(), recording, &X) || !plain(t, base_weight.ptr(), recording, &W) ||
       !dense(t, lora_A.ptr(), recording, &A) || !dense(t, lora_B.ptr(), recording, &B) ||
       !dense(t, weights.ptr(), recording, &w)) {
     return py::none();
   }
-  const bool known = X.dtype == t.float32 || X.dtype == t.bfloat16 || X.dtype == t.float16;
-  if (!known || W.dtype != X.dtype || B.dtype != A.dtype || w.dtype != t.float32 ||
-      (A.dtype != X.dtype && A.dtype != t.float32)) {
+  PyObject* const float32 = t.of[0].dtype;
+  if (!code_of(t, X, &x_dtype) || !code_of(t, A, &lora_dtype) || W.dtype != X.dtype ||
+      B.dtype != A.dtype || w.dtype != float32 || (A.dtype != X.dtype && A.dtype != float32)) {
     return py::none();
   }
   if (X.dims < 2 || W.dims != 2 || A.dims != 3 || B.dims != 3 || w.dims != 2) return py::none();
   const int64_t K = X.size[X.dims - 1], N = W.size[0], m = A.size[0], r = A.size[1];
   int64_t T = 1;
   for (int i = 0; i + 1 < X.dims; ++i) T *= X.size[i];
-  const int64_t limit = X.dtype == t.float32    ? t.float32_limit
-                        : X.dtype == t.bfloat16 ? t.bfloat16_limit
-                                                : t.float16_limit;
-  if (T * (K + N) > limit || W.size[1] != K || A.size[2] != K || B.size[0] != m || B.size[1] != N ||
+  if (T * (K + N) > t.of[int(x_dtype)].work || W.size[1] != K || A.size[2] != K || B.size[0] != m || B.size[1] != N ||
       B.size[2] != r || w.size[0] != X.size[0] || w.size[1] != m) {
     return py::none();
   }
@@ -176,26 +202,45 @@ py::object mixed_lora_at_once(py::handle x, py::handle base_weight, py::handle l
   if (!read_scaling(t, scaling.ptr(), recording, m, &factors)) return py::none();
   const float* given = reinterpret_cast<const float*>(w.data);
   std::vector<float> rows(given, given + w.size[0] * m);
-  for (size_t i = 0; i < rows.size(); ++i) {
-    if (!std::isfinite(rows[i])) return py::none();
-    rows[i] *= factors[i % size_t(m)];
+  bool native_base = T <= t.of[int(x_dtype)].base_rows && K * N >= t.base_size;
+  for (size_t i = 0; i < rows.size(); i += size_t(m)) {
+    bool zero = true;
+    for (size_t j = 0; j < size_t(m); ++j) {
+      if (!std::isfinite(rows[i + j])) return py::none();
+      rows[i + j] *= factors[j];
+      zero = zero && rows[i + j] == 0.0f;
+    }
+    native_base = native_base && !zero;
   }
-  const py::object y = owned(PyObject_CallFunctionObjArgs(t.linear, x.ptr(), base_weight.ptr(),
-                                                          bias.ptr(), nullptr));
+  // What is the bare layer has the bits of F.linear.
+  native_base = native_base && any(B, lora_dtype) && dense(t, base_weight.ptr(), recording, &W) &&
+                (bias.is_none() || dense(t, bias.ptr(), recording, &c));
+  py::object y;
+  if (native_base) {
+    py::tuple shape(X.dims);
+    for (int i = 0; i < X.dims; ++i) shape[size_t(i)] = py::int_(i + 1 < X.dims ? X.size[i] : N);
+    y = owned(PyObject_CallMethodOneArg(x.ptr(), t.new_empty, shape.ptr()));
+  } else {
+    y = owned(PyObject_CallFunctionObjArgs(t.linear, x.ptr(), base_weight.ptr(), bias.ptr(),
+                                           nullptr));
+  }
   if (method(y.ptr(), t.is_contiguous).ptr() != Py_True) return py::none();
   const uintptr_t out = PyLong_AsUnsignedLongLong(method(y.ptr(), t.data_ptr).ptr());
   std::vector<float> u(size_t(T * m * r));
   const clp::MixedLoraArgs args{reinterpret_cast<const void*>(X.data),
-                                code(t, X.dtype),
+                                x_dtype,
                                 K,
+                                reinterpret_cast<const void*>(native_base ? W.data : 0),
+                                reinterpret_cast<const void*>(native_base ? c.data : 0),
                                 reinterpret_cast<const void*>(A.data),
                                 reinterpret_cast<const void*>(B.data),
-                                code(t, A.dtype),
+                                lora_dtype,
                                 rows.data(),
                                 nullptr,
                                 false,
                                 T / X.size[0],
                                 reinterpret_cast<void*>(out),
+                                N,
                                 u.data(),
                                 T,
                                 K,

@@ -43,13 +43,16 @@ void sample(uintptr_t logits, int dtype, int64_t m, int64_t B, int64_t V, int64_
   clp::sample_cpu(args, num_threads, isa.c_str());
 }
 
-void mixed_lora(uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t lora_A, uintptr_t lora_B,
-                int lora_dtype, uintptr_t weights, uintptr_t example_ids, bool wide_ids,
-                int64_t tokens_per_example, uintptr_t y, uintptr_t u, int64_t T, int64_t K,
-                int64_t N, int64_t m, int64_t r, int num_threads, const std::string& isa) {
+void mixed_lora(uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t base_weight,
+                uintptr_t bias, uintptr_t lora_A, uintptr_t lora_B, int lora_dtype,
+                uintptr_t weights, uintptr_t example_ids, bool wide_ids,
+                int64_t tokens_per_example, uintptr_t y, int64_t y_stride, uintptr_t u, int64_t T,
+                int64_t K, int64_t N, int64_t m, int64_t r, int num_threads, const std::string& isa) {
   const clp::MixedLoraArgs args{pointer<const void>(x),
                                 clp::DType(x_dtype),
                                 x_stride,
+                                pointer<const void>(base_weight),
+                                pointer<const void>(bias),
                                 pointer<const void>(lora_A),
                                 pointer<const void>(lora_B),
                                 clp::DType(lora_dtype),
@@ -58,6 +61,7 @@ void mixed_lora(uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t lora_A, ui
                                 wide_ids,
                                 tokens_per_example,
                                 pointer<void>(y),
+                                y_stride,
                                 pointer<float>(u),
                                 T,
                                 K,

@@ -6,7 +6,8 @@
 namespace clp {
 namespace CLP_ISA {
 
-constexpr int64_t kColumns = 16;  // of one expert: with 4096 features in bfloat16, 128 KB
+// Of one expert; whole registers and whole blocks of dots.h. With 4096 features in bfloat16 192 KB.
+constexpr int64_t kColumns = CLP_ISA_LEVEL < 2 ? 24 : 16;
 
 // A thread's scratch memory: x as operands, one expert's product, the sum so far.
 template <class T>

@@ -6,45 +6,62 @@
 namespace clp {
 namespace CLP_ISA {
 
-constexpr int64_t kBlock = 64;  // output columns whose update is held beside y: 16 rows in 4 KB
+// Output columns whose update is held beside y (16 rows in 3 KB), and those whose base weights stay
+// in the cache for all rows: whole blocks of dots.h, whole registers.
+constexpr int64_t kBlock = 48, kBaseColumns = CLP_ISA_LEVEL < 2 ? 24 : 16;
 
 template <class T>
 constexpr int kPlanes = Format<T>::kSplit ? 2 : 1;
 
-// The parts of a thread's scratch memory.
+// The parts of a thread's scratch memory. x is laid out for the adapters in the first half and for
+// the base in the second.
 template <class T>
 struct Scratch {
   using Operand = typename Format<T>::Operand;
-  int64_t x_row, z_row, rows;
+  int64_t x_bytes, z_row, rows;
   int64_t z_plane() const { return rows * z_row; }
-  Operand* x(void* p) const { return static_cast<Operand*>(p); }
-  Operand* z(void* p) const { return x(p) + rows * x_row; }
+  void* x(void* p) const { return p; }
+  Operand* z(void* p) const {
+    return reinterpret_cast<Operand*>(static_cast<char*>(p) + rows * x_bytes);
+  }
   float* update(void* p) const {
     return reinterpret_cast<float*>(z(p) + kPlanes<T> * z_plane());
   }
+  float* product(void* p) const { return update(p) + rows * kBlock; }
   int64_t bytes() const {
-    return (rows * x_row + kPlanes<T> * z_plane()) * int64_t(sizeof(Operand)) +
-           rows * kBlock * int64_t(sizeof(float));
+    return rows * x_bytes + kPlanes<T> * z_plane() * int64_t(sizeof(Operand)) +
+           2 * rows * kBlock * int64_t(sizeof(float));
   }
 };
 
-template <class T>
+template <class T, class X>
 static Scratch<T> layout(const MixedLoraArgs& g, int64_t rows) {
-  return {padded<T>(g.K), g.m * padded<T>(g.r), rows};
+  const int64_t adapters = padded<T>(g.K) * int64_t(sizeof(typename Format<T>::Operand));
+  const int64_t base = padded<X>(g.K) * int64_t(sizeof(typename Format<X>::Operand));
+  return {adapters > base ? adapters : base, g.m * padded<T>(g.r), rows};
+}
+
+// Rows of x as operands that meet weights of type T.
+template <class T, class X>
+static const typename Format<T>::Operand* operands(const MixedLoraArgs& g, void* out, int64_t row,
+                                                   int64_t rows) {
+  auto* const to = static_cast<typename Format<T>::Operand*>(out);
+  const X* x = static_cast<const X*>(g.x) + row * g.x_stride;
+  for (int64_t t = 0; t < rows; ++t) {
+    convert_row<T>(x + t * g.x_stride, g.K, to + t * padded<T>(g.K));
+  }
+  return to;
 }
 
 template <class T, class X>
 static void shrink(const MixedLoraArgs& g, void* scratch, int64_t row, int64_t rows,
                    int64_t begin, int64_t end) {
-  const Scratch<T> s = layout<T>(g, rows);
-  const X* x = static_cast<const X*>(g.x) + row * g.x_stride;
-  for (int64_t t = 0; t < rows; ++t) {
-    convert_row<T>(x + t * g.x_stride, g.K, s.x(scratch) + t * s.x_row);
-  }
+  if (!g.lora_A) return;
+  const auto* x = operands<T, X>(g, layout<T, X>(g, rows).x(scratch), row, rows);
   const T* A = static_cast<const T*>(g.lora_A) + begin * g.K;
   const int64_t R = g.m * g.r;
-  dots<T, 1>({s.x(scratch), s.x_row, 0, A, g.K, 0, 1, g.K}, rows, end - begin,
-             g.u + row * R + begin, R);
+  dots<T, 1>({x, padded<T>(g.K), 0, A, g.K, 0, 1, g.K}, rows, end - begin, g.u + row * R + begin,
+             R);
 }
 
 static int64_t row_of(const MixedLoraArgs& g, int64_t t) {
@@ -92,30 +109,55 @@ static bool mix(const MixedLoraArgs& g, const Scratch<T>& s, void* scratch, int6
   return active;
 }
 
-template <class X>
-static void add_row(X* y, const float* update, int64_t count) {
-  int64_t n = 0;
-  for (; n + kLanes <= count; n += kLanes) store(y + n, load(y + n) + load(update + n));
-  const int rest = int(count - n);
-  if (rest == 0) return;
-  store_part(y + n, load_part(y + n, rest) + load_part(update + n, rest), rest);
+// y = base + bias + update, each but base or null.
+template <class X, class Base>
+static void add_row(X* y, const Base* base, const X* bias, const float* update, int64_t count) {
+  for (int64_t n = 0; n < count; n += kLanes) {
+    const int rest = int(count - n);
+    const auto read = [&](const auto* p) {
+      return rest < kLanes ? load_part(p + n, rest) : load(p + n);
+    };
+    Lanes value = read(base);
+    if (bias) value = value + read(bias);
+    if (update) value = value + read(update);
+    if (rest < kLanes) {
+      store_part(y + n, value, rest);
+    } else {
+      store(y + n, value);
+    }
+  }
 }
 
 template <class T, class X>
 static void expand(const MixedLoraArgs& g, void* scratch, int64_t row, int64_t rows,
                    int64_t begin, int64_t end) {
-  const Scratch<T> s = layout<T>(g, rows);
+  if (!g.lora_B) return;
+  const Scratch<T> s = layout<T, X>(g, rows);
   bool active[64];
   for (int64_t t = 0; t < rows; ++t) active[t] = mix<T>(g, s, scratch, row, t);
-  float* const update = s.update(scratch);
-  X* const y = static_cast<X*>(g.y) + row * g.N;
+  float *const update = s.update(scratch), *const product = s.product(scratch);
+  X* const y = static_cast<X*>(g.y) + row * g.y_stride;
+  const typename Format<X>::Operand* x = nullptr;
+  if (g.base_weight) x = operands<X, X>(g, s.x(scratch), row, rows);
   for (int64_t n = begin; n < end; n += kBlock) {
     const int64_t count = end - n < kBlock ? end - n : kBlock;
     const T* B = static_cast<const T*>(g.lora_B) + n * g.r;
     dots<T, kPlanes<T>>({s.z(scratch), s.z_row, s.z_plane(), B, g.r, g.N * g.r, g.m, g.r}, rows,
                         count, update, kBlock);
+    for (int64_t k = 0; x && k < count; k += kBaseColumns) {
+      const X* W = static_cast<const X*>(g.base_weight) + (n + k) * g.K;
+      dots<X, 1>({x, padded<X>(g.K), 0, W, g.K, 0, 1, g.K}, rows,
+                 count - k < kBaseColumns ? count - k : kBaseColumns, product + k, kBlock);
+    }
+    const X* bias = x && g.bias ? static_cast<const X*>(g.bias) + n : nullptr;
     for (int64_t t = 0; t < rows; ++t) {
-      if (active[t]) add_row(y + t * g.N + n, update + t * kBlock, count);
+      X* const to = y + t * g.y_stride + n;
+      const float* const added = active[t] ? update + t * kBlock : nullptr;
+      if (x) {
+        add_row<X>(to, product + t * kBlock, bias, added, count);
+      } else if (added) {
+        add_row<X>(to, to, nullptr, added, count);
+      }
     }
   }
 }
@@ -131,7 +173,9 @@ static auto typed(const MixedLoraArgs& g, const Body& body) {
 }
 
 static int64_t scratch_bytes(const MixedLoraArgs& g, int64_t rows) {
-  return typed(g, [&](auto T, auto) { return layout<decltype(T)>(g, rows).bytes(); });
+  return typed(g, [&](auto T, auto X) {
+    return layout<decltype(T), decltype(X)>(g, rows).bytes();
+  });
 }
 
 static void shrink_any(const MixedLoraArgs& g, void* scratch, int64_t row, int64_t rows,

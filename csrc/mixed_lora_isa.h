@@ -8,7 +8,7 @@
 namespace clp {
 
 struct MixedLoraKernels {
-  // Bytes of scratch for `rows` rows: x and z as operands, a block of the update.
+  // Bytes of scratch for `rows` rows: x and z as operands, a block of the update and of the product.
   int64_t (*scratch)(const MixedLoraArgs& args, int64_t rows);
   // u of rows [row, row + rows) and adapter columns [begin, end).
   void (*shrink)(const MixedLoraArgs& args, void* scratch, int64_t row, int64_t rows,

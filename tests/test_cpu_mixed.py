@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -261,10 +261,41 @@ def test_low_rank_kernel_on_each_instruction_set(
             return u, y.to(t) + z @ B.to(t).transpose(0, 1).flatten(1).t()
 
         got = y.clone()
-        u = cpu_mixed_lora.add_low_rank(x, A, B, w, None, got, isa)
+        u = cpu_mixed_lora.run_native(x, A, B, w, None, got, isa=isa)
         (u64, y64), (u32, y32) = plain(F64), plain(F32)
         assert_within_budget(u, u64, u32, name=f"u of {shape} on {isa}")
         assert_within_budget(got, y64, y32.to(dtype), name=f"y of {shape} on {isa}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype, lora_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)])
+def test_whole_kernel_on_each_instruction_set(
+    isa: str, dtype: torch.dtype, lora_dtype: torch.dtype
+) -> None:
+    """With the base product, u computed or given, into columns of a wider y, some rows zero."""
+    for shape in (*SHAPES, (150, 24, 50, 1, 3)):
+        T, n_in, n_out = shape[:3]
+        x, A, B, w, _ = low_rank_inputs(shape, dtype, lora_dtype)
+        W, c = (torch.randn(n_out, n_in) * n_in**-0.5).to(dtype), torch.randn(n_out).to(dtype)
+        w[1::3] = 0
+        wide = torch.full((T, n_out + 9), torch.nan).to(dtype)
+        y, base = wide[:, 4:-5], (noncontiguous(W), c)
+        u = cpu_mixed_lora.run_native(x, A, B, w, None, y, *base, isa=isa)
+        assert int(wide.isnan().sum()) == 9 * T
+
+        def plain(t: torch.dtype, x=x, A=A, B=B, w=w, W=W, c=c) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+            u = x.to(t) @ A.to(t).flatten(0, 1).t()
+            z = u * w.to(t).repeat_interleave(A.shape[1], 1)
+            low_rank = z @ B.to(t).transpose(0, 1).flatten(1).t()
+            return u, F.linear(x.to(t), W.to(t), c.to(t)) + low_rank
+
+        (u64, y64), (u32, y32) = plain(F64), plain(F32)
+        assert_within_budget(u, u64, u32, name=f"u of {shape} on {isa}")
+        assert_within_budget(y, y64, y32.to(dtype), name=f"y of {shape} on {isa}")
+        again = torch.full((T, n_out), torch.nan).to(dtype)
+        cpu_mixed_lora.run_native(x, None, B, w, None, again, *base, u=u, isa=isa)
+        assert torch.equal(again, y)
+        assert torch.equal(u, cpu_mixed_lora.run_native(x, A, None, None, None, None, isa=isa))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -290,7 +321,7 @@ def test_rounding_on_each_instruction_set(isa: str) -> None:
         B = values[None, :, None]
         y = torch.zeros(1, len(values), dtype=dtype)
         x = torch.ones(1, 1, dtype=dtype)
-        cpu_mixed_lora.add_low_rank(x, torch.ones(1, 1, 1), B, torch.ones(1, 1), None, y, isa)
+        cpu_mixed_lora.run_native(x, torch.ones(1, 1, 1), B, torch.ones(1, 1), None, y, isa=isa)
         torch.testing.assert_close(y[0], values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -301,15 +332,20 @@ def test_a_row_keeps_its_bits(isa: str, dtype: torch.dtype) -> None:
     x, A, B, w, y = low_rank_inputs((41, 1100, 75, 3, 12), dtype, dtype)
     E = A.mT.reshape(3, -1, 1100)[:, :11].contiguous()
     whole_y = y.clone()
-    whole_u = cpu_mixed_lora.add_low_rank(x, A, B, w, None, whole_y, isa)
+    whole_u = cpu_mixed_lora.run_native(x, A, B, w, None, whole_y, isa=isa)
+    W, c = torch.randn(75, 1100).to(dtype), torch.randn(75).to(dtype)
+    based = torch.empty_like(y)
+    cpu_mixed_lora.run_native(x, A, B, w, None, based, W, c, isa=isa)
     whole = cpu_mixed_linear.mix_products(x, E, w, None, None, isa)
     for threads in (1, 2, 3):
         with thread_count(threads):
             for rows in ([7], [0, 40], [3, 1, 2], list(range(19)), list(range(40, 6, -1))):
                 part = y[rows].clone()
-                u = cpu_mixed_lora.add_low_rank(x[rows], A, B, w[rows], None, part, isa)
+                u = cpu_mixed_lora.run_native(x[rows], A, B, w[rows], None, part, isa=isa)
                 assert torch.equal(u, whole_u[rows])
                 assert torch.equal(part, whole_y[rows])
+                cpu_mixed_lora.run_native(x[rows], A, B, w[rows], None, part, W, c, isa=isa)
+                assert torch.equal(part, based[rows])
                 got = cpu_mixed_linear.mix_products(x[rows], E, w[rows], None, None, isa)
                 assert torch.equal(got, whole[rows])
 
@@ -332,9 +368,9 @@ def test_more_than_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> No
     x, A, B, w, _ = low_rank_inputs((T, n_in, 1, 1, 8), BF16, BF16)
     B = torch.randn(1, n_out, 8).to(BF16)
     y = torch.zeros(T, n_out, dtype=BF16)
-    cpu_mixed_lora.add_low_rank(x, A, B, w, None, y)
+    cpu_mixed_lora.run_native(x, A, B, w, None, y)
     tail = torch.zeros(5, n_out, dtype=BF16)
-    cpu_mixed_lora.add_low_rank(x[-5:], A, B, w[-5:], None, tail)
+    cpu_mixed_lora.run_native(x[-5:], A, B, w[-5:], None, tail)
     assert torch.equal(y[-5:], tail)
     del y
     far = torch.empty(2**31 + 200, dtype=BF16).as_strided((2, 100), (2**31 + 64, 1))
@@ -363,25 +399,36 @@ def test_choice_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cpu_mixed_lora.use_native(*arguments, False) == wanted
         assert cpu_mixed_lora.use_native(*arguments, True)
     for fast in (True, False):
-        monkeypatch.setattr(cpu_mixed_lora, "has_native_gemm", lambda dtype, fast=fast: fast)
+        monkeypatch.setattr(
+            cpu_mixed_lora, "has_native_gemm", lambda dtype, fast=fast: fast or dtype == F32
+        )
+        base = partial(cpu_mixed_lora.use_native_base, size=128 * 128)
+        assert [base(t, dtype=F32) for t in (1, 96, 97)] == [True, True, False]
+        assert [base(t, dtype=BF16) for t in (1, 5000)] == [not fast] * 2
+        assert not any(cpu_mixed_lora.use_native_base(1, 127 * 129, d) for d in (F32, BF16))
         assert cpu_mixed_lora.product_dtype(BF16, BF16) == (BF16 if fast else F32)
         assert cpu_mixed_lora.product_dtype(BF16, F32) == F32
 
 
-@pytest.fixture(params=["native", "products", "copied products"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=["whole", "native", "products", "copied products"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Forces one way of the CPU backend, whatever the processor and the number of rows."""
-    limit = 10**12 if request.param == "native" else 0
+    limit = 10**12 if request.param in ("whole", "native") else 0
+    monkeypatch.setattr(cpu_mixed_lora, "BASE_ROWS", limit if request.param == "whole" else 0)
+    monkeypatch.setattr(cpu_mixed_lora, "BASE_SIZE", 1 if request.param == "whole" else 10**12)
     for name in ("NATIVE_WORK", "NATIVE_WORK_16_BITS"):
         monkeypatch.setattr(cpu_mixed_lora, name, limit)
     monkeypatch.setattr(cpu_mixed_linear, "NATIVE_ROWS", limit)
 
     def has_gemm(dtype: torch.dtype) -> bool:
-        return request.param != "copied products" or dtype == F32
+        return request.param not in ("whole", "copied products") or dtype == F32
 
     monkeypatch.setattr(cpu_mixed_lora, "has_native_gemm", has_gemm)
     monkeypatch.setattr(cpu_mixed_linear, "has_native_gemm", has_gemm)
-    return str(request.param)
+    at_once = cpu_mixed_lora.at_once
+    at_once.cache_clear()  # it was handed the constants
+    yield str(request.param)
+    at_once.cache_clear()
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -398,10 +445,16 @@ def test_zero_rows_on_every_path(dtype: torch.dtype, path: str) -> None:
     W, c = torch.randn(40, 24).to(dtype), torch.full((40,), -0.0).to(dtype)
     W[3], w[::3], w[1] = 0, 0, -0.0
     A[0, 0, 0], B[1, 5, 2] = torch.inf, torch.nan
-    y = mixed_lora(x, W, A, B, w, bias=c, backend="cpu")
     bare, zero = F.linear(x, W, c), (w == 0).all(1)
-    assert torch.equal(y[zero].view(torch.int16), bare[zero].view(torch.int16))
-    assert not torch.equal(y[~zero], bare[~zero])
+    finite = torch.where(zero[:, None], 1.0, w), A.nan_to_num(0, 0), torch.full_like(B, -0.0)
+    for gradient in (False, True):  # at once, and the long way
+        A, a = A.requires_grad_(gradient), finite[1].requires_grad_(gradient)
+        y = mixed_lora(x, W, A, B, w, bias=c, backend="cpu").detach()
+        assert torch.equal(y[zero].view(torch.int16), bare[zero].view(torch.int16))
+        assert not torch.equal(y[~zero], bare[~zero])
+        # As a policy starts.
+        y = mixed_lora(x, W, a, finite[2], finite[0], bias=c, backend="cpu").detach()
+        assert torch.equal(y, bare)
 
 
 def test_a_nan_example_keeps_its_nan(path: str) -> None:
@@ -524,8 +577,8 @@ def test_mixed_linear_algebra(size: tuple[int, ...]) -> None:
 
 
 def quick(**changed: Any) -> Tensor | None:
-    """mixed_lora_at_once on plain inputs of five examples with two tokens, some changed."""
-    run = native.mixed_lora_at_once()
+    """cpu_mixed_lora.at_once on plain inputs of five examples with two tokens, some changed."""
+    run = cpu_mixed_lora.at_once()
     assert run is not None
     return run(*quick_arguments(**changed))
 
@@ -556,6 +609,7 @@ class Mine(Tensor):
     pass
 
 
+FLOATS = ("x", "base_weight", "lora_A", "lora_B", "bias")
 TAKEN: dict[str, dict[str, Any]] = {
     "plain": {},
     "named": {"backend": "cpu"},
@@ -566,6 +620,10 @@ TAKEN: dict[str, dict[str, Any]] = {
     "bfloat16 beside float32": {n: to_dtype(BF16) for n in ("x", "base_weight", "bias")},
     "transposed base": {"base_weight": lambda t: t.t().contiguous().t()},
     "zero rows": {"weights": torch.zeros(5, 2)},
+    "a zero row": {"weights": lambda t: t.index_fill(0, torch.tensor([2]), 0.0)},
+    "zero adapters": {"lora_B": lambda t: t * 0},
+    "bfloat16": {n: to_dtype(BF16) for n in FLOATS},
+    "float16": {n: to_dtype(F16) for n in FLOATS},
 }
 REFUSED: dict[str, dict[str, Any]] = {
     "ids": {"example_ids": torch.zeros(5, dtype=torch.int32)},
@@ -605,8 +663,11 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("case", TAKEN)
 def test_at_once_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NATIVE_WORK", "AT_ONCE_WORK", "NATIVE_WORK_16_BITS"):
+        monkeypatch.setattr(cpu_mixed_lora, name, 10**12)
     y = quick(**TAKEN[case])
     assert y is not None
     # The long way, on the same arguments.
@@ -616,7 +677,7 @@ def test_at_once_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.Mo
     def long_way(x, base_weight, lora_A, lora_B, weights, scaling, bias, *_):  # type: ignore[no-untyped-def]
         return mixed_lora(x, base_weight, lora_A, lora_B, weights, scaling=scaling, bias=bias)
 
-    monkeypatch.setattr(native, "mixed_lora_at_once", lambda: long_way)
+    monkeypatch.setattr(cpu_mixed_lora, "at_once", lambda: long_way)
     wanted = quick(**TAKEN[case])
     assert wanted is not None
     assert y.dtype == wanted.dtype
@@ -636,7 +697,7 @@ def test_at_once_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
         assert quick() is None
     with FlopCounterMode(display=False):
         assert quick() is None
-    arguments, run = quick_arguments(), native.mixed_lora_at_once()
+    arguments, run = quick_arguments(), cpu_mixed_lora.at_once()
     assert run is not None
     assert torch.func.vmap(lambda s: (run(*arguments) is None) * s)(torch.ones(2)).all()
     monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
