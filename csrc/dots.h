@@ -122,7 +122,7 @@ __attribute__((always_inline)) static inline void dot_tile(const DotArgs<T>& g, 
 }
 
 template <class T, int PLANES, int ROWS, int COLUMNS>
-static void dot_block(const DotArgs<T>& g, int64_t row, int64_t column, float* out,
+__attribute__((always_inline)) static inline void dot_block(const DotArgs<T>& g, int64_t row, int64_t column, float* out,
                       int64_t out_row) {
   const Lanes none = zero();
   int64_t begin = 0;
