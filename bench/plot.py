@@ -31,7 +31,7 @@ COLORS = {
     "triton_split": "#15803d",
 }
 DASHES = {"triton_fused": "--", "triton_split": ":"}
-TICKS = (1, 1.005, 1.01, 1.02, 1.03, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50)
+TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.005, 1.01, 1.02, 1.03, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10)
 GAP = 0.06  # between two labels or ticks, as a share of the panel's height
 
 
