@@ -1,5 +1,5 @@
-"""Speed against plain PyTorch. `python -m bench sample` and `python -m bench mixed_lora` measure
-and append rows, `python -m bench results` makes RESULTS.md and the plots.
+"""Speed against plain PyTorch. `python -m bench` with `sample`, `mixed_lora` or `linear_logprob`
+measures and appends rows, `python -m bench results` makes RESULTS.md and the plots.
 
 Exit status 1: a provider was refused by its error gate.
 """
@@ -13,10 +13,10 @@ from types import ModuleType
 
 import torch
 
-from bench import mixed_lora, rows, sample, tables, timing
+from bench import linear_logprob, mixed_lora, rows, sample, tables, timing
 
 QUICK = timing.Protocol(warmup=1, repeats=20, seconds=0.2)
-Case = sample.Case | mixed_lora.Case
+Case = sample.Case | mixed_lora.Case | linear_logprob.Case
 
 
 def ladder(
@@ -64,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     subjects = {
-        "sample": "draw a token: mix, softmax, draw, log-probability",
+        "sample": "draw a token: mix, softmax, filter, draw, log-probability",
+        "linear_logprob": "log-probabilities from hidden states and their gradient, and memory",
         "mixed_lora": "a linear layer with adapters mixed per example; on a GPU decode with "
         "--graph, prefill without",
     }
@@ -85,6 +86,10 @@ def plan(args: argparse.Namespace) -> tuple[ModuleType, Sequence[Case], timing.P
     """The subject, its cases, and how often each is timed; prints which cases are left out."""
     if args.command == "sample":
         return sample, sample.cases(args.quick), QUICK if args.quick else timing.Protocol()
+    if args.command == "linear_logprob":
+        quick = linear_logprob.QUICK_PROTOCOL
+        found = linear_logprob.cases(args.device, args.quick)
+        return linear_logprob, found, quick if args.quick else linear_logprob.PROTOCOL
     every = mixed_lora.cases(args.device, grad=args.grad, graph=args.graph, quick=args.quick)
     cases = [case for case in every if args.device == "cuda" or not mixed_lora.too_slow(case)]
     for case in every:
@@ -112,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device(args.device)
     subject, cases, protocol = plan(args)
-    dtypes = sorted({case.dtype for case in cases}) if subject is mixed_lora else []
+    dtypes = sorted({case.dtype for case in cases}) if subject is not sample else []
     roofs = timing.roofs(device, dtypes)
     gemm = "".join(
         f", {dtype} GEMM {rate / 1e9:.0f} GFLOP/s" for dtype, rate in roofs.flops.items()
@@ -132,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         save=None if args.no_save else rows.RESULTS / f"{args.device}.csv",
         graph=args.graph,
         compiled=args.compile,
-        memory=subject is mixed_lora and args.grad,
+        memory=subject is linear_logprob or (subject is mixed_lora and args.grad),
     )
     print(tables.tables(found, spread=False))
     for which, reason in refusals.items():

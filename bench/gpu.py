@@ -34,6 +34,7 @@ PYTEST = [PYTHON, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
 PYTEST += ["--confcutdir=tests/gpu"]
 LOADS = "from clp_kernels import native; raise SystemExit(native.cuda_missing())"
 SAMPLE = [PYTHON, "-m", "bench", "sample", "--device", "cuda"]
+HEAD = [PYTHON, "-m", "bench", "linear_logprob", "--device", "cuda"]
 MIXED = [PYTHON, "-m", "bench", "mixed_lora", "--device", "cuda"]
 
 
@@ -66,9 +67,9 @@ def stages(sanitizer: str | None) -> list[Stage]:
     built = ("build", "load")
     tested, mixed = (*built, "tests"), (*built, "tests, mixed")
     found = [
-        Stage("build", [PYTHON, "setup.py", "build_ext", "--inplace"], limit=110),
+        Stage("build", [PYTHON, "setup.py", "build_ext", "--inplace"], limit=85),
         Stage("load", [PYTHON, "-c", LOADS], ("build",), limit=20),
-        Stage("tests", [*PYTEST, "-k", "not mixed"], built, limit=35),
+        Stage("tests", [*PYTEST, "-k", "not mixed"], built, limit=60),
     ]
     for tool in ("memcheck", "racecheck") if sanitizer else ():
         command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *PYTEST]
@@ -80,6 +81,7 @@ def stages(sanitizer: str | None) -> list[Stage]:
         Stage("mixed_lora, grad", [*MIXED, "--grad"], mixed, limit=35),
         Stage("sample", SAMPLE, tested, limit=40),
         Stage("sample, graph", [*SAMPLE, "--graph"], tested, limit=40),
+        Stage("linear_logprob", HEAD, tested, limit=40),
         Stage("sample, compiled", [*SAMPLE, "--graph", "--compile", "--quick"], tested),
         Stage("mixed_lora, compiled", [*MIXED, "--graph", "--compile", "--quick"], mixed),
     ]

@@ -1,15 +1,18 @@
-"""The subject `sample` without filters: mix m rows of logits, draw a token, its log-probability.
+"""The subject `sample`: mix m rows of logits, filter by top-p, draw a token, its log-probability.
 
 Providers. Temperature is 1 for all, which spares the baselines a division.
     torch              mix, softmax, argmax(probs / exponential noise) (Gumbel-max), gather
     torch_cdf          mix, softmax, cumulative sum, binary search for one uniform, gather
     torch_multinomial  mix, softmax, torch.multinomial, gather
     torch_compile      the first under torch.compile (optional: it compiles anew for each case)
+    torch_sort         with top-p: mix, log-softmax, sort, cumulative sum, torch.multinomial, gather
+    torch_transformers with top-p: mix, its TopPLogitsWarper, softmax, torch.multinomial, gather
     reference          clp_kernels.reference, the definition
     cpu, cuda          the compiled kernels through clp_kernels.sample, argument checks included
 
 Error gate: log-probabilities within the project's budget (clp_kernels.testing); and of ours, the
-very tokens that the reference draws. Baselines draw by their own noise, one stream for the batch.
+very tokens that the reference draws. Baselines draw by their own noise, one stream for the batch;
+with top-p every token they draw must be one that the definition keeps.
 """
 
 from collections.abc import Callable
@@ -21,7 +24,7 @@ from torch import Tensor
 
 import clp_kernels
 from bench.timing import Provider, Roofs
-from clp_kernels import native
+from clp_kernels import native, reference
 from clp_kernels.testing import assert_within_budget, weight_rows
 
 OP = "sample"
@@ -40,10 +43,12 @@ class Case:
     m: int
     batch: int
     dtype: str
+    top_p: float = 1.0
 
     def fields(self) -> dict[str, object]:
         """The case as it stands in a row."""
-        return {"V": self.vocab_size, "m": self.m, "B": self.batch, "dtype": self.dtype}
+        filters = {"top_p": self.top_p} if self.top_p < 1 else {}
+        return {"V": self.vocab_size, "m": self.m, "B": self.batch, "dtype": self.dtype, **filters}
 
     def floor_bytes(self) -> int:
         """The logits, read once."""
@@ -58,7 +63,10 @@ def cases(quick: bool = False) -> list[Case]:
     """The ladder, or with `quick` the mixtures over a large vocabulary alone."""
     sizes = (32_000, 151_936) if quick else (512, 32_000, 151_936)
     counts, batches = ((4,), (1, 32)) if quick else ((1, 4), (1, 8, 32))
-    return [Case(*c) for c in product(sizes, counts, batches, ("float32", "bfloat16"))]
+    plain = [Case(*c) for c in product(sizes, counts, batches, ("float32", "bfloat16"))]
+    counts = counts if quick else (1, 2, 4)
+    filtered = product((32_000, 151_936), counts, batches, ("float32",), (0.9,))
+    return plain + [Case(*c) for c in filtered]
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Inputs:
     weights: Tensor | None
     seed: Tensor
     position: Tensor
+    top_p: float
 
 
 def inputs(case: Case, device: torch.device) -> Inputs:
@@ -80,7 +89,9 @@ def inputs(case: Case, device: torch.device) -> Inputs:
     seed = torch.randint(2**62, (case.batch,), generator=g).to(device)
     position = torch.randint(2**16, (case.batch,), generator=g).to(device)
     mixed = case.m > 1
-    return Inputs(logits if mixed else logits[0], weights if mixed else None, seed, position)
+    return Inputs(
+        logits if mixed else logits[0], weights if mixed else None, seed, position, case.top_p
+    )
 
 
 def mix(logits: Tensor, weights: Tensor | None) -> Tensor:
@@ -119,6 +130,26 @@ def torch_multinomial(logits: Tensor, weights: Tensor | None) -> Draw:
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
+def torch_sort(logits: Tensor, weights: Tensor | None, top_p: float) -> Draw:
+    """Top-p as most samplers write it; the log-probability is that before the filter."""
+    logp = torch.log_softmax(mix(logits, weights), dim=-1)
+    ordered, ids = logp.sort(dim=-1, descending=True)
+    probs = ordered.exp()
+    probs[probs.cumsum(-1) - probs >= top_p] = 0
+    places = torch.multinomial(probs, 1)
+    return ids.gather(-1, places)[:, 0], ordered.gather(-1, places)[:, 0]
+
+
+def transformers_warper(logits: Tensor, weights: Tensor | None, top_p: float) -> Draw:
+    """What `generate` does in a step; it, too, draws by torch.multinomial."""
+    from transformers import TopPLogitsWarper
+
+    z = mix(logits, weights)
+    warped: Tensor = TopPLogitsWarper(top_p)(torch.empty(0, dtype=torch.int64), z)  # type: ignore[arg-type]
+    tokens = torch.multinomial(torch.softmax(warped, dim=-1), 1)
+    return tokens[:, 0], torch.log_softmax(z, dim=-1).gather(-1, tokens)[:, 0]
+
+
 def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
     """Everything that can draw from these inputs on their device."""
     kind = data.logits.device.type
@@ -128,12 +159,27 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
     def plain(name: str, draw: Callable[..., Draw], graph: bool = True) -> Provider:
         return Provider(name, lambda: draw(data.logits, data.weights), logprobs_right, graph)
 
-    found = [
-        plain("torch", torch_gumbel),
-        plain("torch_cdf", torch_cdf),
-        plain("torch_multinomial", torch_multinomial, graph=False),  # checks its input on the host
+    def with_filter(name: str, draw: Callable[..., Draw]) -> Provider:
+        return Provider(
+            name, lambda: draw(data.logits, data.weights, data.top_p), logprobs_right, False
+        )
+
+    filtered = [
+        with_filter("torch_sort", torch_sort),
+        with_filter("torch_transformers", transformers_warper),
     ]
-    if compiled:
+    found = (
+        filtered
+        if data.top_p < 1
+        else [
+            plain("torch", torch_gumbel),
+            plain("torch_cdf", torch_cdf),
+            plain(
+                "torch_multinomial", torch_multinomial, graph=False
+            ),  # checks its input on the host
+        ]
+    )
+    if compiled and data.top_p == 1:
         torch.compiler.reset()  # each case is compiled for its own sizes
         found.append(plain("torch_compile", torch.compile(torch_gumbel, dynamic=False)))
     for backend in ("reference", kind):
@@ -150,6 +196,7 @@ def _draw(data: Inputs, backend: str) -> Callable[[], Draw]:
             weights=data.weights,
             seed=data.seed,
             position=data.position,
+            top_p=data.top_p,
             backend=backend,
         )[:2]
 
@@ -164,11 +211,20 @@ def _gates(data: Inputs) -> tuple[Callable[[Draw], float], Callable[[Draw], floa
     logp64 = torch.log_softmax(z64, dim=-1)
     logp32 = torch.log_softmax(mix(data.logits, data.weights), dim=-1)
     wanted, _ = _draw(data, "reference")()
+    kept = logp64.exp() > 0
+    if data.top_p < 1:
+        kept = reference._top_p_mask(logp64, torch.full((len(logp64),), data.top_p))
 
     def logprobs_right(draw: Draw) -> float:
         tokens, logprobs = draw
         if not bool(((tokens >= 0) & (tokens < logp64.shape[1])).all()):
             raise AssertionError(f"tokens must be ids of the vocabulary, got {tokens.tolist()}")
+        # Float32 may cut one id earlier or later; an id well outside is another distribution.
+        low = torch.where(kept, logp64, torch.inf).amin(-1)
+        if bool((logp64.gather(-1, tokens[:, None])[:, 0] < low - 1e-3).any()):
+            raise AssertionError(
+                f"a token that top_p {data.top_p} does not keep: {tokens.tolist()}"
+            )
         ref64, same = (p.gather(-1, tokens[:, None])[:, 0] for p in (logp64, logp32))
         return assert_within_budget(logprobs, ref64, same, name="logprobs")
 

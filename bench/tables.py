@@ -21,8 +21,8 @@ Times are microseconds a call, median [20th, 80th percentile]. `torch...` and `p
 baselines. **Floor** is the time to move the bytes once at the measured bandwidth of a large copy
 (inputs that stay in a cache can be read faster), **floor_flops** the time of the multiplications at
 the measured rate of a large square product of the same dtype. What the providers are stands at the
-top of `bench/sample.py` and `bench/mixed_lora.py`; in the latter, outputs above four million
-elements are judged on evenly spaced rows.
+top of `bench/sample.py`, `bench/linear_logprob.py` and `bench/mixed_lora.py`; in the last two,
+large outputs are judged on evenly spaced rows.
 
 A load average well above zero before a run means that other processes held cores meanwhile. With
 as many threads as cores, times then jump by whole time slices (4 to 8 ms) while one thread of a
@@ -59,10 +59,10 @@ def tables(rows: Sequence[Row], *, spread: bool = True) -> str:
         heading = [f"**{kind}**"] if kind else []
         if any(row["provider"] == BASE for row in group):
             parts += [*heading, over_base_table(group, spread=spread), OVER_BASE]
-            if any(row["peak_bytes"] for row in group):
-                parts += [memory_table(group), "Peak memory beyond the inputs, over the base's."]
         else:
             parts += [*heading, table(group, spread=spread), SPEED_UP]
+        if any(row["peak_bytes"] for row in group):
+            parts += [memory_table(group), "Peak memory beyond the inputs, over the first one's."]
     return "\n\n".join(parts)
 
 
@@ -112,13 +112,13 @@ def over_base_table(rows: Sequence[Row], *, spread: bool = True) -> str:
 
 
 def memory_table(rows: Sequence[Row]) -> str:
-    """The base's peak in MB, and every other provider's over it."""
+    """The peak of the base, or of the first baseline, in MB, and every other provider's over it."""
     cases, names, cell = _columns(rows)
     fields = _fields(cases)
-    rest = [n for n in names if n != BASE and not n.startswith("floor")]
-    lines = [[*fields, "base MB", *rest]]
+    first, *rest = [n for n in names if not n.startswith("floor")]
+    lines = [[*fields, f"{first} MB", *rest]]
     for key, case in cases.items():
-        base = cell.get((key, BASE))
+        base = cell.get((key, first))
         if base is None:
             continue
         held = float(base["peak_bytes"])

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from clp_kernels import (
+    cpu_linear_logprob,
     cpu_mixed_linear,
     cpu_mixed_lora,
+    cpu_sample,
     cuda_mixed_linear,
     cuda_mixed_lora,
-    native,
+    cuda_sample,
     reference,
 )
 
@@ -52,72 +54,6 @@ class Backend:
 
 def _always(*_: Any) -> str | None:
     return None
-
-
-def _sample_cpu_why_not(
-    logits: torch.Tensor,
-    weights: torch.Tensor | None,
-    mode: str,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor | None,
-    top_p: torch.Tensor | None,
-    min_p: torch.Tensor | None,
-    *_: Any,
-) -> str | None:
-    if logits.device.type != "cpu":
-        return f"the logits are on {logits.device}, not on the CPU"
-    if (missing := native.cpu_missing()) is not None:
-        return missing
-    return _no_filters(top_k, top_p, min_p) or native.dtype_why_not(logits)
-
-
-def _sample_cuda_why_not(
-    logits: torch.Tensor,
-    weights: torch.Tensor | None,
-    mode: str,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor | None,
-    top_p: torch.Tensor | None,
-    min_p: torch.Tensor | None,
-    *_: Any,
-) -> str | None:
-    if logits.device.type != "cuda":
-        return f"the logits are on {logits.device}, not on a GPU"
-    if (missing := native.cuda_missing()) is not None:
-        return missing
-    if mode != "geometric":
-        return f"the cuda kernel mixes geometrically only, mode is {mode!r}"
-    return _no_filters(top_k, top_p, min_p) or native.dtype_why_not(logits)
-
-
-def _no_filters(*filters: torch.Tensor | None) -> str | None:
-    for name, value in zip(("top_k", "top_p", "min_p"), filters, strict=True):
-        if value is not None:
-            return f"{name} is set and this kernel draws without filters"
-    return None
-
-
-def _unfiltered(
-    kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Gives a kernel without filters the op's signature: nothing is filtered, greedy is certain."""
-
-    def run(
-        logits: torch.Tensor,
-        weights: torch.Tensor | None,
-        mode: str,
-        temperature: torch.Tensor,
-        top_k: torch.Tensor | None,
-        top_p: torch.Tensor | None,
-        min_p: torch.Tensor | None,
-        seed: torch.Tensor,
-        position: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        tokens, logprobs = kernel(logits, weights, mode, temperature, seed, position)
-        certain = (temperature == 0) & (tokens >= 0)
-        return tokens, logprobs, torch.where(certain, 0.0, logprobs)
-
-    return run
 
 
 def _interpreting() -> bool:
@@ -173,14 +109,21 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         _triton("triton_mixed_linear", "mixed_linear_backward"),
         _reference("mixed_linear_backward"),
     ),
-    "mix_logits": (_reference("mix_logits"),),
-    "mix_logits_backward": (_reference("mix_logits_backward"),),
+    "mix_logits": (_triton("triton_mix_logits", "mix_logits"), _reference("mix_logits")),
+    "mix_logits_backward": (
+        _triton("triton_mix_logits", "mix_logits_backward"),
+        _reference("mix_logits_backward"),
+    ),
     "sample": (
-        Backend("cuda", _unfiltered(native.sample_cuda), _sample_cuda_why_not),
-        Backend("cpu", _unfiltered(native.sample_cpu), _sample_cpu_why_not),
+        _compiled("cuda", cuda_sample, "sample"),
+        _compiled("cpu", cpu_sample, "sample"),
+        _triton("triton_sample", "sample"),
         _reference("sample"),
     ),
-    "linear_logprob": (_reference("linear_logprob"),),
+    "linear_logprob": (
+        _compiled("cpu", cpu_linear_logprob, "linear_logprob"),
+        _reference("linear_logprob"),
+    ),
     "linear_logprob_backward": (_reference("linear_logprob_backward"),),
 }
 

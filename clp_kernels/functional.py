@@ -319,7 +319,8 @@ def sample(
     integer = "an integer"
     rows = checks.per_row
     f32, i64 = torch.float32, torch.int64
-    outputs = _op.sample(
+    outputs = ops.call(
+        "sample",
         stacked,
         weights,
         mode,
@@ -376,7 +377,13 @@ def linear_logprob(
 
     Differentiable in hidden, head_weight, bias and weights (once), not in ref_hidden. A trained
     head moves the reference too, and kl's gradient says so: keep the head frozen where q must stay
-    put. The backward recomputes the logits. Deterministic.
+    put. Deterministic.
+
+    Cost, in products of T x V x d: with a frozen head the gradients of logprobs and kl with respect
+    to hidden are made in the forward, while the logits are there (2 instead of 3 for logprobs, 4
+    instead of 5 with kl), and kept as [T, d] each. With a trained head, or where the entropy is
+    part of the loss, the backward makes the logits again.
+
     Raises: as `mixed_lora`.
     """
     if not isinstance(hidden, Tensor) or hidden.dim() < 1:
@@ -408,6 +415,7 @@ def linear_logprob(
         per_example = targets.numel() // max(batch, 1)
         ids = torch.arange(batch, device=hidden.device).repeat_interleave(per_example)
     tau = checks.broadcast_temperature(temperature, targets.shape, hidden)
+    trained = any(t is not None and t.requires_grad for t in (head_weight, bias, weights))
     outputs = _LinearLogprob.apply(
         hidden.reshape(-1, dim),
         head_weight,
@@ -418,6 +426,7 @@ def linear_logprob(
         tau.reshape(-1),
         return_entropy,
         None if ref_hidden is None else ref_hidden.detach().reshape(-1, dim),
+        torch.is_grad_enabled() and hidden.requires_grad and not trained,
         is_batch_invariant(),
         backend,
     )
@@ -432,19 +441,38 @@ def linear_logprob(
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, head, targets, bias, weights, ids, tau, _entropy, ref, invariant, backend = args
-        ctx.save_for_backward(hidden, head, targets, bias, weights, ids, tau, ref)
-        ctx.invariant, ctx.backend = invariant, backend
-        return _op.linear_logprob(*args)  # type: ignore[no-any-return]
+        hidden, head, targets, bias, weights, ids, tau, _, ref, _, invariant, backend = args
+        *outputs, slope, kl_slope = _op.linear_logprob(*args)
+        saved = (slope, kl_slope, hidden, head, targets, bias, weights, ids, tau, ref)
+        ctx.save_for_backward(*saved)
+        ctx.sloped, ctx.invariant, ctx.backend = args[9], invariant, backend
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        slope, kl_slope, *saved = ctx.saved_tensors
+        hidden, ref = saved[0], saved[-1]
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
-        saved = ctx.saved_tensors
-        outputs = _op.linear_logprob_backward(*grads, *saved, ctx.invariant, needs, ctx.backend)
-        d_hidden, d_head, d_bias, d_weights = _asked(outputs, needs)
-        return d_hidden, d_head, None, d_bias, d_weights, None, None, None, None, None, None
+        if ctx.sloped and grads[1] is None:
+            terms = [
+                each * upstream[:, None]
+                for each, upstream in ((slope, grads[0]), (kl_slope, grads[2]))
+                if upstream is not None
+            ]
+            total = sum(terms[1:], terms[0])
+            return (total.to(hidden.dtype), *[None] * 11)
+        # The logits again: the head is trained, or the entropy is part of the loss.
+        acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        present = (True, grads[1] is not None, ref is not None)
+        upstreams = [
+            hidden.new_zeros(len(hidden) if there else 0, dtype=acc) if grad is None else grad
+            for grad, there in zip(grads, present, strict=True)
+        ]
+        arguments = (*upstreams, *saved, ctx.invariant, needs, ctx.backend)
+        d_hidden, d_head, d_bias, d_weights = _asked(_op.linear_logprob_backward(*arguments), needs)
+        return (d_hidden, d_head, None, d_bias, d_weights, *[None] * 7)
 
 
 def _check_rows(weights: Tensor, m: int, x: Tensor, example_ids: Tensor | None) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MODES = ("geometric", "probability")
 _REBUILD = "reinstall from source with a C++17 compiler, and nvcc for the GPU"
 
 
@@ -112,131 +111,25 @@ def isa() -> str:
     return name
 
 
-def sample_cpu(
-    logits: Tensor,
-    weights: Tensor | None,
-    mode: str,
-    temperature: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    *,
-    isa: str = "",
-) -> tuple[Tensor, Tensor]:
-    """`clp_kernels.sample` without filters, on CPU tensors.
+def sample_arguments(
+    logits: Tensor, weights: Tensor | None, mode: str, rows: tuple[Tensor | None, ...]
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...], list[Tensor | None]]:
+    """What the launchers of `sample` pass on, as functional.sample has checked it.
 
-    Args:
-        logits: [m, B, V] float32, bfloat16 or float16. Any strides for m and B; copied where the
-            last axis is not contiguous.
-        weights: [B, m] float32, or None when m is 1.
-        mode: "geometric" or "probability".
-        temperature: [B] float32, finite and >= 0; 0 is greedy.
-        seed, position: [B] int64.
-        isa: an instruction set for this call (see `isa`); "" for the one in use.
+    logits [m, B, V] of any strides for m and B; weights float32 [B, m], or None when m is 1; rows:
+    the other arguments, [B] each or None, in the order of the C++ function.
 
     Returns:
-        tokens int64 [B] (-1: a NaN or +inf, or nothing finite), logprobs float32 [B] (NaN there).
-
-    Deterministic; a row's bits depend neither on the other rows, nor on the number of threads, nor
-    on the instruction set.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: the CPU kernels are missing.
+        The outputs: tokens int64, logprobs and filtered_logprobs float32, [B]; the C++ function's
+        arguments up to them; the tensors they point to, to be held during the call.
     """
-    module = cpu()
-    logits, rows = _check_sample("cpu", logits, weights, mode, temperature, seed, position)
-    tokens, logprobs = _outputs(logits)
-    arguments = _sample_arguments(logits, mode, rows)
-    outputs = (tokens.data_ptr(), logprobs.data_ptr())
-    module.sample(*arguments, *outputs, torch.get_num_threads(), isa)
-    return tokens, logprobs
-
-
-def sample_cuda(
-    logits: Tensor,
-    weights: Tensor | None,
-    mode: str,
-    temperature: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """As `sample_cpu`, on CUDA tensors, mode "geometric" only; reads nothing on the host.
-
-    Enqueued on the current stream of the logits' device; works under CUDA graph capture.
-    """
-    module = cuda()
-    if mode != "geometric":
-        raise ValueError(f'mode must be "geometric" on the GPU, got {mode!r}')
-    logits, rows = _check_sample("cuda", logits, weights, mode, temperature, seed, position)
-    tokens, logprobs = _outputs(logits)
-    if logits.shape[1] == 0:
-        return tokens, logprobs
-    arguments = _sample_arguments(logits, mode, rows)
-    size = module.sample_workspace(logits.shape[1], logits.shape[2])
-    workspace = torch.empty(size, dtype=torch.uint8, device=logits.device)
-    stream = torch.cuda.current_stream(logits.device).cuda_stream
-    outputs = (tokens.data_ptr(), logprobs.data_ptr(), workspace.data_ptr())
-    module.sample(*arguments, *outputs, logits.device.index, stream)
-    return tokens, logprobs
-
-
-def _outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
-    batch = logits.shape[1]
-    tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
-    return tokens, torch.empty(batch, dtype=torch.float32, device=logits.device)
-
-
-def _check_sample(
-    kind: str,
-    logits: Tensor,
-    weights: Tensor | None,
-    mode: str,
-    temperature: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Logits with a contiguous last axis, and (weights, temperature, seed, position) contiguous."""
-    if logits.dim() != 3 or logits.shape[0] == 0 or logits.shape[2] == 0:
-        raise ValueError(f"logits must be [m, B, V] with m and V > 0, got {list(logits.shape)}")
-    if logits.device.type != kind:
-        raise ValueError(f"logits must be on a {kind} device, got {logits.device}")
-    if logits.dtype not in DTYPES:
-        names = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(f"logits must be one of {names}, got {logits.dtype}")
-    if mode not in _MODES:
-        raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
     m, batch, vocab_size = logits.shape
-    if weights is None and m != 1:
-        raise ValueError(f"weights must be [B, m] where m > 1, got None with m = {m}")
     if vocab_size > 1 and logits.stride(2) != 1:
         logits = logits.contiguous()
-    device = logits.device
-    if weights is not None:
-        weights = _rows("weights", weights, (batch, m), torch.float32, device)
-    return logits, (
-        weights,
-        _rows("temperature", temperature, (batch,), torch.float32, device),
-        _rows("seed", seed, (batch,), torch.int64, device),
-        _rows("position", position, (batch,), torch.int64, device),
-    )
-
-
-def _rows(
-    name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    if value.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
-    if value.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
-    if value.device != device:
-        raise ValueError(f"{name} must be on {device} like the logits, got {value.device}")
-    return value if value.is_contiguous() else value.contiguous()
-
-
-def _sample_arguments(
-    logits: Tensor, mode: str, rows: tuple[Tensor | None, ...]
-) -> tuple[Any, ...]:
-    pointers = [0 if row is None else row.data_ptr() for row in rows]
-    shape = (*logits.shape, logits.stride(0), logits.stride(1))
-    head = (logits.data_ptr(), DTYPES[logits.dtype], *shape, pointers[0], mode == "probability")
-    return (*head, *pointers[1:])
+    held: list[Tensor | None] = [None if t is None else t.contiguous() for t in (weights, *rows)]
+    first, *rest = [0 if t is None else t.data_ptr() for t in held]
+    sizes = (m, batch, vocab_size, logits.stride(0), logits.stride(1))
+    head = (logits.data_ptr(), DTYPES[logits.dtype], *sizes, first, mode == "probability")
+    tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    logprobs, filtered = (torch.empty(batch, device=logits.device) for _ in range(2))
+    return (tokens, logprobs, filtered), (*head, *rest), [logits, *held]

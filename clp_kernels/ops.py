@@ -109,12 +109,15 @@ def _sample_fake(logits, *_):  # type: ignore[no-untyped-def]
 
 def _linear_logprob_fake(  # type: ignore[no-untyped-def]
     hidden, head_weight, targets, bias, weights, example_ids, temperature, return_entropy,
-    ref_hidden, invariant, backend,
+    ref_hidden, slopes, invariant, backend,
 ):  # fmt: skip
     acc = reference.accumulator(hidden.dtype)
     full, empty = targets.shape[0], 0
-    sizes = (full, full if return_entropy else empty, full if ref_hidden is not None else empty)
-    return tuple(hidden.new_empty(size, dtype=acc) for size in sizes)
+    has_ref = ref_hidden is not None
+    sizes = (full, full if return_entropy else empty, full if has_ref else empty)
+    rows = (hidden.shape if wanted else (0,) for wanted in (slopes, slopes and has_ref))
+    per_token = (hidden.new_empty(size, dtype=acc) for size in sizes)
+    return (*per_token, *(hidden.new_empty(shape) for shape in rows))
 
 
 def _linear_logprob_backward_fake(  # type: ignore[no-untyped-def]
@@ -165,7 +168,8 @@ _register(
 _register(
     "linear_logprob(Tensor hidden, Tensor head_weight, Tensor targets, Tensor? bias,"
     " Tensor? weights, Tensor? example_ids, Tensor temperature, bool return_entropy,"
-    " Tensor? ref_hidden, bool invariant, str backend) -> (Tensor, Tensor, Tensor)",
+    " Tensor? ref_hidden, bool slopes, bool invariant, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_logprob_fake,
 )
 _register(

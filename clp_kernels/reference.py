@@ -377,9 +377,11 @@ def linear_logprob(
     temperature: Tensor,
     return_entropy: bool,
     ref_hidden: Tensor | None,
+    slopes: bool,
     invariant: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, d], targets [N] (-100: ignored) -> logprobs, entropy, kl, each [N] or empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """hidden [N, d], targets [N] (-100: ignored) -> logprobs, entropy, kl, each [N] or empty, and
+    with `slopes` d logprobs / d hidden and d kl / d hidden, [N, d] in hidden's dtype, or empty."""
     acc = accumulator(hidden.dtype)
     logprobs, entropy, kl = [], [], []
     for rows in _chunks(hidden.shape[0], head_weight.shape[-2]):
@@ -407,7 +409,29 @@ def linear_logprob(
             kl.append(_row_sums(p * gap, invariant).masked_fill(ignored, 0.0))
     columns = (logprobs, entropy, kl)
     first, second, third = (torch.cat([hidden.new_empty(0, dtype=acc), *c]) for c in columns)
-    return first, second, third
+
+    def slope(of: Tensor) -> Tensor:
+        """The backward with an upstream gradient of one for every token."""
+        upstream = [torch.ones_like(c) if c is of else torch.zeros_like(c) for c in (first, third)]
+        return linear_logprob_backward(
+            upstream[0],
+            hidden.new_empty(0),
+            upstream[1],
+            hidden,
+            head_weight,
+            targets,
+            bias,
+            weights,
+            example_ids,
+            temperature,
+            ref_hidden,
+            invariant,
+            [True, False, False, False],
+        )[0]
+
+    by_logprob = slope(first) if slopes else hidden.new_empty(0)
+    by_kl = slope(third) if slopes and ref_hidden is not None else hidden.new_empty(0)
+    return first, second, third, by_logprob, by_kl
 
 
 def _row_sums(terms: Tensor, invariant: bool) -> Tensor:

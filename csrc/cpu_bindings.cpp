@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu_isa.h"
+#include "linear_logprob.h"
 #include "mixed_linear.h"
 #include "mixed_lora.h"
 #include "philox.h"
@@ -23,8 +24,9 @@ T* pointer(uintptr_t address) {
 
 void sample(uintptr_t logits, int dtype, int64_t m, int64_t B, int64_t V, int64_t stride_m,
             int64_t stride_b, uintptr_t weights, bool probability, uintptr_t temperature,
-            uintptr_t seed, uintptr_t position, uintptr_t tokens, uintptr_t logprobs,
-            int num_threads, const std::string& isa) {
+            uintptr_t seed, uintptr_t position, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p,
+            uintptr_t tokens, uintptr_t logprobs, uintptr_t filtered_logprobs, int num_threads,
+            const std::string& isa) {
   const clp::SampleArgs args{pointer<const void>(logits),
                              clp::DType(dtype),
                              m,
@@ -37,8 +39,12 @@ void sample(uintptr_t logits, int dtype, int64_t m, int64_t B, int64_t V, int64_
                              pointer<const float>(temperature),
                              pointer<const int64_t>(seed),
                              pointer<const int64_t>(position),
+                             pointer<const int64_t>(top_k),
+                             pointer<const float>(top_p),
+                             pointer<const float>(min_p),
                              pointer<int64_t>(tokens),
-                             pointer<float>(logprobs)};
+                             pointer<float>(logprobs),
+                             pointer<float>(filtered_logprobs)};
   py::gil_scoped_release release;
   clp::sample_cpu(args, num_threads, isa.c_str());
 }
@@ -94,6 +100,25 @@ void mixed_linear(uintptr_t x, int64_t x_stride, uintptr_t expert_weight, uintpt
   clp::mixed_linear_cpu(args, num_threads, isa.c_str());
 }
 
+void linear_logprob(uintptr_t logits, uintptr_t ref_logits, int64_t n, int64_t C, int64_t first,
+                    uintptr_t targets, uintptr_t temperature, bool gradient, uintptr_t state,
+                    uintptr_t factor, uintptr_t moved, int num_threads, const std::string& isa) {
+  static_assert(sizeof(clp::LogprobState) == 8 * sizeof(double));
+  const clp::LogprobArgs args{pointer<float>(logits),
+                              pointer<float>(ref_logits),
+                              n,
+                              C,
+                              first,
+                              pointer<const int64_t>(targets),
+                              pointer<const float>(temperature),
+                              gradient,
+                              pointer<clp::LogprobState>(state),
+                              pointer<float>(factor),
+                              pointer<float>(moved)};
+  py::gil_scoped_release release;
+  clp::linear_logprob_cpu(args, num_threads, isa.c_str());
+}
+
 void uniform(int64_t seed, int64_t position, int64_t count, uintptr_t out,
              const std::string& isa) {
   clp::sample_kernels(clp::resolve_isa(isa)).uniform(seed, position, count, pointer<double>(out));
@@ -121,6 +146,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("sample", &sample);
   module.def("mixed_lora", &mixed_lora);
   module.def("mixed_linear", &mixed_linear);
+  module.def("linear_logprob", &linear_logprob);
   module.def("philox", &philox);
   module.def("uniform", &uniform);
   module.def("exp2", &exp2_each);

@@ -21,8 +21,9 @@ T* pointer(uintptr_t address) {
 
 void sample(uintptr_t logits, int dtype, int64_t m, int64_t B, int64_t V, int64_t stride_m,
             int64_t stride_b, uintptr_t weights, bool probability, uintptr_t temperature,
-            uintptr_t seed, uintptr_t position, uintptr_t tokens, uintptr_t logprobs,
-            uintptr_t workspace, int device, uintptr_t stream) {
+            uintptr_t seed, uintptr_t position, uintptr_t top_k, uintptr_t top_p, uintptr_t min_p,
+            uintptr_t tokens, uintptr_t logprobs, uintptr_t filtered_logprobs, uintptr_t workspace,
+            int device, uintptr_t stream) {
   const clp::SampleArgs args{pointer<const void>(logits),
                              clp::DType(dtype),
                              m,
@@ -35,9 +36,12 @@ void sample(uintptr_t logits, int dtype, int64_t m, int64_t B, int64_t V, int64_
                              pointer<const float>(temperature),
                              pointer<const int64_t>(seed),
                              pointer<const int64_t>(position),
+                             pointer<const int64_t>(top_k),
+                             pointer<const float>(top_p),
+                             pointer<const float>(min_p),
                              pointer<int64_t>(tokens),
-                             pointer<float>(logprobs)};
-  if (probability) throw std::invalid_argument("the CUDA kernel mixes geometrically only");
+                             pointer<float>(logprobs),
+                             pointer<float>(filtered_logprobs)};
   py::gil_scoped_release release;
   const char* error =
       clp::sample_cuda(args, pointer<void>(workspace), device, pointer<void>(stream));

@@ -1,19 +1,21 @@
-// `sample` on CUDA, geometric mode. One block mixes and draws from a fixed slice of 2048 ids of one
-// row and writes a partial result; a second kernel combines a row's partials in a fixed order. So a
-// row's bits depend neither on B nor on the scheduling, and there are no atomics. Seeds, positions,
-// temperatures and weights are read on the device only.
+// `sample` on CUDA. Rows without filters: one block mixes and draws from a fixed slice of 2048 ids
+// of one row and writes a partial result; a second kernel combines a row's partials in a fixed
+// order. So a row's bits depend neither on B nor on the scheduling, and no floating-point number
+// is added atomically. Rows with filters are sample_filter.cu's, which is launched as well where
+// there is a filter argument: which rows are whose is decided on the device. Seeds, positions,
+// temperatures, weights and filters are read on the device only.
 #include <cuda_runtime.h>
 
 #include "philox.h"
 #include "sample.h"
+#include "sample_filter.cuh"
 #include "sample_mix.cuh"
+#include "sample_normalise.cuh"
 
 namespace clp {
 namespace {
 
 constexpr int kCombineRows = 4;  // rows a block of the second kernel, one warp each
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr float kMinTemperature = 1e-30f;
 // log2(e) in two floats: one alone shifts every exponent by 3e-8 in the same direction.
 constexpr float kLog2EHigh = 1.44269502f, kLog2ELow = 1.92596303e-8f;
 // exp(kGumbelMin - kGumbelMax): an id this far below the slice's largest logit cannot win.
@@ -99,17 +101,19 @@ __device__ __forceinline__ unsigned contenders(const SampleArgs& a, int64_t b, i
 }
 
 // At least 4 blocks a multiprocessor, hence at most 64 registers.
-template <class T, bool WEIGHTED>
+template <class T, Mix HOW>
 __global__ void __launch_bounds__(kThreads, 4)
-    sample_slices_kernel(const SampleArgs a, unsigned slices, Partial* partials) {
+    sample_slices_kernel(const SampleArgs a, unsigned slices, const SourceTerm* terms,
+                         Partial* partials) {
   __shared__ float scratch[3][kWarps];
   __shared__ Drawn drawn_by[kWarps];
   const int64_t b = blockIdx.x / slices;
   const int64_t first = int64_t(blockIdx.x % slices) * kSlice;
   Partial* out = partials + blockIdx.x;
+  if (filtered(a, b)) return;
 
   float z[kPerThread], peak = -INFINITY;
-  mix<T, WEIGHTED>(a, b, first, z);
+  mix<T, HOW>(a, terms, b, first, z);
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) peak = fmaxf(peak, z[k]);
   peak = reduce_block(peak, scratch[0], [](float x, float y) { return fmaxf(x, y); });
@@ -179,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 __global__ void __launch_bounds__(32 * kCombineRows)
     sample_combine_kernel(const SampleArgs a, unsigned slices, const Partial* partials) {
   const int64_t b = int64_t(blockIdx.x) * kCombineRows + threadIdx.x / 32;
-  if (b >= a.B) return;
+  if (b >= a.B || filtered(a, b)) return;
   const unsigned lane = threadIdx.x % 32;
   const Partial* row = partials + b * slices;
   const float given = a.temperature[b];
@@ -221,52 +225,86 @@ __global__ void __launch_bounds__(32 * kCombineRows)
   if (lane != 0) return;
   const bool bad = fabsf(peak) == INFINITY || !(given >= 0.0f && given < INFINITY);
   a.tokens[b] = bad ? -1 : token;
-  a.logprobs[b] = bad ? NAN : float((double(logit) - double(peak)) / t - log(sum));
+  const float logprob = bad ? NAN : float((double(logit) - double(peak)) / t - log(sum));
+  a.logprobs[b] = logprob;
+  a.filtered_logprobs[b] = !bad && given == 0.0f ? 0.0f : logprob;
 }
 
-int64_t slices_of(int64_t V) { return (V + kSlice - 1) / kSlice; }
+// The parts of the scratch memory, each a multiple of 16 bytes long.
+struct Workspace {
+  Partial* partials;
+  SourcePartial* sources;  // probability mode
+  SourceTerm* terms;
+  char* filters;
+  int64_t size;
+};
+
+Workspace divide(char* memory, int64_t m, int64_t B, int64_t V, bool probability, bool filters) {
+  Workspace w = {};
+  const auto take = [&](int64_t bytes) {
+    char* part = memory + w.size;
+    w.size += (bytes + 15) / 16 * 16;
+    return part;
+  };
+  const int64_t slices = slices_of(V);
+  w.partials = reinterpret_cast<Partial*>(take(B * slices * int64_t(sizeof(Partial))));
+  if (probability) {
+    const int64_t bytes = B * m * slices * int64_t(sizeof(SourcePartial));
+    w.sources = reinterpret_cast<SourcePartial*>(take(bytes));
+    w.terms = reinterpret_cast<SourceTerm*>(take(B * m * int64_t(sizeof(SourceTerm))));
+  }
+  if (filters) w.filters = take(sample_filter_workspace(B, V));
+  return w;
+}
+
+bool has_filters(const SampleArgs& a) { return a.top_k || a.top_p || a.min_p; }
 
 template <class T>
-void launch(const SampleArgs& a, Partial* partials, cudaStream_t stream) {
+void launch_normalise(const SampleArgs& a, const Workspace& w, cudaStream_t stream) {
+  const unsigned slices = unsigned(slices_of(a.V));
+  const unsigned blocks = unsigned(a.B) * unsigned(a.m) * slices, rows = unsigned(a.B);
+  sum_sources_kernel<T><<<blocks, kThreads, 0, stream>>>(a, slices, w.sources);
+  normalise_kernel<<<rows, 32, 0, stream>>>(a, slices, w.sources, w.terms);
+}
+
+template <class T, Mix HOW>
+void launch_draw(const SampleArgs& a, const Workspace& w, cudaStream_t stream) {
   const unsigned slices = unsigned(slices_of(a.V));
   const unsigned blocks = unsigned(a.B) * slices;
-  if (a.weights) {
-    sample_slices_kernel<T, true><<<blocks, kThreads, 0, stream>>>(a, slices, partials);
-  } else {
-    sample_slices_kernel<T, false><<<blocks, kThreads, 0, stream>>>(a, slices, partials);
-  }
   const unsigned groups = unsigned((a.B + kCombineRows - 1) / kCombineRows);
-  sample_combine_kernel<<<groups, 32 * kCombineRows, 0, stream>>>(a, slices, partials);
+  sample_slices_kernel<T, HOW><<<blocks, kThreads, 0, stream>>>(a, slices, w.terms, w.partials);
+  sample_combine_kernel<<<groups, 32 * kCombineRows, 0, stream>>>(a, slices, w.partials);
 }
 
 }  // namespace
 
-int64_t sample_cuda_workspace(int64_t B, int64_t V) {
-  return B * slices_of(V) * int64_t(sizeof(Partial));
+int64_t sample_cuda_workspace(int64_t m, int64_t B, int64_t V, bool probability, bool filters) {
+  return divide(nullptr, m, B, V, probability, filters).size;
 }
 
 const char* sample_cuda(const SampleArgs& a, void* workspace, int device, void* stream) {
   if (a.B == 0) return nullptr;
   // The grid is one-dimensional, because its other axes end at 65535.
-  if (a.B * slices_of(a.V) > INT32_MAX) return "B * ceil(V / 2048) must stay below 2^31";
+  if (a.B * (a.probability ? a.m : 1) * slices_of(a.V) > INT32_MAX) {
+    return "B * ceil(V / 2048), in probability mode times m, must stay below 2^31";
+  }
+  if (has_filters(a) && a.B > INT32_MAX / 8) return "B must stay below 2^28 with filters";
   int previous = 0;
   cudaError_t error = cudaGetDevice(&previous);
   if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  Partial* partials = static_cast<Partial*>(workspace);
+  const Workspace w = divide(static_cast<char*>(workspace), a.m, a.B, a.V, a.probability,
+                             has_filters(a));
   const cudaStream_t queue = static_cast<cudaStream_t>(stream);
-  switch (a.dtype) {
-    case DType::kFloat32:
-      launch<float>(a, partials, queue);
-      break;
-    case DType::kBFloat16:
-      launch<__nv_bfloat16>(a, partials, queue);
-      break;
-    case DType::kFloat16:
-      launch<__half>(a, partials, queue);
-      break;
-  }
+  with_types(a, [&](auto zero, auto how) {
+    using T = decltype(zero);
+    if (a.probability) launch_normalise<T>(a, w, queue);
+    launch_draw<T, decltype(how)::value>(a, w, queue);
+  });
   error = cudaGetLastError();
+  if (error == cudaSuccess && has_filters(a)) {
+    error = sample_filter_cuda(a, w.terms, w.filters, device, queue);
+  }
   if (previous != device) cudaSetDevice(previous);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -159,6 +159,147 @@ static void sum_exp(const void* logits, DType dtype, int64_t first, int64_t coun
   slice({&term, 1, dtype, false, 0.0f, 0, 0, first, count}, INFINITY, out);
 }
 
+// exp((z - maximum) / temperature) for kGroup ids, about 1e-15 off (relative) and at least 2^-1000,
+// and their bins. Taylor's series of 2^f up to f^13 on [-1/2, 1/2], 4e-18 off before rounding, in pairs
+// of pairs: one after the other its terms would wait three times as long. In the compiler's own
+// vectors, which round lane by lane alike however many registers they take.
+typedef double Doubles __attribute__((vector_size(32)));
+typedef int64_t Longs __attribute__((vector_size(32)));
+typedef float Quad __attribute__((vector_size(16)));
+
+static void exp_group(const float* z, float maximum, double temperature, double* e,
+                      int64_t* bins) {
+  constexpr double kMagic = 0x1.8p52;  // adding it rounds to an integer, in the low bits
+  const double scale = kLog2E / temperature, most = double(maximum);
+  const Doubles least = {-1000.0, -1000.0, -1000.0, -1000.0};
+  const Doubles last = {kSampleBins - 1, kSampleBins - 1, kSampleBins - 1, kSampleBins - 1};
+  for (int64_t j = 0; j < kGroup; j += 4) {
+    Quad four;
+    memcpy(&four, z + j, sizeof(four));
+    Doubles y = (__builtin_convertvector(four, Doubles) - most) * scale;
+    y = y > least ? y : least;
+    const Doubles shifted = y + kMagic;
+    const Doubles f = y - (shifted - kMagic), f2 = f * f, f4 = f2 * f2;
+    const Doubles low = ((f * 0x1.62e42fefa39efp-1 + 1.0) +
+                         (f * 0x1.c6b08d704a0c0p-5 + 0x1.ebfbdff82c58fp-3) * f2) +
+                        ((f * 0x1.5d87fe78a6731p-10 + 0x1.3b2ab6fba4e77p-7) +
+                         (f * 0x1.ffcbfc588b0c7p-17 + 0x1.430912f86c787p-13) * f2) *
+                            f4;
+    const Doubles high = ((f * 0x1.b5253d395e7c4p-24 + 0x1.62c0223a5c824p-20) +
+                          (f * 0x1.e8cac7351bb25p-32 + 0x1.e4cf5158b8ecap-28) * f2) +
+                         (f * 0x1.816193166d0f9p-40 + 0x1.c3bd650fc2986p-36) * f4;
+    const Longs bits = Longs(low + high * (f4 * f4)) + (Longs(shifted) << 52);
+    memcpy(e + j, &bits, sizeof(bits));
+    // Quarters of the temperature, to the nearest: -4 log(2) y.
+    Doubles bin = y * -2.772588722239781;
+    bin = bin < last ? bin : last;
+    const Longs place = Longs(bin + kMagic) & 0xffff;
+    memcpy(bins + j, &place, sizeof(place));
+  }
+}
+
+static double mass(const float* z, int64_t count, float maximum, double temperature,
+                   SampleBins* bins) {
+  // Four copies, so that neighbours of one bin do not wait for each other.
+  double lanes[8] = {}, e[kGroup], by_bin[4][kSampleBins] = {};
+  int64_t number[4][kSampleBins] = {}, place[kGroup];
+  for (int64_t j = 0; j < count; j += kGroup) {
+    exp_group(z + j, maximum, temperature, e, place);
+    for (int64_t k = 0; k < kGroup; k += 8) {
+      for (int l = 0; l < 8; ++l) lanes[l] += e[k + l];
+    }
+    const int64_t n = count - j < kGroup ? count - j : kGroup;
+    for (int64_t k = 0; k < n; ++k) {
+      by_bin[k % 4][place[k]] += e[k];
+      ++number[k % 4][place[k]];
+    }
+  }
+  for (int bin = 0; bin < kSampleBins; ++bin) {
+    bins->mass[bin] = (by_bin[0][bin] + by_bin[1][bin]) + (by_bin[2][bin] + by_bin[3][bin]);
+    bins->count[bin] = number[0][bin] + number[1][bin] + number[2][bin] + number[3][bin];
+  }
+  double total = 0;
+  for (double lane : lanes) total += lane;
+  return total;
+}
+
+// The ids with low <= z <= high in ascending order; returns how many, writes up to `limit`.
+static int64_t collect(const float* z, int64_t first, int64_t count, float low, float high,
+                       int64_t limit, SampleCandidate* out) {
+  int64_t found = 0;
+  for (int64_t j = 0; j < count; j += 16) {
+    const Floats value = load(z + j);
+    uint32_t mask = at_most(all(low), value) & at_most(value, all(high));
+    if (count - j < 16) mask &= (1u << (count - j)) - 1;  // not the filling
+    for (; mask != 0; mask &= mask - 1) {
+      const int64_t k = j + __builtin_ctz(mask);
+      if (found < limit) out[found] = {z[k], uint32_t(first + k), 0.0};
+      ++found;
+    }
+  }
+  return found;
+}
+
+// Gives candidates their mass, and keeps those of one bin (all where bin < 0); returns how many.
+static int64_t weigh(SampleCandidate* c, int64_t count, float maximum, double temperature,
+                     int bin) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; i += kGroup) {
+    float z[kGroup];
+    double e[kGroup];
+    int64_t place[kGroup];
+    const int64_t n = count - i < kGroup ? count - i : kGroup;
+    for (int64_t k = 0; k < kGroup; ++k) z[k] = k < n ? c[i + k].z : maximum;
+    exp_group(z, maximum, temperature, e, place);
+    for (int64_t k = 0; k < n; ++k) {
+      c[kept] = {z[k], c[i + k].id, e[k]};
+      kept += bin < 0 || place[k] == bin;
+    }
+  }
+  return kept;
+}
+
+static int64_t gather(const float* z, int64_t first, int64_t count, float maximum,
+                      double temperature, int bin, SampleCandidate* out) {
+  // Half a bin more on either side: what rounds into it is found by its place.
+  const double step = temperature / 4;
+  const double low = bin == kSampleBins - 1 ? -INFINITY : double(maximum) - (bin + 1) * step;
+  const double high = double(maximum) - (bin - 1) * step;
+  const int64_t found = collect(z, first, count, float(low), float(high), count, out);
+  return weigh(out, found, maximum, temperature, bin);
+}
+
+static int64_t keep(const float* z, int64_t first, int64_t count, float maximum,
+                    double temperature, float least, int64_t limit, SampleCandidate* out) {
+  const int64_t found = collect(z, first, count, least, INFINITY, limit, out);
+  weigh(out, found < limit ? found : limit, maximum, temperature, -1);
+  return found;
+}
+
+static void draw(const SampleTask& task, double to_beat, float least, float* z,
+                 SamplePartial* out) {
+  const int64_t padded = (task.count + kGroup - 1) / kGroup * kGroup;
+  Floats top = all(-INFINITY);
+  for (int64_t j = 0; j < padded; j += 16) {
+    float kept[16];
+    for (int l = 0; l < 16; ++l) kept[l] = z[j + l] >= least ? z[j + l] : -INFINITY;
+    memcpy(z + j, kept, sizeof(kept));
+    top = maximum(load(kept), top);
+  }
+  *out = {largest(top), 0.0f, 0.0, -INFINITY, -1};
+  if (out->maximum == -INFINITY) return;
+  reduce(task, to_beat, z, out);
+}
+
+static bool mix_slice(const SampleTask& task, float* z, float* maximum) {
+  for (bool masked : {false, true}) {
+    *maximum = mix(task, masked, z);
+    if (*maximum < INFINITY && !has_nan(z, task.count)) return true;
+    if (task.probability) break;
+  }
+  return false;
+}
+
 static void uniform(int64_t seed, int64_t position, int64_t count, double* out) {
   const PhiloxKeys keys = philox_keys(seed, position);
   for (int64_t j = 0; j < count; j += kGroup) {
@@ -180,7 +321,8 @@ static void exp2_each(const float* y, int64_t count, float* out) {
 
 }  // namespace CLP_ISA
 
-const SampleKernels CLP_SAMPLE_KERNELS{CLP_ISA::slice, CLP_ISA::sum_exp, CLP_ISA::uniform,
-                                       CLP_ISA::exp2_each};
+const SampleKernels CLP_SAMPLE_KERNELS{CLP_ISA::slice, CLP_ISA::sum_exp, CLP_ISA::mix_slice,
+                                       CLP_ISA::mass, CLP_ISA::gather, CLP_ISA::keep,
+                                       CLP_ISA::draw, CLP_ISA::uniform, CLP_ISA::exp2_each};
 
 }  // namespace clp

@@ -1,9 +1,12 @@
-// Loads and mixes a thread's share of one slice of a row; part of sample.cu.
+// Loads and mixes a thread's share of one slice of a row; for the kernels of sample.cu and
+// sample_filter.cu.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <type_traits>
 
 #include "sample.h"
 
@@ -13,6 +16,56 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kPerThread = 8;  // two quads of ids, each of which takes one Philox call
 constexpr int kSlice = kThreads * kPerThread;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kMinTemperature = 1e-30f;
+
+// How a row's z comes from its source rows: the one row itself, a weighted sum, or
+// log sum_i w_i softmax(l_i).
+enum class Mix { kNone, kWeighted, kProbability };
+
+// Of source row i of a row, in probability mode: log(w_i softmax(l_i)) is l_i - maximum - offset,
+// up to a constant of the row. NaN where the source makes the row bad.
+struct SourceTerm {
+  float maximum, offset;
+};
+
+inline int64_t slices_of(int64_t V) { return (V + kSlice - 1) / kSlice; }
+
+// Calls f(T(), how) for the logits' type and the way of mixing, an integral_constant.
+template <class F>
+void with_types(const SampleArgs& a, F f) {
+  const auto with_mix = [&](auto zero) {
+    if (a.probability) {
+      f(zero, std::integral_constant<Mix, Mix::kProbability>());
+    } else if (a.weights) {
+      f(zero, std::integral_constant<Mix, Mix::kWeighted>());
+    } else {
+      f(zero, std::integral_constant<Mix, Mix::kNone>());
+    }
+  };
+  switch (a.dtype) {
+    case DType::kFloat32:
+      with_mix(0.0f);
+      break;
+    case DType::kBFloat16:
+      with_mix(__nv_bfloat16());
+      break;
+    case DType::kFloat16:
+      with_mix(__half());
+      break;
+  }
+}
+
+// Whether a filter applies to row b. A greedy row needs none: its token is the largest, which every
+// filter keeps. The kernels for rows without filters skip these rows, and the other way round, so
+// that a row's bits do not depend on what the other rows ask for.
+__device__ __forceinline__ bool filtered(const SampleArgs& a, int64_t b) {
+  if (!a.top_k && !a.top_p && !a.min_p) return false;
+  const float temperature = a.temperature[b];
+  if (!(temperature > 0.0f && temperature < INFINITY)) return false;
+  return (a.top_k && a.top_k[b] > 0 && a.top_k[b] < a.V) || (a.top_p && a.top_p[b] < 1.0f) ||
+         (a.min_p && a.min_p[b] > 0.0f);
+}
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -49,6 +102,15 @@ __device__ __forceinline__ Raw<T> load_row(const T* row, int64_t first, int64_t 
     }
   }
   return raw;
+}
+
+// Whether load_row may read the slice in whole vectors.
+template <class T>
+__device__ __forceinline__ bool whole_slice(const SampleArgs& a, int64_t first) {
+  const uintptr_t unaligned = reinterpret_cast<uintptr_t>(a.logits) |
+                              uintptr_t(a.stride_b) * sizeof(T) |
+                              uintptr_t(a.stride_m) * sizeof(T);
+  return first + kSlice <= a.V && unaligned % 16 == 0;
 }
 
 // z = sum_i w_i l_i as the CPU rounds it: no fused multiply-add, in the order of i.
@@ -104,22 +166,56 @@ __device__ __forceinline__ void mask(const SampleArgs& a, int64_t b, int64_t fir
   }
 }
 
-// The thread's z: -inf past the end of the row, +inf for what makes the row bad (NaN, +inf).
-template <class T, bool WEIGHTED>
-__device__ __forceinline__ void mix(const SampleArgs& a, int64_t b, int64_t first,
-                                    float z[kPerThread]) {
-  const uintptr_t unaligned = reinterpret_cast<uintptr_t>(a.logits) |
-                              uintptr_t(a.stride_b) * sizeof(T) |
-                              uintptr_t(a.stride_m) * sizeof(T);
-  if (first + kSlice <= a.V && unaligned % 16 == 0) {
-    mix_plain<T, WEIGHTED, true>(a, b, first, z);
-  } else {
-    mix_plain<T, WEIGHTED, false>(a, b, first, z);
-  }
-  bool suspect = false;
+// log sum_i w_i softmax(l_i), up to a constant of the row: `sum` is of exp(term - z).
+template <class T, bool WHOLE>
+__device__ __forceinline__ void mix_probability(const SampleArgs& a, const SourceTerm* terms,
+                                                int64_t b, int64_t first, float z[kPerThread]) {
+  float sum[kPerThread];
 #pragma unroll
-  for (int k = 0; k < kPerThread; ++k) suspect |= !(z[k] < INFINITY);
-  if (WEIGHTED && suspect) mask<T>(a, b, first, z);
+  for (int k = 0; k < kPerThread; ++k) z[k] = -INFINITY, sum[k] = 0.0f;
+  for (int64_t i = 0; i < a.m; ++i) {
+    if (a.weights && a.weights[b * a.m + i] == 0.0f) continue;
+    const SourceTerm source = terms[b * a.m + i];
+    const T* row = static_cast<const T*>(a.logits) + b * a.stride_b + i * a.stride_m;
+    const Raw<T> raw = load_row<T, WHOLE>(row, first, a.V);
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      const float term = __fsub_rn(__fsub_rn(to_float(raw.x[k]), source.maximum), source.offset);
+      if (term == -INFINITY) continue;  // an id that this source rules out
+      // exp(-inf) for the first. A NaN fails the comparison and goes into the sum.
+      const float share = expf(-fabsf(term - z[k]));
+      sum[k] = term > z[k] ? __fmaf_rn(sum[k], share, 1.0f) : sum[k] + share;
+      z[k] = fmaxf(z[k], term);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) z[k] = z[k] + logf(sum[k]);
+}
+
+// The thread's z: -inf past the end of the row, +inf for what makes the row bad (NaN, +inf).
+// `terms` is [B, m] in probability mode and unused otherwise.
+template <class T, Mix HOW>
+__device__ __forceinline__ void mix(const SampleArgs& a, const SourceTerm* terms, int64_t b,
+                                    int64_t first, float z[kPerThread]) {
+  const bool whole = whole_slice<T>(a, first);
+  if constexpr (HOW == Mix::kProbability) {
+    if (whole) {
+      mix_probability<T, true>(a, terms, b, first, z);
+    } else {
+      mix_probability<T, false>(a, terms, b, first, z);
+    }
+  } else {
+    constexpr bool kWeighted = HOW == Mix::kWeighted;
+    if (whole) {
+      mix_plain<T, kWeighted, true>(a, b, first, z);
+    } else {
+      mix_plain<T, kWeighted, false>(a, b, first, z);
+    }
+    bool suspect = false;
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) suspect |= !(z[k] < INFINITY);
+    if (kWeighted && suspect) mask<T>(a, b, first, z);
+  }
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     if (!(z[k] < INFINITY)) z[k] = INFINITY;

@@ -9,8 +9,15 @@
 namespace clp {
 namespace CLP_ISA {
 
-constexpr int64_t kGroup = 64;  // four packs: what one philox64 serves
+constexpr int64_t kGroup = kSampleGroup;  // four packs: what one philox64 serves
 constexpr double kLog2E = 1.4426950408889634;
+
+static inline float largest(Floats top) {
+  float lanes[16], best = -INFINITY;
+  store(lanes, top);
+  for (float lane : lanes) best = lane > best ? lane : best;
+  return best;
+}
 
 // The first `left` lanes from memory, zeros beyond.
 template <class T>
@@ -144,10 +151,7 @@ static float mix(const SampleTask& task, bool masked, float* z) {
   }
   for (int64_t j = task.count; j % kGroup != 0; ++j) z[j] = -INFINITY;
   if (task.count % 16 != 0) top = maximum(load(z + task.count / 16 * 16), top);
-  float lanes[16], best = -INFINITY;
-  store(lanes, top);
-  for (float lane : lanes) best = lane > best ? lane : best;
-  return best;
+  return largest(top);
 }
 
 }  // namespace CLP_ISA

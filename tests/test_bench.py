@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import gpu, mixed_lora, plot, rows, sample, tables, timing
+from bench import gpu, linear_logprob, mixed_lora, plot, rows, sample, tables, timing
 from clp_kernels import dispatch
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def a_row(provider: str = "cpu", p50: float = 2.0, **changes: str) -> rows.Row:
 
 def test_every_case_emits_a_valid_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sample, "SMALL", 100)  # both forms of the mix
-    path, cases = tmp_path / "cpu.csv", [toy(case) for case in sample.cases()]
+    path, cases = tmp_path / "cpu.csv", [toy(c) for c in sample.cases() if c.top_p == 1]
     found, refused = command.ladder(sample, cases, CPU, TOY, roofs=ROOFS, save=path)
     assert not refused and rows.read(path) == found
     names = ["floor", "torch", "torch_cdf", "torch_multinomial", "reference"]
@@ -59,8 +59,46 @@ def test_every_case_emits_a_valid_row(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert [float(row["ratio"]) for row in case] == pytest.approx(ratios, rel=0.01, abs=1e-3)
 
 
+def test_filtered_and_logprob_cases_emit_valid_rows(tmp_path: Path) -> None:
+    """Every baseline passes its gate, and so do ours."""
+    filtered = [toy(c) for c in sample.cases() if c.top_p < 1][::4]
+    heads = [linear_logprob.Case(21, 70, 8, dtype) for dtype in ("float32", "bfloat16")]
+    expected = {
+        "sample": ["floor", "torch_sort", "torch_transformers", "reference", "cpu"],
+        "linear_logprob": [
+            *("floor", "floor_bytes", "torch", "torch_cross_entropy", "torch_linear"),
+            *("cpu", "reference"),
+        ],
+    }
+    roofs = timing.Roofs(1e9, {"float32": 1e11, "bfloat16": 1e11})
+    for subject, cases in ((sample, filtered), (linear_logprob, heads)):
+        path = tmp_path / f"{subject.OP}.csv"
+        found, refused = command.ladder(
+            subject, cases, CPU, TOY, roofs=roofs, save=path, memory=subject is linear_logprob
+        )
+        assert not refused and rows.read(path) == found
+        names = [n for n in expected[subject.OP] if n != "cpu" or not sample.native.cpu_missing()]
+        assert [row["provider"] for row in found] == names * len(cases)
+        page = tables.tables(found)
+        assert ("Peak memory" in page) == (subject is linear_logprob)
+    assert {c.top_p for c in sample.cases()} == {1.0, 0.9}
+    assert linear_logprob.Case(2048, 32_000, 512, "float32") in linear_logprob.cases("cpu", True)
+
+
+def test_a_token_that_the_filter_drops_is_refused() -> None:
+    case = sample.Case(50, 2, 3, "float32", top_p=0.5)
+    baseline = sample.providers(sample.inputs(case, CPU))[0]
+    tokens, logprobs = baseline.run()
+    data = sample.inputs(case, CPU)
+    logp = torch.log_softmax(sample.mix(data.logits, data.weights), -1)
+    least = logp.argmin(-1)
+    with pytest.raises(AssertionError, match="does not keep"):
+        baseline.check((least, logp.gather(1, least[:, None])[:, 0]))
+    assert baseline.check((tokens, logprobs)) <= 1
+
+
 def test_the_ladder_has_every_size() -> None:
-    fields = [case.fields() for case in sample.cases()]
+    fields = [case.fields() for case in sample.cases() if case.top_p == 1]
     sets = {key: {f[key] for f in fields} for key in ("V", "m", "B", "dtype")}
     assert sets == {
         "V": {512, 32_000, 151_936}, "m": {1, 4}, "B": {1, 8, 32}, "dtype": {"float32", "bfloat16"},

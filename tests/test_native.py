@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from clp_kernels import native, reference
+from clp_kernels import cpu_sample, cuda_sample, native, reference
 
 pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 
@@ -37,6 +37,14 @@ def rows(m: int, batch: int, vocab_size: int, dtype: torch.dtype = torch.float32
     ]
 
 
+def draw(args: Sequence[Any], isa: str = "") -> tuple[Tensor, Tensor]:
+    """Tokens and log-probabilities without filters."""
+    tokens, logprobs, filtered = cpu_sample.sample(*args[:4], None, None, None, *args[4:], isa=isa)
+    greedy = (args[3] == 0) & (tokens >= 0)
+    assert torch.equal(filtered.nan_to_num(7), logprobs.masked_fill(greedy, 0.0).nan_to_num(7))
+    return tokens, logprobs
+
+
 def expected(args: list[Any]) -> tuple[Tensor, Tensor]:
     logits, weights, mode, temperature, seed, position = args
     no_filters = (None, None, None)
@@ -53,11 +61,11 @@ def assert_logprobs(actual: Tensor, wanted: Tensor) -> None:
 def assert_equals_reference(args: list[Any]) -> None:
     """Tokens exactly, log-probabilities to 1e-6, and the same bits on every instruction set."""
     tokens, logprobs = expected(args)
-    first = native.sample_cpu(*args, isa=ISAS[0])
+    first = draw(args, ISAS[0])
     assert torch.equal(first[0], tokens)
     assert_logprobs(first[1], logprobs)
     for isa in ISAS[1:]:
-        other = native.sample_cpu(*args, isa=isa)
+        other = draw(args, isa)
         assert torch.equal(other[0], tokens), isa
         assert torch.equal(other[1].view(torch.int32), first[1].view(torch.int32)), isa
 
@@ -159,7 +167,7 @@ def test_probability_mode(isa: str, vocab_size: int) -> None:
         args = [logits, weights, "probability", *rest]
         # In float64, because the reference's own float32 rounding of z is of the order of 1e-6.
         tokens, logprobs = expected([logits.double(), weights.double(), "probability", *rest])
-        actual = native.sample_cpu(*args, isa=isa)
+        actual = draw(args, isa)
         assert torch.equal(actual[0], tokens)
         assert_logprobs(actual[1], logprobs)
 
@@ -171,7 +179,7 @@ def test_probability_mode_far_apart(isa: str) -> None:
     weights, mode = torch.tensor([[0.5, 0.5]]), "probability"
     rest = (torch.tensor([40.0]), torch.tensor([1]), torch.tensor([2]))
     tokens, logprobs = expected([logits.double(), weights.double(), mode, *rest])
-    actual = native.sample_cpu(logits, weights, mode, *rest, isa=isa)
+    actual = draw((logits, weights, mode, *rest), isa)
     assert torch.equal(actual[0], tokens)
     assert_logprobs(actual[1], logprobs)
 
@@ -183,7 +191,7 @@ def test_probability_mode_keeps_close_logits_apart(isa: str) -> None:
     logits[..., 7], logits[..., 9] = 1.0, 1.0 + 2.0**-23
     one = torch.ones(1, dtype=torch.int64)
     args = (logits, torch.ones(1, 1), "probability", torch.zeros(1), one, one)
-    assert native.sample_cpu(*args, isa=isa)[0].item() == 9
+    assert draw(args, isa)[0].item() == 9
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e9, 1e17, 3e38])
@@ -207,7 +215,7 @@ def test_largest_noise_is_not_pruned(isa: str, margin: float, wins: int) -> None
     logits[0, 0, 0], logits[0, 0, 510] = 0.0, noise[0] - noise[510] + margin
     args = [logits, None, "geometric", torch.ones(1), seed, position]
     assert expected(args)[0].item() == wins
-    assert native.sample_cpu(*args, isa=isa)[0].item() == wins
+    assert draw(args, isa)[0].item() == wins
 
 
 @pytest.mark.parametrize("mode", ["geometric", "probability"])
@@ -226,7 +234,7 @@ def test_bad_rows(isa: str, mode: str) -> None:
     args[2] = mode
     for temperature in (1.0, 0.0):
         args[3][:] = temperature
-        tokens, logprobs = native.sample_cpu(*args, isa=isa)
+        tokens, logprobs = draw(args, isa)
         assert (tokens >= 0).tolist() == [False, False, False, True, False, False, True]
         assert torch.equal(logprobs.isnan(), tokens < 0)
         assert tokens[3] >= 8990
@@ -259,7 +267,7 @@ def test_ties_take_the_lowest_index(isa: str, temperature: float) -> None:
     args[1][:] = 1.0
     args[3][:] = temperature
     tokens = expected(args)[0]
-    assert torch.equal(native.sample_cpu(*args, isa=isa)[0], tokens)
+    assert torch.equal(draw(args, isa)[0], tokens)
     assert temperature > 0 or tokens.item() == 4097
 
 
@@ -277,10 +285,10 @@ def test_row_bits_are_its_own(isa: str, mode: str, set_threads: Callable[[int], 
     args = rows(3, 5, 20_011)
     args[1], args[2] = args[1].abs(), mode
     set_threads(1)
-    tokens, logprobs = native.sample_cpu(*args, isa=isa)
+    tokens, logprobs = draw(args, isa)
     for threads in (2, 3, 7):
         set_threads(threads)
-        again = native.sample_cpu(*args, isa=isa)
+        again = draw(args, isa)
         assert torch.equal(again[0], tokens) and torch.equal(again[1], logprobs)
     padded = torch.full((5, 3, 20_017), NAN)[:, :, 3:20_014].transpose(0, 1)
     padded.copy_(args[0])
@@ -289,7 +297,7 @@ def test_row_bits_are_its_own(isa: str, mode: str, set_threads: Callable[[int], 
     picked = [args[0][:, order], args[1][order], mode, *(a[order] for a in args[3:])]
     alone = [args[0][:, 2:3], args[1][2:3], mode, *(a[2:3] for a in args[3:])]
     for variant, which in ((strided, slice(None)), (picked, order), (alone, slice(2, 3))):
-        again = native.sample_cpu(*variant, isa=isa)
+        again = draw(variant, isa)
         assert torch.equal(again[0], tokens[which])
         assert torch.equal(again[1], logprobs[which])
 
@@ -301,7 +309,7 @@ def test_layouts_that_are_copied() -> None:
     args[0] = args[0].transpose(1, 2).contiguous().transpose(1, 2)
     args[1] = args[1].t().contiguous().t()
     args[4] = torch.stack([args[4], args[4]], 1)[:, 0]
-    tokens, logprobs = native.sample_cpu(*args)
+    tokens, logprobs = draw(args)
     assert torch.equal(tokens, wanted[0])
     assert_logprobs(logprobs, wanted[1])
 
@@ -319,9 +327,158 @@ def test_draws_follow_the_softmax(isa: str, mode: str) -> None:
     for seed, position in ((torch.full((count,), 3), counter), (counter, torch.full((count,), 9))):
         logits, rows_of = one.expand(m, count, vocab_size), weights.expand(count, m)
         temperature = torch.full((count,), 0.8)
-        tokens, _ = native.sample_cpu(logits, rows_of, mode, temperature, seed, position, isa=isa)
+        tokens, _ = draw((logits, rows_of, mode, temperature, seed, position), isa)
         seen = np.bincount(tokens.numpy(), minlength=vocab_size)
         assert stats.chisquare(seen, probabilities * count).pvalue > 1e-3
+
+
+def filtered(
+    generator: torch.Generator, m: int, batch: int, vocab_size: int, kind: str, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """Arguments of the op with random filters, some of them off, some rows greedy."""
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    logits = 3 * torch.randn(m, batch, vocab_size, generator=generator)
+    if kind == "ties":
+        logits = logits.round()
+    if kind == "masked":
+        logits[..., uniform(vocab_size) < 0.6] = -INF
+        logits[..., vocab_size // 2] = 1.0
+    if kind == "flat":
+        logits *= 0.01
+    off = uniform(3, batch) < 0.25
+    top_k = torch.randint(1, vocab_size + 3, (batch,), generator=generator)
+    top_k = torch.where(uniform(batch) < 0.7, top_k.clamp(max=40), top_k)
+    top_p, min_p = uniform(batch).clamp(min=1e-4), uniform(batch) ** 3
+    filters = (
+        top_k.masked_fill(off[0], 0),
+        top_p.masked_fill(off[1], 1.0),
+        min_p.masked_fill(off[2], 0.0),
+    )
+    kept = uniform(3).tolist()
+    return (
+        logits.to(dtype),
+        None if m == 1 else torch.randn(batch, m, generator=generator),
+        "geometric",
+        torch.tensor([0.7, 1.0, 0.0, 3.0]).repeat(batch)[:batch],
+        *(f if keep < 0.7 else None for f, keep in zip(filters, kept, strict=True)),
+        torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator),
+        torch.randint(2**40, (batch,), generator=generator),
+    )
+
+
+def assert_equals_reference_filtered(args: tuple[Any, ...]) -> None:
+    wanted = reference.sample(*args)
+    first = cpu_sample.sample(*args, isa=ISAS[0])
+    assert torch.equal(first[0], wanted[0])
+    assert_logprobs(first[1], wanted[1])
+    torch.testing.assert_close(first[2], wanted[2], rtol=1e-5, atol=2e-6, equal_nan=True)
+    for isa in ISAS[1:]:
+        other = cpu_sample.sample(*args, isa=isa)
+        for a, b in zip(first, other, strict=True):
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)), isa
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties", "masked", "flat"])
+@pytest.mark.parametrize("vocab_size", [1, 2, 7, 64, 65, 1000, 4096, 4097, 13_001])
+def test_filters(vocab_size: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    for m in (1, 2, 5):
+        for dtype in DTYPES:
+            assert_equals_reference_filtered(filtered(generator, m, 5, vocab_size, kind, dtype))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 700), st.sampled_from(["spread", "ties", "masked"]))
+def test_filters_of_drawn_sizes(seed: int, vocab_size: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    args = filtered(generator, 1 + seed % 3, 1 + seed % 4, vocab_size, kind, torch.float32)
+    assert_equals_reference_filtered(args)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_filters_at_a_large_vocabulary(isa: str) -> None:
+    """Few and many ids kept, so both ways of drawing; the reference's tokens from its uniforms."""
+    torch.manual_seed(5)
+    logits = torch.randn(1, 6, 151_936) * torch.tensor([1.0, 2.0, 4.0])[:, None].repeat(2, 1)
+    rest = (torch.arange(6), torch.arange(6) + 2**33)
+    k, p = torch.tensor([0, 0, 0, 100_000, 7, 5000]), torch.tensor([0.95, 0.95, 0.3, 1.0, 0.9, 0.5])
+    args = (logits, None, "geometric", torch.ones(6), k, p, None, *rest)
+    wanted, actual = reference.sample(*args), cpu_sample.sample(*args, isa=isa)
+    assert torch.equal(actual[0], wanted[0])
+    torch.testing.assert_close(actual[1], wanted[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual[2], wanted[2], rtol=1e-5, atol=1e-5)
+
+
+def support(args: tuple[Any, ...], draws: int) -> tuple[set[int], Tensor]:
+    """The ids that `draws` draws of one row give, and how often each came."""
+    logits, _, mode, temperature, *filters, _, _ = args
+    many = [None if f is None else f.expand(draws) for f in (temperature, *filters)]
+    seed, position = torch.zeros(draws, dtype=torch.int64), torch.arange(draws)
+    tokens = cpu_sample.sample(logits.expand(1, draws, -1), None, mode, *many, seed, position)[0]
+    counts = torch.bincount(tokens, minlength=logits.shape[-1])
+    return set(counts.nonzero()[:, 0].tolist()), counts
+
+
+@pytest.mark.parametrize("name", ["none", "top_k", "top_p", "min_p", "all"])
+def test_a_million_filtered_draws(name: str) -> None:
+    """Chi-square against the definition over 10^6 draws, and exactly its support."""
+    logits = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.7, 0.2, -0.1, -0.5, -1.0, -1.5])[None, None]
+    one = {"top_k": torch.tensor([7]), "top_p": torch.tensor([0.8]), "min_p": torch.tensor([0.15])}
+    chosen = [one[key] if name in (key, "all") else None for key in one]
+    seen, counts = support(
+        (logits, None, "geometric", torch.tensor([0.9]), *chosen, None, None), 10**6
+    )
+    scaled = logits[0].double() / torch.tensor([0.9]).double()
+    logp = torch.log_softmax(scaled, -1)
+    kept = torch.ones_like(logp, dtype=torch.bool)
+    if chosen[0] is not None:
+        kept &= reference._top_k_mask(logp, chosen[0])
+    if chosen[1] is not None:
+        kept &= reference._top_p_mask(logp.masked_fill(~kept, -INF), chosen[1])
+    if chosen[2] is not None:
+        kept &= logp >= logp.amax() + chosen[2].double().log()
+    assert seen == set(kept[0].nonzero()[:, 0].tolist())
+    p = torch.softmax(logp.masked_fill(~kept, -INF), -1)[0]
+    expected_counts = p[kept[0]].numpy() * 10**6
+    assert stats.chisquare(counts[kept[0]].numpy(), expected_counts).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("mode", ["geometric", "probability"])
+def test_filtered_row_bits_are_its_own(
+    isa: str, mode: str, set_threads: Callable[[int], None]
+) -> None:
+    args = filtered(torch.Generator().manual_seed(1), 3, 7, 20_011, "spread", torch.float32)
+    logits, weights, _, *rest = args
+    weights = weights.abs()
+    set_threads(1)
+    whole = cpu_sample.sample(logits, weights, mode, *rest, isa=isa)
+    for threads in (1, 2, 3, 5):
+        set_threads(threads)
+        for rows_of in (list(range(7)), [4, 0, 3], [6], [5, 1]):
+            picked = [None if t is None else t[rows_of] for t in rest]
+            again = cpu_sample.sample(logits[:, rows_of], weights[rows_of], mode, *picked, isa=isa)
+            for a, b in zip(whole, again, strict=True):
+                assert torch.equal(a[rows_of], b)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bad_rows_with_filters(isa: str) -> None:
+    logits = torch.randn(1, 6, 9000)
+    logits[0, 0] = -INF
+    logits[0, 1, 4500] = NAN
+    logits[0, 2, 3] = INF
+    logits[0, 3, 1:] = -INF
+    logits[0, 4, 8999] = NAN
+    one = torch.ones(6, dtype=torch.int64)
+    args = (logits, None, "geometric", torch.ones(6), 3 * one, None, None, one, one)
+    tokens, logprobs, filtered_logprobs = cpu_sample.sample(*args, isa=isa)
+    assert (tokens >= 0).tolist() == [False, False, False, True, False, True]
+    assert tokens[3] == 0 and logprobs[3] == 0 and filtered_logprobs[3] == 0
+    for values in (logprobs, filtered_logprobs):
+        assert torch.equal(values.isnan(), tokens < 0)
 
 
 def child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -359,7 +516,8 @@ def test_import_loads_no_compiled_module() -> None:
 def test_cuda_missing_without_a_gpu() -> None:
     assert native.cuda_missing() == "PyTorch sees no CUDA device"
     with pytest.raises(RuntimeError, match="PyTorch sees no CUDA device"):
-        native.sample_cuda(*rows(1, 1, 5))
+        args = rows(1, 1, 5)
+        cuda_sample.sample(*args[:4], None, None, None, *args[4:])
 
 
 @pytest.mark.parametrize(
@@ -380,7 +538,7 @@ def test_missing_module_says_why(
     try:
         assert sentence in str(native.cpu_missing())
         with pytest.raises(RuntimeError, match=r"clp_kernels\._cpu"):
-            native.sample_cpu(*rows(1, 1, 5))
+            draw(rows(1, 1, 5))
     finally:
         native._load.cache_clear()
 
@@ -401,28 +559,6 @@ def test_architectures(built: str, capability: tuple[int, int], runs: bool) -> N
     assert native._runs_on(built, capability) == runs
 
 
-@pytest.mark.parametrize(
-    ("index", "value", "error", "text"),
-    [
-        (0, torch.zeros(3, 5), ValueError, r"logits must be \[m, B, V\]"),
-        (0, torch.zeros(2, 3, 0), ValueError, r"logits must be \[m, B, V\]"),
-        (0, torch.zeros(2, 3, 5, dtype=torch.float64), TypeError, "logits must be one of"),
-        (1, None, ValueError, "weights must be"),
-        (1, torch.zeros(2, 3), ValueError, r"weights must have shape \[3, 2\], got \[2, 3\]"),
-        (1, torch.zeros(3, 2).double(), TypeError, "weights must be torch.float32"),
-        (1, torch.zeros(3, 2, device="meta"), ValueError, "weights must be on cpu"),
-        (2, "linear", ValueError, "mode must be one of geometric, probability, got 'linear'"),
-        (3, torch.zeros(1), ValueError, r"temperature must have shape \[3\], got \[1\]"),
-        (4, torch.zeros(3), TypeError, "seed must be torch.int64"),
-        (5, torch.zeros(3, dtype=torch.int32), TypeError, "position must be torch.int64"),
-    ],
-)
-def test_errors_name_the_argument(
-    index: int, value: Any, error: type[Exception], text: str
-) -> None:
-    args = rows(2, 3, 5)
-    args[index] = value
-    with pytest.raises(error, match=text):
-        native.sample_cpu(*args)
+def test_an_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="isa must be one of"):
-        native.sample_cpu(*rows(2, 3, 5), isa="mmx")
+        draw(rows(2, 3, 5), "mmx")

@@ -1,0 +1,171 @@
+"""The subject `linear_logprob`: log-probabilities from hidden states, and their gradient.
+
+Forward and backward with a frozen head, upstream gradients different for each token.
+
+Providers.
+    torch                    materialised logits, log_softmax, gather
+    torch_cross_entropy      materialised logits, F.cross_entropy(reduction="none")
+    torch_linear             F.linear_cross_entropy(reduction="none"), PyTorch's own fused form
+    torch_compile            the first under torch.compile (optional)
+    reference, cpu, triton   ours, those of clp_kernels.dispatch that can run the case
+
+Error gate: log-probabilities and the gradient within the project's budget (clp_kernels.testing) of
+float64, on evenly spaced tokens where there are many. Peak memory is what a call takes beyond its
+inputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import clp_kernels
+from bench.timing import Protocol, Provider, Roofs
+from clp_kernels import dispatch
+from clp_kernels.testing import assert_within_budget
+
+OP = "linear_logprob"
+PROTOCOL = Protocol(warmup=1, least=5, seconds=5.0)  # calls of a second
+QUICK_PROTOCOL = Protocol(warmup=1, least=3, seconds=0.2)
+JUDGED = 256  # tokens
+Outputs = tuple[Tensor, Tensor]  # logprobs [T], d hidden [T, d]
+Form = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one call: T tokens of d features, a head of V."""
+
+    tokens: int
+    vocab_size: int
+    features: int
+    dtype: str
+
+    def fields(self) -> dict[str, object]:
+        """The case as it stands in a row."""
+        sizes = {"T": self.tokens, "V": self.vocab_size, "d": self.features}
+        return {"mode": "forward+backward, frozen head", **sizes, "dtype": self.dtype}
+
+    def floors(self, roofs: Roofs) -> dict[str, float]:
+        """Microseconds of two products, 4 T V d flops, and of reading the head and hidden once."""
+        flops = 4 * self.tokens * self.vocab_size * self.features
+        elements = (self.vocab_size + 3 * self.tokens) * self.features
+        size = getattr(torch, self.dtype).itemsize
+        return {
+            "floor": flops / roofs.flops[self.dtype] * 1e6,
+            "floor_bytes": elements * size / roofs.bandwidth * 1e6,
+        }
+
+
+def cases(device: str, quick: bool = False) -> list[Case]:
+    """The ladder of the device."""
+    if device == "cuda":
+        sizes = [(4096, 128_256, 4096)] if quick else [(2048, 32_000, 512), (8192, 151_936, 4096)]
+        return [Case(*size, "bfloat16") for size in sizes]
+    sizes = [(2048, 32_000, 512)]
+    if not quick:
+        sizes = [(256, 32_000, 512), *sizes, (2048, 512, 64), (512, 151_936, 1024)]
+    return [Case(*size, "float32") for size in sizes]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """hidden [T, d], head [V, d], targets int64 [T], upstream float32 [T]."""
+
+    hidden: Tensor
+    head: Tensor
+    targets: Tensor
+    upstream: Tensor
+
+
+def inputs(case: Case, device: torch.device) -> Inputs:
+    """Logits of spread 2, the same in every run."""
+    g = torch.Generator(device).manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device)
+
+    head = 2 * normal(case.vocab_size, case.features) * case.features**-0.5
+    targets = torch.randint(case.vocab_size, (case.tokens,), generator=g, device=device)
+    hidden, upstream = normal(case.tokens, case.features), normal(case.tokens)
+    return Inputs(hidden.to(dtype), head.to(dtype), targets, upstream)
+
+
+def materialised(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
+    """The plain form; in 16 bits its logits are rounded to them."""
+    logp = torch.log_softmax(F.linear(hidden, head), dim=-1)
+    return logp.gather(-1, targets[:, None])[:, 0]
+
+
+def cross_entropy(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
+    """The same by PyTorch's loss."""
+    return -F.cross_entropy(F.linear(hidden, head), targets, reduction="none")
+
+
+def linear_cross_entropy(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
+    """The same by PyTorch's fused loss."""
+    loss: Tensor = F.linear_cross_entropy(hidden, head, targets, reduction="none")
+    return -loss
+
+
+def _train(data: Inputs, form: Form) -> Outputs:
+    hidden = data.hidden.detach().requires_grad_()
+    logprobs = form(hidden)
+    return logprobs, torch.autograd.grad(logprobs, hidden, data.upstream.to(logprobs.dtype))[0]
+
+
+def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
+    """Everything that can run these inputs on their device."""
+    plain: dict[str, Callable[..., Tensor]] = {
+        "torch": materialised,
+        "torch_cross_entropy": cross_entropy,
+        "torch_linear": linear_cross_entropy,
+    }
+    if compiled:
+        torch.compiler.reset()
+        plain["torch_compile"] = torch.compile(materialised, dynamic=False)
+    gate = _gate(data)
+    found = [
+        Provider(name, partial(_train, data, partial(form, data.head, data.targets)), gate)
+        for name, form in plain.items()
+    ]
+    call: tuple[Any, ...] = (data.hidden, data.head, data.targets, None, None, None)
+    call += (data.upstream, False, None, True, False)
+    for entry in dispatch.BACKENDS[OP]:
+        if entry.why_not(*call) is None:
+
+            def ours(hidden: Tensor, backend: str = entry.name) -> Tensor:
+                return clp_kernels.linear_logprob(
+                    hidden, data.head, data.targets, backend=backend
+                ).logprobs
+
+            found.append(Provider(entry.name, partial(_train, data, ours), gate))
+    return found
+
+
+def _gate(data: Inputs) -> Callable[[Outputs], float]:
+    every = slice(None, None, max(1, len(data.hidden) // JUDGED))
+
+    def form(dtype: torch.dtype) -> Outputs:
+        some = Inputs(
+            data.hidden[every].to(dtype),
+            data.head.to(dtype),
+            data.targets[every],
+            data.upstream[every],
+        )
+        return _train(some, partial(materialised, some.head, some.targets))
+
+    wide, same = form(torch.float64), form(data.hidden.dtype)
+
+    def judge(got: Outputs) -> float:
+        assert all(bool(t.isfinite().all()) for t in got)
+        names = ("logprobs", "d_hidden")
+        trios = zip(names, got, wide, same, strict=True)
+        return max(assert_within_budget(g[every], w, s, name=n) for n, g, w, s in trios)
+
+    return judge

@@ -1,0 +1,14 @@
+// What linear_logprob.cpp (threads) and linear_logprob_isa.cpp (one row, compiled for each
+// instruction set) agree on.
+#pragma once
+
+#include "cpu_isa.h"
+#include "linear_logprob.h"
+
+namespace clp {
+
+using LogprobRow = void (*)(const LogprobArgs& args, int64_t row);
+
+extern const LogprobRow kLogprobRowScalar, kLogprobRowAvx2, kLogprobRowAvx512;
+
+}  // namespace clp

@@ -1,0 +1,407 @@
+"""The Triton kernels of sample in Triton's interpreter, held to the reference.
+
+It shows indexing, masks, thresholds and the order of sums, not what a GPU does with them.
+"""
+
+import itertools
+import random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+import triton.language as tl
+
+from clp_kernels import reference, testing
+from clp_kernels import triton_mix_logits as mixing
+from clp_kernels import triton_mix_logits_kernels as mix_kernels
+from clp_kernels import triton_sample as backend
+from clp_kernels import triton_sample_kernels as kernels
+
+pytestmark = [
+    pytest.mark.skipif(not backend.INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
+    pytest.mark.usefixtures("one_thread"),
+    # The interpreter warns where a test means inf and NaN to appear.
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
+NAN, INF = float("nan"), float("inf")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Arguments = dict[str, Any]
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype
+    mode: str
+    m: int
+    batch: int
+    vocab_size: int
+    kind: str
+    filters: str
+    temperature: float
+    logits: str
+
+
+# Three rows share a call, so each filter comes with three settings; the off ones among them.
+TOP_K, TOP_P, MIN_P = (3, 0, 40), (0.6, 0.95, 1.0), (0.0, 0.3, 0.05)
+
+
+def arguments(case: Case) -> Arguments:
+    g = torch.Generator().manual_seed(hash((*case[2:5], case.temperature)) % 2**31)
+    shape = (case.m, case.batch, case.vocab_size)
+    logits = 2 * torch.randn(shape, generator=g)
+    if case.logits == "ties":
+        logits = logits.round()
+    elif case.logits == "masked":
+        logits = logits.masked_fill(torch.rand(shape, generator=g) < 0.3, -INF)
+        logits[:, :, -1] = 0.5
+    elif case.logits == "gaps":
+        logits = testing.noncontiguous(logits)
+    elif case.logits == "sliced":
+        logits = torch.nn.functional.pad(logits, (1, 2), value=NAN)[..., 1:-2]
+    logits = logits.to(case.dtype)
+    weights = None
+    if case.kind != "none":
+        weights = testing.weight_rows(case.kind, case.batch, case.m, generator=g)
+        if case.mode == "probability":
+            weights = weights.abs() + (weights.sum(-1, keepdim=True) == 0)
+    given = {name: name in case.filters for name in ("top_k", "top_p", "min_p")}
+
+    def rows(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+        shift = case.vocab_size + case.m
+        return torch.tensor([values[(b + shift) % 3] for b in range(case.batch)], dtype=dtype)
+
+    return {
+        "logits": logits,
+        "weights": weights,
+        "mode": case.mode,
+        "temperature": torch.full((case.batch,), case.temperature),
+        "top_k": rows(TOP_K, torch.int64) if given["top_k"] else None,
+        "top_p": rows(TOP_P, torch.float32) if given["top_p"] else None,
+        "min_p": rows(MIN_P, torch.float32) if given["min_p"] else None,
+        "seed": torch.randint(-(2**63), 2**63 - 1, (case.batch,), generator=g),
+        "position": torch.randint(0, 2**40, (case.batch,), generator=g),
+    }
+
+
+def sampled(count: int) -> list[Case]:
+    rng = random.Random(11)
+    axes: tuple[tuple[Any, ...], ...] = (
+        DTYPES,
+        ("geometric", "geometric", "probability"),
+        (1, 2, 3, 5),
+        (0, 1, 3),
+        (1, 2, 7, 31, 64, 513, 3000),
+        ("none", *testing.WEIGHT_KINDS),
+        ("", "", "min_p", "top_k", "top_p", "top_k min_p", "top_k top_p", "top_k top_p min_p"),
+        (0.0, 0.3, 1.0, 3.0),
+        ("plain", "ties", "masked", "gaps", "sliced"),
+    )
+    cases: list[Case] = []
+    while len(cases) < count:
+        case = Case(*(rng.choice(axis) for axis in axes))
+        # The interpreter takes its time by the number of programs: eight a row and threshold.
+        large = case.batch * max(case.vocab_size / 1000, 1) * case.filters.count("top") > 3
+        if case not in cases and not large and (case.kind == "none") == (case.m == 1):
+            cases.append(case)
+    return cases
+
+
+def case_id(case: Case) -> str:
+    return "-".join(str(v).removeprefix("torch.").replace(" ", "+") for v in case)
+
+
+def assert_equals_reference(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    assert [t.dtype for t in got] == [torch.int64, torch.float32, torch.float32]
+    assert torch.equal(got[0], want[0])
+    for ours, theirs in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+def test_sample_covers_every_value() -> None:
+    columns = list(zip(*sampled(125), strict=True))
+    assert [len(set(column)) for column in columns] == [3, 2, 4, 3, 7, 8, 7, 4, 5]
+
+
+@pytest.mark.parametrize("case", sampled(125), ids=case_id)
+def test_equals_reference(case: Case) -> None:
+    args = arguments(case)
+    assert_equals_reference(backend.sample(**args), reference.sample(**args))
+
+
+def call(logits: Tensor, **changes: Any) -> Arguments:
+    """Arguments of a call on logits [B, V] without weights, temperature 1, no filters."""
+    batch = logits.shape[0]
+    return {
+        "logits": logits[None],
+        "weights": None,
+        "mode": "geometric",
+        "temperature": torch.ones(batch),
+        "top_k": None,
+        "top_p": None,
+        "min_p": None,
+        "seed": torch.arange(batch) - 5,
+        "position": torch.arange(batch) + 2**33,
+        **changes,
+    }
+
+
+@triton.jit
+def words_kernel(seed_ptr, position_ptr, out_ptr, BLOCK: tl.constexpr):
+    """The noise that `race_kernel` adds, of the second slice."""
+    noise = kernels._gumbel(tl.load(seed_ptr), tl.load(position_ptr), 1, BLOCK)
+    tl.store(out_ptr + tl.arange(0, BLOCK), noise)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
+@pytest.mark.parametrize("position", [0, 2**32 - 1, 2**32, 2**62 + 12345])
+def test_noise_is_the_references(seed: int, position: int) -> None:
+    """Two uniforms that differ in the last bit differ by more than this in their noise."""
+    seeds, positions = torch.tensor([seed]), torch.tensor([position])
+    out = torch.empty(1024, dtype=torch.float64)
+    words_kernel[(1,)](seeds, positions, out, BLOCK=1024)
+    uniform = reference.philox_uniform(seeds, positions, 2048)[0, 1024:]
+    # Undone: exp(-exp(-g)) is u, to an error far below 2^-32.
+    words = ((-(-out).exp()).exp() * 2**32 - 0.5).round()
+    assert torch.equal(words, uniform * 2**32 - 0.5)
+    torch.testing.assert_close(out, reference.gumbel(uniform), rtol=1e-14, atol=1e-14)
+
+
+def order_key(z: Tensor) -> Tensor:
+    bits = (z + 0.0).view(torch.int32).long()
+    return torch.where(bits < 0, -1 - bits, bits + 2**31)
+
+
+def test_order_key_orders_float32() -> None:
+    values = torch.cat([torch.randn(200), 10 ** (80 * torch.rand(100) - 42), torch.tensor([0.0])])
+    values = torch.cat([values, -values, torch.tensor([-INF, INF, -3e38, 3e38])]).sort().values
+    keys = order_key(values)
+    assert torch.equal(keys[1:] > keys[:-1], values[1:] > values[:-1])
+    assert keys[0] >= 0 and keys[-1] < 2**32
+
+
+@pytest.mark.parametrize("temperature", [0.3, 3.0])
+@pytest.mark.parametrize("ties", [False, True])
+def test_kept_sets_are_exactly_the_references(ties: bool, temperature: float) -> None:
+    """The thresholds themselves, which a draw shows only by chance."""
+    z = 2 * torch.randn(5, 700)
+    z = z.round() if ties else z
+    z[2, 100:] = -INF
+    tau = torch.full((5,), temperature)
+    top_k = torch.tensor([1, 17, 650, 0, 10**15])
+    top_p = torch.tensor([0.9, 0.05, 0.999, 0.5, 1.0])
+    logp = torch.log_softmax(z.double() / temperature, -1)
+    row = backend._Rows(z[None], None, tau)
+    rows = torch.empty(2, 5, dtype=torch.float64)
+    row.settle(row.race(None), rows, None)
+    assert torch.equal(rows[0], z.double().amax(-1))
+
+    least = row.threshold(rows, None, top_k=top_k)
+    first = reference._top_k_mask(logp, top_k)
+    assert torch.equal(order_key(z) >= least[:, None], first)
+    for chosen, mask in ((None, torch.ones_like(first)), (least, first)):
+        found = row.threshold(rows, chosen, top_p=top_p)
+        wanted = mask & reference._top_p_mask(logp.masked_fill(~mask, -INF), top_p)
+        assert torch.equal(order_key(z) >= found[:, None], wanted)
+
+
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ({"top_k": 2}, 4),
+        ({"top_k": 5}, 6),
+        ({"top_k": 100}, 8),
+        ({"top_p": 0.3}, 1),
+        ({"top_p": 0.42}, 4),
+        ({"top_p": 1.0}, 8),
+        # Of what top-k leaves, the first holds 0.4754.
+        ({"top_k": 2, "top_p": 0.475}, 1),
+        ({"top_k": 2, "top_p": 0.476}, 4),
+    ],
+    ids=str,
+)
+def test_ties_at_a_threshold_are_kept(filters: dict[str, float], kept: int) -> None:
+    """Both zeros tie."""
+    z = torch.tensor([[1.0, 0.0, -0.0, 0.0, -1.0, -1.0, -2.0, -INF]])
+    row = backend._Rows(z[None], None, torch.ones(1))
+    rows = torch.empty(2, 1, dtype=torch.float64)
+    row.settle(row.race(None), rows, None)
+    least = None
+    for name, value in filters.items():
+        dtype = torch.int64 if name == "top_k" else torch.float32
+        least = row.threshold(rows, least, **{name: torch.tensor([value], dtype=dtype)})
+    assert (order_key(z) >= least).sum() == kept
+
+
+@pytest.mark.parametrize("filters", [{"top_p": 0.0}, {"top_p": NAN}, {"min_p": 1.0}], ids=str)
+def test_the_most_probable_id_is_always_kept(filters: dict[str, float]) -> None:
+    z = torch.tensor([[-3.0, 2.0, 1.5, -INF]])
+    args = call(z, **{name: torch.tensor([value]) for name, value in filters.items()})
+    tokens, logprobs, filtered = backend.sample(**args)
+    assert (tokens.item(), filtered.item()) == (1, 0.0)
+    torch.testing.assert_close(logprobs[0], z.log_softmax(-1)[0, 1])
+
+
+def test_two_filters_over_several_slices_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """9,001 ids: nine slices, and three programs of up to eight tiles for each digit."""
+    # Partials in several portions, as in the largest vocabularies.
+    monkeypatch.setattr(backend, "COMBINE_BLOCK", 4)
+    monkeypatch.setattr(kernels, "_CHUNK", tl.constexpr(2))
+    args = call(
+        torch.randn(2, 9001).mul(2).round(decimals=1),
+        top_k=torch.tensor([500, 0]),
+        top_p=torch.tensor([0.7, 0.9]),
+        min_p=torch.tensor([0.0, 0.001]),
+    )
+    assert_equals_reference(backend.sample(**args), reference.sample(**args))
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_rows_and_runs_have_the_same_bits(filtered: bool) -> None:
+    args = arguments(
+        Case(torch.float32, "geometric", 3, 4, 1100, "all_different", "", 1.0, "plain")
+    )
+    if filtered:
+        args["top_p"] = torch.tensor([0.5, 0.9, 1.0, 0.2])
+    together = backend.sample(**args)
+    assert all(map(torch.equal, together, backend.sample(**args)))
+    for rows in ([0], [3, 1]):
+        part = {
+            k: v[rows] if isinstance(v, Tensor) and k != "logits" else v for k, v in args.items()
+        }
+        part["logits"] = args["logits"][:, rows]
+        for alone, all_rows in zip(backend.sample(**part), together, strict=True):
+            assert torch.equal(alone, all_rows[rows])
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_bad_rows(filtered: bool) -> None:
+    logits = torch.randn(6, 1500)
+    logits[0] = -INF
+    logits[1, 1400] = NAN
+    logits[2, 3] = INF
+    logits[3, :1495] = -INF
+    logits[4] = -INF
+    logits[4, 1499] = NAN
+    args = call(logits, temperature=torch.tensor([1.0, 0.0, 1.0, 1.0, 2.0, 0.0]))
+    if filtered:
+        args["top_p"] = torch.full((6,), 0.9)
+    got = backend.sample(**args)
+    assert (got[0] >= 0).tolist() == [False, False, False, True, False, True]
+    assert_equals_reference(got, reference.sample(**args))
+
+
+@pytest.mark.parametrize("temperature", [-1.0, NAN, INF])
+def test_a_bad_temperature_is_a_bad_row(temperature: float) -> None:
+    tokens, *logprobs = backend.sample(
+        **call(torch.randn(1, 7), temperature=torch.tensor([temperature]))
+    )
+    assert tokens.tolist() == [-1]
+    assert all(t.isnan().all() for t in logprobs)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e17, 3e38])
+def test_huge_logits(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the noise is lost in the sum, the lowest of the largest ids wins."""
+    # One slice at a time, as where there are more than COMBINE_BLOCK.
+    monkeypatch.setattr(backend, "COMBINE_BLOCK", 1)
+    logits = torch.full((4, 1100), scale)
+    logits[1, ::3] = -scale
+    logits[2] *= 1 - torch.rand(1100) * 1e-6
+    logits[3, :1050] = -scale
+    args = call(logits, top_p=torch.tensor([0.5, 0.5, 0.5, 1.0]))
+    assert_equals_reference(backend.sample(**args), reference.sample(**args))
+    args["top_p"] = None
+    assert_equals_reference(backend.sample(**args), reference.sample(**args))
+
+
+def test_weights_of_zero_and_infinities() -> None:
+    logits = torch.randn(4, 5, 60)
+    weights = torch.randn(5, 4)
+    weights[0] = torch.tensor([0.0, 1.0, 0.0, 2.0])
+    logits[0, 0], logits[2, 0, ::2] = -INF, NAN
+    weights[1] = torch.tensor([1.0, -1.0, 0.5, 0.5])
+    logits[1, 1, :50] = -INF
+    weights[2] = 1
+    logits[0, 2, :30], logits[1, 2, :30] = -INF, NAN
+    weights[3] = 0
+    weights[4] = torch.tensor([1.0, NAN, 0.0, 0.0])
+    args = {**call(logits[0]), "logits": logits, "weights": weights}
+    assert_equals_reference(backend.sample(**args), reference.sample(**args))
+
+
+def test_no_rows() -> None:
+    got = backend.sample(**call(torch.empty(0, 5), top_k=torch.empty(0, dtype=torch.int64)))
+    assert [(t.shape, t.dtype) for t in got] == [
+        ((0,), torch.int64),
+        ((0,), torch.float32),
+        ((0,), torch.float32),
+    ]
+
+
+class Witness:
+    """Stands for a kernel: notes the variant that a launch would compile, and launches nothing."""
+
+    def __init__(self, kernel: Any, seen: set[Any]) -> None:
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert len(grid) == 1
+        return self.note
+
+    def note(self, **arguments: Any) -> None:
+        kinds = {**mixing.KINDS, torch.float64: "*fp64", torch.int64: "*i64"}
+        types, constexprs, options = {}, {}, {}
+        for name, value in arguments.items():
+            if name in backend.OPTIONS:
+                options[name] = value
+            elif value is None or name.isupper():
+                constexprs[name] = value
+            elif isinstance(value, Tensor):
+                types[name] = kinds[value.dtype]
+        self.seen.add(variant_key(self.kernel.__name__, types, constexprs, options))
+
+
+def variant_key(name: str, *parts: dict[str, Any]) -> Any:
+    return (name, *(frozenset(part.items()) for part in parts))
+
+
+def listed_keys(listed: list[Any]) -> set[Any]:
+    pointers = (
+        {name: kind for name, kind in signature.items() if kind.startswith("*")}
+        for _, _, signature, _, _ in listed
+    )
+    return {
+        variant_key(kernel.__name__, types, constexprs, options)
+        for types, (_, kernel, _, constexprs, options) in zip(pointers, listed, strict=True)
+    }
+
+
+def test_every_launch_is_a_listed_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, seen = backend.variants((8, 0)), set[Any]()
+    mixed = listed_keys(mixing.variants((8, 0)))
+    assert len({name for name, *_ in listed}) == len(listed)
+    for module in (kernels, mix_kernels):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Witness(getattr(module, name), seen))
+    filters = {
+        "top_k": torch.ones(2, dtype=torch.int64), "top_p": torch.ones(2), "min_p": torch.ones(2)
+    }  # fmt: skip
+    names = [set(c) for n in range(4) for c in itertools.combinations(filters, n)]
+    for dtype, mode, chosen in itertools.product(DTYPES, ("geometric", "probability"), names):
+        logits = torch.randn(2, 2, 40).to(dtype)
+        args = call(logits[0], mode=mode, **{k: v for k, v in filters.items() if k in chosen})
+        backend.sample(**args)
+        backend.sample(**{**args, "logits": logits, "weights": torch.rand(2, 2)})
+    known = listed_keys(listed)
+    assert known <= seen, known - seen
+    assert seen - known <= mixed, seen - known - mixed
+
+
+def test_why_not() -> None:
+    logits = torch.randn(1, 2, 3)
+    assert backend.why_not(logits, None) is None
+    assert "float64" in str(backend.why_not(logits.double(), None))
