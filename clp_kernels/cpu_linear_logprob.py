@@ -108,10 +108,10 @@ def linear_logprob(
             if first > 0:
                 by_logprob[rows].mul_(factor[:, None])
             by_logprob[rows].addmm_(z, head, beta=known)
-    return _finish(state, head_weight, targets, tau, return_entropy, has_ref, by_logprob, by_kl)
+    return finish(state, head_weight, targets, tau, return_entropy, has_ref, by_logprob, by_kl)
 
 
-def _finish(
+def finish(
     state: Tensor,
     head_weight: Tensor,
     targets: Tensor,
@@ -126,7 +126,8 @@ def _finish(
     t, ignored, dtype = tau.double(), targets == -100, head_weight.dtype
 
     def output(value: Tensor, wanted: bool = True) -> Tensor:
-        return value.float().masked_fill_(ignored, 0.0) if wanted else torch.empty(0)
+        empty = value.new_empty(0, dtype=torch.float32)
+        return value.float().masked_fill_(ignored, 0.0) if wanted else empty
 
     log_mass = mass.log()
     logprobs = output((at_target - top) / t - log_mass)

@@ -122,6 +122,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     ),
     "linear_logprob": (
         _compiled("cpu", cpu_linear_logprob, "linear_logprob"),
+        _triton("triton_linear_logprob", "linear_logprob"),
         _reference("linear_logprob"),
     ),
     "linear_logprob_backward": (_reference("linear_logprob_backward"),),

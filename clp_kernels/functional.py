@@ -373,7 +373,8 @@ def linear_logprob(
 
     Returns:
         LogProb(logprobs, entropy, kl) in float32 (float64 for float64), in the targets' shape;
-        entropy and kl are None where not asked for. At most 2^22 logits exist at a time.
+        entropy and kl are None where not asked for. [T, V] never exists: at most 2^22 logits at a
+        time, on a GPU 2^26, and twice that with ref_hidden.
 
     Differentiable in hidden, head_weight, bias and weights (once), not in ref_hidden. A trained
     head moves the reference too, and kl's gradient says so: keep the head frozen where q must stay

@@ -32,7 +32,8 @@ from triton.backends.compiler import GPUTarget
 
 PLANNED = ("clp_kernels.triton_mixed_lora", "clp_kernels.triton_mixed_linear")
 # Those without a plan launch fixed tiles, which their own tests compare with the variants.
-MODULES = (*PLANNED, "clp_kernels.triton_mix_logits", "clp_kernels.triton_sample")
+FIXED = ("triton_mix_logits", "triton_sample", "triton_linear_logprob")
+MODULES = (*PLANNED, *(f"clp_kernels.{name}" for name in FIXED))
 BROKEN = "broken"
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 # Bytes of shared memory that one block may take (CUDA programming guide, compute capabilities).
