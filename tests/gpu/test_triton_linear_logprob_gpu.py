@@ -121,7 +121,7 @@ def test_small_one_id_is_left() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_small_two_runs_and_a_graph_give_the_same_bits(dtype: torch.dtype) -> None:
+def test_small_two_runs_give_the_same_bits_and_a_graph_the_same_values(dtype: torch.dtype) -> None:
     """A capture also fails where anything is read on the host."""
     args = arguments(70, 5000, 64, dtype, bias=True)
     first, again = (backend.linear_logprob(*args) for _ in range(2))
@@ -133,8 +133,11 @@ def test_small_two_runs_and_a_graph_give_the_same_bits(dtype: torch.dtype) -> No
     torch.cuda.synchronize()
     for name, *three in zip(NAMES, first, again, captured, strict=True):
         assert torch.equal(three[0], three[1]), name
-        # cuBLAS may choose otherwise in a capture, where it has another workspace.
-        torch.testing.assert_close(three[2], three[0], rtol=2e-2, atol=2e-3, msg=name)
+        # cuBLAS may choose otherwise in a capture, where it has another workspace: float32 sums in
+        # another order, and slopes of 16 bits a rounding apart.
+        wide = three[0].dtype == torch.float32
+        tolerance = 1e-5 if wide else 2.0**-7
+        torch.testing.assert_close(three[2], three[0], rtol=tolerance, atol=tolerance, msg=name)
 
 
 def test_small_what_is_not_asked_for_is_empty_and_on_the_gpu() -> None:
