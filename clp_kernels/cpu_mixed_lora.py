@@ -352,7 +352,8 @@ def _gradients_native(
     zero = _zeros(w)
     if needs[3]:
         d_B = _gradient_of_rank(_mix_(rank.copy_(u), w, zero), dy, features)
-        d_lora_B = d_B.view(m, r, -1).transpose(1, 2).to(lora_B.dtype).contiguous()
+        # A copy always: `features` is written again.
+        d_lora_B = lora_B.new_empty(lora_B.shape).copy_(d_B.view(m, r, -1).mT)
     if not (needs[0] or needs[2] or needs[4]):
         return dx, d_lora_A, d_lora_B, d_weights
     transposed = features.view(lora_B.dtype)[: lora_B.numel()].view(m, r, -1).copy_(lora_B.mT)
@@ -368,7 +369,7 @@ def _gradients_native(
     del w, zero
     if needs[2]:
         d_A = _gradient_of_rank(rank, x, features)
-        d_lora_A = d_A.view(lora_A.shape).to(lora_A.dtype)
+        d_lora_A = lora_A.new_empty(lora_A.shape).copy_(d_A.view(lora_A.shape))
     while needs[0] and tokens > 0:
         # The rows of dx from `begin` on hold no rank that a row before `tokens` needs.
         begin = -(-tokens * m * r * 4 // (in_features * dx.element_size())) if inside else 0
