@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import mixed_lora as bench_mixed_lora
+from bench.timing import peak_bytes_cpu
 from clp_kernels import (
     batch_invariant,
     cpu_mixed_linear,
@@ -721,3 +723,13 @@ def test_at_once_needs_the_first_row_of_the_table(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", (spy, reference_row))
     mixed_lora(x, W, A, B, w)
     assert used == [1]
+
+
+@pytest.mark.skipif(native.has_native_gemm(torch.bfloat16), reason="PyTorch's products run there")
+def test_memory_of_forward_and_backward_in_bfloat16():
+    """At most 1.1 times the frozen layer's, whose y and dx are 8 MB."""
+    case = bench_mixed_lora.Case(1024, 2048, 8, 4, 16, "bfloat16", grad=True)
+    data = bench_mixed_lora.inputs(case, torch.device("cpu"))
+    run = bench_mixed_lora._ours(data, bench_mixed_lora._public("cpu"))
+    run()
+    assert peak_bytes_cpu(run) <= 1.1 * 2 * 2048 * 1024 * 2
