@@ -4,11 +4,12 @@ A block is some tokens times some ids of the vocabulary, so that both products a
 that PyTorch is good at and the head is read once for BLOCK_TOKENS tokens. The softmax is taken as
 in flash attention: relative to the largest logit so far, scaled down when a larger one comes. The
 gradients of the log-probability and of the KL with respect to the hidden state, the "slopes", are
-sums over the vocabulary like the others. A mixed head and batch_invariant() are the reference's
-business, and so is the backward of a trained head.
+sums over the vocabulary like the others. A mixed head takes a product for each expert, of states
+that are scaled by its weight. batch_invariant() is the reference's business.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,66 @@ from clp_kernels import native
 
 # 8 MB of logits, which the last-level cache keeps between the two products.
 BLOCK_TOKENS, BLOCK_LOGITS = 2**11, 2**21
+
+
+@dataclass(frozen=True)
+class Head:
+    """W = sum_i omega_i W_i and its bias alike: experts [m, V, d], bias [m, V] or None.
+
+    omega: [T, m], a row for each token; None where m is 1 and nothing is mixed.
+    """
+
+    experts: Tensor
+    bias: Tensor | None
+    omega: Tensor | None
+
+    @staticmethod
+    def of(
+        weight: Tensor, bias: Tensor | None, weights: Tensor | None, example_ids: Tensor | None
+    ) -> "Head":
+        """From the arguments of the op."""
+        if weights is None or example_ids is None:
+            return Head(weight[None], None if bias is None else bias[None], None)
+        return Head(weight, bias, weights.float()[example_ids.long()])
+
+    def part(self, rows: slice, ids: slice) -> "Head":
+        """That of some tokens and some ids, in float32."""
+        return Head(
+            self.experts[:, ids].float(),
+            None if self.bias is None else self.bias[:, ids].float(),
+            None if self.omega is None else self.omega[rows],
+        )
+
+    def scaled(self, rows: slice, h: Tensor) -> list[Tensor]:
+        """omega_i h for each i, of some tokens h [n, d]."""
+        if self.omega is None:
+            return [h]
+        return [h * column for column in self.omega[rows].t()[..., None]]
+
+    def logits(self, scaled: list[Tensor]) -> Tensor:
+        """z = sum_i (omega_i h) W_i^T + omega bias."""
+        if self.omega is None:
+            return F.linear(scaled[0], self.experts[0], None if self.bias is None else self.bias[0])
+        z = F.linear(scaled[0], self.experts[0])
+        for h, expert in zip(scaled[1:], self.experts[1:], strict=True):
+            z.addmm_(h, expert.t())
+        return z if self.bias is None else z.addmm_(self.omega, self.bias)
+
+    def add_product(self, total: Tensor, z: Tensor) -> None:
+        """total += z W."""
+        if self.omega is None:
+            total.addmm_(z, self.experts[0])
+            return
+        for expert, column in zip(self.experts, self.omega.t()[..., None], strict=True):
+            total.addcmul_(z @ expert, column)
+
+    def rows_of(self, rows: slice, ids: Tensor) -> Tensor:
+        """W_id for a token and an id each, [n, d] in float32."""
+        if self.omega is None:
+            return self.experts[0][ids].float()
+        each = zip(self.experts, self.omega[rows].t()[..., None], strict=True)
+        first, *others = (expert[ids].float() * column for expert, column in each)
+        return sum(others, first)
 
 
 def why_not(
@@ -36,8 +97,6 @@ def why_not(
     """None where this backend can run, else a sentence."""
     if hidden.device.type != "cpu":
         return f"the tensors are on {hidden.device}, not on the CPU"
-    if weights is not None:
-        return "the head is mixed per example"
     if invariant:
         return "batch_invariant() needs products in fixed tiles"
     return native.cpu_missing() or native.dtype_why_not(hidden)
@@ -57,35 +116,34 @@ def linear_logprob(
     invariant: bool,
     isa: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As reference.linear_logprob without weights, in float32 whatever hidden's dtype.
+    """As reference.linear_logprob, in float32 whatever hidden's dtype.
 
-    Holds BLOCK_LOGITS logits (twice with ref_hidden), the slopes in float32, and a block of the
-    head in float32 where it is not. isa: an instruction set for this call, "" for the one in use.
+    Holds BLOCK_LOGITS logits (twice with ref_hidden), the slopes in float32, a block of the head in
+    float32 where it is not, and of a mixed head the states of BLOCK_TOKENS tokens m times.
+    isa: an instruction set for this call, "" for the one in use.
     """
-    tokens, vocab_size = hidden.shape[0], head_weight.shape[0]
+    tokens, vocab_size = hidden.shape[0], head_weight.shape[-2]
     has_ref = ref_hidden is not None
     state = torch.empty(tokens, 8, dtype=torch.float64)
     by_logprob, by_kl = (
-        torch.empty(hidden.shape if wanted else (0,)) for wanted in (slopes, slopes and has_ref)
+        torch.zeros(hidden.shape if wanted else (0,)) for wanted in (slopes, slopes and has_ref)
     )
+    head = Head.of(head_weight, bias, weights, example_ids)
     tau, targets = temperature.float().contiguous(), targets.contiguous()
     for begin in range(0, tokens, BLOCK_TOKENS):
         rows = slice(begin, begin + BLOCK_TOKENS)
-        h = hidden[rows].float()
-        ref = None if ref_hidden is None else ref_hidden[rows].float()
-        factor, moved = torch.empty(len(h)), torch.empty(len(h))
-        step = max(1, BLOCK_LOGITS // len(h))
+        h = head.scaled(rows, hidden[rows].float())
+        ref = None if ref_hidden is None else head.scaled(rows, ref_hidden[rows].float())
+        factor, moved = torch.empty(len(h[0])), torch.empty(len(h[0]))
+        step = max(1, BLOCK_LOGITS // len(h[0]))
         for first in range(0, vocab_size, step):
-            ids = slice(first, first + step)
-            head = head_weight[ids].float()
-            added = None if bias is None else bias[ids].float()
-            z = F.linear(h, head, added)
-            ref_z = None if ref is None else F.linear(ref, head, added)
+            part = head.part(rows, slice(first, first + step))
+            z = part.logits(h)
+            ref_z = None if ref is None else part.logits(ref)
             native.cpu().linear_logprob(
                 z.data_ptr(),
                 0 if ref_z is None else ref_z.data_ptr(),
-                len(h),
-                len(head),
+                *z.shape,
                 first,
                 targets[rows].data_ptr(),
                 tau[rows].data_ptr(),
@@ -99,21 +157,20 @@ def linear_logprob(
             if not slopes:
                 continue
             # Sums of e (z - z' - shift) W and of e W, relative to the largest logit so far.
-            known = float(first > 0)  # 0: whatever stood there is not read
             if ref_z is not None:
                 if first > 0:
                     scaled = by_kl[rows].mul_(factor[:, None])
                     scaled.addcmul_(by_logprob[rows], (factor * moved)[:, None])
-                by_kl[rows].addmm_(ref_z, head, beta=known)
+                part.add_product(by_kl[rows], ref_z)
             if first > 0:
                 by_logprob[rows].mul_(factor[:, None])
-            by_logprob[rows].addmm_(z, head, beta=known)
-    return finish(state, head_weight, targets, tau, return_entropy, has_ref, by_logprob, by_kl)
+            part.add_product(by_logprob[rows], z)
+    return finish(state, head, targets, tau, return_entropy, has_ref, by_logprob, by_kl)
 
 
 def finish(
     state: Tensor,
-    head_weight: Tensor,
+    head: Head,
     targets: Tensor,
     tau: Tensor,
     return_entropy: bool,
@@ -123,7 +180,7 @@ def finish(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The outputs, from the sums over the vocabulary (csrc/linear_logprob.h)."""
     top, mass, weighted, apart, ref_top, ref_mass, shift, at_target = state.unbind(1)
-    t, ignored, dtype = tau.double(), targets == -100, head_weight.dtype
+    t, ignored, dtype = tau.double(), targets == -100, head.experts.dtype
 
     def output(value: Tensor, wanted: bool = True) -> Tensor:
         empty = value.new_empty(0, dtype=torch.float32)
@@ -145,7 +202,7 @@ def finish(
         by_logprob.mul_((-1 / (mass * t)).float()[:, None])
         for rows in range(0, len(t), BLOCK_TOKENS):
             some = slice(rows, rows + BLOCK_TOKENS)
-            wanted = head_weight[targets[some].clamp(min=0)].float()
+            wanted = head.rows_of(some, targets[some].clamp(min=0))
             by_logprob[some].addcdiv_(wanted, tau[some, None])
         by_logprob.masked_fill_(ignored[:, None], 0.0)
     return logprobs, entropy, output(exact_kl, has_ref), by_logprob.to(dtype), by_kl.to(dtype)

@@ -18,6 +18,7 @@ import torch
 
 from clp_kernels import (
     cpu_linear_logprob,
+    cpu_linear_logprob_backward,
     cpu_mixed_linear,
     cpu_mixed_lora,
     cpu_sample,
@@ -125,7 +126,10 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         _triton("triton_linear_logprob", "linear_logprob"),
         _reference("linear_logprob"),
     ),
-    "linear_logprob_backward": (_reference("linear_logprob_backward"),),
+    "linear_logprob_backward": (
+        _compiled("cpu", cpu_linear_logprob_backward, "linear_logprob_backward"),
+        _reference("linear_logprob_backward"),
+    ),
 }
 
 

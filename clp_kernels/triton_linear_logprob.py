@@ -4,8 +4,9 @@ Unverified on a GPU. The design is that of cpu_linear_logprob: a block is some t
 ids; the softmax is taken as in flash attention, relative to the largest logit so far, and the
 slopes are sums over the vocabulary like the others, scaled down when a larger logit comes. What
 the second product needs of the probabilities is rounded to the head's dtype, in which the tensor
-cores take it; all sums are of what was there before that rounding. A mixed head, batch_invariant()
-and the backward of a trained head are the reference's business.
+cores take it; all sums are of what was there before that rounding. A mixed head takes a product for
+each expert, scaled in float32. batch_invariant() and the backward of a trained head are the
+reference's business.
 """
 
 import torch
@@ -201,8 +202,6 @@ def why_not(
         return "the triton kernel sums products in float32 and hidden is float64"
     if not INTERPRETED and hidden.device.type != "cuda":
         return f"the tensors are on {hidden.device}, not on a GPU, and triton's interpreter is off"
-    if weights is not None:
-        return "the head is mixed per example"
     if invariant:
         return "batch_invariant() needs products in fixed tiles"
     return None
@@ -221,14 +220,15 @@ def linear_logprob(
     slopes: bool,
     invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As reference.linear_logprob without weights: float32 logits and sums in every dtype.
+    """As reference.linear_logprob: float32 logits and sums in every dtype.
 
-    hidden [T, d] and head_weight [V, d] in float32, bfloat16 or float16. Holds BLOCK_LOGITS logits
-    in float32 (twice with ref_hidden), with 16-bit slopes as many probabilities in that dtype, and
-    the slopes in float32. In float16 a probability below 2^-25 of the largest is 0 in the slopes.
-    Reads nothing on the host. Deterministic; the bits depend on the number of tokens.
+    hidden [T, d] and head_weight [V, d] or [m, V, d] in float32, bfloat16 or float16. Holds
+    BLOCK_LOGITS logits in float32 (twice with ref_hidden, and once more for a mixed head), with
+    16-bit slopes as many probabilities in that dtype, and the slopes in float32. In float16 a
+    probability below 2^-25 of the largest is 0 in the slopes. Reads nothing on the host.
+    Deterministic; the bits depend on the number of tokens.
     """
-    tokens, vocab_size = hidden.shape[0], head_weight.shape[0]
+    tokens, vocab_size = hidden.shape[0], head_weight.shape[-2]
     has_ref = ref_hidden is not None
 
     def floats(*shape: int) -> Tensor:
@@ -239,17 +239,23 @@ def linear_logprob(
         floats(*hidden.shape) if wanted else floats(0) for wanted in (slopes, slopes and has_ref)
     )
     tau, targets = temperature.float().contiguous(), targets.contiguous()
-    added = None if bias is None else bias.float().contiguous()
+    head = cpu_linear_logprob.Head.of(head_weight, bias, weights, example_ids)
+    added = None if head.bias is None else head.bias.float().contiguous()
     for begin in range(0, tokens, BLOCK_TOKENS):
         rows = slice(begin, begin + BLOCK_TOKENS)
         h, ref = hidden[rows], None if ref_hidden is None else ref_hidden[rows]
+        omega = None if head.omega is None else head.omega[rows]
         factor = floats(len(h))
         step = _ids_of_a_block(len(h))
         for first in range(0, vocab_size, step):
             ids = slice(first, first + step)
-            head = head_weight[ids]
-            z = _product(h, head.t())
-            ref_z = None if ref is None else _product(ref, head.t())
+            experts = head.experts[:, ids]
+            z = _mixed(h, experts.mT, omega)
+            ref_z = None if ref is None else _mixed(ref, experts.mT, omega)
+            if omega is not None and added is not None:
+                for logits in (z, ref_z):
+                    if logits is not None:
+                        logits.addmm_(omega, added[:, ids])
             e, apart = (
                 _like(logits, hidden.dtype) if slopes and logits is not None else None
                 for logits in (z, ref_z)
@@ -258,7 +264,7 @@ def linear_logprob(
                 block_kernel[(len(h),)](
                     logits_ptr=z,
                     ref_logits_ptr=ref_z,
-                    bias_ptr=None if added is None else added[ids],
+                    bias_ptr=added[0, ids] if added is not None and omega is None else None,
                     targets_ptr=targets[rows],
                     temperature_ptr=tau[rows],
                     state_ptr=state[rows],
@@ -266,7 +272,7 @@ def linear_logprob(
                     e_ptr=e,
                     apart_ptr=apart,
                     first=first,
-                    count=len(head),
+                    count=z.shape[1],
                     BLOCK=BLOCK,
                     **OPTIONS,
                 )
@@ -274,13 +280,13 @@ def linear_logprob(
             for total, terms in ((by_logprob, e), (by_kl, apart)):
                 if terms is None:
                     continue
-                product, sums = _product(terms, head), total[rows]
+                product, sums = _mixed(terms, experts, omega), total[rows]
                 if first == 0:
                     sums.copy_(product)
                 else:
                     torch.addcmul(product, sums, factor[:, None], out=sums)
     logprobs, entropy, kl, slope, kl_slope = cpu_linear_logprob.finish(
-        state, head_weight, targets, tau, return_entropy, has_ref, by_logprob, by_kl
+        state, head, targets, tau, return_entropy, has_ref, by_logprob, by_kl
     )
     entropy, kl = entropy if return_entropy else floats(0), kl if has_ref else floats(0)
     return logprobs, entropy, kl, slope, kl_slope
@@ -289,6 +295,20 @@ def linear_logprob(
 def _ids_of_a_block(tokens: int) -> int:
     step = max(1, BLOCK_LOGITS // tokens)
     return step if step < ALIGNMENT else step // ALIGNMENT * ALIGNMENT
+
+
+def _mixed(a: Tensor, matrices: Tensor, omega: Tensor | None) -> Tensor:
+    """sum_i omega_i (a @ matrices[i]) in float32; a @ matrices[0] without omega [n, m].
+
+    Scaling the products keeps a's 16 bits as they are; scaled states would be rounded again.
+    """
+    total = _product(a, matrices[0])
+    if omega is None:
+        return total
+    total.mul_(omega[:, :1])
+    for i in range(1, len(matrices)):
+        total.addcmul_(_product(a, matrices[i]), omega[:, i : i + 1])
+    return total
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

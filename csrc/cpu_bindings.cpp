@@ -119,6 +119,25 @@ void linear_logprob(uintptr_t logits, uintptr_t ref_logits, int64_t n, int64_t C
   clp::linear_logprob_cpu(args, num_threads, isa.c_str());
 }
 
+void linear_logprob_backward(uintptr_t logits, uintptr_t ref_logits, int64_t n, int64_t C,
+                             int64_t first, uintptr_t targets, uintptr_t temperature,
+                             uintptr_t state, uintptr_t d_logprobs, uintptr_t d_entropy,
+                             uintptr_t d_kl, int num_threads, const std::string& isa) {
+  const clp::LogprobBackwardArgs args{pointer<float>(logits),
+                                      pointer<float>(ref_logits),
+                                      n,
+                                      C,
+                                      first,
+                                      pointer<const int64_t>(targets),
+                                      pointer<const float>(temperature),
+                                      pointer<const clp::LogprobState>(state),
+                                      pointer<const float>(d_logprobs),
+                                      pointer<const float>(d_entropy),
+                                      pointer<const float>(d_kl)};
+  py::gil_scoped_release release;
+  clp::linear_logprob_backward_cpu(args, num_threads, isa.c_str());
+}
+
 void uniform(int64_t seed, int64_t position, int64_t count, uintptr_t out,
              const std::string& isa) {
   clp::sample_kernels(clp::resolve_isa(isa)).uniform(seed, position, count, pointer<double>(out));
@@ -147,6 +166,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("mixed_lora", &mixed_lora);
   module.def("mixed_linear", &mixed_linear);
   module.def("linear_logprob", &linear_logprob);
+  module.def("linear_logprob_backward", &linear_logprob_backward);
   module.def("philox", &philox);
   module.def("uniform", &uniform);
   module.def("exp2", &exp2_each);

@@ -17,14 +17,23 @@ LogprobRow row_of(Isa isa) {
   return kLogprobRowScalar;
 }
 
+template <class Args>
+void each_row(void (*row)(const Args&, int64_t), const Args& args, int num_threads) {
+  parallel(num_threads, [&](const Team& team) {
+    const Range mine = team.part(args.n);
+    for (int64_t t = mine.begin; t < mine.end; ++t) row(args, t);
+  });
+}
+
 }  // namespace
 
-void linear_logprob_cpu(const LogprobArgs& a, int num_threads, const char* isa) {
-  const LogprobRow row = row_of(resolve_isa(isa));
-  parallel(num_threads, [&](const Team& team) {
-    const Range mine = team.part(a.n);
-    for (int64_t t = mine.begin; t < mine.end; ++t) row(a, t);
-  });
+void linear_logprob_cpu(const LogprobArgs& args, int num_threads, const char* isa) {
+  each_row(row_of(resolve_isa(isa)).forward, args, num_threads);
+}
+
+void linear_logprob_backward_cpu(const LogprobBackwardArgs& args, int num_threads,
+                                 const char* isa) {
+  each_row(row_of(resolve_isa(isa)).backward, args, num_threads);
 }
 
 }  // namespace clp

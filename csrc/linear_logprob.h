@@ -35,7 +35,28 @@ struct LogprobArgs {
   float *factor, *moved;  // [n]
 };
 
+// The backward: what a loss's derivatives by logprob, entropy and kl say of z and z', with
+// p = e / mass, q = e' / mass', H the entropy:
+//
+//   dz  = (d_logprob (onehot - p) - d_entropy p (log p + H) + d_kl p (log p/q - kl)) / t
+//   dz' = d_kl (q - p) / t
+//
+// All 0 for an ignored token (target -100). A token's bits depend on nothing but the token and its
+// state.
+struct LogprobBackwardArgs {
+  float* logits;      // z [n, C], contiguous; becomes dz
+  float* ref_logits;  // z' [n, C], becomes dz'; or null
+  int64_t n, C, first;
+  const int64_t* targets;     // [n]
+  const float* temperature;   // [n]
+  const LogprobState* state;  // [n], after the last block
+  // [n]; d_entropy may be null, d_kl is null where ref_logits is.
+  const float *d_logprobs, *d_entropy, *d_kl;
+};
+
 // isa: "scalar", "avx2", "avx512", or "" for the one chosen at load. Throws std::invalid_argument.
 void linear_logprob_cpu(const LogprobArgs& args, int num_threads, const char* isa);
+void linear_logprob_backward_cpu(const LogprobBackwardArgs& args, int num_threads,
+                                 const char* isa);
 
 }  // namespace clp

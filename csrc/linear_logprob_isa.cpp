@@ -9,7 +9,7 @@
 namespace clp {
 namespace CLP_ISA {
 
-constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLog2E = 1.4426950408889634, kLog2 = 0.6931471805599453;
 
 // Calls body(first id, how many) for packs of 16 ids, the last one shorter.
 template <class Body>
@@ -68,7 +68,7 @@ struct Power {
   }
 };
 
-static void row(const LogprobArgs& a, int64_t t) {
+static void forward(const LogprobArgs& a, int64_t t) {
   const int64_t C = a.C, target = a.targets[t] - a.first;
   float* const z = a.logits + t * C;
   float* const ref = a.ref_logits ? a.ref_logits + t * C : nullptr;
@@ -135,8 +135,51 @@ static void row(const LogprobArgs& a, int64_t t) {
   a.state[t] = s;
 }
 
+static void backward(const LogprobBackwardArgs& a, int64_t t) {
+  const int64_t C = a.C, target = a.targets[t] - a.first;
+  float* const z = a.logits + t * C;
+  float* const ref = a.ref_logits ? a.ref_logits + t * C : nullptr;
+  if (a.targets[t] == -100) {
+    memset(z, 0, size_t(C) * sizeof(float));
+    if (ref) memset(ref, 0, size_t(C) * sizeof(float));
+    return;
+  }
+  const double temperature = double(a.temperature[t]);
+  const Power power(temperature);
+  const LogprobState s = a.state[t];
+  const Floats zero = all(0.0f), most = all(s.top > -INFINITY ? float(s.top) : 0.0f);
+  const Floats least = all(s.ref_top > -INFINITY ? float(s.ref_top) : 0.0f);
+  // e and e' times these are p / t and q / t.
+  const Floats share = all(float(1.0 / (s.mass * temperature)));
+  const Floats ref_share = all(float(1.0 / (s.ref_mass * temperature)));
+  const Floats by_logprob = all(a.d_logprobs[t]);
+  // log p + H = (y - weighted / mass) log 2
+  const Floats by_entropy = all(a.d_entropy ? float(double(a.d_entropy[t]) * kLog2) : 0.0f);
+  const Floats mean = all(float(s.weighted / s.mass));
+  // log p/q - kl = (z - z' - shift - apart / mass) / t
+  const Floats by_kl = all(ref ? float(double(a.d_kl[t]) / temperature) : 0.0f);
+  const Floats d_kl = all(ref ? a.d_kl[t] : 0.0f);
+  const Floats shift = all(float(s.shift)), rest = all(float(s.apart / s.mass));
+  each_pack(C, [&](int64_t j, int count) {
+    const Floats value = read(z, j, count, -INFINITY);
+    Floats y;
+    const Floats e = power(value - most, &y), p = e * share;
+    Floats change = zero - by_logprob - by_entropy * (y - mean);
+    if (ref) {
+      const Floats ref_value = read(ref, j, count, -INFINITY);
+      const Floats q = power(ref_value - least, &y) * ref_share;
+      // An id without probability counts for nothing, whatever the reference says of it.
+      const Floats difference = ((value - ref_value) - shift) - rest;
+      change = change + by_kl * where_equal(e, zero, zero, difference);
+      write(ref, j, count, d_kl * (q - p));
+    }
+    write(z, j, count, p * change);
+  });
+  if (target >= 0 && target < C) z[target] += float(double(a.d_logprobs[t]) / temperature);
+}
+
 }  // namespace CLP_ISA
 
-const LogprobRow CLP_LOGPROB_ROW = CLP_ISA::row;
+const LogprobRow CLP_LOGPROB_ROW = {CLP_ISA::forward, CLP_ISA::backward};
 
 }  // namespace clp

@@ -7,7 +7,10 @@
 
 namespace clp {
 
-using LogprobRow = void (*)(const LogprobArgs& args, int64_t row);
+struct LogprobRow {
+  void (*forward)(const LogprobArgs& args, int64_t row);
+  void (*backward)(const LogprobBackwardArgs& args, int64_t row);
+};
 
 extern const LogprobRow kLogprobRowScalar, kLogprobRowAvx2, kLogprobRowAvx512;
 
