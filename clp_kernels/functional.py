@@ -453,8 +453,8 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        slope, kl_slope, *saved = ctx.saved_tensors
-        hidden, ref = saved[0], saved[-1]
+        slope, kl_slope, *saved, ref = ctx.saved_tensors
+        hidden = saved[0]
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
         if ctx.sloped and grads[1] is None:
             terms = [
@@ -466,12 +466,14 @@ class _LinearLogprob(torch.autograd.Function):
             return (total.to(hidden.dtype), *[None] * 11)
         # The logits again: the head is trained, or the entropy is part of the loss.
         acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        present = (True, grads[1] is not None, ref is not None)
+        present = (True, grads[1] is not None, grads[2] is not None)
         upstreams = [
             hidden.new_zeros(len(hidden) if there else 0, dtype=acc) if grad is None else grad
             for grad, there in zip(grads, present, strict=True)
         ]
-        arguments = (*upstreams, *saved, ctx.invariant, needs, ctx.backend)
+        # Where kl is only watched, the reference policy's logits are not needed again.
+        ref = ref if present[2] else None
+        arguments = (*upstreams, *saved, ref, ctx.invariant, needs, ctx.backend)
         d_hidden, d_head, d_bias, d_weights = _asked(_op.linear_logprob_backward(*arguments), needs)
         return (d_hidden, d_head, None, d_bias, d_weights, *[None] * 7)
 

@@ -99,8 +99,8 @@ def test_kernels_on_and_off_give_the_same_loss_curve(
     alone, the head's being the reference's in both runs, and all kernels. The loss sums over the
     tokens of a completion, and so does its rounding."""
     if which == "mixed":
-        reference = dispatch.BACKENDS["linear_logprob"][-1:]
-        monkeypatch.setitem(dispatch.BACKENDS, "linear_logprob", reference)
+        for op in ("linear_logprob", "linear_logprob_backward"):
+            monkeypatch.setitem(dispatch.BACKENDS, op, dispatch.BACKENDS[op][-1:])
     runs = {}
     for backend in ("auto", "reference"):
         monkeypatch.setenv("CLP_KERNELS_BACKEND", backend)

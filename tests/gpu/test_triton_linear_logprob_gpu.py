@@ -3,6 +3,7 @@
 Needs no conftest.py.
 """
 
+import itertools
 from typing import Any
 
 import pytest
@@ -42,16 +43,26 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arguments(
-    tokens: int, vocab_size: int, dim: int, dtype: torch.dtype, *, bias: bool
+    tokens: int, vocab_size: int, dim: int, dtype: torch.dtype, *, bias: bool, m: int = 0
 ) -> Arguments:
-    """Of the op, with entropy, reference and slopes; every fourth token is ignored."""
+    """Of the op, with entropy, reference and slopes; every fourth token is ignored.
+
+    m: experts of a mixed head, with weights of any sign for three examples; 0 for a plain head.
+    """
     hidden, ref = (torch.randn(tokens, dim, device="cuda").to(dtype) for _ in range(2))
-    head = (2 * torch.randn(vocab_size, dim, device="cuda") * dim**-0.5).to(dtype)
+    shape = (m, vocab_size) if m else (vocab_size,)
+    head = (2 * torch.randn(*shape, dim, device="cuda") * dim**-0.5).to(dtype)
     targets = torch.randint(vocab_size, (tokens,), device="cuda")
     targets[3::4] = -100
-    added = torch.randn(vocab_size, device="cuda").to(dtype) if bias else None
+    added = torch.randn(shape, device="cuda").to(dtype) if bias else None
     temperature = torch.rand(tokens, device="cuda") + 0.5
-    return hidden, head, targets, added, None, None, temperature, True, ref, True, False
+    mixture: tuple[Tensor | None, Tensor | None] = (None, None)
+    if m:
+        mixture = (
+            torch.randn(3, m, device="cuda"),
+            torch.randint(3, (tokens,), device="cuda"),
+        )
+    return hidden, head, targets, added, *mixture, temperature, True, ref, True, False
 
 
 def in_double(args: Arguments) -> Arguments:
@@ -60,12 +71,20 @@ def in_double(args: Arguments) -> Arguments:
 
 def plain(args: Arguments) -> list[Tensor]:
     """From materialised logits in the dtype of the inputs; slopes by autograd."""
-    hidden, head, targets, bias, _, _, temperature, _, ref, _, _ = args
+    hidden, head, targets, bias, weights, ids, temperature, _, ref, _, _ = args
     hidden = hidden.detach().requires_grad_()
     tau = temperature.to(hidden.dtype)[:, None]
-    logp, logq = (
-        torch.nn.functional.linear(x, head, bias).div(tau).log_softmax(-1) for x in (hidden, ref)
-    )
+
+    def logits(x: Tensor) -> Tensor:
+        if weights is None:
+            return torch.nn.functional.linear(x, head, bias)
+        columns = weights.to(x.dtype)[ids]
+        added = [None] * len(head) if bias is None else bias
+        each = map(torch.nn.functional.linear, itertools.repeat(x), head, added)
+        total: Tensor = sum(columns[:, i, None] * z for i, z in enumerate(each))
+        return total
+
+    logp, logq = (logits(x).div(tau).log_softmax(-1) for x in (hidden, ref))
     used = targets != -100
     picked = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0] * used
     p = logp.exp()
@@ -91,6 +110,15 @@ def test_small_within_budget(dtype: torch.dtype, bias: bool) -> None:
     for tokens, dim in ((4, 24), (40, 64), (41, 8), (130, 128)):
         for vocab_size in (31, 128, 1023, 1280, 1281, 4099):
             check(arguments(tokens, vocab_size, dim, dtype, bias=bias))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_small_mixed_head_within_budget(dtype: torch.dtype, m: int) -> None:
+    for tokens, dim, bias in ((4, 24, True), (41, 8, False), (130, 128, True)):
+        for vocab_size in (31, 1280, 1281, 4099):
+            check(arguments(tokens, vocab_size, dim, dtype, bias=bias, m=m))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -120,10 +148,13 @@ def test_small_one_id_is_left() -> None:
     assert slope.abs().max() < 1e-6 and kl_slope.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("m", [0, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_small_two_runs_give_the_same_bits_and_a_graph_the_same_values(dtype: torch.dtype) -> None:
+def test_small_two_runs_give_the_same_bits_and_a_graph_the_same_values(
+    dtype: torch.dtype, m: int
+) -> None:
     """A capture also fails where anything is read on the host."""
-    args = arguments(70, 5000, 64, dtype, bias=True)
+    args = arguments(70, 5000, 64, dtype, bias=True, m=m)
     first, again = (backend.linear_logprob(*args) for _ in range(2))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
