@@ -1,6 +1,8 @@
 """The subject `linear_logprob`: log-probabilities from hidden states, and their gradient.
 
-Forward and backward with a frozen head, upstream gradients different for each token.
+Forward and backward with a frozen head, upstream gradients different for each token. A mixed head
+has a matrix for each expert and weights for each of eight examples, of equal length; its baseline
+is the same sum of scaled logits, materialised.
 
 Providers.
     torch                    materialised logits, log_softmax, gather
@@ -32,28 +34,38 @@ OP = "linear_logprob"
 PROTOCOL = Protocol(warmup=1, least=5, seconds=5.0)  # calls of a second
 QUICK_PROTOCOL = Protocol(warmup=1, least=3, seconds=0.2)
 JUDGED = 256  # tokens
+EXAMPLES = 8  # with a mixed head
 Outputs = tuple[Tensor, Tensor]  # logprobs [T], d hidden [T, d]
 Form = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call: T tokens of d features, a head of V."""
+    """Sizes of one call: T tokens of d features, a head of V; experts 0: it is not mixed."""
 
     tokens: int
     vocab_size: int
     features: int
     dtype: str
+    experts: int = 0
 
     def fields(self) -> dict[str, object]:
         """The case as it stands in a row."""
         sizes = {"T": self.tokens, "V": self.vocab_size, "d": self.features}
-        return {"mode": "forward+backward, frozen head", **sizes, "dtype": self.dtype}
+        mode = "forward+backward, frozen head"
+        if self.experts:
+            mode = "forward+backward, frozen mixed head"
+            sizes |= {"m": self.experts, "B": EXAMPLES}
+        return {"mode": mode, **sizes, "dtype": self.dtype}
 
     def floors(self, roofs: Roofs) -> dict[str, float]:
-        """Microseconds of two products, 4 T V d flops, and of reading the head and hidden once."""
-        flops = 4 * self.tokens * self.vocab_size * self.features
-        elements = (self.vocab_size + 3 * self.tokens) * self.features
+        """Microseconds of two products, 4 T V d flops, and of reading the head and hidden once.
+
+        For each expert of a mixed head.
+        """
+        rows = max(1, self.experts) * self.vocab_size
+        flops = 4 * self.tokens * rows * self.features
+        elements = (rows + 3 * self.tokens) * self.features
         size = getattr(torch, self.dtype).itemsize
         return {
             "floor": flops / roofs.flops[self.dtype] * 1e6,
@@ -65,21 +77,34 @@ def cases(device: str, quick: bool = False) -> list[Case]:
     """The ladder of the device."""
     if device == "cuda":
         sizes = [(4096, 128_256, 4096)] if quick else [(2048, 32_000, 512), (8192, 151_936, 4096)]
-        return [Case(*size, "bfloat16") for size in sizes]
+        found = [Case(*size, "bfloat16") for size in sizes]
+        return found if quick else [*found, Case(2048, 32_000, 512, "bfloat16", experts=4)]
     sizes = [(2048, 32_000, 512)]
     if not quick:
         sizes = [(256, 32_000, 512), *sizes, (2048, 512, 64), (512, 151_936, 1024)]
-    return [Case(*size, "float32") for size in sizes]
+    found = [Case(*size, "float32") for size in sizes]
+    return [*found, Case(512, 32_000, 512, "float32", experts=4)]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """hidden [T, d], head [V, d], targets int64 [T], upstream float32 [T]."""
+    """hidden [T, d], head [V, d], targets int64 [T], upstream float32 [T].
+
+    With a mixed head [m, V, d]: weights float32 [B, m].
+    """
 
     hidden: Tensor
     head: Tensor
     targets: Tensor
     upstream: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def example_ids(self) -> Tensor:
+        """The row of weights of each token, int64 [T]."""
+        return torch.arange(len(self.hidden), device=self.hidden.device) // (
+            len(self.hidden) // EXAMPLES
+        )
 
 
 def inputs(case: Case, device: torch.device) -> Inputs:
@@ -90,15 +115,25 @@ def inputs(case: Case, device: torch.device) -> Inputs:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, device=device)
 
-    head = 2 * normal(case.vocab_size, case.features) * case.features**-0.5
+    experts = (case.experts,) if case.experts else ()
+    head = 2 * normal(*experts, case.vocab_size, case.features) * case.features**-0.5
     targets = torch.randint(case.vocab_size, (case.tokens,), generator=g, device=device)
     hidden, upstream = normal(case.tokens, case.features), normal(case.tokens)
-    return Inputs(hidden.to(dtype), head.to(dtype), targets, upstream)
+    weights = normal(EXAMPLES, case.experts).softmax(-1) if case.experts else None
+    return Inputs(hidden.to(dtype), head.to(dtype), targets, upstream, weights)
 
 
 def materialised(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
     """The plain form; in 16 bits its logits are rounded to them."""
     logp = torch.log_softmax(F.linear(hidden, head), dim=-1)
+    return logp.gather(-1, targets[:, None])[:, 0]
+
+
+def mixed(omega: Tensor, head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
+    """The plain form of a mixed head."""
+    columns = omega.to(hidden.dtype).t()[..., None]
+    first, *others = (w * F.linear(hidden, part) for w, part in zip(columns, head, strict=True))
+    logp = torch.log_softmax(sum(others, first), dim=-1)
     return logp.gather(-1, targets[:, None])[:, 0]
 
 
@@ -126,23 +161,32 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
         "torch_cross_entropy": cross_entropy,
         "torch_linear": linear_cross_entropy,
     }
+    mixture: tuple[Tensor | None, Tensor | None] = (None, None)
+    if data.weights is not None:
+        mixture = (data.weights, data.example_ids)
+        plain = {"torch": partial(mixed, data.weights[data.example_ids])}
     if compiled:
         torch.compiler.reset()
-        plain["torch_compile"] = torch.compile(materialised, dynamic=False)
+        plain["torch_compile"] = torch.compile(plain["torch"], dynamic=False)
     gate = _gate(data)
     found = [
         Provider(name, partial(_train, data, partial(form, data.head, data.targets)), gate)
         for name, form in plain.items()
     ]
-    call: tuple[Any, ...] = (data.hidden, data.head, data.targets, None, None, None)
+    call: tuple[Any, ...] = (data.hidden, data.head, data.targets, None, *mixture)
     call += (data.upstream, False, None, True, False)
     for entry in dispatch.BACKENDS[OP]:
         if entry.why_not(*call) is None:
 
             def ours(hidden: Tensor, backend: str = entry.name) -> Tensor:
+                if data.weights is None:
+                    return clp_kernels.linear_logprob(
+                        hidden, data.head, data.targets, backend=backend
+                    ).logprobs
+                states, targets = (t.unflatten(0, (EXAMPLES, -1)) for t in (hidden, data.targets))
                 return clp_kernels.linear_logprob(
-                    hidden, data.head, data.targets, backend=backend
-                ).logprobs
+                    states, data.head, targets, weights=data.weights, backend=backend
+                ).logprobs.flatten()
 
             found.append(Provider(entry.name, partial(_train, data, ours), gate))
     return found
@@ -158,7 +202,10 @@ def _gate(data: Inputs) -> Callable[[Outputs], float]:
             data.targets[every],
             data.upstream[every],
         )
-        return _train(some, partial(materialised, some.head, some.targets))
+        if data.weights is None:
+            return _train(some, partial(materialised, some.head, some.targets))
+        omega = data.weights[data.example_ids[every]].to(dtype)
+        return _train(some, partial(mixed, omega, some.head, some.targets))
 
     wide, same = form(torch.float64), form(data.hidden.dtype)
 

@@ -156,16 +156,17 @@ def linear_logprob_backward(
             if ref_hidden is not None:
                 ref_grads.add(part, rows, ids, logits[1], h[1], scaled[1])
     d_hidden, d_experts, d_bias, d_omega = sums
-    empty, dtype = hidden.new_empty(0), hidden.dtype
-    d_weights = None
+    out_hidden, out_head, out_bias, out_weights = (hidden.new_empty(0) for _ in needs)
+    if d_hidden is not None:
+        out_hidden = d_hidden.to(hidden.dtype)
+    if d_experts is not None:
+        out_head = d_experts.view(head_weight.shape).to(hidden.dtype)
+    if d_bias is not None:
+        out_bias = d_bias.view(head_weight.shape[:-1]).to(hidden.dtype)
     if d_omega is not None and weights is not None:
-        d_weights = reference.sum_per_example(d_omega, len(weights), example_ids).to(weights.dtype)
-    return (
-        empty if d_hidden is None else d_hidden.to(dtype),
-        empty if d_experts is None else d_experts.view(head_weight.shape).to(dtype),
-        empty if d_bias is None else d_bias.view(head_weight.shape[:-1]).to(dtype),
-        empty if d_weights is None else d_weights,
-    )
+        per_example = reference.sum_per_example(d_omega, len(weights), example_ids)
+        out_weights = per_example.to(weights.dtype)
+    return out_hidden, out_head, out_bias, out_weights
 
 
 def _slices(length: int, step: int) -> list[slice]:

@@ -85,6 +85,18 @@ def test_filtered_and_logprob_cases_emit_valid_rows(tmp_path: Path) -> None:
     assert linear_logprob.Case(2048, 32_000, 512, "float32") in linear_logprob.cases("cpu", True)
 
 
+def test_a_mixed_head_is_measured_against_the_sum_of_its_scaled_logits() -> None:
+    case = linear_logprob.Case(24, 70, 8, "float32", experts=2)
+    found = linear_logprob.providers(linear_logprob.inputs(case, CPU))
+    names = ["torch", "reference"] if sample.native.cpu_missing() else ["torch", "cpu", "reference"]
+    assert [provider.name for provider in found] == names
+    for provider in found:
+        assert provider.check(provider.run()) <= 1
+    logprobs, slope = found[-1].run()
+    with pytest.raises(AssertionError, match="logprobs"):
+        found[0].check((logprobs + 1e-3, slope))
+
+
 def test_a_token_that_the_filter_drops_is_refused() -> None:
     case = sample.Case(50, 2, 3, "float32", top_p=0.5)
     baseline = sample.providers(sample.inputs(case, CPU))[0]

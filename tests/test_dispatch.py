@@ -111,6 +111,7 @@ def test_a_named_backend_never_falls_back(op: str, backend: str) -> None:
         "sample": sample_arguments(),
         "mixed_linear": (X, W[None], ROWS, None, None, False),
         "linear_logprob": (*head, False, None, False, False),
+        "linear_logprob_backward": (*[torch.ones(3)] * 3, *head, None, False, [True] * 4),
     }
     arguments = others.get(op, LORA)
     try:

@@ -178,7 +178,7 @@ def mixed() -> list[Case]:
 
 @pytest.mark.parametrize("case", mixed(), ids=case_id)
 def test_mixed_head_within_budget(case: Case) -> None:
-    """Three draws are judged as one: the largest error of few tokens with large logits is chance."""
+    """Three draws are judged as one: the largest error of few large logits is chance."""
     check(*(arguments(case, draw) for draw in range(3)))
 
 
