@@ -55,9 +55,7 @@ class _Gradients:
     bias: Tensor | None
     omega: Tensor | None
 
-    def add(
-        self, part: Head, rows: slice, ids: slice, dz: Tensor, h: Tensor, scaled: list[Tensor]
-    ) -> None:
+    def add(self, part: Head, rows: slice, ids: slice, dz: Tensor, h: Tensor) -> None:
         """What dz [n, ids], the derivative by the logits of states h [n, d], adds to each."""
         if self.omega is not None and part.omega is not None:
             for i, expert in enumerate(part.experts):
@@ -70,7 +68,8 @@ class _Gradients:
         elif self.hidden is not None:
             part.add_product(self.hidden[rows], dz)
         if self.experts is not None:
-            for total, states in zip(self.experts[:, ids], scaled, strict=True):
+            for i, total in enumerate(self.experts[:, ids]):
+                states = h if part.omega is None else h * part.omega[:, i, None]
                 total.addmm_(dz.t(), states)
         if self.bias is not None:
             if part.omega is None:
@@ -115,7 +114,6 @@ def linear_logprob_backward(
     keep, most = room >= KEPT_TOKENS, cpu_linear_logprob.BLOCK_TOKENS
     for rows in _slices(tokens, min(most, room) if keep else most):
         h = [x[rows].float() for x in (hidden, ref_hidden) if x is not None]
-        scaled = [head.scaled(rows, x) for x in h]
         count = len(h[0])
         state = torch.empty(count, 8, dtype=torch.float64)
         unused = torch.empty(2, count)
@@ -123,7 +121,7 @@ def linear_logprob_backward(
         blocks = _slices(vocab_size, max(1, cpu_linear_logprob.BLOCK_LOGITS // count))
         kept = []
         for ids in blocks:
-            logits = [head.part(rows, ids).logits(x) for x in scaled]
+            logits = [head.part(rows, ids).logits(x) for x in h]
             native.cpu().linear_logprob(
                 *_pointers(logits),
                 *logits[0].shape,
@@ -140,7 +138,7 @@ def linear_logprob_backward(
                 kept.append(logits)
         for ids in blocks:
             part = head.part(rows, ids)
-            logits = kept.pop(0) if keep else [part.logits(x) for x in scaled]
+            logits = kept.pop(0) if keep else [part.logits(x) for x in h]
             native.cpu().linear_logprob_backward(
                 *_pointers(logits),
                 *logits[0].shape,
@@ -152,9 +150,9 @@ def linear_logprob_backward(
                 threads,
                 isa,
             )
-            grads.add(part, rows, ids, logits[0], h[0], scaled[0])
+            grads.add(part, rows, ids, logits[0], h[0])
             if ref_hidden is not None:
-                ref_grads.add(part, rows, ids, logits[1], h[1], scaled[1])
+                ref_grads.add(part, rows, ids, logits[1], h[1])
     d_hidden, d_experts, d_bias, d_omega = sums
     out_hidden, out_head, out_bias, out_weights = (hidden.new_empty(0) for _ in needs)
     if d_hidden is not None:
