@@ -374,7 +374,8 @@ def linear_logprob(
     Returns:
         LogProb(logprobs, entropy, kl) in float32 (float64 for float64), in the targets' shape;
         entropy and kl are None where not asked for. [T, V] never exists: at most 2^22 logits at a
-        time, on a GPU 2^26, and twice that with ref_hidden.
+        time, in the CPU's backward 2^24, on a GPU 2^26; twice that with ref_hidden, and once more
+        for a mixed head.
 
     Differentiable in hidden, head_weight, bias and weights (once), not in ref_hidden. A trained
     head moves the reference too, and kl's gradient says so: keep the head frozen where q must stay
@@ -383,7 +384,10 @@ def linear_logprob(
     Cost, in products of T x V x d: with a frozen head the gradients of logprobs and kl with respect
     to hidden are made in the forward, while the logits are there (2 instead of 3 for logprobs, 4
     instead of 5 with kl), and kept as [T, d] each. With a trained head, or where the entropy is
-    part of the loss, the backward makes the logits again.
+    part of the loss, the backward makes the logits again: 4 products in all for logprobs; on the
+    CPU 5 where V is above 2^16, because the logits of too few tokens could be kept. A mixed head
+    takes m products where a plain one takes one, and its gradient of weights one that the hidden
+    states' needs anyway.
 
     Raises: as `mixed_lora`.
     """
