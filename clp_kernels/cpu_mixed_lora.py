@@ -10,7 +10,6 @@ inputs' dtype.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,26 +111,20 @@ def mixed_lora(
 
 @cache
 def at_once() -> Callable[..., Tensor | None] | None:
-    """csrc/cpu_at_once.cpp's `mixed_lora` for plain inputs of not too many rows, or None.
+    """csrc/mixed_lora_at_once.cpp for plain inputs of not too many rows, or None.
 
     It takes the public arguments and the depth of batch_invariant(), and gives y, or None where
     the call has to be checked and dispatched; then nothing has happened.
     """
     if native.cpu_missing() is not None:
         return None
-    names = ("Tensor", "get_num_threads", "is_grad_enabled", "is_autocast_enabled")
-    used: dict[str, Any] = {name: getattr(torch, name) for name in names}
-    used["Parameter"], used["linear"] = torch.nn.Parameter, F.linear
-    used["dispatch_modes"] = torch._C._len_torch_dispatch_stack
-    used["interpreter"] = torch._C._functorch.peek_interpreter_stack
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    limits = {"base_size": BASE_SIZE}
+    for dtype in native.DTYPES:
         name, wide = str(dtype)[6:], dtype == torch.float32 or not has_native_gemm(dtype)
-        used[name] = dtype
-        used[f"{name}_work"] = AT_ONCE_WORK if wide else NATIVE_WORK_16_BITS
+        limits[f"{name}_work"] = AT_ONCE_WORK if wide else NATIVE_WORK_16_BITS
         most = BASE_ROWS if dtype == torch.float32 else AT_ONCE_WORK
-        used[f"{name}_base_rows"] = most if use_native_base(1, BASE_SIZE, dtype) else 0
-    used["base_size"] = BASE_SIZE
-    native.cpu().at_once_uses(used)
+        limits[f"{name}_base_rows"] = most if use_native_base(1, BASE_SIZE, dtype) else 0
+    native.cpu().mixed_lora_at_once_limits(limits)
     return native.cpu().mixed_lora_at_once  # type: ignore[no-any-return]
 
 

@@ -1,5 +1,7 @@
 """`sample` on the CPU: launches csrc/sample.cpp."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def sample(
 
     Deterministic; a row's bits depend neither on the other rows, nor on the number of threads, nor
     on the instruction set. A row without filters is read once; with filters its mixed logits are
-    written (V floats a thread) and read once more for each band of csrc/sample_filter.cpp.
+    written, to 20 V bytes that each thread keeps, and read four times. V < 10^8.
 
     Raises:
         ValueError: an unknown instruction set.
@@ -50,3 +52,14 @@ def sample(
     addresses = [t.data_ptr() for t in outputs]
     native.cpu().sample(*arguments, *addresses, torch.get_num_threads(), isa)
     return outputs
+
+
+def at_once() -> Callable[..., tuple[Tensor, Tensor, Tensor] | None] | None:
+    """csrc/sample_at_once.cpp for plain inputs, or None.
+
+    It takes the public arguments and gives the outputs, or None where the call has to be checked
+    and dispatched.
+    """
+    if native.cpu_missing() is not None:
+        return None
+    return native.cpu().sample_at_once  # type: ignore[no-any-return]

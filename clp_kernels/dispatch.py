@@ -116,8 +116,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         _reference("mix_logits_backward"),
     ),
     "sample": (
+        Backend("cpu", cpu_sample.sample, cpu_sample.why_not, cpu_sample.at_once),
         _compiled("cuda", cuda_sample, "sample"),
-        _compiled("cpu", cpu_sample, "sample"),
         _triton("triton_sample", "sample"),
         _reference("sample"),
     ),

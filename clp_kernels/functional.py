@@ -305,6 +305,13 @@ def sample(
 
     Source: Gumbel-max (Maddison et al., arXiv:1411.0030); Philox (Salmon et al., SC 2011).
     """
+    if not torch.compiler.is_dynamo_compiling():
+        at_once = dispatch.BACKENDS["sample"][0].at_once()
+        if at_once is not None:
+            filters = (temperature, top_k, top_p, min_p)
+            drawn = at_once(logits, weights, mode, *filters, seed, position, backend)
+            if drawn is not None:
+                return Sample(*drawn)
     if not isinstance(logits, Tensor) or logits.dim() != (2 if weights is None else 3):
         wanted = "[B, V] (without weights)" if weights is None else "[m, B, V] (with weights)"
         raise ValueError(f"logits must be a tensor {wanted}, got {_describe(logits)}")

@@ -29,7 +29,21 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"clp_kernels.{name} does not load: {error}"
     if name == "_cpu":
         module.isa()  # raises where the environment names an instruction set that is not here
+        module.at_once_uses(_torch_objects())
     return module, None
+
+
+def _torch_objects() -> dict[str, Any]:
+    """What csrc/at_once.cpp uses of PyTorch."""
+    names = ("Tensor", "get_num_threads", "is_grad_enabled", "is_autocast_enabled", "int64")
+    return {
+        **{name: getattr(torch, name) for name in names},
+        **{str(dtype).removeprefix("torch."): dtype for dtype in DTYPES},
+        "Parameter": torch.nn.Parameter,
+        "linear": torch.nn.functional.linear,
+        "dispatch_modes": torch._C._len_torch_dispatch_stack,
+        "interpreter": torch._C._functorch.peek_interpreter_stack,
+    }
 
 
 def cpu_missing() -> str | None:

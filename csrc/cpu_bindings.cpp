@@ -5,6 +5,7 @@
 #include <array>
 #include <string>
 
+#include "at_once.h"
 #include "cpu_isa.h"
 #include "linear_logprob.h"
 #include "mixed_linear.h"
@@ -156,10 +157,13 @@ py::tuple philox(const std::array<uint32_t, 4>& counter, const std::array<uint32
 
 }  // namespace
 
-void bind_at_once(py::module_& module);  // cpu_at_once.cpp
+void bind_mixed_lora_at_once(py::module_& module);
+void bind_sample_at_once(py::module_& module);
 
 PYBIND11_MODULE(_cpu, module) {
-  bind_at_once(module);
+  module.def("at_once_uses", &at_once::uses);
+  bind_mixed_lora_at_once(module);
+  bind_sample_at_once(module);
   module.def("isa", [] { return clp::isa_name(clp::resolve_isa("")); });
   module.def("isas", &clp::supported_isas);
   module.def("sample", &sample);

@@ -1,8 +1,10 @@
 #include "sample_filter.h"
 
 #include <algorithm>
+#include <array>
 #include <cfloat>
 #include <cmath>
+#include <numeric>
 
 #include "philox.h"
 
@@ -10,16 +12,6 @@ namespace clp {
 namespace {
 
 bool larger(const SampleCandidate& a, const SampleCandidate& b) { return a.z > b.z; }
-
-int64_t gather(const FilterRow& row, const SampleKernels& kernels, const float* z, int64_t V, int bin,
-               SampleCandidate* room) {
-  int64_t found = 0;
-  for (int64_t first = 0; first < V; first += kSampleSlice) {
-    found += kernels.gather(z + first, first, std::min(kSampleSlice, V - first), row.maximum,
-                            row.temperature, bin, room + found);
-  }
-  return found;
-}
 
 // The last z, going down the candidates, above which there is less than `need`, with `above` before
 // them all.
@@ -47,8 +39,8 @@ float last_below(SampleCandidate* c, int64_t count, double above, double need) {
 
 // The least z that is at least min_p times as likely as the largest, by the rounding of the
 // definition: log p >= log p_max + log min_p.
-float least_likely(const FilterRow& row) {
-  const double t = row.temperature, top = double(row.maximum) / t, log_total = std::log(row.total);
+float least_likely(const FilterRow& row, double total) {
+  const double t = row.temperature, top = double(row.maximum) / t, log_total = std::log(total);
   const double least = -log_total + std::log(row.min_p);
   const auto stays = [&](float z) { return double(z) / t - top - log_total >= least; };
   const double guess = double(row.maximum) + std::log(row.min_p) * t;
@@ -66,37 +58,75 @@ double mass_of(const SampleCandidate* candidates, int64_t count) {
   return mass;
 }
 
-float filter_threshold(const FilterRow& row, const SampleKernels& kernels, const float* z, int64_t V,
-                       const SampleBins& bins, SampleCandidate* room) {
-  float least = -FLT_MAX;
-  double total = row.total;
-  int last = kSampleBins - 1;   // of the bins that top-k leaves
-  int64_t left = -1;            // the candidates of that bin, in the room
-  if (row.top_k > 0 && row.top_k < V) {
-    int64_t above = 0;
-    total = 0;
-    for (last = 0; above + bins.count[last] < row.top_k; ++last) {
-      above += bins.count[last];
-      total += bins.mass[last];
+const double* sample_bin_masses() {
+  static const auto masses = [] {
+    std::array<double, kSampleBins> all;
+    for (int bin = 0; bin < kSampleBins; ++bin) all[size_t(bin)] = std::exp(bin / -16.0);
+    return all;
+  }();
+  return masses.data();
+}
+
+FilterResult filter(const FilterRow& row, const SampleKernels& kernels, const float* z, int64_t V,
+                    const SampleBins& bins, SampleCandidate* room) {
+  double masses[kSampleBins];
+  for (int bin = 0; bin < kSampleBins; ++bin) {
+    masses[bin] = double(bins.mass[0][bin] + bins.mass[1][bin]) * kSampleMassUnit *
+                  sample_bin_masses()[bin];
+  }
+  const double total = std::accumulate(masses, masses + kSampleBins, 0.0);
+  FilterResult result{-FLT_MAX, total, total, V};
+  // The last bin that something is kept of, and what is kept of it, in the room once it is needed.
+  int last = kSampleBins - 1, held = -1;
+  int64_t left = 0;
+  const auto take = [&](int bin) {
+    last = bin;
+    if (held == bin) return;
+    held = bin;
+    left = 0;
+    for (int64_t first = 0; first < V; first += kSampleSlice) {
+      left += kernels.gather(z + first, first, std::min(kSampleSlice, V - first), row.maximum,
+                             row.temperature, bin, room + left);
     }
-    const int64_t found = gather(row, kernels, z, V, last, room), nth = row.top_k - above - 1;
-    std::nth_element(room, room + nth, room + found, larger);
-    const float kth = room[nth].z;
-    const auto stays = [&](const SampleCandidate& one) { return one.z >= kth; };
-    left = std::partition(room, room + found, stays) - room;
-    total += mass_of(room, left);
-    least = std::max(least, kth);
+  };
+  const auto cut = [&](float least) {
+    left = std::partition(room, room + left, [&](const auto& one) { return one.z >= least; }) - room;
+    result.least = least;
+    result.kept = std::accumulate(masses, masses + last, 0.0) + mass_of(room, left);
+  };
+  if (row.top_k > 0 && row.top_k < V) {
+    int64_t missing = row.top_k;
+    const auto count = [&](int bin) { return bins.count[0][bin] + bins.count[1][bin]; };
+    int bin = 0;
+    for (; count(bin) < missing; ++bin) missing -= count(bin);
+    take(bin);
+    std::nth_element(room, room + missing - 1, room + left, larger);
+    cut(room[missing - 1].z);
   }
   if (row.top_p < 1) {
-    const double need = row.top_p * total;
+    const double need = row.top_p * result.kept;
     double above = 0;
     int bin = 0;
-    while (bin < last && above + bins.mass[bin] < need) above += bins.mass[bin++];
-    if (bin < last || left < 0) left = gather(row, kernels, z, V, bin, room);
+    while (bin < last && above + masses[bin] < need) above += masses[bin++];
+    take(bin);
     // Rounding may leave the whole of the last bin below what is needed.
-    if (left > 0) least = std::max(least, last_below(room, left, above, need));
+    if (left > 0) cut(last_below(room, left, above, need));
   }
-  return row.min_p > 0 ? std::max(least, least_likely(row)) : least;
+  if (row.min_p > 0) {
+    const float least = least_likely(row, total);
+    if (least > result.least) {
+      // As the kernels place an id.
+      const double steps = (double(row.maximum) - double(least)) * (16 / row.temperature);
+      take(int(std::nearbyint(std::fmin(steps, kSampleBins - 1))));
+      cut(least);
+    }
+  }
+  if (held >= 0) {
+    double above = 0;
+    for (int bin = 0; bin < last; ++bin) above += masses[bin] / sample_bin_masses()[bin];
+    result.count = int64_t(above) + left;
+  }
+  return result;
 }
 
 const SampleCandidate& race(const FilterRow& row, int64_t seed, int64_t position,

@@ -10,16 +10,23 @@ namespace clp {
 
 struct FilterRow {
   float maximum;  // of the mixed logits z, finite
-  double total;   // of exp((z - maximum) / temperature)
   double temperature;
   int64_t top_k;  // 0: all
   double top_p, min_p;
 };
 
-// The least z that is kept; what ties with it stays. z [V]; bins: of all its slices; room: V + 1
+// What is kept: the ids with z >= least. Masses are sums of exp((z - maximum) / temperature).
+struct FilterResult {
+  float least;
+  double total;    // mass of all ids
+  double kept;     // mass of what is kept
+  int64_t count;   // of what is kept, 4 % off
+};
+
+// What ties with the last one stays. z [V]; bins: of the row, counted where top_k is given; room: V + 1
 // candidates.
-float filter_threshold(const FilterRow& row, const SampleKernels& kernels, const float* z, int64_t V,
-                       const SampleBins& bins, SampleCandidate* room);
+FilterResult filter(const FilterRow& row, const SampleKernels& kernels, const float* z, int64_t V,
+                    const SampleBins& bins, SampleCandidate* room);
 
 // argmax of z / temperature + noise over the candidates, the lowest id on ties.
 const SampleCandidate& race(const FilterRow& row, int64_t seed, int64_t position,

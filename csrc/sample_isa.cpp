@@ -159,73 +159,71 @@ static void sum_exp(const void* logits, DType dtype, int64_t first, int64_t coun
   slice({&term, 1, dtype, false, 0.0f, 0, 0, first, count}, INFINITY, out);
 }
 
-// exp((z - maximum) / temperature) for kGroup ids, about 1e-15 off (relative) and at least 2^-1000,
-// and their bins. Taylor's series of 2^f up to f^13 on [-1/2, 1/2], 4e-18 off before rounding, in pairs
-// of pairs: one after the other its terms would wait three times as long. In the compiler's own
-// vectors, which round lane by lane alike however many registers they take.
+// For kGroup ids their bins, and exp((z - maximum) / temperature) relative to the bin's; beyond the last
+// bin 1. Polynomial of exp on [-1/32, 1/32], 8e-14 off and exact at 0. In the compiler's own vectors, which
+// round lane by lane alike however many registers they take.
 typedef double Doubles __attribute__((vector_size(32)));
 typedef int64_t Longs __attribute__((vector_size(32)));
 typedef float Quad __attribute__((vector_size(16)));
 
-static void exp_group(const float* z, float maximum, double temperature, double* e,
-                      int64_t* bins) {
+static inline void exp_in_bin(const float* z, double maximum, double scale, double* e,
+                              int64_t* bins) {
   constexpr double kMagic = 0x1.8p52;  // adding it rounds to an integer, in the low bits
-  const double scale = kLog2E / temperature, most = double(maximum);
-  const Doubles least = {-1000.0, -1000.0, -1000.0, -1000.0};
   const Doubles last = {kSampleBins - 1, kSampleBins - 1, kSampleBins - 1, kSampleBins - 1};
   for (int64_t j = 0; j < kGroup; j += 4) {
     Quad four;
     memcpy(&four, z + j, sizeof(four));
-    Doubles y = (__builtin_convertvector(four, Doubles) - most) * scale;
-    y = y > least ? y : least;
+    // Sixteenths of the temperature below the maximum.
+    Doubles y = (maximum - __builtin_convertvector(four, Doubles)) * scale;
+    y = y < last ? y : last;
     const Doubles shifted = y + kMagic;
-    const Doubles f = y - (shifted - kMagic), f2 = f * f, f4 = f2 * f2;
-    const Doubles low = ((f * 0x1.62e42fefa39efp-1 + 1.0) +
-                         (f * 0x1.c6b08d704a0c0p-5 + 0x1.ebfbdff82c58fp-3) * f2) +
-                        ((f * 0x1.5d87fe78a6731p-10 + 0x1.3b2ab6fba4e77p-7) +
-                         (f * 0x1.ffcbfc588b0c7p-17 + 0x1.430912f86c787p-13) * f2) *
-                            f4;
-    const Doubles high = ((f * 0x1.b5253d395e7c4p-24 + 0x1.62c0223a5c824p-20) +
-                          (f * 0x1.e8cac7351bb25p-32 + 0x1.e4cf5158b8ecap-28) * f2) +
-                         (f * 0x1.816193166d0f9p-40 + 0x1.c3bd650fc2986p-36) * f4;
-    const Longs bits = Longs(low + high * (f4 * f4)) + (Longs(shifted) << 52);
-    memcpy(e + j, &bits, sizeof(bits));
-    // Quarters of the temperature, to the nearest: -4 log(2) y.
-    Doubles bin = y * -2.772588722239781;
-    bin = bin < last ? bin : last;
-    const Longs place = Longs(bin + kMagic) & 0xffff;
+    const Doubles f = (shifted - kMagic) - y, f2 = f * f;
+    const Doubles power = (f * 0x1.0000000000000p-4 + 1.0) +
+                          (f * 0x1.555555534d329p-15 + 0x1.fffffff8e3841p-10) * f2 +
+                          (f * 0x1.11131933616ffp-27 + 0x1.5558e39249274p-21) * (f2 * f2);
+    memcpy(e + j, &power, sizeof(power));
+    const Longs place = Longs(shifted) & 0xffff;
     memcpy(bins + j, &place, sizeof(place));
   }
 }
 
-static double mass(const float* z, int64_t count, float maximum, double temperature,
-                   SampleBins* bins) {
-  // Four copies, so that neighbours of one bin do not wait for each other.
-  double lanes[8] = {}, e[kGroup], by_bin[4][kSampleBins] = {};
-  int64_t number[4][kSampleBins] = {}, place[kGroup];
+template <bool COUNTED>
+static void mass_as(const float* z, int64_t count, double maximum, double scale,
+                    SampleBins* bins) {
+  constexpr double kMagic = 1.5 * 0x1p52 * kSampleMassUnit;
+  const Doubles magic = {kMagic, kMagic, kMagic, kMagic};
+  double e[kGroup];
+  int64_t units[kGroup], place[kGroup];
   for (int64_t j = 0; j < count; j += kGroup) {
-    exp_group(z + j, maximum, temperature, e, place);
-    for (int64_t k = 0; k < kGroup; k += 8) {
-      for (int l = 0; l < 8; ++l) lanes[l] += e[k + l];
+    exp_in_bin(z + j, maximum, scale, e, place);
+    for (int64_t k = 0; k < kGroup; k += 4) {
+      Doubles power;
+      memcpy(&power, e + k, sizeof(power));
+      const Longs integer = Longs(power + magic) - Longs(magic);
+      memcpy(units + k, &integer, sizeof(integer));
     }
-    const int64_t n = count - j < kGroup ? count - j : kGroup;
-    for (int64_t k = 0; k < n; ++k) {
-      by_bin[k % 4][place[k]] += e[k];
-      ++number[k % 4][place[k]];
+    const auto add = [&](int64_t k) {
+      bins->mass[k % 2][place[k]] += units[k];
+      if (COUNTED) ++bins->count[k % 2][place[k]];
+    };
+    if (count - j >= kGroup) {
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < kGroup; ++k) add(k);
+    } else {
+      for (int64_t k = 0; k < count - j; ++k) add(k);
     }
   }
-  for (int bin = 0; bin < kSampleBins; ++bin) {
-    bins->mass[bin] = (by_bin[0][bin] + by_bin[1][bin]) + (by_bin[2][bin] + by_bin[3][bin]);
-    bins->count[bin] = number[0][bin] + number[1][bin] + number[2][bin] + number[3][bin];
-  }
-  double total = 0;
-  for (double lane : lanes) total += lane;
-  return total;
 }
 
-// The ids with low <= z <= high in ascending order; returns how many, writes up to `limit`.
+static void mass(const float* z, int64_t count, float maximum, double temperature, bool counted,
+                 SampleBins* bins) {
+  const auto add = counted ? mass_as<true> : mass_as<false>;
+  add(z, count, double(maximum), 16 / temperature, bins);
+}
+
+// The ids with low <= z <= high in ascending order; returns how many.
 static int64_t collect(const float* z, int64_t first, int64_t count, float low, float high,
-                       int64_t limit, SampleCandidate* out) {
+                       SampleCandidate* out) {
   int64_t found = 0;
   for (int64_t j = 0; j < count; j += 16) {
     const Floats value = load(z + j);
@@ -233,8 +231,7 @@ static int64_t collect(const float* z, int64_t first, int64_t count, float low, 
     if (count - j < 16) mask &= (1u << (count - j)) - 1;  // not the filling
     for (; mask != 0; mask &= mask - 1) {
       const int64_t k = j + __builtin_ctz(mask);
-      if (found < limit) out[found] = {z[k], uint32_t(first + k), 0.0};
-      ++found;
+      out[found++] = {z[k], uint32_t(first + k), 0.0};
     }
   }
   return found;
@@ -243,6 +240,7 @@ static int64_t collect(const float* z, int64_t first, int64_t count, float low, 
 // Gives candidates their mass, and keeps those of one bin (all where bin < 0); returns how many.
 static int64_t weigh(SampleCandidate* c, int64_t count, float maximum, double temperature,
                      int bin) {
+  const double* const masses = sample_bin_masses();
   int64_t kept = 0;
   for (int64_t i = 0; i < count; i += kGroup) {
     float z[kGroup];
@@ -250,9 +248,9 @@ static int64_t weigh(SampleCandidate* c, int64_t count, float maximum, double te
     int64_t place[kGroup];
     const int64_t n = count - i < kGroup ? count - i : kGroup;
     for (int64_t k = 0; k < kGroup; ++k) z[k] = k < n ? c[i + k].z : maximum;
-    exp_group(z, maximum, temperature, e, place);
+    exp_in_bin(z, double(maximum), 16 / temperature, e, place);
     for (int64_t k = 0; k < n; ++k) {
-      c[kept] = {z[k], c[i + k].id, e[k]};
+      c[kept] = {z[k], c[i + k].id, e[k] * masses[place[k]]};
       kept += bin < 0 || place[k] == bin;
     }
   }
@@ -262,33 +260,72 @@ static int64_t weigh(SampleCandidate* c, int64_t count, float maximum, double te
 static int64_t gather(const float* z, int64_t first, int64_t count, float maximum,
                       double temperature, int bin, SampleCandidate* out) {
   // Half a bin more on either side: what rounds into it is found by its place.
-  const double step = temperature / 4;
+  const double step = temperature / 16;
   const double low = bin == kSampleBins - 1 ? -INFINITY : double(maximum) - (bin + 1) * step;
   const double high = double(maximum) - (bin - 1) * step;
-  const int64_t found = collect(z, first, count, float(low), float(high), count, out);
+  const int64_t found = collect(z, first, count, float(low), float(high), out);
   return weigh(out, found, maximum, temperature, bin);
 }
 
 static int64_t keep(const float* z, int64_t first, int64_t count, float maximum,
-                    double temperature, float least, int64_t limit, SampleCandidate* out) {
-  const int64_t found = collect(z, first, count, least, INFINITY, limit, out);
-  weigh(out, found < limit ? found : limit, maximum, temperature, -1);
-  return found;
+                    double temperature, float least, SampleCandidate* out) {
+  const int64_t found = collect(z, first, count, least, INFINITY, out);
+  return weigh(out, found, maximum, temperature, -1);
 }
 
-static void draw(const SampleTask& task, double to_beat, float least, float* z,
-                 SamplePartial* out) {
-  const int64_t padded = (task.count + kGroup - 1) / kGroup * kGroup;
-  Floats top = all(-INFINITY);
-  for (int64_t j = 0; j < padded; j += 16) {
-    float kept[16];
-    for (int l = 0; l < 16; ++l) kept[l] = z[j + l] >= least ? z[j + l] : -INFINITY;
-    memcpy(z + j, kept, sizeof(kept));
-    top = maximum(load(kept), top);
+static void draw(const SampleTask& task, double to_beat, float maximum, float peak, float least,
+                 const float* z, SamplePartial* out) {
+  *out = {peak, 0.0f, 0.0, -INFINITY, -1};
+  if (!(peak >= least)) return;
+  const double temperature = double(task.temperature);
+  Race race{z, task.first, maximum, temperature, to_beat, -INFINITY, -1, 0.0f, 0.0f};
+  if (to_beat < double(peak) / temperature + kGumbelMin) {
+    // Without a good score to beat everything would pass: start from the largest logit.
+    const int64_t j = find(z, peak), v = task.first + j;
+    race.enter(j, philox_block(task.seed, task.position, uint32_t(v / 4)).x[v % 4]);
   }
-  *out = {largest(top), 0.0f, 0.0, -INFINITY, -1};
-  if (out->maximum == -INFINITY) return;
-  reduce(task, to_beat, z, out);
+  // The race's test in the logarithm of base 2: no exponential is needed, because the bits of a float
+  // x are at most log2(x) + 127, in units of 2^-23, and at least that less 0.09.
+  constexpr double kUnit = 0x1p23;
+  const auto reach = [&]() {  // of an id at the maximum
+    const double room = (double(maximum) / temperature - race.to_beat) * kLog2E;
+    // 1e-3 covers what float32 rounds: |y| < 200 where an id can win, times 2^-22.
+    return float((fmin(room, 100.0) + (24 + 127 + 1e-3)) * kUnit);
+  };
+  const double wide = kLog2E / temperature * kUnit;
+  const Floats scale = all(float(wide < 3e38 ? wide : 3e38)), top = all(maximum);
+  // 1 - u is at least 2^-33, 2^-9 in units of 2^-24: below it no noise is enough.
+  const Floats hopeless = all(float((127 - 9) * kUnit)), bound = all(least);
+  const PhiloxKeys keys = philox_keys(task.seed, task.position);
+  Floats most = all(reach());
+  for (int64_t j = 0; j < task.count; j += kGroup) {
+    Floats value[4];
+    uint32_t live[4];
+    for (int k = 0; k < 4; ++k) {
+      const Floats one = load(z + j + 16 * k);
+      value[k] = (one - top) * scale + most;
+      live[k] = at_most(bound, one) & at_most(hopeless, value[k]);
+    }
+    if ((live[0] | live[1] | live[2] | live[3]) == 0) continue;
+    Words words[4];
+    philox64(keys, uint32_t((task.first + j) / 4), words);
+    uint64_t passed = 0;
+    for (int k = 0; k < 4; ++k) {
+      const Floats log = to_floats(bits(to_floats(shortfall(words[k]))));
+      passed |= uint64_t(live[k] & at_most(log, value[k])) << (16 * k);
+    }
+    if (passed == 0) continue;
+    uint32_t word[kGroup];
+    for (int k = 0; k < 4; ++k) store(word + 16 * k, words[k]);
+    for (; passed != 0; passed &= passed - 1) {
+      const int i = __builtin_ctzll(passed);
+      race.enter(j + i, word[i]);
+    }
+    most = all(reach());
+  }
+  out->score = race.score;
+  out->logit = race.logit;
+  out->token = race.token;
 }
 
 static bool mix_slice(const SampleTask& task, float* z, float* maximum) {
