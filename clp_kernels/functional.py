@@ -219,11 +219,20 @@ def mix_logits(
         probability:  z = log sum_i weights[b, i] softmax(l_i)
 
     A term of weight zero is left out (0 * -inf is 0); a used -inf gives -inf in geometric mode.
-    Where one linear head is shared, mixing the hidden states before the head is the same and
-    cheaper: sum_i w_i (h_i W^T) = (sum_i w_i h_i) W^T.
+
+    Hidden states instead of logits: where the m policies share one linear head, geometric mixing
+    before the head gives the same z from one product in place of m,
+
+        sum_i w_i (h_i W^T + bias) = (sum_i w_i h_i) W^T + (sum_i w_i) bias
+
+    so F.linear(mix_logits(hidden, weights), W) and linear_logprob(mix_logits(hidden, weights), W,
+    targets), with hidden [m, B, d] as it enters the head (behind the last norm). Exact up to
+    rounding when the head is linear, with a bias when each row of weights sums to 1, and for any
+    temperature. Not exact with a soft cap on the logits, with a head of its own for each policy,
+    before a norm, or in probability mode. Of [m, B, S, d] give view(m, B, S * d).
 
     Args:
-        logits: [m, B, V].
+        logits: [m, B, V], or hidden states [m, B, d] (see above).
         weights: [B, m], any real numbers; >= 0 in probability mode.
         mode: "geometric" or "probability".
         backend: see `mixed_lora`.

@@ -659,6 +659,34 @@ def test_mixed_head_is_the_mixed_logits(m: int, B: int, V: int) -> None:
     assert (got.kl == 0).all()
 
 
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.booleans())
+def test_mixed_hidden_states_are_the_mixed_logits(m: int, B: int, V: int, biased: bool) -> None:
+    """Behind one linear head: the logits, what is drawn and its log-probability, all gradients."""
+    head, bias = torch.randn(V, 6, dtype=F64), torch.randn(V, dtype=F64) if biased else None
+    hidden = torch.randn(m, B, 6, dtype=F64).requires_grad_()
+    # With a bias the rows have to sum to 1.
+    rows = weight_rows("dirichlet", B, m, dtype=F64) if biased else torch.randn(B, m, dtype=F64)
+    weights, dz = rows.requires_grad_(), torch.randn(B, V, dtype=F64)
+    targets = torch.randint(0, V, (B,))
+    logits = F.linear(hidden, head, bias)
+    mixed = mix_logits(hidden, weights)
+    z, wanted = F.linear(mixed, head, bias), mix_logits(logits, weights)
+    close(z, wanted)
+    grads = [
+        torch.autograd.grad((t * dz).sum(), (hidden, weights), retain_graph=True)
+        for t in (z, wanted)
+    ]
+    if biased:  # a step that leaves the simplex moves the sum of the bias too
+        centred = [g[1] - g[1].mean(-1, keepdim=True) for g in grads]
+        grads = [(g[0], c) for g, c in zip(grads, centred, strict=True)]
+    for a, b in zip(*grads, strict=True):
+        close(a, b)
+    of_hidden = linear_logprob(mixed, head, targets, bias=bias, temperature=0.5).logprobs
+    close(of_hidden, torch.log_softmax(wanted / 0.5, -1).gather(-1, targets[:, None])[:, 0])
+    drawn = sample(logits, weights=weights, seed=3, position=4)
+    assert torch.equal(sample(z, seed=3, position=4).tokens, drawn.tokens)
+
+
 def test_empty_batches() -> None:
     """B = 0 and T = 0 work forward and backward in every op."""
     w = torch.zeros(0, 2, requires_grad=True)
