@@ -215,6 +215,9 @@ def test_largest_noise_is_not_pruned(isa: str, margin: float, wins: int) -> None
     args = [logits, None, "geometric", torch.ones(1), seed, position]
     assert expected(args)[0].item() == wins
     assert draw(args, isa)[0].item() == wins
+    # With a filter that keeps them all, because they tie.
+    filters = (torch.tensor([400]), None, None)
+    assert cpu_sample.sample(*args[:4], *filters, *args[4:], isa=isa)[0].item() == wins
 
 
 @pytest.mark.parametrize("mode", ["geometric", "probability"])
