@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include "dtype.h"
+#include "narrow.h"
 #include "philox.h"
 
 #if CLP_ISA_LEVEL == 2
@@ -31,13 +32,12 @@ namespace CLP_ISA {
 // The least argument of exp2 below: 2^-126 is the smallest normal float.
 constexpr float kMinExponent = -126.0f;
 
-// 2^y for y in [-126, 127], at most 1.2 ulp off; NaN stays NaN. Polynomial: relative minimax of
-// degree 6 on [-1/2, 1/2], 2e-9 off before rounding.
-static inline Floats exp2(Floats y) {
-  // Adding 1.5 * 2^23 rounds y to an integer, which then stands in the low bits of the sum.
-  const Floats magic = all(12582912.0f);
-  const Floats shifted = y + magic;
-  const Floats f = y - (shifted - magic);
+// Adding 1.5 * 2^23 rounds a number to an integer, which then stands in the low bits of the sum.
+constexpr float kRounding = 12582912.0f;
+
+// 2^(k + f) for k that stands in the low bits of `shifted`, f in [-1/2, 1/2] and k + f in
+// [-126, 127]. Polynomial: relative minimax of degree 6, 2e-9 off before rounding.
+static inline Floats exp2_of_parts(Floats shifted, Floats f) {
   Floats p = all(0x1.41fbbcp-13f);
   p = p * f + all(0x1.5f3e52p-10f);
   p = p * f + all(0x1.3b2d4cp-7f);
@@ -48,11 +48,27 @@ static inline Floats exp2(Floats y) {
   return from_bits(bits(p) + shift_left<23>(bits(shifted)));
 }
 
-// log(s) for finite s >= 1, at most 2e-7 off plus one rounding. Polynomial: Cephes logf.
+// 2^y for y in [-126, 127], at most 1.2 ulp off; NaN stays NaN.
+static inline Floats exp2(Floats y) {
+  const Floats shifted = y + all(kRounding);
+  return exp2_of_parts(shifted, y - (shifted - all(kRounding)));
+}
+
+// e^d for d in [-87.3, 88], at most 1.5 ulp off however large d is, where exp2(d * log2 e) is off
+// by 2e-6 at d = -40; NaN stays NaN.
+static inline Floats exponential(Floats d) {
+  const Floats log2e = all(1.44269504f), shifted = d * log2e + all(kRounding);
+  const Floats k = shifted - all(kRounding);
+  // log 2 in two parts, as in log below.
+  return exp2_of_parts(shifted, (d - k * all(0.693359375f) - k * all(-2.12194440e-4f)) * log2e);
+}
+
+// log(s) for finite normal s > 0, at most 2e-7 off plus one rounding. Polynomial: Cephes logf.
 static inline Floats log(Floats s) {
-  // s = 2^k f with f in [sqrt(1/2), sqrt(2)); 0x3f3504f3 is sqrt(1/2).
-  const Words rest = bits(s) + all_words(0u - 0x3f3504f3u);
-  const Floats k = to_floats(shift_right<23>(rest));
+  // s = 2^k f with f in [sqrt(1/2), sqrt(2)); 0x3f3504f3 is sqrt(1/2). 128 keeps k positive until
+  // the shift, which knows no sign.
+  const Words rest = bits(s) + all_words((128u << 23) - 0x3f3504f3u);
+  const Floats k = to_floats(shift_right<23>(rest)) - all(128.0f);
   const Floats f =
       from_bits((rest & all_words(0x007fffffu)) + all_words(0x3f3504f3u)) - all(1.0f);
   const Floats square = f * f;
