@@ -30,9 +30,14 @@ const MixKernels& kernels_of(Isa isa) {
 
 // What the threads that work on one row share.
 struct Room {
-  std::vector<MixSumExp> norms;  // by term and slice
-  std::vector<double> sums;      // by slice and term
-  Room(int64_t m, int64_t slices) : norms(size_t(m * slices)), sums(size_t(m * slices)) {}
+  std::vector<MixSumExp> norms;     // by term and slice
+  std::vector<double> sums;         // by slice and term
+  std::unique_ptr<float[]> powers;  // by term and id, for probability mode
+
+  Room(int64_t m, int64_t slices, bool probability)
+      : norms(size_t(m * slices)), sums(size_t(m * slices)) {
+    if (probability) powers.reset(new float[size_t(m * slices * kMixSlice)]);
+  }
 };
 
 struct Free {
@@ -66,6 +71,7 @@ struct Work {
 
   void read(int64_t b, Source& s) const;
   void normalise(const Team& team, Room& room, Source& s) const;
+  void enter(int64_t slice, const Room& room, Source& s) const;
   void fill(void* row, const Team& team, double value) const;
   void mix(int64_t b, const Team& team, Room& room, Source& s, char* z) const;
   void differentiate(int64_t b, const Team& team, Room& room, Source& s, char* scratch) const;
@@ -115,11 +121,10 @@ void Work::normalise(const Team& team, Room& room, Source& s) const {
   for (int64_t job = jobs.begin; job < jobs.end; ++job) {
     const int64_t slice = job % slices;
     kernels.sum_exp(s.terms[size_t(job / slices)].logits, a.dtype, slice * kMixSlice,
-                    count(slice), &room.norms[size_t(job)]);
+                    count(slice), room.powers.get() + job * kMixSlice, &room.norms[size_t(job)]);
   }
   team.wait();
   std::vector<MixTerm> terms;
-  double sum = 0;  // of the first row
   for (int64_t t = 0; t < s.row.count; ++t) {
     MixTerm term = s.terms[size_t(t)];
     const MixSumExp all = combine(&room.norms[size_t(t * slices)], slices);
@@ -128,18 +133,32 @@ void Work::normalise(const Team& team, Room& room, Source& s) const {
       if (t >= s.row.active) s.left_out.push_back(term.index);
       if (t >= s.row.active) continue;
     }
-    if (t == 0) sum = all.sum;
     const double share = double(term.weight) / s.total_weight;
     term.weight = float(share);
     term.maximum = all.maximum;
-    term.inverse_sum = float(1.0 / all.sum);
-    term.coefficient = std::max(float(share / all.sum), std::numeric_limits<float>::min());
+    term.whole.inverse_sum = float(1.0 / all.sum);
+    term.whole.coefficient =
+        std::max(float(share / all.sum), std::numeric_limits<float>::min());
+    term.powers = room.powers.get() + t * slices * kMixSlice;
+    s.row.log_total = float(std::log(s.total_weight) - std::log(all.sum));  // of one term
     terms.push_back(term);
   }
   s.terms.swap(terms);
   s.row.terms = s.terms.data();
   s.row.count = int64_t(s.terms.size());
-  s.row.log_total = float(std::log(s.total_weight) - (s.row.active == 1 ? std::log(sum) : 0.0));
+  if (s.row.active != 1) s.row.log_total = float(std::log(s.total_weight));
+}
+
+// The factors of the terms for a slice.
+void Work::enter(int64_t slice, const Room& room, Source& s) const {
+  for (MixTerm& term : s.terms) {
+    const int64_t first = term.powers - room.powers.get();
+    const MixSumExp& norm = room.norms[size_t(first / kMixSlice + slice)];
+    const double scale = std::exp(double(norm.maximum) - double(term.maximum));
+    term.slice = {float(scale * double(term.whole.inverse_sum)),
+                  float(scale * double(term.whole.coefficient)),
+                  float(scale * double(term.whole.pull))};
+  }
 }
 
 // This member's share of the row's slices; value: 0, -inf or NaN.
@@ -161,17 +180,20 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 void Work::mix(int64_t b, const Team& team, Room& room, Source& s, char* z) const {
   read(b, s);
-  if (a.probability && s.valid) {
-    normalise(team, room, s);
-    team.wait();  // before the room is used again
-  }
+  if (a.probability) normalise(team, room, s);
   char* const out = z + bytes(b * a.V);
-  if (!s.valid) return fill(out, team, kNaN);
-  if (a.probability && s.row.active == 0) return fill(out, team, -INFINITY);
   const Range mine = team.part(slices);
-  for (int64_t slice = mine.begin; slice < mine.end; ++slice) {
-    kernels.mix(s.row, slice * kMixSlice, count(slice), out);
+  if (!s.valid) {
+    fill(out, team, kNaN);
+  } else if (a.probability && s.row.active == 0) {
+    fill(out, team, -INFINITY);
+  } else {
+    for (int64_t slice = mine.begin; slice < mine.end; ++slice) {
+      if (a.probability) enter(slice, room, s);
+      kernels.mix(s.row, slice * kMixSlice, count(slice), out);
+    }
   }
+  if (a.probability) team.wait();  // before the room is used again
 }
 
 void Work::differentiate(int64_t b, const Team& team, Room& room, Source& s,
@@ -183,6 +205,7 @@ void Work::differentiate(int64_t b, const Team& team, Room& room, Source& s,
   const Range mine = team.part(slices);
   const auto pass = [&](bool out, bool sums) {
     for (int64_t slice = mine.begin; slice < mine.end; ++slice) {
+      if (a.probability) enter(slice, room, s);
       kernels.gradients(s.row, upstream, slice * kMixSlice, count(slice), out, scratch,
                         sums ? &room.sums[size_t(slice * s.row.count)] : nullptr);
     }
@@ -198,7 +221,7 @@ void Work::differentiate(int64_t b, const Team& team, Room& room, Source& s,
     for (int64_t slice = 0; slice < slices; ++slice) {
       sum += room.sums[size_t(slice * s.row.count + t)];
     }
-    term.pull = float(double(term.coefficient) * sum);
+    term.whole.pull = float(double(term.whole.coefficient) * sum);
     sums[size_t(term.index)] = a.probability ? sum / s.total_weight : sum;
   }
   for (const int64_t i : s.left_out) {
@@ -227,10 +250,10 @@ template <class Body>
 void each_row(const MixArgs& a, int64_t passes, int64_t slices, int num_threads,
               const Body& body) {
   const int64_t work = a.B * a.V * (a.m + 1) * passes;
-  Room shared(a.m, slices);
+  Room shared(a.m, slices, a.probability);
   parallel(work < kSerialWork ? 1 : num_threads, [&](const Team& team) {
     const int64_t whole = a.B / team.size * team.size;
-    Room own(whole > 0 ? a.m : 0, slices);
+    Room own(whole > 0 ? a.m : 0, slices, a.probability);
     Source source;
     const std::unique_ptr<char[], Free> scratch(static_cast<char*>(
         ::operator new[](size_t(a.m * kMixScratch) + 1, std::align_val_t(64))));

@@ -75,21 +75,22 @@ static inline Floats wide_power(Floats d) {
 }
 
 template <class T>
-static void sum_exp_as(const T* row, int64_t count, MixSumExp* out) {
-  Floats top = all(-INFINITY);
-  for (int64_t j = 0; j < count; j += 16) top = maximum(read(row + j, count - j), top);
+static void sum_exp_as(const T* row, int64_t count, float* powers, MixSumExp* out) {
+  const int64_t whole = count / 16 * 16;
+  Floats top = read(row + whole, count - whole);
+  for (int64_t j = 0; j < whole; j += 16) top = maximum(load(row + j), top);
   float lanes[16], peak = -INFINITY;
   store(lanes, top);
   for (float lane : lanes) peak = lane > peak ? lane : peak;
   const Floats shift = all(peak == -INFINITY ? 0.0f : peak);
   Sum sum = no_sum();
-  for (int64_t j = 0; j < count; j += 64) {
-    Floats e[kPacks];
-    for (int k = 0; k < kPacks; ++k) {
-      e[k] = power(read(row + j + 16 * k, count - j - 16 * k) - shift);
-    }
-    accumulate(sum, (e[0] + e[1]) + (e[2] + e[3]));
-  }
+  const auto add = [&](int64_t j, Floats logits) {
+    const Floats e = power(logits - shift);
+    store(powers + j, e);
+    accumulate(sum, e);
+  };
+  for (int64_t j = 0; j < whole; j += 16) add(j, load(row + j));
+  for (int64_t j = whole; j < count || j % 64 != 0; j += 16) add(j, read(row + j, count - j));
   *out = {peak, total(sum)};
 }
 
@@ -117,7 +118,7 @@ static inline Floats mixture(const MixRow& row, int64_t at, int64_t left, Floats
   Floats sum = all(0.0f);
   for (int64_t t = 0; t < row.active; ++t) {
     const MixTerm& term = row.terms[t];
-    sum = sum + power(distance<T>(term, at, left) - shift) * all(term.coefficient);
+    sum = sum + power(distance<T>(term, at, left) - shift) * all(term.whole.coefficient);
   }
   return sum;
 }
@@ -145,18 +146,21 @@ static Floats small_probability(const MixRow& row, int64_t at, int64_t left) {
 template <class T>
 static inline Floats probability(const MixRow& row, int64_t at, int64_t left) {
   if (row.active == 1) return distance<T>(row.terms[0], at, left) + all(row.log_total);
-  const Floats sum = mixture<T>(row, at, left, all(0.0f));
+  Floats sum = all(0.0f);
+  for (int64_t t = 0; t < row.active; ++t) {
+    sum = sum + load(row.terms[t].powers + at) * all(row.terms[t].slice.coefficient);
+  }
   if (at_most(all(kPlain), sum) != 0xffffu) return small_probability<T>(row, at, left);
   return log(sum) + all(row.log_total);
 }
 
 template <class T>
 static void mix_as(const MixRow& row, int64_t first, int64_t count, void* out) {
-  T* const z = static_cast<T*>(out) + first;
+  T* const z = static_cast<T*>(out);
   for (int64_t j = 0; j < count; j += 16) {
     const int64_t at = first + j, left = count - j;
-    write(z + j, left, row.probability ? probability<T>(row, at, left)
-                                       : geometric<T>(row, at, left));
+    write(z + at, left, row.probability ? probability<T>(row, at, left)
+                                        : geometric<T>(row, at, left));
   }
 }
 
@@ -204,33 +208,30 @@ static void small_gradients(const MixRow& row, const T* dz, int64_t at, int64_t 
     const Floats d = distance<T>(term, at, left);
     // A term without weight may lie far above those that have one.
     const Floats e = t < row.active ? power(d - shift) : wide_power(d - shift);
-    const Floats ratio = where_equal(most, minus, zero, e * all(term.inverse_sum) * inverse);
+    const Floats ratio = where_equal(most, minus, zero, e * all(term.whole.inverse_sum) * inverse);
     const Floats share = upstream * ratio;
     if (sums) accumulate(sums[t], share);
     if (!out) continue;
-    const Floats pulled = share * all(term.weight) - power(d) * all(term.pull);
+    const Floats pulled = share * all(term.weight) - power(d) * all(term.whole.pull);
     write(static_cast<T*>(term.d_logits) + at, left, t < row.active ? pulled : zero);
   }
 }
 
 template <class T>
 static void probability_gradients(const MixRow& row, const T* dz, int64_t first, int64_t count,
-                                  bool out, float* powers, Sum* sums) {
+                                  bool out, Sum* sums) {
   const Floats zero = all(0.0f);
   for (int64_t j = 0; j < count; j += 16 * kPacks) {
     Floats sum[kPacks], inverse[kPacks], upstream[kPacks];
+    bool plain[kPacks];
     for (Floats& one : sum) one = zero;
-    for (int64_t t = 0; t < row.count; ++t) {
+    for (int64_t t = 0; t < row.active; ++t) {
       const MixTerm& term = row.terms[t];
-      const Floats coefficient = all(t < row.active ? term.coefficient : 0.0f);
       for (int k = 0; k < kPacks; ++k) {
-        const int64_t at = first + j + 16 * k, left = count - j - 16 * k;
-        const Floats e = power(distance<T>(term, at, left));
-        sum[k] = sum[k] + e * coefficient;
-        store(powers + (kPacks * t + k) * 16, e);
+        const Floats e = load(term.powers + first + j + 16 * k);
+        sum[k] = sum[k] + e * all(term.slice.coefficient);
       }
     }
-    bool plain[kPacks];
     for (int k = 0; k < kPacks; ++k) {
       const int64_t at = first + j + 16 * k, left = count - j - 16 * k;
       plain[k] = at_most(all(kPlain), sum[k]) == 0xffffu;
@@ -239,15 +240,17 @@ static void probability_gradients(const MixRow& row, const T* dz, int64_t first,
     }
     for (int64_t t = 0; t < row.count; ++t) {
       const MixTerm& term = row.terms[t];
+      const bool active = t < row.active;
       Floats part = zero;
       for (int k = 0; k < kPacks; ++k) {
-        const Floats e = load(powers + (kPacks * t + k) * 16);
-        const Floats share = upstream[k] * (e * all(term.inverse_sum) * inverse[k]);
+        const int64_t at = first + j + 16 * k, left = count - j - 16 * k;
+        const Floats e = load(term.powers + at);
+        const Floats ratio = e * all(term.slice.inverse_sum) * inverse[k];
+        const Floats share = upstream[k] * ratio;
         part = part + share;
         if (!out) continue;
-        const int64_t at = first + j + 16 * k, left = count - j - 16 * k;
-        const Floats pulled = share * all(term.weight) - e * all(term.pull);
-        write(static_cast<T*>(term.d_logits) + at, left, t < row.active ? pulled : zero);
+        const Floats pulled = share * all(term.weight) - e * all(term.slice.pull);
+        write(static_cast<T*>(term.d_logits) + at, left, active ? pulled : zero);
       }
       if (sums) accumulate(sums[t], part);
     }
@@ -262,11 +265,10 @@ template <class T>
 static void gradients_as(const MixRow& row, const void* dz, int64_t first, int64_t count,
                          bool out, void* scratch, double* results) {
   Sum* const sums = results ? static_cast<Sum*>(scratch) : nullptr;
-  float* const powers = reinterpret_cast<float*>(static_cast<Sum*>(scratch) + row.count);
   for (int64_t t = 0; sums && t < row.count; ++t) sums[t] = no_sum();
   const T* const upstream = static_cast<const T*>(dz);
   if (row.probability) {
-    probability_gradients<T>(row, upstream, first, count, out, powers, sums);
+    probability_gradients<T>(row, upstream, first, count, out, sums);
   } else {
     geometric_gradients<T>(row, upstream, first, count, out, sums);
   }
@@ -274,14 +276,14 @@ static void gradients_as(const MixRow& row, const void* dz, int64_t first, int64
 }
 
 static void sum_exp(const void* logits, DType dtype, int64_t first, int64_t count,
-                    MixSumExp* out) {
+                    float* powers, MixSumExp* out) {
   switch (dtype) {
     case DType::kFloat32:
-      return sum_exp_as(static_cast<const float*>(logits) + first, count, out);
+      return sum_exp_as(static_cast<const float*>(logits) + first, count, powers, out);
     case DType::kBFloat16:
-      return sum_exp_as(static_cast<const BFloat16*>(logits) + first, count, out);
+      return sum_exp_as(static_cast<const BFloat16*>(logits) + first, count, powers, out);
     default:
-      return sum_exp_as(static_cast<const Float16*>(logits) + first, count, out);
+      return sum_exp_as(static_cast<const Float16*>(logits) + first, count, powers, out);
   }
 }
 

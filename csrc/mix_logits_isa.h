@@ -11,17 +11,23 @@ namespace clp {
 // 4096 logits are 16 KB, which the first-level cache keeps between the two passes of `sum_exp`.
 constexpr int64_t kMixSlice = 4096;
 
-// A source row. The rest is for probability mode, where W is the sum of the row's weights: numbers
-// near 1 are what floats are good at, and z needs no more than log W added.
+// What makes of e = exp(l - maximum) the probability p = inverse_sum e, w / W p = coefficient e, and
+// w / W p sum_v dz r W = pull e. W is the sum of the row's weights.
+struct MixFactors {
+  float inverse_sum, coefficient, pull;
+};
+
+// A source row.
 struct MixTerm {
   const void* logits;
-  void* d_logits;        // its gradient, or null
-  int64_t index;         // i
-  float weight;          // w; probability: w / W
-  float maximum;         // of the row
-  float inverse_sum;     // 1 / S with S = sum exp(l - maximum), so p = exp(l - maximum) / S
-  float coefficient;     // w / W / S, of an active term at least 2^-126
-  float pull;            // w / W / S * sum_v dz r W
+  void* d_logits;  // its gradient, or null
+  int64_t index;   // i
+  float weight;    // w; probability: w / W
+  // Of probability mode alone.
+  float maximum;       // of the row
+  MixFactors whole;    // for that maximum; the coefficient of an active term is at least 2^-126
+  const float* powers; // e for each slice's own maximum, as sum_exp left them
+  MixFactors slice;    // for the maximum of the slice at hand
 };
 
 struct MixRow {
@@ -29,7 +35,7 @@ struct MixRow {
   int64_t active, count;
   DType dtype;
   bool probability;
-  float log_total;  // log W; log(W / S) where one term is active
+  float log_total;  // log W; log W - log S where one term is active
 };
 
 struct MixSumExp {
@@ -38,16 +44,18 @@ struct MixSumExp {
 };
 
 // Bytes of scratch memory that `gradients` needs for each term, aligned to 64.
-constexpr int64_t kMixScratch = 16 * sizeof(double) + 64 * sizeof(float);
+constexpr int64_t kMixScratch = 16 * sizeof(double);
 
 struct MixKernels {
-  void (*sum_exp)(const void* logits, DType dtype, int64_t first, int64_t count, MixSumExp* out);
+  // Writes exp(l - maximum of the slice) to `powers`, 0 below 1e-38 and up to a multiple of 64.
+  void (*sum_exp)(const void* logits, DType dtype, int64_t first, int64_t count, float* powers,
+                  MixSumExp* out);
   void (*mix)(const MixRow& row, int64_t first, int64_t count, void* z);
-  // Writes d_logits of the terms that have one, and to `sums` (unless null), by term, the slice's
-  // part of sum_v dz l (geometric) or sum_v dz r W (probability, where d_logits needs the whole
-  // row's: so a row takes a pass for each).
-  void (*gradients)(const MixRow& row, const void* dz, int64_t first, int64_t count,
-                    bool write, void* scratch, double* sums);
+  // Writes d_logits if `write`, and to `sums` (unless null), by term, the slice's part of
+  // sum_v dz l (geometric) or sum_v dz r W (probability, where d_logits needs the whole row's: so
+  // a row takes a pass for each).
+  void (*gradients)(const MixRow& row, const void* dz, int64_t first, int64_t count, bool write,
+                    void* scratch, double* sums);
 };
 
 extern const MixKernels kMixKernelsScalar, kMixKernelsAvx2, kMixKernelsAvx512;

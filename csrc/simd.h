@@ -32,12 +32,13 @@ namespace CLP_ISA {
 // The least argument of exp2 below: 2^-126 is the smallest normal float.
 constexpr float kMinExponent = -126.0f;
 
-// Adding 1.5 * 2^23 rounds a number to an integer, which then stands in the low bits of the sum.
-constexpr float kRounding = 12582912.0f;
-
-// 2^(k + f) for k that stands in the low bits of `shifted`, f in [-1/2, 1/2] and k + f in
-// [-126, 127]. Polynomial: relative minimax of degree 6, 2e-9 off before rounding.
-static inline Floats exp2_of_parts(Floats shifted, Floats f) {
+// 2^y for y in [-126, 127], at most 1.2 ulp off; NaN stays NaN. Polynomial: relative minimax of
+// degree 6 on [-1/2, 1/2], 2e-9 off before rounding.
+static inline Floats exp2(Floats y) {
+  // Adding 1.5 * 2^23 rounds y to an integer, which then stands in the low bits of the sum.
+  const Floats magic = all(12582912.0f);
+  const Floats shifted = y + magic;
+  const Floats f = y - (shifted - magic);
   Floats p = all(0x1.41fbbcp-13f);
   p = p * f + all(0x1.5f3e52p-10f);
   p = p * f + all(0x1.3b2d4cp-7f);
@@ -48,19 +49,21 @@ static inline Floats exp2_of_parts(Floats shifted, Floats f) {
   return from_bits(bits(p) + shift_left<23>(bits(shifted)));
 }
 
-// 2^y for y in [-126, 127], at most 1.2 ulp off; NaN stays NaN.
-static inline Floats exp2(Floats y) {
-  const Floats shifted = y + all(kRounding);
-  return exp2_of_parts(shifted, y - (shifted - all(kRounding)));
-}
-
-// e^d for d in [-87.3, 88], at most 1.5 ulp off however large d is, where exp2(d * log2 e) is off
-// by 2e-6 at d = -40; NaN stays NaN.
+// e^d for d in [-87.3, 88], at most 1.5 ulp off however large d is, where exp2(d * log2(e)) is off
+// by 1e-6 at d = -20; NaN stays NaN. Polynomial: exp2's, times powers of log2(e).
 static inline Floats exponential(Floats d) {
-  const Floats log2e = all(1.44269504f), shifted = d * log2e + all(kRounding);
-  const Floats k = shifted - all(kRounding);
-  // log 2 in two parts, as in log below.
-  return exp2_of_parts(shifted, (d - k * all(0.693359375f) - k * all(-2.12194440e-4f)) * log2e);
+  const Floats magic = all(12582912.0f);
+  const Floats shifted = d * all(1.44269504f) + magic;
+  const Floats k = shifted - magic;
+  // 0.693359375 - 2.12194440e-4 is log 2 in two parts; k times the first is exact.
+  const Floats f = d - k * all(0.693359375f) - k * all(-2.12194440e-4f);
+  Floats p = all(0x1.6ae73p-10f);
+  p = p * f + all(0x1.12678p-7f);
+  p = p * f + all(0x1.555822p-5f);
+  p = p * f + all(0x1.555418p-3f);
+  p = p * f + all(0x1.fffffcp-2f);
+  p = p * (f * f) + f + all(1.0f);
+  return from_bits(bits(p) + shift_left<23>(bits(shifted)));
 }
 
 // log(s) for finite normal s > 0, at most 2e-7 off plus one rounding. Polynomial: Cephes logf.
