@@ -140,7 +140,7 @@ void Work::normalise(const Team& team, Room& room, Source& s) const {
     term.whole.coefficient =
         std::max(float(share / all.sum), std::numeric_limits<float>::min());
     term.powers = room.powers.get() + t * slices * kMixSlice;
-    s.row.log_total = float(std::log(s.total_weight) - std::log(all.sum));  // of one term
+    if (t == 0) s.row.log_total = float(std::log(s.total_weight) - std::log(all.sum));
     terms.push_back(term);
   }
   s.terms.swap(terms);

@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace clp {
@@ -22,30 +24,38 @@ static inline BFloat16 masked(const BFloat16*) { return {0xff80}; }
 static inline Float16 masked(const Float16*) { return {0xfc00}; }
 
 // The first `left` lanes from memory, and beyond logits of -inf, which take part in nothing, or
-// gradients of 0.
-template <class T>
+// gradients of 0. WHOLE: there are 16.
+template <bool WHOLE, class T>
 static inline Floats read_padded(const T* p, int64_t left, T padding) {
-  if (left >= 16) return load(p);
+  if (WHOLE || left >= 16) return load(p);
   T padded[16];
   for (T& one : padded) one = padding;
   if (left > 0) memcpy(padded, p, size_t(left) * sizeof(T));
   return load(padded);
 }
-template <class T>
+template <bool WHOLE = false, class T>
 static inline Floats read(const T* p, int64_t left) {
-  return read_padded(p, left, masked(p));
+  return read_padded<WHOLE>(p, left, masked(p));
 }
-template <class T>
+template <bool WHOLE = false, class T>
 static inline Floats read_gradient(const T* p, int64_t left) {
-  return read_padded(p, left, T{});
+  return read_padded<WHOLE>(p, left, T{});
 }
 
-template <class T>
+template <bool WHOLE = false, class T>
 static inline void write(T* p, int64_t left, Floats value) {
-  if (left >= 16) return store(p, value);
+  if (WHOLE || left >= 16) return store(p, value);
   T lanes[16];
   store(lanes, value);
   if (left > 0) memcpy(p, lanes, size_t(left) * sizeof(T));
+}
+
+// Calls body(whole, j) for groups of kPacks: whole.value is false for a last one that is shorter.
+template <class Body>
+__attribute__((always_inline)) static inline void each_group(int64_t count, const Body& body) {
+  int64_t j = 0;
+  for (; j + 16 * kPacks <= count; j += 16 * kPacks) body(std::true_type(), j);
+  if (j < count) body(std::false_type(), j);
 }
 
 template <class T>
@@ -76,26 +86,31 @@ static inline Floats wide_power(Floats d) {
 
 template <class T>
 static void sum_exp_as(const T* row, int64_t count, float* powers, MixSumExp* out) {
-  const int64_t whole = count / 16 * 16;
-  Floats top = read(row + whole, count - whole);
-  for (int64_t j = 0; j < whole; j += 16) top = maximum(load(row + j), top);
+  Floats top = all(-INFINITY);
+  each_group(count, [&](auto whole, int64_t j) {
+    for (int k = 0; k < kPacks; ++k) {
+      top = maximum(read<whole.value>(row + j + 16 * k, count - j - 16 * k), top);
+    }
+  });
   float lanes[16], peak = -INFINITY;
   store(lanes, top);
   for (float lane : lanes) peak = lane > peak ? lane : peak;
   const Floats shift = all(peak == -INFINITY ? 0.0f : peak);
   Sum sum = no_sum();
-  const auto add = [&](int64_t j, Floats logits) {
-    const Floats e = power(logits - shift);
-    store(powers + j, e);
-    accumulate(sum, e);
-  };
-  for (int64_t j = 0; j < whole; j += 16) add(j, load(row + j));
-  for (int64_t j = whole; j < count || j % 64 != 0; j += 16) add(j, read(row + j, count - j));
+  each_group(count, [&](auto whole, int64_t j) {
+    Floats e[kPacks];
+    for (int k = 0; k < kPacks; ++k) {
+      e[k] = power(read<whole.value>(row + j + 16 * k, count - j - 16 * k) - shift);
+      store(powers + j + 16 * k, e[k]);
+    }
+    accumulate(sum, (e[0] + e[1]) + (e[2] + e[3]));
+  });
   *out = {peak, total(sum)};
 }
 
+// With the rule that an active -inf decides, whatever stands beside it.
 template <class T>
-static inline Floats geometric(const MixRow& row, int64_t at, int64_t left) {
+static Floats masked_geometric(const MixRow& row, int64_t at, int64_t left) {
   const Floats zero = all(0.0f), one = all(1.0f), minus = all(-INFINITY);
   Floats value = zero, blocked = zero;
   for (int64_t t = 0; t < row.active; ++t) {
@@ -104,6 +119,25 @@ static inline Floats geometric(const MixRow& row, int64_t at, int64_t left) {
     blocked = where_equal(logit, minus, one, blocked);
   }
   return where_equal(blocked, one, minus, value);
+}
+
+// kPacks of z. Where it is finite no active logit was -inf.
+template <class T, bool WHOLE>
+static inline void geometric(const MixRow& row, int64_t at, int64_t left, Floats* z) {
+  const Floats zero = all(0.0f);
+  for (int k = 0; k < kPacks; ++k) z[k] = zero;
+  for (int64_t t = 0; t < row.active; ++t) {
+    const T* const logits = logits_of<T>(row.terms[t]) + at;
+    const Floats weight = all(row.terms[t].weight);
+    for (int k = 0; k < kPacks; ++k) {
+      z[k] = z[k] + read<WHOLE>(logits + 16 * k, left - 16 * k) * weight;
+    }
+  }
+  for (int k = 0; k < kPacks; ++k) {
+    if (equal(z[k] - z[k], zero) != 0xffffu) {
+      z[k] = masked_geometric<T>(row, at + 16 * k, left - 16 * k);
+    }
+  }
 }
 
 // l_i less the row's maximum.
@@ -156,24 +190,32 @@ static inline Floats probability(const MixRow& row, int64_t at, int64_t left) {
 
 template <class T>
 static void mix_as(const MixRow& row, int64_t first, int64_t count, void* out) {
-  T* const z = static_cast<T*>(out);
-  for (int64_t j = 0; j < count; j += 16) {
-    const int64_t at = first + j, left = count - j;
-    write(z + at, left, row.probability ? probability<T>(row, at, left)
-                                        : geometric<T>(row, at, left));
+  T* const z = static_cast<T*>(out) + first;
+  if (row.probability) {
+    for (int64_t j = 0; j < count; j += 16) {
+      write(z + j, count - j, probability<T>(row, first + j, count - j));
+    }
+    return;
   }
+  each_group(count, [&](auto whole, int64_t j) {
+    Floats value[kPacks];
+    geometric<T, whole.value>(row, first + j, count - j, value);
+    for (int k = 0; k < kPacks; ++k) {
+      write<whole.value>(z + j + 16 * k, count - j - 16 * k, value[k]);
+    }
+  });
 }
 
 template <class T>
 static void geometric_gradients(const MixRow& row, const T* dz, int64_t first, int64_t count,
                                 bool out, Sum* sums) {
   const Floats zero = all(0.0f), minus = all(-INFINITY);
-  for (int64_t j = 0; j < count; j += 16 * kPacks) {
-    Floats upstream[kPacks];
+  each_group(count, [&](auto whole, int64_t j) {
+    Floats z[kPacks], upstream[kPacks];
+    geometric<T, whole.value>(row, first + j, count - j, z);
     for (int k = 0; k < kPacks; ++k) {
       const int64_t at = first + j + 16 * k, left = count - j - 16 * k;
-      const Floats z = geometric<T>(row, at, left);
-      upstream[k] = where_equal(z, minus, zero, read_gradient(dz + at, left));
+      upstream[k] = where_equal(z[k], minus, zero, read_gradient<whole.value>(dz + at, left));
     }
     for (int64_t t = 0; t < row.count; ++t) {
       const MixTerm& term = row.terms[t];
@@ -181,16 +223,16 @@ static void geometric_gradients(const MixRow& row, const T* dz, int64_t first, i
       for (int k = 0; k < kPacks; ++k) {
         const int64_t at = first + j + 16 * k, left = count - j - 16 * k;
         if (out) {
-          write(static_cast<T*>(term.d_logits) + at, left, upstream[k] * all(term.weight));
+          write<whole.value>(static_cast<T*>(term.d_logits) + at, left, upstream[k] * all(term.weight));
         }
         if (sums) {
-          const Floats logit = read(logits_of<T>(term) + at, left);
+          const Floats logit = read<whole.value>(logits_of<T>(term) + at, left);
           part = part + upstream[k] * where_equal(logit, minus, zero, logit);
         }
       }
       if (sums) accumulate(sums[t], part);
     }
-  }
+  });
 }
 
 // A pack where some of the mixture is too small for probability_gradients.
@@ -221,7 +263,7 @@ template <class T>
 static void probability_gradients(const MixRow& row, const T* dz, int64_t first, int64_t count,
                                   bool out, Sum* sums) {
   const Floats zero = all(0.0f);
-  for (int64_t j = 0; j < count; j += 16 * kPacks) {
+  each_group(count, [&](auto whole, int64_t j) {
     Floats sum[kPacks], inverse[kPacks], upstream[kPacks];
     bool plain[kPacks];
     for (Floats& one : sum) one = zero;
@@ -236,7 +278,7 @@ static void probability_gradients(const MixRow& row, const T* dz, int64_t first,
       const int64_t at = first + j + 16 * k, left = count - j - 16 * k;
       plain[k] = at_most(all(kPlain), sum[k]) == 0xffffu;
       inverse[k] = plain[k] ? all(1.0f) / sum[k] : zero;
-      upstream[k] = plain[k] ? read_gradient(dz + at, left) : zero;
+      upstream[k] = plain[k] ? read_gradient<whole.value>(dz + at, left) : zero;
     }
     for (int64_t t = 0; t < row.count; ++t) {
       const MixTerm& term = row.terms[t];
@@ -250,7 +292,7 @@ static void probability_gradients(const MixRow& row, const T* dz, int64_t first,
         part = part + share;
         if (!out) continue;
         const Floats pulled = share * all(term.weight) - e * all(term.slice.pull);
-        write(static_cast<T*>(term.d_logits) + at, left, active ? pulled : zero);
+        write<whole.value>(static_cast<T*>(term.d_logits) + at, left, active ? pulled : zero);
       }
       if (sums) accumulate(sums[t], part);
     }
@@ -258,7 +300,7 @@ static void probability_gradients(const MixRow& row, const T* dz, int64_t first,
       const int64_t at = first + j + 16 * k, left = count - j - 16 * k;
       if (!plain[k] && left > 0) small_gradients<T>(row, dz, at, left, out, sums);
     }
-  }
+  });
 }
 
 template <class T>
