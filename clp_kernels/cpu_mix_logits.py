@@ -28,8 +28,9 @@ def mix_logits(logits: Tensor, weights: Tensor, mode: str, isa: str = "") -> Ten
         mode: "geometric" or "probability".
         isa: an instruction set for this call (see native.isa); "" for the one in use.
 
-    float32 within, rounded once. Geometric: the reference's bits in float32. Probability: -inf
-    without a term (m = 0), where the reference raises.
+    float32 within, rounded once. Geometric: the reference's bits. Probability: it needs m V floats
+    for each thread; a weight below 1e-30 of its row's sum loses precision at ids that only its term
+    allows; -inf without a term (m = 0), where the reference raises.
     Deterministic; a row's bits depend neither on the other rows, nor on the number of threads, nor
     on the instruction set.
 
@@ -53,9 +54,8 @@ def mix_logits_backward(
                       d_weights_i = sum_v dz r_i,  r_i = softmax(l_i) / exp(z)
 
     d_logits [m, B, V] in the logits' dtype, d_weights [B, m] float32 from float64 sums. Ids where z
-    is -inf pass no gradient, and there dz may hold anything. In probability mode weights of one
-    row may not lie further apart than 2^126: a smaller one's gradient is NaN or infinite.
-    Arguments, errors and determinism as mix_logits.
+    is -inf pass no gradient, and there dz may hold anything. Arguments, precision, memory, errors
+    and determinism as mix_logits.
     """
     m, batch_size, _ = logits.shape
     d_logits = logits.new_empty(logits.shape if needs[0] else (0,))

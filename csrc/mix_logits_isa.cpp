@@ -12,7 +12,7 @@
 namespace clp {
 namespace CLP_ISA {
 
-constexpr int kPacks = 4;  // at a time in the gradients
+constexpr int kPacks = 4;  // at a time
 // An exponential below e^kLeast, 1.2e-38, counts as nothing. Where the mixture is at least kPlain,
 // that is nothing to it (2^-61); elsewhere the largest is divided out first.
 constexpr float kLeast = -87.3f;
@@ -222,9 +222,8 @@ static void geometric_gradients(const MixRow& row, const T* dz, int64_t first, i
       Floats part = zero;
       for (int k = 0; k < kPacks; ++k) {
         const int64_t at = first + j + 16 * k, left = count - j - 16 * k;
-        if (out) {
-          write<whole.value>(static_cast<T*>(term.d_logits) + at, left, upstream[k] * all(term.weight));
-        }
+        const Floats gradient = upstream[k] * all(term.weight);
+        if (out) write<whole.value>(static_cast<T*>(term.d_logits) + at, left, gradient);
         if (sums) {
           const Floats logit = read<whole.value>(logits_of<T>(term) + at, left);
           part = part + upstream[k] * where_equal(logit, minus, zero, logit);

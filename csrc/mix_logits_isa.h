@@ -11,8 +11,8 @@ namespace clp {
 // 4096 logits are 16 KB, which the first-level cache keeps between the two passes of `sum_exp`.
 constexpr int64_t kMixSlice = 4096;
 
-// What makes of e = exp(l - maximum) the probability p = inverse_sum e, w / W p = coefficient e, and
-// w / W p sum_v dz r W = pull e. W is the sum of the row's weights.
+// What makes of e = exp(l - maximum) the probability p = inverse_sum e, w / W p = coefficient e,
+// and w / W p sum_v dz r W = pull e. W is the sum of the row's weights.
 struct MixFactors {
   float inverse_sum, coefficient, pull;
 };
@@ -24,10 +24,10 @@ struct MixTerm {
   int64_t index;   // i
   float weight;    // w; probability: w / W
   // Of probability mode alone.
-  float maximum;       // of the row
-  MixFactors whole;    // for that maximum; the coefficient of an active term is at least 2^-126
-  const float* powers; // e for each slice's own maximum, as sum_exp left them
-  MixFactors slice;    // for the maximum of the slice at hand
+  float maximum;        // of the row
+  MixFactors whole;     // for that maximum; the coefficient is at least 2^-126
+  const float* powers;  // e for each slice's own maximum, as sum_exp left them
+  MixFactors slice;     // for the maximum of the slice at hand
 };
 
 struct MixRow {
