@@ -59,7 +59,7 @@ def mix_logits_backward(
     """
     m, batch_size, _ = logits.shape
     d_logits = logits.new_empty(logits.shape if needs[0] else (0,))
-    d_weights = weights.new_empty((batch_size, m) if needs[1] else (0,))
+    d_weights = weights.new_empty(batch_size, m) if needs[1] else logits.new_empty(0)
     if logits.numel() == 0 or not any(needs):
         # Without ids the sums are empty; with neither asked for there is nothing to fill.
         return d_logits, d_weights.zero_()

@@ -15,7 +15,7 @@ namespace clp {
 namespace {
 
 // Logits, weighted by the passes made over them, below which one thread does it all: 25 us of work
-// with AVX2, against 2 us to start a parallel region while the threads spin, 10 us where they sleep.
+// with AVX2, against 2 us to start a parallel region while the threads spin, 10 us if they sleep.
 constexpr int64_t kSerialWork = 1 << 18;
 
 const MixKernels& kernels_of(Isa isa) {
