@@ -19,6 +19,7 @@ import torch
 from clp_kernels import (
     cpu_linear_logprob,
     cpu_linear_logprob_backward,
+    cpu_mix_logits,
     cpu_mixed_linear,
     cpu_mixed_lora,
     cpu_sample,
@@ -110,8 +111,13 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         _triton("triton_mixed_linear", "mixed_linear_backward"),
         _reference("mixed_linear_backward"),
     ),
-    "mix_logits": (_triton("triton_mix_logits", "mix_logits"), _reference("mix_logits")),
+    "mix_logits": (
+        _compiled("cpu", cpu_mix_logits, "mix_logits"),
+        _triton("triton_mix_logits", "mix_logits"),
+        _reference("mix_logits"),
+    ),
     "mix_logits_backward": (
+        _compiled("cpu", cpu_mix_logits, "mix_logits_backward"),
         _triton("triton_mix_logits", "mix_logits_backward"),
         _reference("mix_logits_backward"),
     ),

@@ -8,6 +8,7 @@
 #include "at_once.h"
 #include "cpu_isa.h"
 #include "linear_logprob.h"
+#include "mix_logits.h"
 #include "mixed_linear.h"
 #include "mixed_lora.h"
 #include "philox.h"
@@ -139,6 +140,32 @@ void linear_logprob_backward(uintptr_t logits, uintptr_t ref_logits, int64_t n, 
   clp::linear_logprob_backward_cpu(args, num_threads, isa.c_str());
 }
 
+clp::MixArgs mix_args(uintptr_t logits, int dtype, int64_t m, int64_t B, int64_t V,
+                      int64_t stride_m, int64_t stride_b, uintptr_t weights, bool probability) {
+  return {pointer<const void>(logits),   clp::DType(dtype), m, B, V, stride_m, stride_b,
+          pointer<const float>(weights), probability};
+}
+
+void mix_logits(uintptr_t logits, int dtype, int64_t m, int64_t B, int64_t V, int64_t stride_m,
+                int64_t stride_b, uintptr_t weights, bool probability, uintptr_t z,
+                int num_threads, const std::string& isa) {
+  const clp::MixArgs args =
+      mix_args(logits, dtype, m, B, V, stride_m, stride_b, weights, probability);
+  py::gil_scoped_release release;
+  clp::mix_logits_cpu(args, pointer<void>(z), num_threads, isa.c_str());
+}
+
+void mix_logits_backward(uintptr_t logits, int dtype, int64_t m, int64_t B, int64_t V,
+                         int64_t stride_m, int64_t stride_b, uintptr_t weights, bool probability,
+                         uintptr_t dz, uintptr_t d_logits, uintptr_t d_weights, int num_threads,
+                         const std::string& isa) {
+  const clp::MixArgs args =
+      mix_args(logits, dtype, m, B, V, stride_m, stride_b, weights, probability);
+  py::gil_scoped_release release;
+  clp::mix_logits_backward_cpu(args, pointer<const void>(dz), pointer<void>(d_logits),
+                               pointer<float>(d_weights), num_threads, isa.c_str());
+}
+
 void uniform(int64_t seed, int64_t position, int64_t count, uintptr_t out,
              const std::string& isa) {
   clp::sample_kernels(clp::resolve_isa(isa)).uniform(seed, position, count, pointer<double>(out));
@@ -171,6 +198,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("mixed_linear", &mixed_linear);
   module.def("linear_logprob", &linear_logprob);
   module.def("linear_logprob_backward", &linear_logprob_backward);
+  module.def("mix_logits", &mix_logits);
+  module.def("mix_logits_backward", &mix_logits_backward);
   module.def("philox", &philox);
   module.def("uniform", &uniform);
   module.def("exp2", &exp2_each);

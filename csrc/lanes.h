@@ -18,20 +18,10 @@
 #endif
 
 #include "dtype.h"
+#include "narrow.h"
 
 namespace clp {
 namespace CLP_ISA {
-
-static inline float float_from(uint32_t word) {
-  float x;
-  memcpy(&x, &word, 4);
-  return x;
-}
-static inline uint32_t word_from(float x) {
-  uint32_t word;
-  memcpy(&word, &x, 4);
-  return word;
-}
 
 #if CLP_ISA_LEVEL >= 2
 
@@ -67,17 +57,8 @@ static inline Lanes load_part(const Float16* p, int count) {
 }
 
 static inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
-static inline void store(BFloat16* p, Lanes a) {
-  const __m512i bits = _mm512_castps_si512(a.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i near = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  const __m512i rounded = _mm512_mask_set1_epi32(near, nan, 0x7fc00000);
-  _mm256_storeu_epi16(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
-static inline void store(Float16* p, Lanes a) {
-  _mm256_storeu_epi16(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
-}
+static inline void store(BFloat16* p, Lanes a) { narrow(a.v, p); }
+static inline void store(Float16* p, Lanes a) { narrow(a.v, p); }
 
 static inline __m256 halves(Lanes a) {
   return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
@@ -131,23 +112,8 @@ static inline Lanes load_part(const Float16* p, int count) {
 }
 
 static inline void store(float* p, Lanes a) { _mm256_storeu_ps(p, a.v); }
-static inline void store(BFloat16* p, Lanes a) {
-  const __m256i bits = _mm256_castps_si256(a.v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
-  const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
-  const __m256i rounded =
-      _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(near), quiet, nan));
-  const __m256i words = _mm256_srli_epi32(rounded, 16);
-  const __m128i packed =
-      _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
-}
-static inline void store(Float16* p, Lanes a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
-}
+static inline void store(BFloat16* p, Lanes a) { narrow(a.v, p); }
+static inline void store(Float16* p, Lanes a) { narrow(a.v, p); }
 
 static inline __m256 halves(Lanes a) { return a.v; }
 
@@ -190,25 +156,6 @@ static inline Lanes load(const T* p) {
   return load_part(p, kLanes);
 }
 
-static inline void narrow(float x, float* p) { *p = x; }
-static inline void narrow(float x, BFloat16* p) {
-  const uint32_t bits = word_from(x);
-  p->bits = uint16_t(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-static inline void narrow(float x, Float16* p) {
-  const uint32_t bits = word_from(x), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
-  uint32_t half;
-  if (rest > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (rest >= 0x477ff000u) {  // 65520, from where on the nearest half is infinite
-    half = 0x7c00u;
-  } else if (rest < 0x38800000u) {  // below 2^-14: adding 1/2 leaves the rounded subnormal in place
-    half = word_from(float_from(rest) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
-  }
-  p->bits = uint16_t(sign | half);
-}
 template <class T>
 static inline void store(T* p, Lanes a) {
   for (int k = 0; k < kLanes; ++k) narrow(a.v[k], p + k);

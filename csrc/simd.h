@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include "dtype.h"
+#include "narrow.h"
 #include "philox.h"
 
 #if CLP_ISA_LEVEL == 2
@@ -48,11 +49,29 @@ static inline Floats exp2(Floats y) {
   return from_bits(bits(p) + shift_left<23>(bits(shifted)));
 }
 
-// log(s) for finite s >= 1, at most 2e-7 off plus one rounding. Polynomial: Cephes logf.
+// e^d for d in [-87.3, 88], at most 1.2 ulp off however large d is, where exp2(d * log2(e)) is off
+// by 1e-6 at d = -20; NaN stays NaN. Polynomial: exp2's, times powers of log2(e).
+static inline Floats exponential(Floats d) {
+  const Floats magic = all(12582912.0f);
+  const Floats shifted = d * all(1.44269504f) + magic;
+  const Floats k = shifted - magic;
+  // 0.693359375 - 2.12194440e-4 is log 2 in two parts; k times the first is exact.
+  const Floats f = d - k * all(0.693359375f) - k * all(-2.12194440e-4f);
+  Floats p = all(0x1.6ae73p-10f);
+  p = p * f + all(0x1.12678p-7f);
+  p = p * f + all(0x1.555822p-5f);
+  p = p * f + all(0x1.555418p-3f);
+  p = p * f + all(0x1.fffffcp-2f);
+  p = p * (f * f) + f + all(1.0f);
+  return from_bits(bits(p) + shift_left<23>(bits(shifted)));
+}
+
+// log(s) for finite normal s > 0, at most 2e-7 off plus one rounding. Polynomial: Cephes logf.
 static inline Floats log(Floats s) {
-  // s = 2^k f with f in [sqrt(1/2), sqrt(2)); 0x3f3504f3 is sqrt(1/2).
-  const Words rest = bits(s) + all_words(0u - 0x3f3504f3u);
-  const Floats k = to_floats(shift_right<23>(rest));
+  // s = 2^k f with f in [sqrt(1/2), sqrt(2)); 0x3f3504f3 is sqrt(1/2). 128 keeps k positive until
+  // the shift, which knows no sign.
+  const Words rest = bits(s) + all_words((128u << 23) - 0x3f3504f3u);
+  const Floats k = to_floats(shift_right<23>(rest)) - all(128.0f);
   const Floats f =
       from_bits((rest & all_words(0x007fffffu)) + all_words(0x3f3504f3u)) - all(1.0f);
   const Floats square = f * f;

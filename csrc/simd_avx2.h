@@ -37,6 +37,14 @@ static inline void store(float* p, Floats a) {
   _mm256_storeu_ps(p, a.low);
   _mm256_storeu_ps(p + 8, a.high);
 }
+static inline void store(BFloat16* p, Floats a) {
+  narrow(a.low, p);
+  narrow(a.high, p + 8);
+}
+static inline void store(Float16* p, Floats a) {
+  narrow(a.low, p);
+  narrow(a.high, p + 8);
+}
 static inline Floats operator+(Floats a, Floats b) {
   return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
 }
@@ -45,6 +53,9 @@ static inline Floats operator-(Floats a, Floats b) {
 }
 static inline Floats operator*(Floats a, Floats b) {
   return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+static inline Floats operator/(Floats a, Floats b) {
+  return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
 }
 static inline Floats maximum(Floats a, Floats b) {
   return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};

@@ -29,9 +29,12 @@ static inline Floats load(const Float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 static inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
+static inline void store(BFloat16* p, Floats a) { narrow(a.v, p); }
+static inline void store(Float16* p, Floats a) { narrow(a.v, p); }
 static inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Floats maximum(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline uint32_t equal(Floats a, Floats b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ);

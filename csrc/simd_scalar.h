@@ -25,33 +25,25 @@ struct Sum {
 
 static inline Floats all(float x) { CLP_EACH(Floats, 16, x); }
 static inline Floats load(const float* p) { CLP_EACH(Floats, 16, p[k]); }
-static inline float float_of(uint32_t word) {
-  float x;
-  memcpy(&x, &word, 4);
-  return x;
-}
-static inline uint32_t word_of(float x) {
-  uint32_t word;
-  memcpy(&word, &x, 4);
-  return word;
-}
 static inline Floats load(const BFloat16* p) {
-  CLP_EACH(Floats, 16, float_of(uint32_t(p[k].bits) << 16));
+  CLP_EACH(Floats, 16, float_from(uint32_t(p[k].bits) << 16));
 }
 static inline float widen_float16(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000u) << 16, rest = half & 0x7fffu;
   // 2^112 moves the exponent from half's bias of 15 to float's 127, and is exact for subnormals.
-  const float magnitude = rest >= 0x7c00u ? float_of((rest << 13) | 0x7f800000u)
-                                          : float_of(rest << 13) * 0x1p112f;
-  return float_of(word_of(magnitude) | sign);
+  const float magnitude = rest >= 0x7c00u ? float_from((rest << 13) | 0x7f800000u)
+                                          : float_from(rest << 13) * 0x1p112f;
+  return float_from(word_from(magnitude) | sign);
 }
 static inline Floats load(const Float16* p) { CLP_EACH(Floats, 16, widen_float16(p[k].bits)); }
-static inline void store(float* p, Floats a) {
-  for (int k = 0; k < 16; ++k) p[k] = a.v[k];
+template <class T>
+static inline void store(T* p, Floats a) {
+  for (int k = 0; k < 16; ++k) narrow(a.v[k], p + k);
 }
 static inline Floats operator+(Floats a, Floats b) { CLP_EACH(Floats, 16, a.v[k] + b.v[k]); }
 static inline Floats operator-(Floats a, Floats b) { CLP_EACH(Floats, 16, a.v[k] - b.v[k]); }
 static inline Floats operator*(Floats a, Floats b) { CLP_EACH(Floats, 16, a.v[k] * b.v[k]); }
+static inline Floats operator/(Floats a, Floats b) { CLP_EACH(Floats, 16, a.v[k] / b.v[k]); }
 static inline Floats maximum(Floats a, Floats b) {
   CLP_EACH(Floats, 16, a.v[k] > b.v[k] ? a.v[k] : b.v[k]);
 }
@@ -84,8 +76,8 @@ template <int N>
 static inline Words shift_right(Words a) {
   CLP_EACH(Words, 16, a.v[k] >> N);
 }
-static inline Words bits(Floats a) { CLP_EACH(Words, 16, word_of(a.v[k])); }
-static inline Floats from_bits(Words a) { CLP_EACH(Floats, 16, float_of(a.v[k])); }
+static inline Words bits(Floats a) { CLP_EACH(Words, 16, word_from(a.v[k])); }
+static inline Floats from_bits(Words a) { CLP_EACH(Floats, 16, float_from(a.v[k])); }
 static inline Floats to_floats(Words a) { CLP_EACH(Floats, 16, float(int32_t(a.v[k]))); }
 
 static inline Wides all_wides(uint64_t x) { CLP_EACH(Wides, 8, x); }

@@ -1,0 +1,88 @@
+"""`mix_logits` and its gradients on the CPU: launches csrc/mix_logits.cpp."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clp_kernels import native
+
+
+def why_not(tensor: Tensor, *_: object) -> str | None:
+    """Why this backend cannot run a call whose first argument is `tensor`, or None."""
+    if tensor.device.type != "cpu":
+        return f"the logits are on {tensor.device}, not on the CPU"
+    return native.cpu_missing() or native.dtype_why_not(tensor)
+
+
+def mix_logits(logits: Tensor, weights: Tensor, mode: str, isa: str = "") -> Tensor:
+    """[m, B, V], weights [B, m] float32 -> [B, V] in the logits' dtype; as reference.mix_logits.
+
+        geometric:    z = sum_i w_i l_i
+        probability:  z = log sum_i w_i softmax(l_i)
+
+    Args:
+        logits: float32, bfloat16 or float16. Any strides for m and B; copied where the last axis
+            is not contiguous.
+        weights: float32; >= 0 in probability mode, where another makes its row NaN.
+        mode: "geometric" or "probability".
+        isa: an instruction set for this call (see native.isa); "" for the one in use.
+
+    float32 within, rounded once. Geometric: the reference's bits. Probability: it needs m V floats
+    for each thread; a weight below 1e-30 of its row's sum loses precision at ids that only its term
+    allows; -inf without a term (m = 0), where the reference raises.
+    Deterministic; a row's bits depend neither on the other rows, nor on the number of threads, nor
+    on the instruction set.
+
+    Raises:
+        ValueError: an unknown instruction set.
+        RuntimeError: the CPU kernels are missing.
+    """
+    z = logits.new_empty(logits.shape[1:])
+    arguments, _held = _arguments(logits, weights, mode)
+    native.cpu().mix_logits(*arguments, z.data_ptr(), torch.get_num_threads(), isa)
+    return z
+
+
+def mix_logits_backward(
+    dz: Tensor, logits: Tensor, weights: Tensor, mode: str, needs: list[bool], isa: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of (logits, weights), as reference.mix_logits_backward; empty where not needed.
+
+        geometric:    d_logits_i = dz w_i,  d_weights_i = sum_v dz l_i
+        probability:  d_logits_i = w_i (dz r_i - softmax(l_i) d_weights_i),
+                      d_weights_i = sum_v dz r_i,  r_i = softmax(l_i) / exp(z)
+
+    d_logits [m, B, V] in the logits' dtype, d_weights [B, m] float32 from float64 sums. Ids where z
+    is -inf pass no gradient, and there dz may hold anything. Arguments, precision, memory, errors
+    and determinism as mix_logits.
+    """
+    m, batch_size, _ = logits.shape
+    d_logits = logits.new_empty(logits.shape if needs[0] else (0,))
+    d_weights = weights.new_empty(batch_size, m) if needs[1] else logits.new_empty(0)
+    if logits.numel() == 0 or not any(needs):
+        # Without ids the sums are empty; with neither asked for there is nothing to fill.
+        return d_logits, d_weights.zero_()
+    arguments, _held = _arguments(logits, weights, mode)
+    dz = dz.contiguous()
+    native.cpu().mix_logits_backward(
+        *arguments,
+        dz.data_ptr(),
+        d_logits.data_ptr() if needs[0] else 0,
+        d_weights.data_ptr() if needs[1] else 0,
+        torch.get_num_threads(),
+        isa,
+    )
+    return d_logits, d_weights
+
+
+def _arguments(
+    logits: Tensor, weights: Tensor, mode: str
+) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
+    """The C++ functions' first arguments, and the tensors they point to, to be held till then."""
+    if logits.shape[2] > 1 and logits.stride(2) != 1:
+        logits = logits.contiguous()
+    weights = weights.contiguous()
+    sizes = (*logits.shape, logits.stride(0), logits.stride(1))
+    head = (logits.data_ptr(), native.DTYPES[logits.dtype], *sizes, weights.data_ptr())
+    return (*head, mode == "probability"), (logits, weights)
