@@ -20,7 +20,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Collection, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -133,7 +133,10 @@ def compile_variant(variant: Variant, capability: tuple[int, int]) -> Result:
 
 
 def compile_at(module: str, capability: tuple[int, int], place: int) -> Result:
-    return compile_variant(variants(module, capability)[place], capability)
+    """Names the variant on stderr first: it may crash the process."""
+    variant = variants(module, capability)[place]
+    print("compiling", variant[0], "for", capability, file=sys.stderr, flush=True)
+    return compile_variant(variant, capability)
 
 
 def worker(jobs: list[str]) -> None:
@@ -152,11 +155,11 @@ def worker(jobs: list[str]) -> None:
                 for place, variant in enumerate(variants(module, capability))
             }
         for job, futures in submitted.items():
-            failed = [
-                f"{name}:\n" + "".join(traceback.format_exception(error))
-                for name, future in futures.items()
-                if (error := future.exception())
-            ]
+            errors = {name: e for name, future in futures.items() if (e := future.exception())}
+            for error in errors.values():
+                if isinstance(error, BrokenExecutor):
+                    raise error  # a process is gone: no later result is worth anything
+            failed = [f"{n}:\n" + "".join(traceback.format_exception(e)) for n, e in errors.items()]
             results = [] if failed else [future.result() for future in futures.values()]
             report = {"job": job, "failed": failed, "results": results}
             print(json.dumps(report), flush=True)
