@@ -9,6 +9,8 @@ Providers.
     torch_cross_entropy      materialised logits, F.cross_entropy(reduction="none")
     torch_linear             F.linear_cross_entropy(reduction="none"), PyTorch's own fused form
     torch_compile            the first under torch.compile (optional)
+    liger, cut_cross_entropy other projects' kernels, on a GPU where they are installed
+                             (bench/peers.py)
     reference, cpu, triton   ours, those of clp_kernels.dispatch that can run the case
 
 Error gate: log-probabilities and the gradient within the project's budget (clp_kernels.testing) of
@@ -26,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import clp_kernels
+from bench import peers
 from bench.timing import Protocol, Provider, Roofs
 from clp_kernels import dispatch
 from clp_kernels.testing import assert_within_budget
@@ -161,6 +164,7 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
         "torch_cross_entropy": cross_entropy,
         "torch_linear": linear_cross_entropy,
     }
+    plain |= peers.heads(data.hidden.device)
     mixture: tuple[Tensor | None, Tensor | None] = (None, None)
     if data.weights is not None:
         mixture = (data.weights, data.example_ids)

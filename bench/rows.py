@@ -28,7 +28,7 @@ FIELDS = (
     "load",  # of the machine when the run began (one-minute average): what others were doing
     "torch",
     "op",
-    "provider",  # "torch...", "peft...": a baseline; "floor...": time at the device's measured best
+    "provider",  # one of BASELINES begins it: a baseline; "floor...": time at the device's best
     "case",  # JSON
     "p20_us",
     "p50_us",
@@ -40,6 +40,7 @@ FIELDS = (
     "over_base",  # time over that of "base" in the same round, median over the rounds
 )
 ADDED = 2  # the last columns, which files from before 2026-11-24 lack
+BASELINES = ("torch", "peft", "flashinfer", "vllm", "liger", "cut_cross_entropy")
 Row = dict[str, str]
 
 
@@ -87,7 +88,7 @@ def _commit() -> tuple[str, str]:
 
 def is_baseline(provider: str) -> bool:
     """Whether speed-ups are measured against it; "base" and floors are not baselines."""
-    return provider.startswith(("torch", "peft"))
+    return provider.startswith(BASELINES)
 
 
 def rows(

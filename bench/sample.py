@@ -7,6 +7,7 @@ Providers. Temperature is 1 for all, which spares the baselines a division.
     torch_compile      the first under torch.compile (optional: it compiles anew for each case)
     torch_sort         with top-p: mix, log-softmax, sort, cumulative sum, torch.multinomial, gather
     torch_transformers with top-p: mix, its TopPLogitsWarper, softmax, torch.multinomial, gather
+    flashinfer, vllm   other projects' samplers, on a GPU where they are installed (bench/peers.py)
     reference          clp_kernels.reference, the definition
     cpu, cuda          the compiled kernels through clp_kernels.sample, argument checks included
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 import clp_kernels
+from bench import peers
 from bench.timing import Provider, Roofs
 from clp_kernels import native, reference
 from clp_kernels.testing import assert_within_budget, weight_rows
@@ -182,11 +184,20 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
     if compiled and data.top_p == 1:
         torch.compiler.reset()  # each case is compiled for its own sizes
         found.append(plain("torch_compile", torch.compile(torch_gumbel, dynamic=False)))
+    for name, form in peers.samplers(data.logits.device, data.top_p).items():
+        found.append(Provider(name, _peer(data, form), logprobs_right))
     for backend in ("reference", kind):
         missing = ours[backend]
         if missing is None or missing() is None:
             found.append(Provider(backend, _draw(data, backend), draw_right, backend == kind))
     return found
+
+
+def _peer(data: Inputs, form: peers.Sampler) -> Callable[[], Draw]:
+    def draw() -> Draw:
+        return form(mix(data.logits, data.weights), data.top_p, data.seed, data.position)
+
+    return draw
 
 
 def _draw(data: Inputs, backend: str) -> Callable[[], Draw]:

@@ -32,7 +32,7 @@ FLUSH_BYTES = 256 * 2**20  # larger than any GPU's L2 (B200: 126 MB)
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do the work. "torch..." and "peft..." are baselines, "base" is a part of the work.
+    """One way to do the work. "base" is a part of it; rows.BASELINES names the baselines.
 
     run: does the work once, gives the output.
     check: the error gate: the share of the error budget that an output uses (0 to 1), or

@@ -25,13 +25,15 @@ def test_cuda_targets() -> None:
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on this machine")
-@pytest.mark.parametrize("target", cuda_targets())
 @pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc").glob("*.cu")))
-def test_cuda_compiles_without_spills(source: str, target: str, tmp_path: Path) -> None:
+def test_cuda_compiles_without_spills(source: str, tmp_path: Path) -> None:
+    """All targets in one run of nvcc: three runs compile the host's part three times (sample.cu:
+    16 instead of 12 s of a processor)."""
+    targets = cuda_targets()
     result = subprocess.run(
         [
             *(str(NVCC), "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra"),
-            f"-gencode=arch=compute_{target},code=sm_{target}",
+            *(f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets),
             *("-c", str(ROOT / "csrc" / source), "-o", str(tmp_path / "kernel.o")),
         ],
         capture_output=True,
@@ -41,8 +43,11 @@ def test_cuda_compiles_without_spills(source: str, target: str, tmp_path: Path) 
     report = result.stdout + result.stderr
     assert result.returncode == 0, report
     assert "warning" not in report, report
+    compiled = re.findall(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", report)
+    kernels = {name for name, _ in compiled}
+    assert kernels and set(compiled) == {(name, target) for name in kernels for target in targets}
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spills, report
+    assert len(spills) >= len(compiled), report
     assert set(spills) == {("0", "0")}, report
 
 

@@ -12,13 +12,15 @@ import importlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import traceback
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -34,7 +36,7 @@ PLANNED = ("clp_kernels.triton_mixed_lora", "clp_kernels.triton_mixed_linear")
 # Those without a plan launch fixed tiles, which their own tests compare with the variants.
 FIXED = ("triton_mix_logits", "triton_sample", "triton_linear_logprob")
 MODULES = (*PLANNED, *(f"clp_kernels.{name}" for name in FIXED))
-BROKEN = "broken"
+BROKEN, INVALID = "broken", "invalid"
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 # Bytes of shared memory that one block may take (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {(8, 0): 163 * 1024, (9, 0): 227 * 1024, (10, 0): 227 * 1024}
@@ -43,6 +45,8 @@ REGISTERS = re.compile(r"Used (\d+) registers")
 
 Variant = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
 Result = dict[str, Any]
+Report = dict[str, Any]
+Job = tuple[str, tuple[int, int]]  # a module and an architecture
 
 
 @triton.jit
@@ -64,6 +68,13 @@ def scaled_by_their_sum(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), x * tl.sum(x))
 
 
+@triton.jit
+def product_of_mismatched_tiles(x_ptr):
+    """Does not compile."""
+    x = tl.load(x_ptr + tl.arange(0, 16)[:, None] + tl.arange(0, 32)[None, :])
+    tl.store(x_ptr, tl.sum(tl.dot(x, x)))
+
+
 def broken_variants() -> list[Variant]:
     """One kernel that fits, one that spills and one that takes too much shared memory."""
     row = {"x_ptr": "*fp32", "BLOCK": "constexpr"}
@@ -80,6 +91,9 @@ def broken_variants() -> list[Variant]:
 def variants(module: str, capability: tuple[int, int]) -> list[Variant]:
     if module == BROKEN:
         return broken_variants()
+    if module == INVALID:
+        mismatched = ("mismatched", product_of_mismatched_tiles, {"x_ptr": "*fp16"}, {}, {})
+        return [broken_variants()[0], mismatched]
     found: list[Variant] = importlib.import_module(module).variants(capability)
     return found
 
@@ -118,24 +132,61 @@ def compile_variant(variant: Variant, capability: tuple[int, int]) -> Result:
     }
 
 
-def worker(module: str, major: str, minor: str) -> None:
-    """Prints a line of JSON for each variant; stderr names the one that was being compiled."""
-    capability = (int(major), int(minor))
-    for variant in variants(module, capability):
-        print("compiling", variant[0], file=sys.stderr)
-        print(json.dumps(compile_variant(variant, capability)), flush=True)
+def compile_at(module: str, capability: tuple[int, int], place: int) -> Result:
+    """Names the variant on stderr first: it may crash the process."""
+    variant = variants(module, capability)[place]
+    print("compiling", variant[0], "for", capability, file=sys.stderr, flush=True)
+    return compile_variant(variant, capability)
 
 
-def run_worker(module: str, capability: tuple[int, int], cache: str) -> list[Result]:
+def worker(jobs: list[str]) -> None:
+    """Prints a line of JSON for each job "module major minor": its results, or why it failed.
+
+    Two processes take one variant after another. They are forked from this one, so that PyTorch,
+    Triton and the kernels are imported once (2.3 s of a processor), not once a module and target.
+    """
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        submitted = {}
+        for job in jobs:
+            module, *numbers = job.split()
+            capability = (int(numbers[0]), int(numbers[1]))
+            submitted[job] = {
+                variant[0]: pool.submit(compile_at, module, capability, place)
+                for place, variant in enumerate(variants(module, capability))
+            }
+        for job, futures in submitted.items():
+            errors = {name: e for name, future in futures.items() if (e := future.exception())}
+            for error in errors.values():
+                if isinstance(error, BrokenExecutor):
+                    raise error  # a process is gone: no later result is worth anything
+            failed = [f"{n}:\n" + "".join(traceback.format_exception(e)) for n, e in errors.items()]
+            results = [] if failed else [future.result() for future in futures.values()]
+            report = {"job": job, "failed": failed, "results": results}
+            print(json.dumps(report), flush=True)
+
+
+def run_worker(jobs: Collection[Job], cache: str) -> dict[Job, Report]:
     # Of a kernel that it finds in its cache Triton shows no log.
     environment = dict(os.environ, TRITON_CACHE_DIR=cache, TRITON_DUMP_PTXAS_LOG="1")
     environment["TRITON_ALWAYS_COMPILE"] = "1"
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, __file__, module, *map(str, capability)]
+    named = {
+        f"{module} {major} {minor}": (module, (major, minor)) for module, (major, minor) in jobs
+    }
+    command = [sys.executable, __file__, *named]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise AssertionError(f"{module} for {capability} did not compile:\n{done.stderr[-4000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+        raise AssertionError(f"the worker failed:\n{done.stderr[-4000:]}")
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    return {named[report["job"]]: report for report in reports}
+
+
+def results_of(job: Job, compiled: dict[Job, Report]) -> list[Result]:
+    """Raises AssertionError where a variant of the job did not compile."""
+    if failed := compiled[job]["failed"]:
+        raise AssertionError(f"{job} did not compile:\n" + "\n".join(failed)[-4000:])
+    results: list[Result] = compiled[job]["results"]
+    return results
 
 
 def problems(results: list[Result], capability: tuple[int, int]) -> list[str]:
@@ -152,17 +203,16 @@ def problems(results: list[Result], capability: tuple[int, int]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def compiled(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[tuple[str, tuple[int, int]], Future[list[Result]]]]:
-    """Every module for every architecture, two processes at a time."""
-    cache = str(tmp_path_factory.mktemp("triton"))
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        yield {
-            (module, capability): pool.submit(run_worker, module, capability, cache)
-            for capability in CAPABILITIES
-            for module in (BROKEN, *MODULES)
-        }
-        pool.shutdown(cancel_futures=True)
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Job, Report]:
+    """What the selected tests need, compiled before the first of them (minutes for all)."""
+    needs = [
+        item.callspec.params
+        for item in request.session.items
+        if "compiled" in getattr(item, "fixturenames", ()) and isinstance(item, pytest.Function)
+    ]
+    jobs = {(need.get("module", BROKEN), need["capability"]) for need in needs}
+    return run_worker(sorted(jobs), str(tmp_path_factory.mktemp("triton")))
 
 
 by_architecture = pytest.mark.parametrize(
@@ -174,11 +224,9 @@ by_architecture = pytest.mark.parametrize(
 @by_architecture
 @pytest.mark.parametrize("module", MODULES)
 def test_no_spills_and_shared_memory_within_the_limit(
-    module: str,
-    capability: tuple[int, int],
-    compiled: dict[tuple[str, tuple[int, int]], Future[list[Result]]],
+    module: str, capability: tuple[int, int], compiled: dict[Job, Report]
 ) -> None:
-    results = compiled[module, capability].result()
+    results = results_of((module, capability), compiled)
     assert len(results) == len(variants(module, capability))
     assert not (found := problems(results, capability)), "\n".join(found)
 
@@ -186,10 +234,9 @@ def test_no_spills_and_shared_memory_within_the_limit(
 @pytest.mark.gate
 @by_architecture
 def test_gate_reports_spills_and_shared_memory(
-    capability: tuple[int, int],
-    compiled: dict[tuple[str, tuple[int, int]], Future[list[Result]]],
+    capability: tuple[int, int], compiled: dict[Job, Report]
 ) -> None:
-    found = problems(compiled[BROKEN, capability].result(), capability)
+    found = problems(results_of((BROKEN, capability), compiled), capability)
     assert len(found) == 2
     assert re.fullmatch(r"spills: spills \d+ bytes at \d+ registers", found[0])
     assert re.fullmatch(
@@ -198,8 +245,16 @@ def test_gate_reports_spills_and_shared_memory(
 
 
 def test_gate_reports_a_kernel_that_does_not_compile(tmp_path: Any) -> None:
-    with pytest.raises(AssertionError, match=r"did not compile:(.|\n)*no_such_module"):
-        run_worker("no_such_module", (8, 0), str(tmp_path))
+    invalid, spoiled = (INVALID, (8, 0)), (BROKEN, (8, 0))
+    compiled = run_worker([invalid, spoiled], str(tmp_path))
+    assert len(results_of(spoiled, compiled)) == 3
+    with pytest.raises(AssertionError, match=r"did not compile:\nmismatched:(.|\n)*tl.dot"):
+        results_of(invalid, compiled)
+
+
+def test_gate_reports_a_worker_that_ends_early(tmp_path: Any) -> None:
+    with pytest.raises(AssertionError, match=r"worker failed:(.|\n)*no_such_module"):
+        run_worker([("no_such_module", (8, 0))], str(tmp_path))
 
 
 def tiles(plan: Any) -> Iterator[Any]:
@@ -258,4 +313,4 @@ def test_coverage_notices_a_tile_that_is_not_listed() -> None:
 
 
 if __name__ == "__main__":
-    worker(*sys.argv[1:])
+    worker(sys.argv[1:])
