@@ -38,6 +38,7 @@ tiny-model: .venv/.ready  ## make the embedded model again (about ten minutes)
 
 bench: .venv/.ready  ## time the kernels against plain PyTorch on the CPU
 	$(BIN)/python -m bench sample --device cpu
+	$(BIN)/python -m bench linear_logprob --device cpu
 	$(BIN)/python -m bench mixed_lora --device cpu
 	$(BIN)/python -m bench mixed_lora --device cpu --grad
 

@@ -64,9 +64,8 @@ class Case:
 def cases(quick: bool = False) -> list[Case]:
     """The ladder, or with `quick` the mixtures over a large vocabulary alone."""
     sizes = (32_000, 151_936) if quick else (512, 32_000, 151_936)
-    counts, batches = ((4,), (1, 32)) if quick else ((1, 4), (1, 8, 32))
+    counts, batches = ((4,), (1, 32)) if quick else ((1, 2, 4), (1, 8, 32))
     plain = [Case(*c) for c in product(sizes, counts, batches, ("float32", "bfloat16"))]
-    counts = counts if quick else (1, 2, 4)
     filtered = product((32_000, 151_936), counts, batches, ("float32",), (0.9,))
     return plain + [Case(*c) for c in filtered]
 

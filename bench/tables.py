@@ -168,7 +168,8 @@ def _short(us: float) -> str:
 
 
 def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    # At least "-:", the shortest rule of a Markdown table.
+    widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     padded = ([c.rjust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
