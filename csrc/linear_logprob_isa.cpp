@@ -42,12 +42,27 @@ static float largest(const float* z, int64_t V) {
   return best;
 }
 
-static double total(const Sum& sum) {
-  double lanes[16], all = 0;
-  store(lanes, sum);
-  for (double lane : lanes) all += lane;
-  return all;
-}
+// A sum in float64 of what was added up by fours in float32: widening every pack takes longer than
+// its exponential.
+struct Total {
+  Sum wide = no_sum();
+  Floats four = all(0.0f);
+  int held = 0;
+  void add(Floats value) {
+    four = four + value;
+    if (++held < 4) return;
+    accumulate(wide, four);
+    four = all(0.0f);
+    held = 0;
+  }
+  double value() {
+    accumulate(wide, four);
+    double lanes[16], sum = 0;
+    store(lanes, wide);
+    for (double lane : lanes) sum += lane;
+    return sum;
+  }
+};
 
 // exp((z - top) / t) of packs.
 struct Power {
@@ -91,34 +106,34 @@ static void forward(const LogprobArgs& a, int64_t t) {
   if (ref) {
     const float ref_top = fmaxf(largest(ref, C), float(s.ref_top));
     if (ref_top > -INFINITY) {
-      Sum sum = no_sum();
+      Total sum;
       each_pack(C, [&](int64_t j, int count) {
         Floats y;
-        accumulate(sum, power(read(ref, j, count, -INFINITY) - all(ref_top), &y));
+        sum.add(power(read(ref, j, count, -INFINITY) - all(ref_top), &y));
       });
-      s.ref_mass = s.ref_mass * ::exp((s.ref_top - double(ref_top)) / temperature) + total(sum);
+      s.ref_mass = s.ref_mass * ::exp((s.ref_top - double(ref_top)) / temperature) + sum.value();
       s.ref_top = double(ref_top);
     }
   }
   const Floats zero = all(0.0f), most = all(top > -INFINITY ? top : 0.0f);
   const Floats before = all(float(s.shift));
-  Sum sum = no_sum(), weighted = no_sum(), apart = no_sum();
+  Total sum, weighted, apart;
   each_pack(C, [&](int64_t j, int count) {
     const Floats value = read(z, j, count, -INFINITY);
     Floats y;
     const Floats e = power(value - most, &y);
-    accumulate(sum, e);
-    accumulate(weighted, where_equal(e, zero, zero, e * y));
+    sum.add(e);
+    weighted.add(where_equal(e, zero, zero, e * y));
     if (a.gradient) write(z, j, count, e);
     if (!ref) return;
     // An id without probability counts for nothing, whatever the reference says of it.
     const Floats difference = (value - read(ref, j, count, 0.0f)) - before;
-    accumulate(apart, where_equal(e, zero, zero, e * difference));
+    apart.add(where_equal(e, zero, zero, e * difference));
     if (a.gradient) write(ref, j, count, where_equal(e, zero, zero, difference));
   });
-  s.mass += total(sum);
-  s.weighted += total(weighted);
-  s.apart += total(apart);
+  s.mass += sum.value();
+  s.weighted += weighted.value();
+  s.apart += apart.value();
   const double mean = s.apart / s.mass;
   // Not where it is infinite, or nothing has come yet.
   const double shift = mean - mean == 0.0 ? double(float(s.shift + mean)) : s.shift;
