@@ -57,6 +57,7 @@ struct Work {
   const MixArgs& a;
   const MixKernels& kernels;
   int64_t slices;
+  bool relative = false;
   // Of the backward, else null.
   const char* dz = nullptr;
   char* d_logits = nullptr;
@@ -64,6 +65,7 @@ struct Work {
 
   bool backward() const { return dz != nullptr; }
   int64_t bytes(int64_t elements) const { return elements * element_size(a.dtype); }
+  DType out() const { return relative ? DType::kFloat32 : a.dtype; }
   int64_t count(int64_t slice) const { return std::min(kMixSlice, a.V - slice * kMixSlice); }
   char* d_logits_of(int64_t i, int64_t b) const {
     return d_logits ? d_logits + bytes((i * a.B + b) * a.V) : nullptr;
@@ -72,7 +74,7 @@ struct Work {
   void read(int64_t b, Source& s) const;
   void normalise(const Team& team, Room& room, Source& s) const;
   void enter(int64_t slice, const Room& room, Source& s) const;
-  void fill(void* row, const Team& team, double value) const;
+  void fill(void* row, DType dtype, const Team& team, double value) const;
   void mix(int64_t b, const Team& team, Room& room, Source& s, char* z) const;
   void differentiate(int64_t b, const Team& team, Room& room, Source& s, char* scratch) const;
 };
@@ -81,7 +83,7 @@ struct Work {
 void Work::read(int64_t b, Source& s) const {
   s.terms.clear();
   s.left_out.clear();
-  s.row = MixRow{nullptr, 0, 0, a.dtype, a.probability, 0.0f};
+  s.row = MixRow{nullptr, 0, 0, a.dtype, a.probability, relative, 0.0f};
   s.total_weight = 0;
   s.valid = true;
   for (const bool active : {true, false}) {
@@ -124,10 +126,19 @@ void Work::normalise(const Team& team, Room& room, Source& s) const {
                     count(slice), room.powers.get() + job * kMixSlice, &room.norms[size_t(job)]);
   }
   team.wait();
+  std::vector<MixSumExp> norms;
+  for (int64_t t = 0; t < s.row.count; ++t) {
+    norms.push_back(combine(&room.norms[size_t(t * slices)], slices));
+  }
+  double unit = relative ? 0.0 : 1.0;  // of the coefficients
+  for (int64_t t = 0; t < s.row.count && relative; ++t) {
+    const double coefficient = double(s.terms[size_t(t)].weight) / s.total_weight / norms[size_t(t)].sum;
+    unit = std::max(unit, coefficient);
+  }
   std::vector<MixTerm> terms;
   for (int64_t t = 0; t < s.row.count; ++t) {
     MixTerm term = s.terms[size_t(t)];
-    const MixSumExp all = combine(&room.norms[size_t(t * slices)], slices);
+    const MixSumExp& all = norms[size_t(t)];
     if (!(all.sum > 0.0 && std::isfinite(all.maximum))) {
       if (t < s.row.active) s.valid = false;
       if (t >= s.row.active) s.left_out.push_back(term.index);
@@ -138,7 +149,7 @@ void Work::normalise(const Team& team, Room& room, Source& s) const {
     term.maximum = all.maximum;
     term.whole.inverse_sum = float(1.0 / all.sum);
     term.whole.coefficient =
-        std::max(float(share / all.sum), std::numeric_limits<float>::min());
+        std::max(float(share / all.sum / unit), std::numeric_limits<float>::min());
     term.powers = room.powers.get() + t * slices * kMixSlice;
     if (t == 0) s.row.log_total = float(std::log(s.total_weight) - std::log(all.sum));
     terms.push_back(term);
@@ -147,6 +158,7 @@ void Work::normalise(const Team& team, Room& room, Source& s) const {
   s.row.terms = s.terms.data();
   s.row.count = int64_t(s.terms.size());
   if (s.row.active != 1) s.row.log_total = float(std::log(s.total_weight));
+  if (relative) s.row.log_total = 0.0f;
 }
 
 // The factors of the terms for a slice.
@@ -162,15 +174,15 @@ void Work::enter(int64_t slice, const Room& room, Source& s) const {
 }
 
 // This member's share of the row's slices; value: 0, -inf or NaN.
-void Work::fill(void* row, const Team& team, double value) const {
+void Work::fill(void* row, DType dtype, const Team& team, double value) const {
   const bool nan = std::isnan(value), zero = value == 0.0;
   const Range mine = team.part(slices);
   const int64_t begin = mine.begin * kMixSlice, end = std::min(mine.end * kMixSlice, a.V);
-  if (a.dtype == DType::kFloat32) {
+  if (dtype == DType::kFloat32) {
     std::fill(static_cast<float*>(row) + begin, static_cast<float*>(row) + end, float(value));
     return;
   }
-  const bool brain = a.dtype == DType::kBFloat16;
+  const bool brain = dtype == DType::kBFloat16;
   const int word = zero ? 0 : brain ? (nan ? 0x7fc0 : 0xff80) : (nan ? 0x7e00 : 0xfc00);
   std::fill(static_cast<uint16_t*>(row) + begin, static_cast<uint16_t*>(row) + end,
             uint16_t(word));
@@ -181,16 +193,16 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 void Work::mix(int64_t b, const Team& team, Room& room, Source& s, char* z) const {
   read(b, s);
   if (a.probability) normalise(team, room, s);
-  char* const out = z + bytes(b * a.V);
+  char* const row = z + b * a.V * element_size(out());
   const Range mine = team.part(slices);
   if (!s.valid) {
-    fill(out, team, kNaN);
+    fill(row, out(), team, kNaN);
   } else if (a.probability && s.row.active == 0) {
-    fill(out, team, -INFINITY);
+    fill(row, out(), team, -INFINITY);
   } else {
     for (int64_t slice = mine.begin; slice < mine.end; ++slice) {
       if (a.probability) enter(slice, room, s);
-      kernels.mix(s.row, slice * kMixSlice, count(slice), out);
+      kernels.mix(s.row, slice * kMixSlice, count(slice), row);
     }
   }
   if (a.probability) team.wait();  // before the room is used again
@@ -226,7 +238,7 @@ void Work::differentiate(int64_t b, const Team& team, Room& room, Source& s,
   }
   for (const int64_t i : s.left_out) {
     if (!empty) sums[size_t(i)] = kNaN;
-    if (d_logits) fill(d_logits_of(i, b), team, kNaN);
+    if (d_logits) fill(d_logits_of(i, b), a.dtype, team, kNaN);
   }
   if (d_logits && a.probability) {
     if (s.valid && !empty) {
@@ -234,7 +246,7 @@ void Work::differentiate(int64_t b, const Team& team, Room& room, Source& s,
     } else {
       for (const MixTerm& term : s.terms) {
         const bool mixed = &term - s.terms.data() < s.row.active;
-        fill(term.d_logits, team, mixed ? kNaN : 0.0);
+        fill(term.d_logits, a.dtype, team, mixed ? kNaN : 0.0);
       }
     }
   }
@@ -266,13 +278,25 @@ void each_row(const MixArgs& a, int64_t passes, int64_t slices, int num_threads,
 
 }  // namespace
 
-void mix_logits_cpu(const MixArgs& a, void* z, int num_threads, const char* isa) {
+namespace {
+
+void forward(const MixArgs& a, bool relative, void* z, int num_threads, const char* isa) {
   const int64_t slices = (a.V + kMixSlice - 1) / kMixSlice;
-  const Work work{a, kernels_of(resolve_isa(isa)), slices};
+  const Work work{a, kernels_of(resolve_isa(isa)), slices, relative};
   each_row(a, a.probability ? 8 : 1, slices, num_threads,
            [&](int64_t b, const Team& team, Room& room, Source& source, char*) {
              work.mix(b, team, room, source, static_cast<char*>(z));
            });
+}
+
+}  // namespace
+
+void mix_logits_cpu(const MixArgs& a, void* z, int num_threads, const char* isa) {
+  forward(a, false, z, num_threads, isa);
+}
+
+void mix_logits_relative_cpu(const MixArgs& a, float* z, int num_threads, const char* isa) {
+  forward(a, true, z, num_threads, isa);
 }
 
 void mix_logits_backward_cpu(const MixArgs& a, const void* dz, void* d_logits, float* d_weights,
@@ -281,6 +305,7 @@ void mix_logits_backward_cpu(const MixArgs& a, const void* dz, void* d_logits, f
   const Work work{a,
                   kernels_of(resolve_isa(isa)),
                   slices,
+                  false,
                   static_cast<const char*>(dz),
                   static_cast<char*>(d_logits),
                   d_weights};

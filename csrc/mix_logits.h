@@ -34,6 +34,10 @@ struct MixArgs {
 // chosen at load. Throws std::invalid_argument for another.
 void mix_logits_cpu(const MixArgs& args, void* z, int num_threads, const char* isa);
 
+// The same in float32 whatever the dtype, and in probability mode up to a constant of each row: its
+// likeliest ids lie near 0, where floats are dense. For `sample`, where only differences count.
+void mix_logits_relative_cpu(const MixArgs& args, float* z, int num_threads, const char* isa);
+
 // dz: [B, V] contiguous; d_logits: [m, B, V] contiguous, or null; both of the logits' dtype.
 // d_weights: [B, m], or null.
 void mix_logits_backward_cpu(const MixArgs& args, const void* dz, void* d_logits,

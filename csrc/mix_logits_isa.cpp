@@ -188,9 +188,10 @@ static inline Floats probability(const MixRow& row, int64_t at, int64_t left) {
   return log(sum) + all(row.log_total);
 }
 
-template <class T>
-static void mix_as(const MixRow& row, int64_t first, int64_t count, void* out) {
-  T* const z = static_cast<T*>(out) + first;
+// T: of the logits; Z: of z.
+template <class T, class Z>
+static void mix_as(const MixRow& row, int64_t first, int64_t count, Z* out) {
+  Z* const z = out + first;
   if (row.probability) {
     for (int64_t j = 0; j < count; j += 16) {
       write(z + j, count - j, probability<T>(row, first + j, count - j));
@@ -328,14 +329,20 @@ static void sum_exp(const void* logits, DType dtype, int64_t first, int64_t coun
   }
 }
 
+template <class T>
+static void mix_from(const MixRow& row, int64_t first, int64_t count, void* z) {
+  if (row.relative) return mix_as<T>(row, first, count, static_cast<float*>(z));
+  mix_as<T>(row, first, count, static_cast<T*>(z));
+}
+
 static void mix(const MixRow& row, int64_t first, int64_t count, void* z) {
   switch (row.dtype) {
     case DType::kFloat32:
-      return mix_as<float>(row, first, count, z);
+      return mix_from<float>(row, first, count, z);
     case DType::kBFloat16:
-      return mix_as<BFloat16>(row, first, count, z);
+      return mix_from<BFloat16>(row, first, count, z);
     default:
-      return mix_as<Float16>(row, first, count, z);
+      return mix_from<Float16>(row, first, count, z);
   }
 }
 

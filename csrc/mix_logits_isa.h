@@ -35,7 +35,8 @@ struct MixRow {
   int64_t active, count;
   DType dtype;
   bool probability;
-  float log_total;  // log W; log W - log S where one term is active
+  bool relative;    // z goes out in float32, up to a constant
+  float log_total;  // log W; log W - log S where one term is active; relative: 0
 };
 
 struct MixSumExp {

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "mix_logits.h"
 #include "parallel.h"
 #include "sample_filter.h"
 #include "sample_isa.h"
@@ -41,11 +42,8 @@ Row read_row(const SampleArgs& a, int64_t b, SampleTerm* terms) {
     const float weight = a.weights ? a.weights[b * a.m + i] : 1.0f;
     if (weight == 0.0f) continue;
     const int64_t offset = (i * a.stride_m + b * a.stride_b) * element_size(a.dtype);
-    terms[row.num_terms++] = {logits + offset, weight, 0.0f, 0.0f};
-    // Also NaN: the comparison is false.
-    if (a.probability && !(weight > 0.0f)) row.valid = false;
+    terms[row.num_terms++] = {logits + offset, weight};
   }
-  if (a.probability && row.num_terms == 0) row.valid = false;
   const float t = a.temperature[b];
   if (!(t >= 0.0f && std::isfinite(t))) row.valid = false;
   row.temperature = t > 0.0f && t < kMinTemperature ? kMinTemperature : t;
@@ -74,40 +72,6 @@ Total combine(const SamplePartial* partials, int64_t slices, double temperature)
   }
   if (!std::isfinite(total.maximum)) total.sum = kNaN;
   return total;
-}
-
-// Probability mode needs each source row's log-sum-exp before it can mix.
-void normalise(const SampleArgs& a, const SampleKernels& kernels, int threads, int64_t slices,
-               std::vector<SampleTerm>& terms, std::vector<Row>& rows) {
-  std::vector<SamplePartial> partials(size_t(a.B * a.m * slices));
-  parallel(threads, [&](const Team& team) {
-    const Range jobs = team.part(a.B * a.m * slices);
-    for (int64_t job = jobs.begin; job < jobs.end; ++job) {
-      const int64_t source = job / slices, first = job % slices * kSampleSlice;
-      const Row& row = rows[size_t(source / a.m)];
-      if (!row.valid || source % a.m >= row.num_terms) continue;
-      const int64_t count = a.V - first < kSampleSlice ? a.V - first : kSampleSlice;
-      kernels.sum_exp(terms[size_t(source)].logits, a.dtype, first, count, &partials[size_t(job)]);
-    }
-  });
-  for (int64_t b = 0; b < a.B; ++b) {
-    Row& row = rows[size_t(b)];
-    if (!row.valid) continue;
-    double least = kInfinity;
-    std::vector<double> offsets;
-    for (int64_t i = 0; i < row.num_terms; ++i) {
-      SampleTerm& term = terms[size_t(b * a.m + i)];
-      const Total total = combine(&partials[size_t((b * a.m + i) * slices)], slices, 1.0);
-      if (std::isnan(total.sum)) row.valid = false;
-      term.maximum = float(total.maximum);
-      offsets.push_back(std::log(total.sum) - std::log(double(term.weight)));
-      least = std::fmin(least, offsets.back());
-    }
-    // Only differences of z matter; the likeliest ids lie near 0 so, where floats are dense.
-    for (int64_t i = 0; i < row.num_terms; ++i) {
-      terms[size_t(b * a.m + i)].offset = float(offsets[size_t(i)] - least);
-    }
-  }
 }
 
 // The best score, the lowest id on ties.
@@ -170,8 +134,8 @@ void filtered_row(const SampleArgs& a, const SampleKernels& kernels, int64_t b, 
   const double temperature = double(row.temperature);
   const auto task = [&](int64_t slice) {
     const int64_t first = slice * kSampleSlice;
-    return SampleTask{terms,     row.num_terms,    a.dtype,       a.probability, row.temperature,
-                      a.seed[b], a.position[b], first, std::min(kSampleSlice, a.V - first)};
+    return SampleTask{terms,     row.num_terms,   a.dtype, row.temperature,
+                      a.seed[b], a.position[b], first,   std::min(kSampleSlice, a.V - first)};
   };
   float* const z = room.z.data();
   for (int64_t slice = mine.begin; slice < mine.end; ++slice) {
@@ -274,15 +238,59 @@ const SampleKernels& sample_kernels(Isa isa) {
   return kSampleKernelsScalar;
 }
 
+namespace {
+
+// Some rows of a batch, from the logits given for them.
+SampleArgs part(const SampleArgs& a, int64_t first, int64_t count, const float* z) {
+  const auto from = [&](auto* rows) { return rows ? rows + first : nullptr; };
+  return {z,
+          DType::kFloat32,
+          1,
+          count,
+          a.V,
+          0,
+          a.V,
+          nullptr,
+          false,
+          a.temperature + first,
+          a.seed + first,
+          a.position + first,
+          from(a.top_k),
+          from(a.top_p),
+          from(a.min_p),
+          a.tokens + first,
+          a.logprobs + first,
+          a.filtered_logprobs + first};
+}
+
+// Mixes probabilities as `mix_logits` does, some rows at a time, and samples from their logarithm.
+void sample_mixture(const SampleArgs& a, int num_threads, const char* isa) {
+  // 4 MB stay in a cache until they are read again.
+  const int64_t at_once = std::max<int64_t>(num_threads, (int64_t(1) << 20) / a.V);
+  static thread_local std::vector<float> z;
+  z.resize(size_t(std::min(at_once, a.B) * a.V));
+  for (int64_t first = 0; first < a.B; first += at_once) {
+    const int64_t count = std::min(at_once, a.B - first);
+    const char* const logits =
+        static_cast<const char*>(a.logits) + first * a.stride_b * element_size(a.dtype);
+    const MixArgs rows{logits, a.dtype, a.m, count, a.V, a.stride_m, a.stride_b,
+                       a.weights + first * a.m, true};
+    mix_logits_relative_cpu(rows, z.data(), num_threads, isa);
+    sample_cpu(part(a, first, count, z.data()), num_threads, isa);
+  }
+}
+
+}  // namespace
+
 void sample_cpu(const SampleArgs& a, int num_threads, const char* isa) {
+  if (a.probability && a.weights) return sample_mixture(a, num_threads, isa);
   const SampleKernels& kernels = sample_kernels(resolve_isa(isa));
   const int64_t slices = (a.V + kSampleSlice - 1) / kSampleSlice;
-  const int64_t passes = a.m * (a.probability ? 8 : 1) + 8;
+  const int64_t passes = a.m + 8;
   const int threads = a.B * a.V * passes < kSerialWork ? 1 : num_threads;
   std::vector<SampleTerm> terms(size_t(a.B * a.m));
   std::vector<Row> rows;
   for (int64_t b = 0; b < a.B; ++b) rows.push_back(read_row(a, b, terms.data() + b * a.m));
-  if (a.probability) normalise(a, kernels, threads, slices, terms, rows);
   std::fill_n(a.tokens, a.B, -1);
   std::fill_n(a.logprobs, a.B, float(kNaN));
   std::fill_n(a.filtered_logprobs, a.B, float(kNaN));
@@ -299,8 +307,8 @@ void sample_cpu(const SampleArgs& a, int num_threads, const char* isa) {
       if (!row.valid || row.filtered()) continue;
       const int64_t count = a.V - first < kSampleSlice ? a.V - first : kSampleSlice;
       SamplePartial& out = partials[size_t(job)];
-      kernels.slice({terms.data() + b * a.m, row.num_terms, a.dtype, a.probability,
-                     row.temperature, a.seed[b], a.position[b], first, count},
+      kernels.slice({terms.data() + b * a.m, row.num_terms, a.dtype, row.temperature, a.seed[b],
+                     a.position[b], first, count},
                     to_beat, &out);
       to_beat = std::fmax(to_beat, out.score);
     }

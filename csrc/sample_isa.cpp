@@ -148,15 +148,8 @@ static void slice(const SampleTask& task, double to_beat, SamplePartial* out) {
   for (bool masked : {false, true}) {
     *out = {mix(task, masked, z), 0.0f, 0.0, -INFINITY, -1};
     reduce(task, to_beat, z, out);
-    if (out->sum == out->sum || task.probability) return;
+    if (out->sum == out->sum) return;
   }
-}
-
-static void sum_exp(const void* logits, DType dtype, int64_t first, int64_t count,
-                    SamplePartial* out) {
-  const SampleTerm term{logits, 1.0f, 0.0f, 0.0f};
-  // Greedy with nothing left to beat: the sum alone.
-  slice({&term, 1, dtype, false, 0.0f, 0, 0, first, count}, INFINITY, out);
 }
 
 // For kGroup ids their bins, and exp((z - maximum) / temperature) relative to the bin's; beyond the last
@@ -332,7 +325,6 @@ static bool mix_slice(const SampleTask& task, float* z, float* maximum) {
   for (bool masked : {false, true}) {
     *maximum = mix(task, masked, z);
     if (*maximum < INFINITY && !has_nan(z, task.count)) return true;
-    if (task.probability) break;
   }
   return false;
 }
@@ -358,7 +350,7 @@ static void exp2_each(const float* y, int64_t count, float* out) {
 
 }  // namespace CLP_ISA
 
-const SampleKernels CLP_SAMPLE_KERNELS{CLP_ISA::slice, CLP_ISA::sum_exp, CLP_ISA::mix_slice,
+const SampleKernels CLP_SAMPLE_KERNELS{CLP_ISA::slice, CLP_ISA::mix_slice,
                                        CLP_ISA::mass, CLP_ISA::gather, CLP_ISA::keep,
                                        CLP_ISA::draw, CLP_ISA::uniform, CLP_ISA::exp2_each};
 

@@ -12,20 +12,16 @@ namespace clp {
 constexpr int64_t kSampleSlice = 4096;
 constexpr int64_t kSampleGroup = 64;  // ids that one step reads
 
-// A source row of the mixture whose weight is not 0. Probability mode adds the row's maximum and
-// offset = log sum exp(l - maximum) - log(weight), less the least offset of the batch row.
+// A source row of the sum whose weight is not 0.
 struct SampleTerm {
   const void* logits;
   float weight;
-  float maximum;
-  float offset;
 };
 
 struct SampleTask {
   const SampleTerm* terms;
   int64_t num_terms;
   DType dtype;
-  bool probability;
   float temperature;  // 0: greedy; else at least kMinTemperature
   int64_t seed, position;
   int64_t first, count;  // the slice; first is a multiple of kSampleSlice
@@ -66,9 +62,6 @@ const double* sample_bin_masses();
 
 struct SampleKernels {
   void (*slice)(const SampleTask& task, double to_beat, SamplePartial* out);
-  // Maximum and sum alone, of one source row at temperature 1.
-  void (*sum_exp)(const void* logits, DType dtype, int64_t first, int64_t count,
-                  SamplePartial* out);
   // For filtered rows, a slice each. Mixes into z, -inf up to a multiple of kSampleGroup; false where
   // a NaN or +inf is in it.
   bool (*mix)(const SampleTask& task, float* z, float* maximum);

@@ -104,35 +104,8 @@ static Floats mix_masked(const SampleTask& task, float* z) {
   return top;
 }
 
-// log sum_i w_i softmax(l_i), up to a constant of the row. Every row has been found free of NaN
-// and +inf, and has a finite entry.
-template <class T>
-static Floats mix_probability(const SampleTask& task, float* z) {
-  const Floats masked = all(-INFINITY);
-  Floats top = masked;
-  for (int64_t j = 0; j < task.count; j += 16) {
-    const auto term = [&](int64_t t) {
-      const SampleTerm& s = task.terms[t];
-      const T* row = static_cast<const T*>(s.logits) + task.first;
-      return load_part(row + j, task.count - j) - all(s.maximum) - all(s.offset);
-    };
-    Floats most = masked;
-    for (int64_t t = 0; t < task.num_terms; ++t) most = maximum(term(t), most);
-    const Floats shift = where_equal(most, masked, all(0.0f), most);
-    Floats sum = all(0.0f);
-    for (int64_t t = 0; t < task.num_terms; ++t) {
-      sum = sum + exp2(maximum(all(kMinExponent), (term(t) - shift) * all(float(kLog2E))));
-    }
-    const Floats value = most + log(sum);
-    store(z + j, value);
-    if (task.count - j >= 16) top = maximum(value, top);
-  }
-  return top;
-}
-
 template <class T>
 static Floats mix_as(const SampleTask& task, bool masked, float* z) {
-  if (task.probability) return mix_probability<T>(task, z);
   return masked ? mix_masked<T>(task, z) : mix_geometric<T>(task, z);
 }
 
