@@ -176,6 +176,11 @@ void exp2_each(uintptr_t y, int64_t count, uintptr_t out, const std::string& isa
                                                   pointer<float>(out));
 }
 
+void exponential_each(uintptr_t d, int64_t count, uintptr_t out, const std::string& isa) {
+  clp::sample_kernels(clp::resolve_isa(isa)).exponential(pointer<const float>(d), count,
+                                                         pointer<float>(out));
+}
+
 py::tuple philox(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
   const clp::Philox4 out = clp::philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}},
                                               key[0], key[1]);
@@ -203,4 +208,5 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("philox", &philox);
   module.def("uniform", &uniform);
   module.def("exp2", &exp2_each);
+  module.def("exponential", &exponential_each);
 }

@@ -340,10 +340,11 @@ static void uniform(int64_t seed, int64_t position, int64_t count, double* out) 
   }
 }
 
-static void exp2_each(const float* y, int64_t count, float* out) {
+template <Floats (*FUNCTION)(Floats)>
+static void each(const float* x, int64_t count, float* out) {
   for (int64_t j = 0; j < count; j += 16) {
     float lanes[16];
-    store(lanes, exp2(load_part(y + j, count - j)));
+    store(lanes, FUNCTION(load_part(x + j, count - j)));
     for (int64_t i = 0; i < 16 && j + i < count; ++i) out[j + i] = lanes[i];
   }
 }
@@ -352,6 +353,7 @@ static void exp2_each(const float* y, int64_t count, float* out) {
 
 const SampleKernels CLP_SAMPLE_KERNELS{CLP_ISA::slice, CLP_ISA::mix_slice,
                                        CLP_ISA::mass, CLP_ISA::gather, CLP_ISA::keep,
-                                       CLP_ISA::draw, CLP_ISA::uniform, CLP_ISA::exp2_each};
+                                       CLP_ISA::draw, CLP_ISA::uniform, CLP_ISA::each<CLP_ISA::exp2>,
+                                       CLP_ISA::each<CLP_ISA::exponential>};
 
 }  // namespace clp

@@ -80,6 +80,7 @@ struct SampleKernels {
   // For tests: the pieces that must agree with their definition to the bit, or to 1.2 ulp.
   void (*uniform)(int64_t seed, int64_t position, int64_t count, double* out);
   void (*exp2)(const float* y, int64_t count, float* out);
+  void (*exponential)(const float* d, int64_t count, float* out);
 };
 
 extern const SampleKernels kSampleKernelsScalar, kSampleKernelsAvx2, kSampleKernelsAvx512;

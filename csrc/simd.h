@@ -29,9 +29,6 @@
 namespace clp {
 namespace CLP_ISA {
 
-// The least argument of exp2 below: 2^-126 is the smallest normal float.
-constexpr float kMinExponent = -126.0f;
-
 // 2^y for y in [-126, 127], at most 1.2 ulp off; NaN stays NaN. Polynomial: relative minimax of
 // degree 6 on [-1/2, 1/2], 2e-9 off before rounding.
 static inline Floats exp2(Floats y) {
