@@ -1,4 +1,4 @@
-"""The subject `sample`: mix m rows of logits, filter by top-p, draw a token, its log-probability.
+"""The subject `sample`: mix m policies, filter by top-p, draw a token, its log-probability.
 
 Providers. Temperature is 1 for all, which spares the baselines a division.
     torch              mix, softmax, argmax(probs / exponential noise) (Gumbel-max), gather
@@ -46,11 +46,15 @@ class Case:
     batch: int
     dtype: str
     top_p: float = 1.0
+    mode: str = "geometric"
 
     def fields(self) -> dict[str, object]:
         """The case as it stands in a row."""
-        filters = {"top_p": self.top_p} if self.top_p < 1 else {}
-        return {"V": self.vocab_size, "m": self.m, "B": self.batch, "dtype": self.dtype, **filters}
+        # What is usual is left out, so that rows of before keep their case.
+        rest: dict[str, object] = {"top_p": self.top_p} if self.top_p < 1 else {}
+        if self.mode != "geometric":
+            rest["mode"] = self.mode
+        return {"V": self.vocab_size, "m": self.m, "B": self.batch, "dtype": self.dtype, **rest}
 
     def floor_bytes(self) -> int:
         """The logits, read once."""
@@ -67,7 +71,8 @@ def cases(quick: bool = False) -> list[Case]:
     counts, batches = ((4,), (1, 32)) if quick else ((1, 2, 4), (1, 8, 32))
     plain = [Case(*c) for c in product(sizes, counts, batches, ("float32", "bfloat16"))]
     filtered = product((32_000, 151_936), counts, batches, ("float32",), (0.9,))
-    return plain + [Case(*c) for c in filtered]
+    mixtures = product((32_000, 151_936), (4,), batches, ("float32",), (1.0, 0.9), ("probability",))
+    return plain + [Case(*c) for c in (*filtered, *(() if quick else mixtures))]
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Inputs:
     seed: Tensor
     position: Tensor
     top_p: float
+    mode: str
 
 
 def inputs(case: Case, device: torch.device) -> Inputs:
@@ -90,13 +96,15 @@ def inputs(case: Case, device: torch.device) -> Inputs:
     seed = torch.randint(2**62, (case.batch,), generator=g).to(device)
     position = torch.randint(2**16, (case.batch,), generator=g).to(device)
     mixed = case.m > 1
-    return Inputs(
-        logits if mixed else logits[0], weights if mixed else None, seed, position, case.top_p
-    )
+    stacked, rows = (logits, weights) if mixed else (logits[0], None)
+    return Inputs(stacked, rows, seed, position, case.top_p, case.mode)
 
 
-def mix(logits: Tensor, weights: Tensor | None) -> Tensor:
-    """[B, V] in float32: the fastest plain form for the size."""
+def mix(data: Inputs) -> Tensor:
+    """z [B, V] in float32: the fastest plain form for the size; of probabilities normalised."""
+    logits, weights = data.logits, data.weights
+    if data.mode == "probability":
+        return probabilities(data).log()
     if weights is None:
         return logits.float()
     if logits.numel() <= SMALL:
@@ -107,48 +115,62 @@ def mix(logits: Tensor, weights: Tensor | None) -> Tensor:
     return z
 
 
-def torch_gumbel(logits: Tensor, weights: Tensor | None) -> Draw:
+def probabilities(data: Inputs) -> Tensor:
+    """softmax(z) [B, V], without a way over z where probabilities are mixed."""
+    if data.mode == "geometric":
+        return torch.softmax(mix(data), dim=-1)
+    assert data.weights is not None
+    each = torch.softmax(data.logits.float(), dim=-1)
+    return torch.bmm(data.weights[:, None], each.transpose(0, 1))[:, 0]
+
+
+def log_probabilities(data: Inputs) -> Tensor:
+    """log_softmax(z) [B, V]."""
+    z = mix(data)
+    return torch.log_softmax(z, dim=-1) if data.mode == "geometric" else z
+
+
+def torch_gumbel(data: Inputs) -> Draw:
     """Gumbel-max with the logarithms cancelled: argmax p / e, e exponential (as in gpt-fast)."""
-    probs = torch.softmax(mix(logits, weights), dim=-1)
+    probs = probabilities(data)
     noise = torch.empty_like(probs).exponential_(1)
     tokens = torch.div(probs, noise, out=noise).argmax(-1, keepdim=True)
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
-def torch_cdf(logits: Tensor, weights: Tensor | None) -> Draw:
+def torch_cdf(data: Inputs) -> Draw:
     """One uniform a row instead of one a token, which is what counts on a CPU."""
-    probs = torch.softmax(mix(logits, weights), dim=-1)
+    probs = probabilities(data)
     cdf = probs.cumsum(-1)
     u = torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:]
     tokens = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[1] - 1)
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
-def torch_multinomial(logits: Tensor, weights: Tensor | None) -> Draw:
+def torch_multinomial(data: Inputs) -> Draw:
     """What most samplers call."""
-    probs = torch.softmax(mix(logits, weights), dim=-1)
+    probs = probabilities(data)
     tokens = torch.multinomial(probs, 1)
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
-def torch_sort(logits: Tensor, weights: Tensor | None, top_p: float) -> Draw:
+def torch_sort(data: Inputs) -> Draw:
     """Top-p as most samplers write it; the log-probability is that before the filter."""
-    logp = torch.log_softmax(mix(logits, weights), dim=-1)
-    ordered, ids = logp.sort(dim=-1, descending=True)
+    ordered, ids = log_probabilities(data).sort(dim=-1, descending=True)
     probs = ordered.exp()
-    probs[probs.cumsum(-1) - probs >= top_p] = 0
+    probs[probs.cumsum(-1) - probs >= data.top_p] = 0
     places = torch.multinomial(probs, 1)
     return ids.gather(-1, places)[:, 0], ordered.gather(-1, places)[:, 0]
 
 
-def transformers_warper(logits: Tensor, weights: Tensor | None, top_p: float) -> Draw:
+def transformers_warper(data: Inputs) -> Draw:
     """What `generate` does in a step; it, too, draws by torch.multinomial."""
     from transformers import TopPLogitsWarper
 
-    z = mix(logits, weights)
-    warped: Tensor = TopPLogitsWarper(top_p)(torch.empty(0, dtype=torch.int64), z)  # type: ignore[arg-type]
+    z = log_probabilities(data)
+    warped: Tensor = TopPLogitsWarper(data.top_p)(torch.empty(0, dtype=torch.int64), z)  # type: ignore[arg-type]
     tokens = torch.multinomial(torch.softmax(warped, dim=-1), 1)
-    return tokens[:, 0], torch.log_softmax(z, dim=-1).gather(-1, tokens)[:, 0]
+    return tokens[:, 0], z.gather(-1, tokens)[:, 0]
 
 
 def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
@@ -158,28 +180,20 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
     logprobs_right, draw_right = _gates(data)
 
     def plain(name: str, draw: Callable[..., Draw], graph: bool = True) -> Provider:
-        return Provider(name, lambda: draw(data.logits, data.weights), logprobs_right, graph)
+        return Provider(name, lambda: draw(data), logprobs_right, graph)
 
-    def with_filter(name: str, draw: Callable[..., Draw]) -> Provider:
-        return Provider(
-            name, lambda: draw(data.logits, data.weights, data.top_p), logprobs_right, False
-        )
-
-    filtered = [
-        with_filter("torch_sort", torch_sort),
-        with_filter("torch_transformers", transformers_warper),
-    ]
-    found = (
-        filtered
-        if data.top_p < 1
-        else [
+    # torch.multinomial checks its input on the host, which no graph can hold.
+    if data.top_p < 1:
+        found = [
+            plain("torch_sort", torch_sort, graph=False),
+            plain("torch_transformers", transformers_warper, graph=False),
+        ]
+    else:
+        found = [
             plain("torch", torch_gumbel),
             plain("torch_cdf", torch_cdf),
-            plain(
-                "torch_multinomial", torch_multinomial, graph=False
-            ),  # checks its input on the host
+            plain("torch_multinomial", torch_multinomial, graph=False),
         ]
-    )
     if compiled and data.top_p == 1:
         torch.compiler.reset()  # each case is compiled for its own sizes
         found.append(plain("torch_compile", torch.compile(torch_gumbel, dynamic=False)))
@@ -194,7 +208,7 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
 
 def _peer(data: Inputs, form: peers.Sampler) -> Callable[[], Draw]:
     def draw() -> Draw:
-        return form(mix(data.logits, data.weights), data.top_p, data.seed, data.position)
+        return form(mix(data), data.top_p, data.seed, data.position)
 
     return draw
 
@@ -204,6 +218,7 @@ def _draw(data: Inputs, backend: str) -> Callable[[], Draw]:
         return clp_kernels.sample(
             data.logits,
             weights=data.weights,
+            mode=data.mode,
             seed=data.seed,
             position=data.position,
             top_p=data.top_p,
@@ -217,9 +232,9 @@ def _gates(data: Inputs) -> tuple[Callable[[Draw], float], Callable[[Draw], floa
     """(log-probabilities right for whatever was drawn, and also drawn what the reference draws)."""
     z64 = data.logits.double()
     if data.weights is not None:
-        z64 = clp_kernels.mix_logits(z64, data.weights, backend="reference")
+        z64 = clp_kernels.mix_logits(z64, data.weights, mode=data.mode, backend="reference")
     logp64 = torch.log_softmax(z64, dim=-1)
-    logp32 = torch.log_softmax(mix(data.logits, data.weights), dim=-1)
+    logp32 = log_probabilities(data)
     wanted, _ = _draw(data, "reference")()
     kept = logp64.exp() > 0
     if data.top_p < 1:

@@ -14,7 +14,7 @@ import torch
 
 from bench import __main__ as command
 from bench import gpu, linear_logprob, mixed_lora, plot, rows, sample, tables, timing
-from clp_kernels import dispatch
+from clp_kernels import dispatch, mix_logits
 
 CPU = torch.device("cpu")
 TOY = timing.Protocol(warmup=1, repeats=2, least=1, seconds=1)
@@ -48,7 +48,7 @@ def test_every_case_emits_a_valid_row(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert [row["provider"] for row in found] == names * len(cases)
     for row in found:
         assert tuple(row) == rows.FIELDS and row["op"] == "sample"
-        assert set(json.loads(row["case"])) == {"V", "m", "B", "dtype"}
+        assert set(json.loads(row["case"])) - {"mode"} == {"V", "m", "B", "dtype"}
         assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
         assert row["provider"] == "floor" or 0 <= float(row["max_err_ratio"]) <= 1
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["date"])
@@ -61,7 +61,8 @@ def test_every_case_emits_a_valid_row(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_filtered_and_logprob_cases_emit_valid_rows(tmp_path: Path) -> None:
     """Every baseline passes its gate, and so do ours."""
-    filtered = [toy(c) for c in sample.cases() if c.top_p < 1][::4]
+    filtered = [toy(c) for c in sample.cases() if c.top_p < 1]
+    filtered = [*filtered[::4], filtered[-1]]  # the last one mixes probabilities
     heads = [linear_logprob.Case(21, 70, 8, dtype) for dtype in ("float32", "bfloat16")]
     expected = {
         "sample": ["floor", "torch_sort", "torch_transformers", "reference", "cpu"],
@@ -102,7 +103,7 @@ def test_a_token_that_the_filter_drops_is_refused() -> None:
     baseline = sample.providers(sample.inputs(case, CPU))[0]
     tokens, logprobs = baseline.run()
     data = sample.inputs(case, CPU)
-    logp = torch.log_softmax(sample.mix(data.logits, data.weights), -1)
+    logp = torch.log_softmax(sample.mix(data), -1)
     least = logp.argmin(-1)
     with pytest.raises(AssertionError, match="does not keep"):
         baseline.check((least, logp.gather(1, least[:, None])[:, 0]))
@@ -110,24 +111,30 @@ def test_a_token_that_the_filter_drops_is_refused() -> None:
 
 
 def test_the_ladder_has_every_size() -> None:
-    fields = [case.fields() for case in sample.cases() if case.top_p == 1]
+    plain = [case for case in sample.cases() if case.top_p == 1]
+    assert sum(case.mode == "probability" for case in plain) == 6
+    fields = [case.fields() for case in plain if case.mode == "geometric"]
+    assert not any("mode" in f for f in fields)
     sets = {key: {f[key] for f in fields} for key in ("V", "m", "B", "dtype")}
-    assert sets == {
-        "V": {512, 32_000, 151_936}, "m": {1, 4}, "B": {1, 8, 32}, "dtype": {"float32", "bfloat16"},
-    }  # fmt: skip
-    assert len(fields) == 36 and set(sample.cases(quick=True)) < set(sample.cases())
+    dtypes = {"float32", "bfloat16"}
+    assert sets == {"V": {512, 32_000, 151_936}, "m": {1, 2, 4}, "B": {1, 8, 32}, "dtype": dtypes}
+    assert len(fields) == 54 and set(sample.cases(quick=True)) < set(sample.cases())
     assert sample.Case(10, 4, 2, "bfloat16").floor_bytes() == 160
     assert sample.Case(10, 4, 2, "bfloat16").floors(ROOFS) == {"floor": pytest.approx(160)}
     assert 1e8 < timing.copy_bandwidth(CPU, size=2**22) < 1e13
 
 
-def test_baselines_draw_from_the_mixture() -> None:
+@pytest.mark.parametrize("mode", ["geometric", "probability"])
+def test_baselines_draw_from_the_mixture(mode: str) -> None:
     """Each plain form draws with the right frequencies: 2,000 rows of one distribution."""
     weights = torch.tensor([[0.3, 0.7]]).repeat(2000, 1)
     logits = torch.randn(2, 1, 5).repeat(1, 2000, 1)
-    wanted = torch.softmax(sample.mix(logits, weights)[0], -1)
+    z = mix_logits(logits[:, :1], weights[:1], mode=mode, backend="reference")
+    wanted = torch.softmax(z[0], -1)
+    rows = torch.zeros(2000, dtype=torch.int64)
+    data = sample.Inputs(logits, weights, rows, rows, 1.0, mode)
     for draw in (sample.torch_gumbel, sample.torch_cdf, sample.torch_multinomial):
-        tokens, logprobs = draw(logits, weights)
+        tokens, logprobs = draw(data)
         assert (torch.bincount(tokens, minlength=5) / 2000 - wanted).abs().max() < 0.05
         torch.testing.assert_close(logprobs, wanted.log()[tokens])
 
