@@ -19,7 +19,7 @@ def info(*argv, **environment):
 
 def test_json_lists_every_op_and_its_backends():
     report = json.loads(info("--json"))
-    assert report["backends"]["sample"] == ["cuda", "cpu", "triton", "reference"]
+    assert report["backends"]["sample"] == ["cpu", "cuda", "triton", "reference"]
     assert report["backends"]["mixed_lora"][-1] == "reference"
     assert set(report["backends"]) == {
         "mixed_lora", "mixed_linear", "mix_logits", "sample", "linear_logprob",
