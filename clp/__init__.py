@@ -6,10 +6,10 @@ from typing import Any
 _HOMES = {
     "CLPConfig": "clp.config",
     "CLPTrainer": "clp.train",
-    "Completion": "clp.sampler",
+    "Completion": "clp.requests",
     "Policy": "clp.policy",
     "Sampler": "clp.sampler",
-    "SamplingParams": "clp.sampler",
+    "SamplingParams": "clp.requests",
     "evaluate": "clp.evaluate",
     "weight_grid": "clp.weights",
 }

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,7 +131,8 @@ def sample(argv: Sequence[str]) -> None:
     command = tyro.cli(SampleCommand, prog="clp sample", args=argv)
     from clp.policy import Policy
     from clp.prompts import load_prompts
-    from clp.sampler import Sampler, SamplingParams, sampling_fields
+    from clp.requests import SamplingParams
+    from clp.sampler import Sampler
 
     rows: list[dict[str, Any]] = [{"prompt": p} for p in command.prompts]
     if command.input is not None:
@@ -139,7 +140,7 @@ def sample(argv: Sequence[str]) -> None:
     if not rows:
         raise ValueError("give prompts, or a file of them with --input")
     policy = Policy.load(command.run, base_model=command.base_model, device=command.device)
-    names = sampling_fields()
+    names = [f.name for f in fields(SamplingParams) if hasattr(command, f.name)]
     params, weights = [], []
     for i, row in enumerate(rows):
         unknown = set(row) - {"prompt", "weights", *names}
@@ -184,8 +185,8 @@ def evaluate(argv: Sequence[str]) -> None:
     from clp.policy import Policy
     from clp.prompts import HELDOUT_PROMPTS, load_prompts
     from clp.report import plot_frontier, print_frontier, print_samples
+    from clp.requests import SamplingParams
     from clp.rewards import load_rewards
-    from clp.sampler import SamplingParams
 
     run = Path(command.run)
     config_file = run / "config.yaml"

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from clp.policy import Policy
 from clp.prompts import columns
+from clp.requests import Completion, SamplingParams
 from clp.rewards import RewardFunc, distinct_2, score
 from clp.rollout import make_batch, token_stats
-from clp.sampler import Completion, Sampler, SamplingParams, with_seeds
+from clp.sampler import Sampler, with_seeds
 from clp.weights import weight_grid
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import clp_kernels
+from clp.decoder import Network
 from clp_kernels.layers import steered_layers
 
 TINY = Path(__file__).parent / "tiny"
@@ -145,6 +146,34 @@ class Policy:
         """Prompt and completion tokens that fit."""
         config = self.model.config.get_text_config()
         return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return int(self.model.get_input_embeddings().weight.shape[-2])
+
+    @property
+    def networks(self) -> list[Network]:
+        """The one model that runs for every token (clp.decoder.Steerable)."""
+        return [Network(self.model, self.steer)]
+
+    mode = "geometric"  # unused: there is one network
+
+    def logit_weights(self, rows: Tensor) -> None:
+        """None: the weights mix parameters, not logits."""
+        return None
+
+    def cache_key(self, row: Tensor) -> bytes:
+        """The row's bytes: keys and values depend on the weights (-0.0 counts as 0.0)."""
+        return (row + 0.0).numpy().tobytes()
+
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the adapters' parameters."""
+        digest = hashlib.sha256()
+        for parameter in self.adapter_parameters().values():
+            values = parameter.detach().cpu().contiguous()
+            digest.update(values.view(-1).view(torch.uint8).numpy().data)
+        return digest.digest()
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: every lora_A and lora_B."""

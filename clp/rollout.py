@@ -10,8 +10,9 @@ from torch import Tensor
 import clp_kernels
 from clp.policy import Policy
 from clp.prompts import columns
+from clp.requests import Completion, SamplingParams
 from clp.rewards import RewardFunc, score
-from clp.sampler import Completion, Sampler, SamplingParams, with_seeds
+from clp.sampler import Sampler, with_seeds
 
 
 @dataclass

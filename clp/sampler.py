@@ -1,116 +1,198 @@
-"""Sampling with a weight row for each sequence: prefill, KV cache, one `sample` op a token."""
+"""The sampler: continuous batching, with a weight row for each request.
 
-import inspect
+A request waits until a slot is free; its prompt is prefilled, and from then on each step draws one
+token for every row at once, whatever their weights, lengths and parameters. A row that is done
+leaves its slot to the next request at the following step. `clp/decoder.py` is what runs on the
+device, `clp/kv_cache.py` the slots, `clp/requests.py` what is asked and answered.
+"""
+
+import itertools
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
 
-import clp_kernels
-from clp.policy import Policy, position_ids
-from clp.weights import WeightSpec, parse_rows
+from clp.decoder import Decoder, Steerable
+from clp.kv_cache import Segment
+from clp.requests import (
+    Completion,
+    Request,
+    Row,
+    SamplingParams,
+    StreamedToken,
+    Text,
+    parse_prompt,
+)
+from clp.weights import WeightSpec, parse_rows, parse_weights
 from clp_kernels.invariant import is_batch_invariant
 
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to sample one request; vLLM's names.
-
-    Attributes:
-        max_tokens: Tokens a completion at most.
-        temperature: 0 is greedy.
-        top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. See clp_kernels.sample.
-        seed: Completion i of the request draws with seed + i; None takes one from torch's
-            generator. The same prompt, row and seed give the same tokens in any batch (to the
-            bit inside clp_kernels.batch_invariant()).
-        stop: Strings that end a completion; the text ends before them.
-        n: Completions a prompt.
-    """
-
-    max_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: Sequence[str] = field(default_factory=tuple)
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop must hold non-empty strings, got {list(self.stop)!r}")
-        for name, low in {"max_tokens": 1, "top_k": 0, "n": 1}.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < low:
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-        if self.seed is not None and (
-            type(self.seed) is not int or not -(2**63) <= self.seed < 2**63 - self.n
-        ):
-            raise ValueError(f"seed must be None or a 64-bit integer, got {self.seed!r}")
-        ranges = {"temperature": (0.0, 1e6), "top_p": (1e-9, 1.0), "min_p": (0.0, 1.0)}
-        for name, (low_f, high) in ranges.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not low_f <= value <= high:
-                raise ValueError(f"{name} must be a number in [{low_f:g}, {high:g}], got {value!r}")
+# What a model's code and PyTorch raise in a forward pass (out of memory is a RuntimeError).
+STEP_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
+               MemoryError, AssertionError)  # fmt: skip
+# A shorter common beginning is computed again: copying it is no cheaper.
+LEAST_SHARED = 16
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One sampled completion.
+class _Wave(NamedTuple):
+    """What one prefill does: tokens of rows, and rows that copy another's prompt after it."""
 
-    Attributes:
-        prompt_index, index: Which prompt of the call, and which of its n completions.
-        text: Decoded without special tokens, up to a stop string.
-        token_ids: All sampled ids, an end token included.
-        logprobs: log pi(token) at the sampling temperature, before the filters; one a token.
-        finish_reason: "stop" (end token or stop string) or "length".
-    """
-
-    prompt_index: int
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-
-
-@dataclass
-class _Sequence:
-    """A sequence while it is decoded."""
-
-    prompt_index: int
-    index: int
-    prompt_ids: list[int]
-    row: Tensor
-    params: SamplingParams
-    seed: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
-    text: str | None = None
+    parts: list[tuple[Row, Segment]]
+    late: list[tuple[Row, Row]]
 
 
 class Sampler:
-    """Samples from a policy; every sequence of a batch has its own weights and parameters."""
+    """Samples from a policy; every sequence of a batch has its own weights and parameters.
 
-    def __init__(self, policy: Policy, *, max_batch_size: int = 64) -> None:
-        """Args: policy; max_batch_size: sequences decoded together (bounds the KV cache)."""
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
+    Not for several threads at once. Between steps the policy may be used and trained by others.
+
+    Args:
+        policy: A clp.Policy, or a clp.LogitMixture over several models.
+        max_batch_size: Sequences decoded together.
+        cache_gib: Memory for keys and values at most, in GiB. Sequences wait where it is short;
+            a request that can never fit is refused. `cache_bytes` reports what is held.
+        max_prefill_tokens: Tokens of prompts between two decoding steps at most, so that a long
+            prompt does not hold up the others.
+
+    Raises: ValueError for bad arguments, or a model whose attention the slots cannot serve.
+    """
+
+    def __init__(
+        self,
+        policy: Steerable,
+        *,
+        max_batch_size: int = 64,
+        cache_gib: float = 4.0,
+        max_prefill_tokens: int = 2048,
+    ) -> None:
+        for name, value in {
+            "max_batch_size": max_batch_size, "max_prefill_tokens": max_prefill_tokens,
+        }.items():  # fmt: skip
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(cache_gib, (int, float)) or not 0 < cache_gib < 2**20:
+            raise ValueError(f"cache_gib must be a positive number, got {cache_gib!r}")
         self.policy = policy
-        self.max_batch_size = max_batch_size
-        accepted = inspect.signature(policy.model.forward).parameters
-        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.max_batch_size, self.max_prefill_tokens = max_batch_size, max_prefill_tokens
+        self._decoder = Decoder(policy, max_batch_size, int(cache_gib * 2**30))
+        self._waiting: deque[Row] = deque()
+        # Row i is in slot i. All decode but the last ones, whose prompts are not yet prefilled.
+        self._rows: list[Row] = []
+        # What the slots' caches hold: (key, ids), also of rows that have gone.
+        self._held: list[Row | None] = [None] * max_batch_size
+        self._fingerprint: bytes | None = None
+        self.tokens_drawn = 0
+
+    # Requests
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        weights: WeightSpec,
+        params: SamplingParams | None = None,
+        *,
+        simplex: bool = True,
+    ) -> Request:
+        """Queues a request. It runs as `step`, `stream` or `generate` run.
+
+        Args:
+            prompt: A text, or a list of token ids.
+            weights: A mapping from objective to weight, a string "joy=0.7,brief=0.3", or m numbers.
+            params: How to sample.
+            simplex: Refuse rows off the simplex (negative entries, sum other than 1).
+
+        Raises:
+            ValueError, TypeError: bad weights (see clp.weights.parse_weights), a prompt that is
+                empty, outside the vocabulary, too long for the context with max_tokens, or for
+                the cache. The other requests go on.
+        """
+        row = parse_weights(weights, self.policy.objectives, simplex=simplex)
+        request = self._request(prompt, row, params or SamplingParams(), 0, "prompt")
+        self._waiting.extend(request.rows)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends what is not finished of a request with finish_reason "abort"; its slots are free."""
+        for row in request.rows:
+            self._end(row, "abort")
+
+    @property
+    def unfinished(self) -> int:
+        """Completions that are waiting or being decoded."""
+        return len(self._waiting) + len(self._rows)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values as they are allocated now."""
+        return self._decoder.held_bytes
+
+    def stream(self, request: Request) -> Iterator[StreamedToken]:
+        """The tokens of a request as they are drawn; runs the sampler as far as needed.
+
+        Streams of several requests may be read in turn; one that is dropped goes on unread.
+        """
+        seen = [0] * len(request.rows)
+        texts = [Text(self.policy.tokenizer, request.prompt_ids, request.params.stop)
+                 for _ in request.rows]  # fmt: skip
+        open_rows = set(range(len(request.rows)))
+        while open_rows:
+            news = []
+            for k in sorted(open_rows):
+                row = request.rows[k]
+                news += _news(row, texts[k], seen[k])
+                seen[k] = len(row.token_ids)
+                if row.completion is not None:
+                    open_rows.discard(k)
+            yield from news
+            if open_rows and not news:
+                self.step()
+
+    def step(self) -> list[Completion]:
+        """Fills free slots from the queue and draws one token for every row in a slot.
+
+        Returns:
+            The completions that this step finished. A row whose forward pass failed is finished
+            with finish_reason "error"; the sampler goes on.
+        """
+        done = self._fill()
+        ready = [row for row in self._rows if row.prefilled]
+        groups = [[row] for row in ready] if is_batch_invariant() else [ready] if ready else []
+        ended: list[tuple[Row, str, str | None]] = []
+        for group in groups:
+            try:
+                drawn = self._decoder.decode(group, group[0].slot or 0)
+            except STEP_ERRORS as error:
+                ended += [(row, "error", _reason(error)) for row in group]
+                continue
+            for i, (row, token, logprob) in enumerate(
+                zip(group, drawn.tokens, drawn.logprobs, strict=True)
+            ):
+                if token < 0:
+                    ended.append((row, "error", "the logits are not finite for these weights"))
+                    continue
+                row.cached += 1
+                self.tokens_drawn += 1
+                row.token_ids.append(token)
+                row.logprobs.append(logprob)
+                if i in drawn.top:
+                    row.top_logprobs.append(drawn.top[i])
+                request = row.request
+                if token in request.stop_ids or (row.stopping and row.stopping.add(token)):
+                    ended.append((row, "stop", None))
+                elif len(row.token_ids) >= request.params.max_tokens:
+                    ended.append((row, "length", None))
+        # From the last slot down: the rows that move into holes are then those that go on.
+        for row, reason, why in sorted(ended, key=lambda e: -(e[0].slot or 0)):
+            done.append(self._end(row, reason, why))
+        return [completion for completion in done if completion is not None]
 
     def generate(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | Sequence[int]],
         weights: WeightSpec | Sequence[WeightSpec],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
@@ -125,162 +207,283 @@ class Sampler:
                 a string "joy=0.7,brief=0.3", or m numbers in the policy's order; or [B, m].
             params: One for all prompts, or one a prompt.
             simplex: Refuse rows off the simplex (negative entries, sum other than 1).
-            progress: Show a progress bar.
+            progress: Show a progress bar, with tokens a second.
 
         Raises:
-            ValueError: bad rows (see clp.weights.parse_weights), an empty prompt, a prompt and
-                max_tokens that do not fit the context, lists of unequal length.
+            ValueError, TypeError: as `submit`, naming the prompt, before anything runs; lists of
+                unequal length.
+            RuntimeError: a forward pass failed; the message names the first prompt and the reason.
         """
         rows = parse_rows(weights, len(prompts), self.policy.objectives, simplex=simplex)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"params must be one or {len(prompts)}, got {len(params)}")
-        waiting = [
-            s for i, p in enumerate(prompts) for s in self._requests(i, p, rows[i], params[i])
+        requests = [
+            self._request(prompt, row, one, i, f"prompt {i}")
+            for i, (prompt, row, one) in enumerate(zip(prompts, rows, params, strict=True))
         ]
-        size = 1 if is_batch_invariant() else self.max_batch_size
-        # Prompts of like length share a batch, so that little of it is padding.
-        order = sorted(range(len(waiting)), key=lambda i: len(waiting[i].prompt_ids))
-        with tqdm(total=len(waiting), desc="sampling", unit="seq", disable=not progress) as bar:
-            for start in range(0, len(order), size):
-                batch = [waiting[i] for i in order[start : start + size]]
-                for count in self._decode(batch):
-                    bar.update(count)
-        return [self._finish(sequence) for sequence in waiting]
+        for request in requests:
+            self._waiting.extend(request.rows)
+        self.finish(requests, progress=progress)
+        completions = [c for request in requests for c in request.completions]
+        for c in completions:
+            if c.error is not None:
+                raise RuntimeError(f"prompt {c.prompt_index} failed: {c.error}")
+        return completions
 
-    def _requests(
-        self, i: int, prompt: str | list[int], row: Tensor, params: SamplingParams
-    ) -> Iterator[_Sequence]:
-        ids = (
-            self.policy.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
-        )
-        if not ids:
-            raise ValueError(f"prompt {i} is empty: it has no tokens")
-        if len(ids) + params.max_tokens > self.policy.context_length:
-            raise ValueError(
-                f"prompt {i} has {len(ids)} tokens; with max_tokens={params.max_tokens} it exceeds "
-                f"the context of {self.policy.context_length}"
-            )
+    def finish(self, requests: Sequence[Request], *, progress: bool = False) -> None:
+        """Runs until the requests are finished. Stopped halfway (Ctrl-C), they are cancelled."""
+        begin, drawn = time.perf_counter(), self.tokens_drawn
+        total, first = sum(len(request.rows) for request in requests), 0
+        with tqdm(total=total, desc="sampling", unit="seq", disable=not progress) as bar:
+            try:
+                while first < len(requests):
+                    bar.update(len(self.step()))
+                    if progress:
+                        rate = (self.tokens_drawn - drawn) / (time.perf_counter() - begin)
+                        bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+                    while first < len(requests) and requests[first].finished:
+                        first += 1
+            finally:
+                for request in requests[first:]:
+                    self.cancel(request)
+
+    # Scheduling
+
+    def _request(
+        self,
+        prompt: str | Sequence[int],
+        weights: Tensor,
+        params: SamplingParams,
+        prompt_index: int,
+        name: str,
+    ) -> Request:
+        policy = self.policy
+        ids = parse_prompt(prompt, policy.tokenizer, policy.vocab_size, name)
+        length = len(ids) + params.max_tokens
+        shape = f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} it exceeds"
+        if length > policy.context_length:
+            raise ValueError(f"{shape} the context of {policy.context_length}")
+        if not self._decoder.fits(1, length - 1):
+            raise ValueError(f"{shape} the cache of {self._decoder.cache_bytes} bytes (cache_gib)")
+        for token in params.stop_token_ids:
+            if not 0 <= token < policy.vocab_size:
+                raise ValueError(
+                    f"stop_token_ids must be from 0 to {policy.vocab_size - 1}, got {token}"
+                )
+        ends = frozenset() if params.ignore_eos else policy.end_ids
         seed = params.seed
         if seed is None:
             seed = int(torch.randint(2**62, ()))
-        for k in range(params.n):
-            yield _Sequence(i, k, ids, row, params, seed + k)
-
-    @torch.no_grad()
-    def _decode(self, batch: list[_Sequence]) -> Iterator[int]:
-        """Decodes a batch to its end; yields how many sequences each step finished."""
-        device, model = self.policy.device, self.policy.model
-        width = max(len(s.prompt_ids) for s in batch)
-        pad = self.policy.tokenizer.pad_token_id or 0
-        ids = torch.tensor(
-            [[pad] * (width - len(s.prompt_ids)) + s.prompt_ids for s in batch], device=device
-        )
-        mask = torch.tensor(
-            [[0] * (width - len(s.prompt_ids)) + [1] * len(s.prompt_ids) for s in batch],
-            device=device,
-        )
-        cache = DynamicCache(config=model.config)
-        positions = position_ids(mask)
-        batch = list(batch)
-        args, steering = _SampleArguments.of(batch, device), self._steering(batch)
-        while batch:
-            with steering:
-                logits = model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    **self._last_logits,
-                ).logits[:, -1]
-            step = len(batch[0].token_ids)
-            drawn = clp_kernels.sample(logits, **args.options, seed=args.seed, position=step)
-            alive = self._extend(batch, drawn)
-            yield len(batch) - len(alive)
-            ids, positions = drawn.tokens[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
-            if len(alive) < len(batch):
-                keep = torch.tensor(alive, device=device, dtype=torch.int64)
-                ids, positions, mask = ids[keep], positions[keep], mask[keep]
-                batch = [batch[i] for i in alive]
-                if batch:
-                    cache.batch_select_indices(keep)
-                    args, steering = _SampleArguments.of(batch, device), self._steering(batch)
-
-    def _steering(self, batch: list[_Sequence]) -> clp_kernels.steer:
-        return self.policy.steer(torch.stack([s.row for s in batch]))
-
-    def _extend(self, batch: list[_Sequence], drawn: clp_kernels.Sample) -> list[int]:
-        """Appends the drawn tokens; returns the positions in the batch that go on."""
-        alive = []
-        tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
-        for i, sequence in enumerate(batch):
-            sequence.token_ids.append(tokens[i])
-            sequence.logprobs.append(logprobs[i])
-            if tokens[i] in self.policy.end_ids or self._hit_stop(sequence):
-                sequence.finish_reason = "stop"
-            elif len(sequence.token_ids) >= sequence.params.max_tokens:
-                sequence.finish_reason = "length"
-            else:
-                alive.append(i)
-        return alive
-
-    def _hit_stop(self, sequence: _Sequence) -> bool:
-        if not sequence.params.stop:
-            return False
-        text = self._text(sequence)
-        cuts = [text.find(s) for s in sequence.params.stop if s in text]
-        if cuts:
-            sequence.text = text[: min(cuts)]
-        return bool(cuts)
-
-    def _text(self, sequence: _Sequence) -> str:
-        # Decoded behind the prompt, because tokenizers drop the space of a text's first token.
-        decode = self.policy.tokenizer.decode
-        before = decode(sequence.prompt_ids, skip_special_tokens=True)
-        whole = decode(sequence.prompt_ids + sequence.token_ids, skip_special_tokens=True)
-        return whole[len(before) :] if whole.startswith(before) else decode(
-            sequence.token_ids, skip_special_tokens=True
-        )  # fmt: skip
-
-    def _finish(self, sequence: _Sequence) -> Completion:
-        text = sequence.text if sequence.text is not None else self._text(sequence)
-        return Completion(
-            sequence.prompt_index,
-            sequence.index,
-            text,
-            sequence.token_ids,
-            sequence.logprobs,
-            sequence.finish_reason or "length",
+        return Request(
+            policy.tokenizer,
+            ids,
+            weights,
+            params,
+            ends | frozenset(params.stop_token_ids),
+            policy.cache_key(weights),
+            seed,
+            prompt_index,
         )
 
+    def _fill(self) -> list[Completion | None]:
+        """Prefills what fits of the queue into free slots; gives what failed."""
+        failed: list[Completion | None] = []
+        if not self._rows and self._waiting:
+            # Nothing runs: the parameters may have changed since the caches were filled.
+            fingerprint = self.policy.fingerprint()
+            if fingerprint != self._fingerprint:
+                self._held = [None] * self.max_batch_size
+            self._fingerprint = fingerprint
+        budget = self.max_prefill_tokens
+        while budget > 0:
+            try:
+                wave = self._wave(budget)
+            except STEP_ERRORS as error:  # no memory for the slots: what they held is lost
+                self._decoder.drop()
+                self._held = [None] * self.max_batch_size
+                rows = [*self._rows[::-1], *[self._waiting[0]][: len(self._waiting)]]
+                return failed + [self._end(row, "error", _reason(error)) for row in rows]
+            if not wave.parts and not wave.late:
+                break
+            try:
+                if wave.parts:
+                    self._decoder.prefill(wave.parts)
+                for row, segment in wave.parts:
+                    row.cached = segment.stop
+                for donor, row in wave.late:
+                    row.cached = len(row.request.prompt_ids) - 1
+                    self._decoder.copy(_slot(donor), _slot(row), row.cached)
+            except STEP_ERRORS as error:
+                hit = [row for row, _ in wave.parts] + [row for _, row in wave.late]
+                for row in sorted(hit, key=_slot, reverse=True):
+                    failed.append(self._end(row, "error", _reason(error)))
+            if not is_batch_invariant():
+                budget -= sum(s.stop - s.start for _, s in wave.parts)
+        return failed
 
-@dataclass(frozen=True)
-class _SampleArguments:
-    """The per-row arguments of the `sample` op for a batch, on its device."""
+    def _wave(self, budget: int) -> _Wave:
+        """Takes rows from the queue into slots: what one forward prefills, at most `budget` tokens.
 
-    seed: Tensor
-    options: dict[str, Any]
+        A prompt that has a beginning in common with what a slot holds (same weight row, same
+        adapters) gets a copy. If that beginning is of this very wave, it waits for the next one, or
+        for its end if it is the whole prompt. In batch_invariant() a wave is one prompt, and only
+        whole prompts are shared: a prompt's bits depend on how it is cut.
+        """
+        parts: list[tuple[Row, Segment]] = []
+        late: list[tuple[Row, Row]] = []
+        planned: dict[int, int] = {}
 
-    @classmethod
-    def of(cls, batch: list[_Sequence], device: torch.device) -> "_SampleArguments":
-        options: dict[str, Any] = {}
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            values = [getattr(s.params, name) for s in batch]
-            # A plain number where all agree: a filter that is off then costs nothing.
-            same = len(set(values)) == 1
-            options[name] = values[0] if same else torch.tensor(values, device=device)
-        seed = torch.tensor([s.seed for s in batch], dtype=torch.int64, device=device)
-        return cls(seed, options)
+        def take(row: Row) -> bool:
+            """Plans the next tokens of a row; whether that is all of them."""
+            missing = len(row.request.prompt_ids) - 1 - row.cached
+            count = min(missing, budget)
+            if count:
+                parts.append((row, Segment(_slot(row), row.cached, row.cached + count)))
+            planned[id(row)] = row.cached + count
+            return count == missing
+
+        alone = is_batch_invariant()
+        for row in self._rows:
+            if not row.prefilled:
+                done = take(row)
+                budget -= planned[id(row)] - row.cached
+                if not done or alone:
+                    return _Wave(parts, late)
+        free = self._admissible()
+        first = len(self._rows)
+        for _ in range(free):
+            if budget <= 0 or (alone and parts):
+                break
+            row = self._waiting[0]
+            row.key = row.request.cache_key
+            if alone:
+                row.key += b"|" + repr(row.request.prompt_ids).encode()
+            donor, shared = self._donor(row, planned)
+            whole = shared == len(row.request.prompt_ids) - 1
+            pending = donor is not None and shared > self._held[donor].cached  # type: ignore[union-attr]
+            if pending and not whole:
+                break
+            self._waiting.popleft()
+            row.slot = len(self._rows)
+            self._rows.append(row)
+            if pending:
+                assert donor is not None
+                giver = self._held[donor]
+                assert giver is not None
+                late.append((giver, row))
+                self._held[row.slot] = row
+                continue
+            if donor is not None:
+                if donor != row.slot:
+                    self._decoder.copy(donor, row.slot, shared)
+                row.cached = shared
+            self._held[row.slot] = row
+            complete = take(row)
+            budget -= planned[id(row)] - row.cached
+            if not complete:
+                break
+        if len(self._rows) > first:
+            self._decoder.place(first, self._rows[first:])
+        return _Wave(parts, late)
+
+    def _admissible(self) -> int:
+        """How many rows of the queue get slots now, in order; makes room for them."""
+        count = len(self._rows)
+        length = max((row.request.length for row in self._rows), default=0)
+        fitting, longest = 0, length
+        for row in itertools.islice(self._waiting, self.max_batch_size - count):
+            longest = max(longest, row.request.length)
+            if not self._decoder.fits(count + fitting + 1, longest):
+                break
+            fitting, length = fitting + 1, longest
+        if fitting:
+            self._decoder.reserve(count + fitting, length, self.max_batch_size)
+            for slot in range(self._decoder.slots, self.max_batch_size):
+                self._held[slot] = None
+        return fitting
+
+    def _donor(self, row: Row, planned: dict[int, int]) -> tuple[int | None, int]:
+        """The slot that holds most of the prompt's beginning, and how many tokens of it."""
+        wanted, best, shared = row.request.prompt_ids[:-1], None, 0
+        for slot, other in enumerate(self._held):
+            if other is None or other.key != row.key:
+                continue
+            there = itertools.chain(other.request.prompt_ids, other.token_ids)
+            count = min(planned.get(id(other), other.cached), len(wanted))
+            same = 0
+            for own, theirs in zip(wanted[:count], there, strict=False):
+                if own != theirs:
+                    break
+                same += 1
+            if same > shared:
+                best, shared = slot, same
+        if shared < len(wanted) and (shared < LEAST_SHARED or is_batch_invariant()):
+            return None, 0
+        return best, shared
+
+    def _end(self, row: Row, reason: str, error: str | None = None) -> Completion | None:
+        """Finishes a row, wherever it is; None if it was finished before."""
+        if row.completion is not None:
+            return None
+        if row.slot is None:
+            self._waiting.remove(row)
+        else:
+            self._leave(row.slot, spoilt=reason == "error")
+            row.slot = None
+        return row.finish(reason, error)
+
+    def _leave(self, slot: int, spoilt: bool) -> None:
+        """Frees a slot. The last decoding row moves into it, the row being prefilled into that."""
+        if spoilt:
+            # Attention weighs what it does not see with 0, and 0 * NaN is NaN.
+            self._held[slot] = None
+            if slot < self._decoder.slots:
+                self._decoder.clear(slot)
+        last = len(self._rows) - 1
+        ready = last if not self._rows[last].prefilled else last + 1
+        for source in (ready - 1, last):
+            if source > slot:
+                moved = self._rows[slot] = self._rows[source]
+                self._decoder.move(source, slot, moved.cached)
+                moved.slot, self._held[slot], self._held[source] = slot, moved, None
+                slot = source
+        self._rows.pop()
+        self._decoder.vacate(slot)
+
+
+def _slot(row: Row) -> int:
+    assert row.slot is not None
+    return row.slot
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _news(row: Row, text: Text, seen: int) -> list[StreamedToken]:
+    """What a stream has to tell of a row since `seen` of its tokens."""
+    found = []
+    ids, done = row.token_ids, row.completion
+    for i in range(seen, len(ids)):
+        last = done is not None and i == len(ids) - 1 and done.finish_reason in ("stop", "length")
+        stop_token = last and ids[i] in row.request.params.stop_token_ids
+        if not text.stopped and not stop_token:
+            text.add(ids[i])
+        if last:
+            text.finish()
+        gain = text.take(last)
+        reason = done.finish_reason if last and done is not None else None
+        found.append(StreamedToken(row.index, ids[i], row.logprobs[i], gain, reason))
+    if done is not None and done.finish_reason in ("abort", "error"):
+        text.finish()
+        found.append(
+            StreamedToken(row.index, None, None, text.take(True), done.finish_reason, done.error)
+        )
+    return found
 
 
 def with_seeds(params: SamplingParams, seeds: Sequence[int]) -> list[SamplingParams]:
     """The same parameters with a seed for each prompt."""
     return [replace(params, seed=seed) for seed in seeds]
-
-
-def sampling_fields() -> list[str]:
-    """Names of SamplingParams' fields, for the rows of an input file."""
-    return [f.name for f in fields(SamplingParams)]

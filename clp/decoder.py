@@ -1,0 +1,429 @@
+"""The device's part of the sampler: per-slot state, prefill, and one decoding step for all rows.
+
+A decoding step runs the policy's networks on one token of each slot from 0 on, mixes and draws with
+the op `sample`, and writes the drawn tokens where the next step reads them. Nothing in it waits for
+the device but the reading of what was drawn. On CUDA the step is captured as a graph for each size
+of a few; rows of weights, seeds, lengths and filters are tensors that the graph reads.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import clp_kernels
+from clp.kv_cache import BLOCK, Decode, KVCache, Prefill, Segment
+from clp.requests import Row
+from clp_kernels.invariant import is_batch_invariant
+
+# Slot lengths that a CUDA graph is captured for are multiples of this.
+GRAPH_LENGTH = 256
+FILTERS = ("temperature", "top_k", "top_p", "min_p")
+
+
+class Network(NamedTuple):
+    """A model that runs for every token, and the context that sets its weight rows [B, m]."""
+
+    model: Any
+    steer: Any  # rows -> context manager
+
+
+class Steerable(Protocol):
+    """What the sampler asks of a policy: clp.Policy, or clp.LogitMixture over several models."""
+
+    tokenizer: Any
+    objectives: tuple[str, ...]
+    mode: str
+
+    @property
+    def networks(self) -> Sequence[Network]:
+        """The models whose logits make the next token."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that end a completion."""
+
+    @property
+    def context_length(self) -> int:
+        """Prompt and completion tokens that fit."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+
+    def logit_weights(self, rows: Tensor) -> Tensor | None:
+        """Rows [B, m] -> weights of the networks' logits [B, n]; None for a single network."""
+
+    def cache_key(self, row: Tensor) -> bytes:
+        """Equal for rows whose keys and values are equal for equal tokens."""
+
+    def fingerprint(self) -> bytes:
+        """Changes with the parameters."""
+
+
+class Drawn(NamedTuple):
+    """A step's tokens and log-probabilities by row; -1 where the logits were not numbers."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    top: dict[int, dict[int, float]]  # by row that asked for it
+
+
+class Decoder:
+    """Runs a policy's networks over slots.
+
+    Args:
+        policy: What is sampled from.
+        max_batch_size: Slots at most.
+        cache_bytes: Memory of all keys and values at most.
+
+    Raises: ValueError for a model whose logits do not come out the same through the slots.
+    """
+
+    def __init__(self, policy: Steerable, max_batch_size: int, cache_bytes: int) -> None:
+        self.policy, self.cache_bytes = policy, cache_bytes
+        self.networks = list(policy.networks)
+        self.caches = [KVCache(network.model) for network in self.networks]
+        device, m = policy.device, len(policy.objectives)
+        double = self.networks[0].model.dtype == torch.float64
+        ints = torch.zeros(6, max_batch_size, dtype=torch.int64, device=device)
+        self.token, self.length, self.drawn, self.seed, self.top_k, self.alive = ints
+        floats = torch.ones(3, max_batch_size, device=device)
+        self.temperature, self.top_p, self.min_p = floats
+        self._ints, self._floats = ints, floats
+        self.weights = torch.zeros(
+            max_batch_size, m, dtype=torch.float64 if double else torch.float32, device=device
+        )
+        self._steering: dict[tuple[int, int, int], Any] = {}
+        self._graphs: dict[Any, Any] = {}
+        self._check()
+
+    # Memory
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token in all networks."""
+        return sum(cache.bytes_per_token for cache in self.caches)
+
+    @property
+    def held_bytes(self) -> int:
+        """Keys and values as they are allocated."""
+        return sum(t.nbytes for cache in self.caches for t in cache.tensors())
+
+    @property
+    def slots(self) -> int:
+        """How many slots are allocated."""
+        return self.caches[0].slots
+
+    def fits(self, slots: int, length: int) -> bool:
+        """Whether so many slots of so many tokens are within cache_bytes."""
+        # One slot more on CUDA, where a captured step's empty rows write.
+        spare = self.policy.device.type == "cuda"
+        return (slots + spare) * _rounded(length) * self.bytes_per_token <= self.cache_bytes
+
+    def reserve(self, slots: int, length: int, most: int) -> None:
+        """At least so many slots (at most `most`) of at least so many tokens; contents stay.
+
+        Grows the number of slots by half more than asked for, as far as memory allows.
+        """
+        spare = self.policy.device.type == "cuda"
+        capacity = max(self.caches[0].capacity, _rounded(length))
+        if not self.fits(slots, capacity):
+            capacity = _rounded(length)  # longer ones have gone
+        have = self.slots - spare
+        wanted = have if slots <= have else min(most, slots + slots // 2)
+        while wanted > slots and not self.fits(wanted, capacity):
+            wanted -= 1
+        if (wanted + spare, capacity) != (self.slots, self.caches[0].capacity):
+            self._graphs.clear()
+            for cache in self.caches:
+                cache.resize(wanted + spare, capacity)
+
+    def drop(self) -> None:
+        """Gives all keys and values back."""
+        self._graphs.clear()
+        for cache in self.caches:
+            cache.resize(0, 0)
+
+    # Slots
+
+    def place(self, first: int, rows: Sequence[Row]) -> None:
+        """Writes the state of rows for the slots from `first` on."""
+        here = slice(first, first + len(rows))
+        params = [row.request.params for row in rows]
+        device = self._ints.device
+        ints = [
+            (row.request.prompt_ids[-1], len(row.request.prompt_ids) - 1, 0, row.seed, p.top_k, 1)
+            for row, p in zip(rows, params, strict=True)
+        ]
+        floats = [(p.temperature, p.top_p, p.min_p) for p in params]
+        self._ints[:, here] = torch.tensor(ints, dtype=torch.int64).t().to(device)
+        self._floats[:, here] = torch.tensor(floats).t().to(device)
+        weights = torch.stack([row.request.weights for row in rows])
+        self.weights[here] = weights.to(device, self.weights.dtype)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copies the first `count` tokens of a slot into another."""
+        for cache in self.caches:
+            cache.copy(source, target, count)
+
+    def move(self, source: int, target: int, count: int) -> None:
+        """Copies a slot's tokens and state into another."""
+        self.copy(source, target, count)
+        for state in (self._ints, self._floats):
+            state[:, target] = state[:, source]
+        self.weights[target] = self.weights[source]
+
+    def vacate(self, slot: int) -> None:
+        """The slot's row has gone: a captured step leaves it alone."""
+        self.alive[slot] = 0
+        self.length[slot] = 0
+
+    def clear(self, slot: int) -> None:
+        """Zeros in a slot (after values that are not finite)."""
+        for cache in self.caches:
+            cache.clear(slot)
+
+    # Forward passes
+
+    @torch.no_grad()
+    def prefill(self, parts: Sequence[tuple[Row, Segment]]) -> None:
+        """Puts tokens of prompts into their slots, all in one forward."""
+        device = self._ints.device
+        ids = [i for row, s in parts for i in row.request.prompt_ids[s.start : s.stop]]
+        positions = [i for _, s in parts for i in range(s.start, s.stop)]
+        slots = [s.slot for _, s in parts for _ in range(s.start, s.stop)]
+        segments = [s for _, s in parts]
+        rows = self.weights[torch.tensor(slots, device=device)]
+        tokens, where = torch.tensor([ids, positions], device=device)[:, :, None]
+        for network, cache in zip(self.networks, self.caches, strict=True):
+            plan = Prefill(cache, segments)
+            with network.steer(rows), cache.attending():
+                # The body alone: a prompt's last token goes through the head in a decoding step.
+                network.model.base_model(
+                    input_ids=tokens, position_ids=where, use_cache=False, slots=plan
+                )
+
+    @torch.no_grad()
+    def decode(self, rows: Sequence[Row], first: int = 0) -> Drawn:
+        """Feeds one token of each row (in the slots from `first` on) and draws the next."""
+        count, params = len(rows), [row.request.params for row in rows]
+        longest = max(row.cached for row in rows) + 1
+        filters = tuple(_same([getattr(p, name) for p in params]) for name in FILTERS)
+        if self._ints.is_cuda and first == 0 and not is_batch_invariant():
+            drawn, mixed = self._replay(count, longest, filters)
+        else:
+            even = all(row.cached == longest - 1 for row in rows)
+            drawn, mixed = self._step(slice(first, first + count), longest, even, filters)
+        top = self._top([i for i, p in enumerate(params) if p.logprobs], params, mixed)
+        return Drawn(drawn.tokens[:count].tolist(), drawn.logprobs[:count].tolist(), top)
+
+    def _step(
+        self,
+        here: slice,
+        longest: int,
+        even: bool,
+        filters: tuple[Any, ...],
+        home: Tensor | None = None,
+    ) -> tuple[clp_kernels.Sample, Tensor]:
+        """One token for the slots of `here`; (what was drawn, logits [B, V] or [n, B, V])."""
+        logits = self._logits(here, longest, even, home)
+        mixing: dict[str, Any] = {}
+        weights = self.policy.logit_weights(self.weights[here])
+        if weights is not None:
+            mixing = {"weights": weights, "mode": self.policy.mode}
+        chosen = {
+            name: getattr(self, name)[here] if value is None else value
+            for name, value in zip(FILTERS, filters, strict=True)
+        }
+        key = {"seed": self.seed[here], "position": self.drawn[here]}
+        try:
+            drawn = clp_kernels.sample(logits, **mixing, **chosen, **key)
+        except ValueError:
+            # On the CPU the op refuses a row that is not finite; the others go on.
+            drawn = self._sample_finite(logits, mixing, chosen | key)
+        self.token[here] = drawn.tokens
+        self.length[here] += self.alive[here]
+        self.drawn[here] += self.alive[here]
+        return drawn, logits
+
+    def _logits(self, here: slice, longest: int, even: bool, home: Tensor | None) -> Tensor:
+        tokens, lengths = self.token[here, None], self.length[here, None]
+        found = []
+        for i, (network, cache) in enumerate(zip(self.networks, self.caches, strict=True)):
+            plan = Decode(cache, here.start, self.length[here], longest, even, home)
+            with self._steer(i, here), cache.attending():
+                out = network.model(
+                    input_ids=tokens, position_ids=lengths, use_cache=False, slots=plan
+                )
+            found.append(out.logits[:, -1])
+        if len(found) == 1 and self.policy.logit_weights(self.weights[:1]) is None:
+            return found[0]
+        return torch.stack(found)
+
+    def _steer(self, network: int, here: slice) -> Any:
+        """The context that steers by the live rows of some slots; made once for each slice."""
+        key = (network, here.start, here.stop)
+        if key not in self._steering:
+            self._steering[key] = self.networks[network].steer(self.weights[here])
+        return self._steering[key]
+
+    def _sample_finite(
+        self, logits: Tensor, mixing: dict[str, Any], options: dict[str, Any]
+    ) -> clp_kernels.Sample:
+        """`sample` on the rows whose logits are numbers; token -1 and NaN for the rest."""
+        per_row = logits if logits.dim() == 2 else logits.transpose(0, 1).flatten(1)
+        # As the op judges: minus infinity is a token that is ruled out.
+        good = (per_row < torch.inf).all(1) & per_row.isfinite().any(1)
+        count = good.shape[0]
+        if bool(good.all()):
+            raise ValueError("the logits cannot be sampled: their mixture is not finite")
+        tokens = torch.full((count,), -1, device=good.device)
+        nan = torch.full((count,), float("nan"), device=good.device)
+        if bool(good.any()):
+            picked: dict[str, Any] = {
+                k: v[good] if isinstance(v, Tensor) else v for k, v in (mixing | options).items()
+            }
+            drawn = clp_kernels.sample(logits[..., good, :], **picked)
+            tokens[good], nan[good] = drawn.tokens, drawn.logprobs
+        return clp_kernels.Sample(tokens, nan, nan)
+
+    def _top(self, asked: list[int], params: Sequence[Any], logits: Tensor) -> dict[int, Any]:
+        """The most likely tokens of the rows that asked, under the tempered distribution."""
+        if not asked:
+            return {}
+        rows = torch.tensor(asked, device=logits.device)
+        chosen = logits.index_select(-2, rows)
+        weights = self.policy.logit_weights(self.weights[rows])
+        if weights is not None:
+            chosen = clp_kernels.mix_logits(chosen, weights, mode=self.policy.mode)
+        tau = [params[i].temperature or 1.0 for i in asked]
+        logp = torch.log_softmax(chosen.float() / torch.tensor(tau, device=rows.device)[:, None], 1)
+        most = max(params[i].logprobs for i in asked)
+        values, ids = (t.tolist() for t in logp.topk(min(most, logp.shape[1])))
+        return {
+            i: dict(list(zip(ids[k], values[k], strict=True))[: params[i].logprobs])
+            for k, i in enumerate(asked)
+        }
+
+    # CUDA graphs
+
+    def _replay(
+        self, count: int, longest: int, filters: tuple[Any, ...]
+    ) -> tuple[clp_kernels.Sample, Tensor]:
+        """`_step` for the next larger size, captured at its first use."""
+        slots = self.slots - 1
+        size = min(_bucket(count), slots, self.token.shape[0])
+        length = min(-(-longest // GRAPH_LENGTH) * GRAPH_LENGTH, self.caches[0].capacity)
+        # A filter that is off for all rows is left out of the graph; the rest are tensors.
+        off = dict(zip(FILTERS, (None, 0, 1.0, 0.0), strict=True))
+        chosen = tuple(
+            v if v is not None and v == off[name] else None
+            for name, v in zip(FILTERS, filters, strict=True)
+        )
+        key = (size, length, chosen)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(size, length, chosen)
+        graph, output = self._graphs[key]
+        graph.replay()
+        return output  # type: ignore[no-any-return]
+
+    def _capture(self, size: int, length: int, filters: tuple[Any, ...]) -> tuple[Any, Any]:
+        here = slice(0, size)
+        for i in range(len(self.networks)):
+            self._steer(i, here)  # checks its rows on the host, which a capture cannot
+
+        def step() -> Any:
+            return self._step(here, length, False, filters, self.home(size))
+
+        before = self._ints.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # libraries set themselves up outside the capture
+                step()
+                self._ints.copy_(before)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = step()
+        return graph, output
+
+    def home(self, size: int) -> Tensor:
+        """Where the first rows' keys go: their own slot, or the spare one if the row is gone."""
+        slots = torch.arange(size, device=self._ints.device)
+        return torch.where(self.alive[:size] > 0, slots, self.slots - 1)
+
+    # The model
+
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        for cache in self.caches:
+            cache.resize(1, BLOCK)
+        # Zero rows would hide the adapters, and give no logits at all in a mixture of models.
+        self.weights.fill_(1 / self.weights.shape[1])
+        try:
+            yield
+        finally:
+            self.weights.zero_()
+            self.drop()
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Runs five tokens through the slots and through the model as it is, and compares."""
+        ids = [min(i, self.policy.vocab_size - 1) for i in range(1, 6)]
+        device = self._ints.device
+        tokens = torch.tensor(ids, device=device)[:, None]
+        where = torch.arange(5, device=device)[:, None]
+        with self._probing():
+            for network, cache in zip(self.networks, self.caches, strict=True):
+                name = type(network.model).__name__
+                kinds = set(getattr(network.model.config, "layer_types", None) or ())
+                odd = kinds - {"full_attention", "sliding_attention"}
+                if odd or getattr(network.model.config, "is_encoder_decoder", False):
+                    what = sorted(odd)[0] if odd else "an encoder"
+                    raise ValueError(f"the sampler does not support {name}: it has {what}")
+                rows = self.weights[:1]
+                with network.steer(rows):
+                    wanted = network.model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
+                plan = Prefill(cache, [Segment(0, 0, 4)])
+                with network.steer(rows.expand(4, -1)), cache.attending():
+                    network.model.base_model(
+                        input_ids=tokens[:4], position_ids=where[:4], use_cache=False, slots=plan
+                    )
+                step = Decode(cache, 0, where[4], 5, True)
+                with network.steer(rows), cache.attending():
+                    got = network.model(
+                        input_ids=tokens[4:], position_ids=where[4:], use_cache=False, slots=step
+                    ).logits[0, -1]
+                bound = 1e-3 if network.model.dtype in (torch.float32, torch.float64) else 0.1
+                difference = float((got - wanted).abs().max())
+                if cache.layers == 0 or not difference <= bound * float(wanted.abs().max()):
+                    raise ValueError(
+                        f"the sampler does not support {name}: its logits differ by "
+                        f"{difference:.2g} where attention goes through the slots of the cache"
+                    )
+
+
+def _rounded(length: int) -> int:
+    return -(-length // BLOCK) * BLOCK
+
+
+def _bucket(count: int) -> int:
+    """The next power of two up to 8, then the next multiple of 8, of 32 above 64."""
+    if count <= 8:
+        return 1 << (count - 1).bit_length()
+    step = 8 if count <= 64 else 32
+    return -(-count // step) * step
+
+
+def _same(values: Sequence[Any]) -> Any:
+    """The value where all agree, else None. A filter that is off for all costs nothing."""
+    first = values[0]
+    return first if all(v == first for v in values) else None

@@ -1,0 +1,337 @@
+"""What is asked of the sampler and what it answers: parameters, requests, completions, text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+# Bounds on what a single request may ask for: beyond them it is an error, not an attack on memory.
+MOST_COMPLETIONS = 1024
+MOST_TOKENS = 2**20
+MOST_STOPS = 16
+MOST_STOP_LENGTH = 256
+MOST_STOP_IDS = 256
+MOST_LOGPROBS = 20
+MOST_PROMPT_CHARACTERS = 2**24
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample one request; vLLM's names.
+
+    Attributes:
+        max_tokens: Tokens a completion at most (2^20).
+        temperature: 0 is greedy.
+        top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. See clp_kernels.sample.
+        seed: Completion i of the request draws with seed + i; None takes one from torch's
+            generator. The same prompt, row and seed give the same tokens in any batch (to the
+            bit inside clp_kernels.batch_invariant()).
+        stop: Strings that end a completion; the text ends before them. At most 16, of 256
+            characters.
+        stop_token_ids: Token ids that end a completion, beside the model's own. At most 256.
+        ignore_eos: Go on behind the model's end tokens.
+        n: Completions a prompt, at most 1,024.
+        logprobs: Give the log-probabilities of this many most likely tokens at each position, at
+            most 20; 0 is off.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] = field(default_factory=tuple)
+    stop_token_ids: Sequence[int] = field(default_factory=tuple)
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        bounds = {
+            "max_tokens": (1, MOST_TOKENS),
+            "top_k": (0, 2**31 - 1),
+            "n": (1, MOST_COMPLETIONS),
+            "logprobs": (0, MOST_LOGPROBS),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
+        if self.seed is not None and (
+            type(self.seed) is not int or not -(2**63) <= self.seed < 2**63 - self.n
+        ):
+            raise ValueError(f"seed must be None or a 64-bit integer, got {self.seed!r}")
+        ranges = {"temperature": (0.0, 1e6), "top_p": (1e-9, 1.0), "min_p": (0.0, 1.0)}
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not least <= value <= most:
+                raise ValueError(f"{name} must be a number in [{least:g}, {most:g}], got {value!r}")
+        if type(self.ignore_eos) is not bool:
+            raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
+        self._check_list("stop", MOST_STOPS, "non-empty strings", str)
+        if not all(0 < len(s) <= MOST_STOP_LENGTH for s in self.stop):
+            raise ValueError(
+                f"stop must hold non-empty strings of at most {MOST_STOP_LENGTH} characters, "
+                f"got lengths {[len(s) for s in self.stop]}"
+            )
+        self._check_list("stop_token_ids", MOST_STOP_IDS, "token ids", int)
+
+    def _check_list(self, name: str, most: int, what: str, kind: type) -> None:
+        values = getattr(self, name)
+        if not isinstance(values, Sequence) or not all(type(v) is kind for v in values):
+            raise ValueError(f"{name} must hold {what}, got {values!r}")
+        if len(values) > most:
+            raise ValueError(f"{name} must hold at most {most} {what}, got {len(values)}")
+        object.__setattr__(self, name, tuple(values))
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> "SamplingParams":
+        """From a mapping such as a line of JSON.
+
+        Raises: ValueError for a name that is no parameter, or a bad value.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise ValueError(f"unknown sampling parameter {name!r}")
+        return cls(**options)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    Attributes:
+        prompt_index, index: Which prompt of the call, and which of its n completions.
+        text: Decoded without special tokens, up to a stop string or stop token.
+        token_ids: All sampled ids, an end token included.
+        logprobs: log pi(token) at the sampling temperature, before the filters; one a token.
+        finish_reason: "stop" (end token, stop token or stop string), "length", "abort" (cancelled)
+            or "error".
+        top_logprobs: For params.logprobs > 0, for each token the most likely ids and their
+            log-probabilities, likeliest first.
+        error: Why, where finish_reason is "error".
+    """
+
+    prompt_index: int
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    top_logprobs: list[dict[int, float]] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class StreamedToken:
+    """A token of a request as it is drawn.
+
+    Attributes:
+        index: Which of the n completions.
+        token_id, logprob: As in Completion; None in the last item of a completion that ends
+            without a token of its own ("abort", "error").
+        text: What the completion's text gains. A beginning of a stop string and the first bytes of
+            a character are held back until it is clear what they are.
+        finish_reason: Set in the last item of a completion.
+        error: Why, where finish_reason is "error".
+    """
+
+    index: int
+    token_id: int | None
+    logprob: float | None
+    text: str
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+class Text:
+    """The text of a completion, token by token.
+
+    Tokens are decoded behind the last few of the prompt, because tokenizers treat the first token
+    of a text in its own way (a space dropped).
+
+    Args:
+        tokenizer: transformers' tokenizer.
+        prompt_ids: The prompt.
+        stop: Strings that end the text.
+    """
+
+    _CONTEXT = 8  # tokens of the prompt: enough for a character of several byte tokens
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self._decode = tokenizer.decode
+        self._window = list(prompt_ids[-self._CONTEXT :])
+        self._shown = self._text(self._window)
+        self._stop = stop
+        self.text = ""  # decoded so far, up to a stop string
+        self.given = 0  # characters of `text` that `take` has handed out
+        self.stopped = False
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._decode(ids, skip_special_tokens=True))
+
+    def add(self, token: int) -> bool:
+        """Adds a token; whether the text now holds a stop string (and ends before it)."""
+        self._window.append(token)
+        whole = self._text(self._window)
+        if whole.endswith("\ufffd"):
+            return False  # the first bytes of a character
+        gain = whole[len(self._shown) :]
+        searched = max(0, len(self.text) - max(map(len, self._stop), default=0))
+        self.text += gain
+        self._window = self._window[-self._CONTEXT :]
+        self._shown = self._text(self._window)
+        cuts = [at for s in self._stop if (at := self.text.find(s, searched)) >= 0]
+        if cuts:
+            self.text, self.stopped = self.text[: min(cuts)], True
+        return self.stopped
+
+    def finish(self) -> None:
+        """No token follows: bytes that are no character become a replacement character."""
+        whole = self._text(self._window)
+        if not self.stopped and whole.endswith("\ufffd"):
+            self.text += whole[len(self._shown) :]
+
+    def take(self, last: bool) -> str:
+        """What is new since the last call and cannot become a stop string any more."""
+        end = len(self.text)
+        if not last:
+            end -= max((_overlap(self.text, s) for s in self._stop), default=0)
+        new = self.text[self.given : end]
+        self.given = max(self.given, end)
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that is a beginning of `stop`."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Row:
+    """One completion while it is waiting or being decoded.
+
+    `cached` of `ids` (the prompt and what has been drawn) are in the slot's cache. Before the first
+    step that is all but the prompt's last token: each step feeds one token and draws the next.
+    """
+
+    def __init__(self, request: "Request", index: int, seed: int) -> None:
+        self.request, self.index, self.seed = request, index, seed
+        self.cached = 0
+        self.key = b""  # what may share this row's cache; set when it gets a slot
+        self.slot: int | None = None
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.top_logprobs: list[dict[int, float]] = []
+        self.stopping = Text(request.tokenizer, request.prompt_ids, request.params.stop) if (
+            request.params.stop
+        ) else None  # fmt: skip
+        self.completion: Completion | None = None
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the row can take part in a decoding step."""
+        return self.cached >= len(self.request.prompt_ids) - 1
+
+    def finish(self, reason: str, error: str | None = None) -> Completion:
+        """Makes the completion; the row is then done."""
+        request, ids = self.request, self.token_ids
+        if self.stopping is not None and self.stopping.stopped:
+            text = self.stopping.text
+        else:
+            # A stop token of the caller's is no part of the text; the model's own have none.
+            shown = (
+                ids[:-1] if reason == "stop" and ids[-1] in request.params.stop_token_ids else ids
+            )
+            text = completion_text(request.tokenizer, request.prompt_ids, shown)
+        top = self.top_logprobs if request.params.logprobs else None
+        self.completion = Completion(
+            request.prompt_index, self.index, text, ids, self.logprobs, reason, top, error
+        )
+        return self.completion
+
+
+def completion_text(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of tokens behind a prompt, without special tokens."""
+    context = list(prompt_ids[-Text._CONTEXT :])
+    before = tokenizer.decode(context, skip_special_tokens=True)
+    whole = tokenizer.decode(context + list(ids), skip_special_tokens=True)
+    if whole.startswith(before):
+        return str(whole[len(before) :])
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class Request:
+    """A submitted prompt: its n completions, as they come.
+
+    Attributes:
+        prompt_ids, params: What was asked.
+        weights: The row [m].
+        rows: The n completions being decoded.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_ids: list[int],
+        weights: Tensor,
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        cache_key: bytes,
+        seed: int,
+        prompt_index: int,
+    ) -> None:
+        self.tokenizer, self.prompt_ids, self.params = tokenizer, prompt_ids, params
+        self.weights, self.cache_key = weights, cache_key
+        self.prompt_index = prompt_index
+        self.stop_ids = stop_ids
+        self.rows = [Row(self, k, seed + k) for k in range(params.n)]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the cache that a completion may need: its last token is never fed."""
+        return len(self.prompt_ids) + self.params.max_tokens - 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether all n completions are done."""
+        return all(row.completion is not None for row in self.rows)
+
+    @property
+    def completions(self) -> list[Completion]:
+        """Those that are done, in order."""
+        return [row.completion for row in self.rows if row.completion is not None]
+
+
+def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> list[int]:
+    """The ids of a text, or a checked copy of a list of ids; `name` names it in errors.
+
+    Raises:
+        TypeError: neither. ValueError: empty, too long to tokenize, or ids outside the vocabulary.
+    """
+    if isinstance(prompt, str):
+        if len(prompt) > MOST_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"{name} must have at most {MOST_PROMPT_CHARACTERS} characters, got {len(prompt)}"
+            )
+        ids = list(tokenizer(prompt)["input_ids"])
+    elif isinstance(prompt, Sequence):
+        ids = list(prompt)
+    else:
+        raise TypeError(
+            f"{name} must be a text or a list of token ids, got {type(prompt).__name__}"
+        )
+    if not ids:
+        raise ValueError(f"{name} is empty: it has no tokens")
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ValueError(
+                f"{name} must hold token ids from 0 to {vocab_size - 1}, got {token!r}"
+            )
+    return ids
