@@ -7,6 +7,7 @@ _HOMES = {
     "CLPConfig": "clp.config",
     "CLPTrainer": "clp.train",
     "Completion": "clp.requests",
+    "LogitMixture": "clp.mixture",
     "Policy": "clp.policy",
     "Sampler": "clp.sampler",
     "SamplingParams": "clp.requests",

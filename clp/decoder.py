@@ -221,7 +221,7 @@ class Decoder:
         else:
             even = all(row.cached == longest - 1 for row in rows)
             drawn, mixed = self._step(slice(first, first + count), longest, even, filters)
-        top = self._top([i for i, p in enumerate(params) if p.logprobs], params, mixed)
+        top = self._top([i for i, p in enumerate(params) if p.logprobs], params, mixed, first)
         return Drawn(drawn.tokens[:count].tolist(), drawn.logprobs[:count].tolist(), top)
 
     def _step(
@@ -294,13 +294,15 @@ class Decoder:
             tokens[good], nan[good] = drawn.tokens, drawn.logprobs
         return clp_kernels.Sample(tokens, nan, nan)
 
-    def _top(self, asked: list[int], params: Sequence[Any], logits: Tensor) -> dict[int, Any]:
+    def _top(
+        self, asked: list[int], params: Sequence[Any], logits: Tensor, first: int
+    ) -> dict[int, dict[int, float]]:
         """The most likely tokens of the rows that asked, under the tempered distribution."""
         if not asked:
             return {}
         rows = torch.tensor(asked, device=logits.device)
         chosen = logits.index_select(-2, rows)
-        weights = self.policy.logit_weights(self.weights[rows])
+        weights = self.policy.logit_weights(self.weights[first + rows])
         if weights is not None:
             chosen = clp_kernels.mix_logits(chosen, weights, mode=self.policy.mode)
         tau = [params[i].temperature or 1.0 for i in asked]

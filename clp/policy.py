@@ -135,22 +135,17 @@ class Policy:
     @property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a completion."""
-        for config in (self.model.generation_config, self.model.config):
-            ids = getattr(config, "eos_token_id", None)
-            if ids is not None:
-                return frozenset(ids if isinstance(ids, list) else [ids])
-        return frozenset()
+        return end_ids(self.model)
 
     @property
     def context_length(self) -> int:
         """Prompt and completion tokens that fit."""
-        config = self.model.config.get_text_config()
-        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+        return context_length(self.model)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: token ids are below it."""
-        return int(self.model.get_input_embeddings().weight.shape[-2])
+        return vocab_size(self.model)
 
     @property
     def networks(self) -> list[Network]:
@@ -168,12 +163,8 @@ class Policy:
         return (row + 0.0).numpy().tobytes()
 
     def fingerprint(self) -> bytes:
-        """SHA-256 of the adapters' parameters."""
-        digest = hashlib.sha256()
-        for parameter in self.adapter_parameters().values():
-            values = parameter.detach().cpu().contiguous()
-            digest.update(values.view(-1).view(torch.uint8).numpy().data)
-        return digest.digest()
+        """Changes with the parameters (see `parameters_seen`)."""
+        return parameters_seen(self.model)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: every lora_A and lora_B."""
@@ -223,6 +214,42 @@ class Policy:
             )
         # A ratio within the rounding of the model's dtype is 1.
         return layer.weight, layer.bias, 1.0 if abs(scale - 1) < 0.01 else 1 / scale
+
+
+def end_ids(model: Any) -> frozenset[int]:
+    """Token ids that end a completion of this model."""
+    for config in (model.generation_config, model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()
+
+
+def context_length(model: Any) -> int:
+    """Tokens that this model can see."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+
+def vocab_size(model: Any) -> int:
+    """Rows of the embedding."""
+    return int(model.get_input_embeddings().weight.shape[-2])
+
+
+def parameters_seen(model: nn.Module) -> bytes:
+    """SHA-256 that changes with the parameters.
+
+    Of what is trained it has the content, of the frozen rest (gigabytes) where each tensor lies and
+    how often it was written to (PyTorch counts every change but one through `.data`).
+    """
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        values = parameter.detach()
+        digest.update(f"{values.data_ptr()} {values._version} ".encode())
+        if parameter.requires_grad:
+            content = values.cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(content.numpy().data)
+    return digest.digest()
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

@@ -1,0 +1,176 @@
+"""Policies that mix logits: m models, each with its own parameters, weighted per example."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clp_kernels
+from clp.decoder import Network
+from clp.policy import (
+    Policy,
+    context_length,
+    end_ids,
+    load_base,
+    parameters_seen,
+    vocab_size,
+)
+
+
+class LogitMixture:
+    """m models under one request type: a row of weights mixes their logits, token by token.
+
+        geometric:    pi(y | x; w)  proportional to  [p_base(y | x)] * prod_i p_i(y | x)^(alpha w_i)
+        probability:  pi(y | x; w) = sum_i w_i p_i(y | x)
+
+    Without a base and with alpha = 1 the geometric mixture is MOD (arXiv:2406.18853, reverse KL);
+    with a base it is Inference-time Policy Adapters (arXiv:2305.15065) with an adapter an
+    objective, whose models may be smaller than the base. Goes wherever `clp.Sampler` takes a
+    policy; each model has keys and values of its own, which do not depend on the weights.
+
+    Args:
+        models: Objective -> transformers causal LM, in the order of the weights.
+        tokenizer: Shared by all.
+        base: A causal LM whose logits are added with weight 1 (geometric only).
+        alpha: Multiplies the weights.
+        mode: "geometric" or "probability"; see clp_kernels.mix_logits.
+
+    Raises:
+        ValueError: no model, models of different vocabularies, devices or dtypes, bad alpha or
+            mode, a base in probability mode.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Any],
+        tokenizer: Any,
+        *,
+        base: Any = None,
+        alpha: float = 1.0,
+        mode: str = "geometric",
+    ) -> None:
+        if not models:
+            raise ValueError("models must hold at least one model")
+        plain = [Network(model, _unsteered) for model in models.values()]
+        self._set(tuple(models), plain, tokenizer, base, alpha, mode)
+
+    def _set(
+        self,
+        objectives: tuple[str, ...],
+        networks: list[Network],
+        tokenizer: Any,
+        base: Any,
+        alpha: float,
+        mode: str,
+    ) -> None:
+        if mode not in ("geometric", "probability"):
+            raise ValueError(f'mode must be "geometric" or "probability", got {mode!r}')
+        if mode == "probability" and (base is not None or alpha != 1):
+            raise ValueError('mode "probability" mixes the models alone: base=None and alpha=1')
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:
+            raise ValueError(f"alpha must be a positive number, got {alpha!r}")
+        self.objectives, self.tokenizer, self.mode = objectives, tokenizer, mode
+        self.alpha, self.base = alpha, base
+        self.networks = networks if base is None else [Network(base, _unsteered), *networks]
+        names = objectives if base is None else ("base", *objectives)
+        first = self.networks[0].model
+        for name, (model, _) in zip(names, self.networks, strict=True):
+            for what, own, wanted in (
+                ("vocabulary", vocab_size(model), vocab_size(first)),
+                ("device", model.device, first.device),
+                ("dtype", model.dtype, first.dtype),
+            ):
+                if own != wanted:
+                    raise ValueError(
+                        f"models must agree in {what}: {names[0]} has {wanted}, {name} has {own}"
+                    )
+
+    @classmethod
+    def load(
+        cls,
+        models: Mapping[str, str],
+        *,
+        base: str | None = None,
+        alpha: float = 1.0,
+        mode: str = "geometric",
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "LogitMixture":
+        """Reads the models, and the base, from folders or hub names.
+
+        Raises: ValueError as the constructor; one that cannot be loaded; different tokenizers.
+        """
+        loaded, tokenizer, first = {}, None, ""
+        places = dict(models) | ({} if base is None else {"base": base})
+        if base is not None and "base" in models:
+            raise ValueError('models must not have an objective called "base" beside a base')
+        for name, path in places.items():
+            model, own = load_base(path, dtype)
+            if tokenizer is None:
+                tokenizer, first = own, name
+            elif own.get_vocab() != tokenizer.get_vocab():
+                raise ValueError(f"models must share one vocabulary: {name}'s is not {first}'s")
+            loaded[name] = model.to(device)
+        root = loaded.pop("base") if base is not None else None
+        return cls(loaded, tokenizer, base=root, alpha=alpha, mode=mode)
+
+    @classmethod
+    def of_adapters(cls, policy: Policy, *, mode: str = "geometric") -> "LogitMixture":
+        """MOD over the adapters of one model: each adapter alone is a policy, logits are mixed.
+
+        Beside `policy` itself, which mixes the adapters' parameters, this is the zero-shot
+        baseline; a token costs m forward passes of the same model.
+        """
+        made = cls.__new__(cls)
+        networks = [
+            Network(policy.model, partial(_steered_by_one, policy, i))
+            for i in range(len(policy.objectives))
+        ]
+        made._set(policy.objectives, networks, policy.tokenizer, None, 1.0, mode)
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return torch.device(self.networks[0].model.device)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that end a completion: those of the base, or of the first model."""
+        return end_ids(self.networks[0].model)
+
+    @property
+    def context_length(self) -> int:
+        """Prompt and completion tokens that fit every model."""
+        return min(context_length(network.model) for network in self.networks)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return vocab_size(self.networks[0].model)
+
+    def logit_weights(self, rows: Tensor) -> Tensor:
+        """[B, m] -> [B, n]: alpha times the rows, behind a column of ones for the base."""
+        rows = rows * self.alpha if self.alpha != 1 else rows
+        return rows if self.base is None else torch.cat([rows.new_ones(len(rows), 1), rows], 1)
+
+    def cache_key(self, row: Tensor) -> bytes:
+        """Empty: no model's keys and values depend on the weights."""
+        return b""
+
+    def fingerprint(self) -> bytes:
+        """Changes with the parameters of the models."""
+        return b"".join(parameters_seen(network.model) for network in self.networks)
+
+
+def _unsteered(rows: Tensor) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _steered_by_one(policy: Policy, index: int, rows: Tensor) -> clp_kernels.steer:
+    alone = torch.zeros_like(rows)
+    alone[:, index] = 1
+    return policy.steer(alone)

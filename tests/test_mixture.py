@@ -1,0 +1,176 @@
+"""LogitMixture: MOD and IPA through the sampler, against plain loops over the models."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import clp_kernels
+from clp.mixture import LogitMixture
+from clp.policy import TINY, Policy, load_base
+from clp.requests import SamplingParams
+from clp.sampler import Sampler
+from clp_kernels.layers import steered_layers
+
+PROMPTS = ["Tom had a red kite.", "Mia", "One day, the old dog was at the lake.", "Sam"]
+ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
+
+
+def small(seed, hidden, dtype=torch.float32):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, eos_token_id=2,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_base("tiny")[1]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {"joy": small(1, 16), "brief": small(2, 32)}
+
+
+def naive(networks, weights, tokenizer, prompt, row, count, mode="geometric"):
+    """Greedy tokens and log-probabilities by running every model on the whole text each time."""
+    ids, logprobs = list(tokenizer(prompt)["input_ids"]), []
+    start = len(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            logits = torch.stack([run(torch.tensor([ids]))[0, -1] for run in networks]).double()
+        w = weights(torch.tensor(row, dtype=torch.float64))
+        if mode == "geometric":
+            z = torch.log_softmax(w @ logits, -1)
+        else:
+            z = (w @ torch.softmax(logits, -1)).log()
+        token = int(z.argmax())
+        ids.append(token)
+        logprobs.append(float(z[token]))
+    return ids[start:], logprobs
+
+
+def check(mixture, networks, weights, mode="geometric"):
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    done = Sampler(mixture).generate(PROMPTS, ROWS, params)
+    for prompt, row, c in zip(PROMPTS, ROWS, done, strict=True):
+        ids, logprobs = naive(networks, weights, mixture.tokenizer, prompt, row, 8, mode)
+        assert c.token_ids == ids
+        assert c.logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["geometric", "probability"])
+def test_mod_is_the_weighted_sum_of_the_models_logits(models, tokenizer, mode):
+    runs = [lambda ids, m=m: m(ids).logits for m in models.values()]
+    check(LogitMixture(models, tokenizer, mode=mode), runs, lambda w: w, mode)
+
+
+def test_ipa_adds_the_adapters_to_a_larger_base(models, tokenizer):
+    base = small(3, 64)
+    mixture = LogitMixture(models, tokenizer, base=base, alpha=0.7)
+    runs = [lambda ids, m=m: m(ids).logits for m in (base, *models.values())]
+    check(mixture, runs, lambda w: torch.cat([w.new_ones(1), 0.7 * w]))
+
+
+def test_mod_over_the_adapters_of_one_model(tokenizer):
+    policy = Policy.create("tiny", ["joy", "brief"], r=4)
+    generator = torch.Generator().manual_seed(5)
+    for layer in steered_layers(policy.model).values():
+        layer.lora_B.data.normal_(0, 0.15, generator=generator)
+
+    def alone(i):
+        def run(ids):
+            with policy.steer(torch.eye(2)[i : i + 1]):
+                return policy.model(ids).logits
+
+        return run
+
+    check(LogitMixture.of_adapters(policy), [alone(0), alone(1)], lambda w: w)
+
+
+def test_rows_share_prompts_because_no_cache_depends_on_the_weights(models, tokenizer):
+    sampler = Sampler(LogitMixture(models, tokenizer))
+    counted = []
+    prefill = sampler._decoder.prefill
+    sampler._decoder.prefill = lambda parts: (counted.extend(s for _, s in parts), prefill(parts))
+    sampler.generate([PROMPTS[2]] * 4, ROWS, SamplingParams(max_tokens=2, seed=1))
+    tokens = len(tokenizer(PROMPTS[2])["input_ids"])
+    assert sum(s.stop - s.start for s in counted) == tokens - 1
+
+
+def test_alone_and_together_are_the_same_bits_in_batch_invariant_mode(models, tokenizer):
+    sampler = Sampler(LogitMixture(models, tokenizer))
+    params = SamplingParams(max_tokens=10, seed=3, logprobs=2)
+    with clp_kernels.batch_invariant():
+        together = sampler.generate(PROMPTS, ROWS, params)
+        for i in range(4):
+            (alone,) = Sampler(sampler.policy).generate([PROMPTS[i]], [ROWS[i]], params)
+            assert alone.token_ids == together[i].token_ids
+            assert alone.logprobs == together[i].logprobs
+            assert alone.top_logprobs == together[i].top_logprobs
+
+
+def test_top_logprobs_are_those_of_the_mixture(models, tokenizer):
+    params = SamplingParams(max_tokens=4, temperature=0, logprobs=3, ignore_eos=True)
+    for c in Sampler(LogitMixture(models, tokenizer)).generate(PROMPTS, ROWS, params):
+        for token, logprob, top in zip(c.token_ids, c.logprobs, c.top_logprobs, strict=True):
+            assert len(top) == 3
+            assert next(iter(top)) == token
+            assert top[token] == pytest.approx(logprob, abs=1e-5)
+
+
+def test_load_reads_folders_and_compares_tokenizers(tmp_path, models, tokenizer):
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    places = {name: str(tmp_path / name) for name in models}
+    mixture = LogitMixture.load(places, base="tiny")
+    assert mixture.objectives == ("joy", "brief")
+    assert len(mixture.networks) == 3
+    assert mixture.context_length == 128
+    file = tmp_path / "brief" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    a, b = sorted(vocabulary)[500:502]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="brief's is not joy's"):
+        LogitMixture.load(places)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": {}}, "at least one"),
+        ({"mode": "harmonic"}, "mode must be"),
+        ({"alpha": 0}, "alpha"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"mode": "probability", "alpha": 2.0}, "alone"),
+        ({"models": {"a": small(1, 16), "b": small(1, 16, torch.bfloat16)}}, "agree in dtype"),
+    ],
+)
+def test_bad_mixtures(models, tokenizer, changes, message):
+    arguments = {"models": models} | changes
+    with pytest.raises(ValueError, match=message):
+        LogitMixture(arguments.pop("models"), tokenizer, **arguments)
+
+
+def test_models_of_different_vocabularies_are_refused(models, tokenizer):
+    other = small(1, 16)
+    other.resize_token_embeddings(1000)
+    with pytest.raises(ValueError, match="vocabulary: joy has 1024, odd has 1000"):
+        LogitMixture(models | {"odd": other}, tokenizer)
+
+
+def test_the_embedded_model_is_a_base(models, tokenizer):
+    mixture = LogitMixture.load({"joy": "tiny"}, base=str(TINY))
+    (a,) = Sampler(mixture).generate(["Sam"], [[0.0]], SamplingParams(max_tokens=6, temperature=0),
+                                     simplex=False)  # fmt: skip
+    ids = tokenizer("Sam", return_tensors="pt")["input_ids"]
+    out = mixture.base.generate(ids, max_new_tokens=6, do_sample=False)
+    assert a.token_ids == out[0, ids.shape[1] :].tolist()
