@@ -203,7 +203,7 @@ class Decoder:
         rows = self.weights[torch.tensor(slots, device=device)]
         tokens, where = torch.tensor([ids, positions], device=device)[:, :, None]
         for network, cache in zip(self.networks, self.caches, strict=True):
-            plan = Prefill(cache, segments)
+            plan = Prefill(cache, segments, device)
             with network.steer(rows), cache.attending():
                 # The body alone: a prompt's last token goes through the head in a decoding step.
                 network.model.base_model(
@@ -394,7 +394,7 @@ class Decoder:
                 rows = self.weights[:1]
                 with network.steer(rows):
                     wanted = network.model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
-                plan = Prefill(cache, [Segment(0, 0, 4)])
+                plan = Prefill(cache, [Segment(0, 0, 4)], device)
                 with network.steer(rows.expand(4, -1)), cache.attending():
                     network.model.base_model(
                         input_ids=tokens[:4], position_ids=where[:4], use_cache=False, slots=plan

@@ -10,7 +10,6 @@ plan alone knows which token belongs to which slot.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -110,50 +109,107 @@ class Segment(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
 class Prefill:
-    """Plan of a forward over the segments' tokens, end to end."""
+    """Plan of a forward over the segments' tokens, end to end.
 
-    cache: KVCache
-    segments: Sequence[Segment]
+    Segments from position 0 on attend together, padded to the longest of a group of like length
+    (attention alone is padded, no matrix product); a segment behind others attends by itself.
+    """
+
+    def __init__(self, cache: KVCache, segments: Sequence[Segment], device: torch.device) -> None:
+        self.cache = cache
+        self._later: list[tuple[Segment, slice]] = []
+        groups: list[list[tuple[int, int]]] = []  # (first token, tokens) of each
+        first = 0
+        home: list[int] = []
+        positions: list[int] = []
+        starting = []
+        for segment in segments:
+            slot, start, stop = segment
+            home += [slot] * (stop - start)
+            positions += range(start, stop)
+            if start:
+                self._later.append((segment, slice(first, first + stop - start)))
+            else:
+                starting.append((first, stop))
+            first += stop - start
+        for begin, count in sorted(starting, key=lambda pair: -pair[1]):
+            if not groups or 2 * count < groups[-1][0][1]:
+                groups.append([])
+            groups[-1].append((begin, count))
+        self._places = _Places(cache, torch.tensor([home, positions], device=device))
+        # Tokens by group, padded with the last one; and where each token's result stands.
+        padded = [[[b + min(i, n - 1) for i in range(g[0][1])] for b, n in g] for g in groups]
+        self._groups = [torch.tensor(tokens, device=device) for tokens in padded]
+        back, offset = [0] * first, 0
+        for group in groups:
+            for begin, count in group:
+                back[begin : begin + count] = range(offset, offset + count)
+                offset += group[0][1]
+        for _, here in self._later:
+            back[here] = range(offset, offset + here.stop - here.start)
+            offset += here.stop - here.start
+        self._back = torch.tensor(back, device=device)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """q [T, H, 1, d], k and v [T, heads, 1, d] -> [T, 1, H, d]."""
         keys, values = self.cache.layer(layer, k, v)
-        # [T, heads, 1, d] -> [heads, T, d]
-        q, k, v = (t.squeeze(2).transpose(0, 1) for t in (q, k, v))
-        parts, first = [], 0
-        for slot, start, end in self.segments:
-            count = end - start
-            here = slice(first, first + count)
-            keys[slot, :, start:end] = k[:, here]
-            values[slot, :, start:end] = v[:, here]
-            bias: Any = None
-            if window is not None and window < end:
-                bias = _band(start, count, window, q.device)
-            elif start:
-                bias = causal_lower_right(count, end)
+        self._places.write(keys, k)
+        self._places.write(values, v)
+        q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
+        gqa, parts = q.shape[1] != k.shape[1], []
+        for tokens in self._groups:
+            longest = tokens.shape[1]
+            mask = _mask(0, longest, window, q.device)
             out = F.scaled_dot_product_attention(
-                q[None, :, here],
-                keys[slot : slot + 1, :, :end],
-                values[slot : slot + 1, :, :end],
-                attn_mask=bias,
-                is_causal=bias is None,
+                q[tokens].transpose(1, 2),
+                k[tokens].transpose(1, 2),
+                v[tokens].transpose(1, 2),
+                attn_mask=mask,
+                is_causal=mask is None,
                 scale=scale,
-                enable_gqa=q.shape[0] != k.shape[0],
+                enable_gqa=gqa,
+            )
+            parts.append(out.transpose(1, 2).flatten(0, 1))
+        for (slot, start, stop), here in self._later:
+            out = F.scaled_dot_product_attention(
+                q[here].transpose(0, 1)[None],
+                keys[slot : slot + 1, :, :stop],
+                values[slot : slot + 1, :, :stop],
+                attn_mask=_mask(start, stop, window, q.device),
+                scale=scale,
+                enable_gqa=gqa,
             )
             parts.append(out[0].transpose(0, 1))
-            first += count
-        return torch.cat(parts)[:, None]
+        return torch.cat(parts)[self._back][:, None]
 
 
-def _band(start: int, count: int, window: int, device: torch.device) -> Tensor:
-    """[count, start + count]: which positions the tokens from `start` on may see."""
-    own = torch.arange(start, start + count, device=device)[:, None]
-    seen = torch.arange(start + count, device=device)
-    return (seen <= own) & (seen > own - window)
+def _mask(start: int, stop: int, window: int | None, device: torch.device) -> Any:
+    """[stop - start, stop]: what the tokens from `start` to before `stop` may see; None: causal."""
+    if window is not None and window < stop:
+        own = torch.arange(start, stop, device=device)[:, None]
+        seen = torch.arange(stop, device=device)
+        return (seen <= own) & (seen > own - window)
+    return causal_lower_right(stop - start, stop) if start else None
+
+
+class _Places:
+    """Where a forward's keys are written: for each token a slot and a position, int64 [2, T]."""
+
+    def __init__(self, cache: KVCache, home: Tensor) -> None:
+        self._cache, self._home = cache, home
+        self._rows: dict[int, Tensor] = {}  # by number of heads: the same in every layer
+
+    def write(self, slots: Tensor, new: Tensor) -> None:
+        """new [T, heads, 1, d] into slots [slots, heads, capacity, d]."""
+        heads, d = slots.shape[1], slots.shape[3]
+        if heads not in self._rows:
+            home, position = self._home[:, :, None]
+            head = torch.arange(heads, device=home.device)
+            self._rows[heads] = ((home * heads + head) * self._cache.capacity + position).flatten()
+        slots.view(-1, d).index_copy_(0, self._rows[heads], new.reshape(-1, d))
 
 
 class Decode:
@@ -180,41 +236,34 @@ class Decode:
         self.cache, self.first, self.lengths, self.longest = cache, first, lengths, longest
         self.even = even
         self.count = lengths.shape[0]
-        slots = torch.arange(first, first + self.count, device=lengths.device)
-        self.home = slots if home is None else home
+        if home is None:
+            home = torch.arange(first, first + self.count, device=lengths.device)
+        self._places = _Places(cache, torch.stack([home, lengths]))
         self._masks: dict[int | None, Tensor | None] = {}
-        self._places: dict[int, Tensor] = {}
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """q [B, H, 1, d], k and v [B, heads, 1, d] -> [B, 1, H, d]."""
         keys, values = self.cache.layer(layer, k, v)
-        heads = k.shape[1]
-        place = self._place(heads)
-        keys.view(-1, k.shape[-1]).index_copy_(0, place, k.reshape(-1, k.shape[-1]))
-        values.view(-1, v.shape[-1]).index_copy_(0, place, v.reshape(-1, v.shape[-1]))
+        self._places.write(keys, k)
+        self._places.write(values, v)
         slots = slice(self.first, self.first + self.count)
         out = F.scaled_dot_product_attention(
             # The queries of a group stand as if they were positions: keys are not repeated.
-            q.reshape(self.count, heads, -1, q.shape[-1]),
+            q.reshape(self.count, k.shape[1], -1, q.shape[-1]),
             keys[slots, :, : self.longest],
             values[slots, :, : self.longest],
-            attn_mask=self._mask(window),
+            attn_mask=self._mask(window, q.dtype),
             scale=scale,
         )
         return out.reshape(self.count, 1, -1, out.shape[-1])
 
-    def _place(self, heads: int) -> Tensor:
-        """[B * heads]: the rows of keys.view(-1, d) that are written; the same in every layer."""
-        if heads not in self._places:
-            head = torch.arange(heads, device=self.home.device)
-            row = (self.home[:, None] * heads + head) * self.cache.capacity + self.lengths[:, None]
-            self._places[heads] = row.flatten()
-        return self._places[heads]
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """[B, 1, 1, longest], 0 or minus infinity; None where every token is seen.
 
-    def _mask(self, window: int | None) -> Tensor | None:
-        """bool [B, 1, 1, longest], or None where every token is seen."""
+        Not bool: SDPA would make these numbers of it in every layer again.
+        """
         if window is not None and window >= self.longest:
             window = None
         if window not in self._masks:
@@ -222,10 +271,11 @@ class Decode:
             if window is not None or not self.even:
                 seen = torch.arange(self.longest, device=self.lengths.device)
                 own = self.lengths[:, None]
-                mask = seen <= own
+                hidden = seen > own
                 if window is not None:
-                    mask = mask & (seen > own - window)
-                mask = mask[:, None, None]
+                    hidden = hidden | (seen <= own - window)
+                mask = torch.zeros(hidden.shape, dtype=dtype, device=own.device)
+                mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
             self._masks[window] = mask
         return self._masks[window]
 
