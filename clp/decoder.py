@@ -101,7 +101,12 @@ class Decoder:
             max_batch_size, m, dtype=torch.float64 if double else torch.float32, device=device
         )
         self._steering: dict[tuple[int, int, int], Any] = {}
+        # By number of rows, length and filters: (graph, its output). They share their memory: one
+        # runs at a time, and its output is read before the next.
         self._graphs: dict[Any, Any] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # A slot more, where the empty rows of a captured step write.
+        self._spare = int(device.type == "cuda")
         self._check()
 
     # Memory
@@ -118,32 +123,29 @@ class Decoder:
 
     @property
     def slots(self) -> int:
-        """How many slots are allocated."""
-        return self.caches[0].slots
+        """How many sequences have room."""
+        return max(0, self.caches[0].slots - self._spare)
 
     def fits(self, slots: int, length: int) -> bool:
         """Whether so many slots of so many tokens are within cache_bytes."""
-        # One slot more on CUDA, where a captured step's empty rows write.
-        spare = self.policy.device.type == "cuda"
-        return (slots + spare) * _rounded(length) * self.bytes_per_token <= self.cache_bytes
+        tokens = (slots + self._spare) * _rounded(length)
+        return tokens * self.bytes_per_token <= self.cache_bytes
 
     def reserve(self, slots: int, length: int, most: int) -> None:
         """At least so many slots (at most `most`) of at least so many tokens; contents stay.
 
         Grows the number of slots by half more than asked for, as far as memory allows.
         """
-        spare = self.policy.device.type == "cuda"
         capacity = max(self.caches[0].capacity, _rounded(length))
         if not self.fits(slots, capacity):
             capacity = _rounded(length)  # longer ones have gone
-        have = self.slots - spare
-        wanted = have if slots <= have else min(most, slots + slots // 2)
+        wanted = self.slots if slots <= self.slots else min(most, slots + slots // 2)
         while wanted > slots and not self.fits(wanted, capacity):
             wanted -= 1
-        if (wanted + spare, capacity) != (self.slots, self.caches[0].capacity):
+        if (wanted, capacity) != (self.slots, self.caches[0].capacity):
             self._graphs.clear()
             for cache in self.caches:
-                cache.resize(wanted + spare, capacity)
+                cache.resize(wanted + self._spare, capacity)
 
     def drop(self) -> None:
         """Gives all keys and values back."""
@@ -320,8 +322,7 @@ class Decoder:
         self, count: int, longest: int, filters: tuple[Any, ...]
     ) -> tuple[clp_kernels.Sample, Tensor]:
         """`_step` for the next larger size, captured at its first use."""
-        slots = self.slots - 1
-        size = min(_bucket(count), slots, self.token.shape[0])
+        size = min(_bucket(count), self.slots)
         length = min(-(-longest // GRAPH_LENGTH) * GRAPH_LENGTH, self.caches[0].capacity)
         # A filter that is off for all rows is left out of the graph; the rest are tensors.
         off = dict(zip(FILTERS, (None, 0, 1.0, 0.0), strict=True))
@@ -353,14 +354,14 @@ class Decoder:
                 self._ints.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             output = step()
         return graph, output
 
     def home(self, size: int) -> Tensor:
         """Where the first rows' keys go: their own slot, or the spare one if the row is gone."""
         slots = torch.arange(size, device=self._ints.device)
-        return torch.where(self.alive[:size] > 0, slots, self.slots - 1)
+        return torch.where(self.alive[:size] > 0, slots, self.caches[0].slots - 1)
 
     # The model
 
