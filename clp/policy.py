@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import clp_kernels
 from clp.decoder import Network
-from clp_kernels.layers import steered_layers
+from clp_kernels.layers import SteeredLayer, steered_layers
 
 TINY = Path(__file__).parent / "tiny"
 # What transformers raises on a folder that is incomplete or damaged.
@@ -30,11 +30,12 @@ class Policy:
     """One policy pi(y | x; w) for every weight row w over the objectives.
 
     Attributes:
-        model: The transformers causal LM with injected adapters.
+        model: The transformers causal LM with injected adapters, or a mixture of whole models.
         tokenizer: Its tokenizer.
         objectives: Names, in the order of the columns of the weights.
         rewards: The reward specification of each objective, as given to training.
-        base_model: What the base was loaded from ("tiny", a path or a hub name).
+        base_model: What the base was loaded from ("tiny", a path or a hub name); for a mixture of
+            whole models, what the first of them was.
     """
 
     def __init__(
@@ -105,12 +106,56 @@ class Policy:
         clp_kernels.load_adapters(model, folders)
         return cls(model.to(device), tokenizer, card["objectives"], base, card["rewards"])
 
+    @classmethod
+    def from_models(
+        cls,
+        models: Mapping[str, str],
+        *,
+        conditioning: str = "full",
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "Policy":
+        """A policy whose every example mixes the parameters of m whole models.
+
+        It has no base model, and nothing to train or to save.
+
+        Args:
+            models: What to load for each objective: "tiny", a path or a hub name.
+            conditioning: "full", "attention" or "head": see clp_kernels.mix_models.
+
+        Raises:
+            ValueError: no models, one that cannot be loaded, tokenizers with different
+                vocabularies, or anything that clp_kernels.mix_models refuses.
+        """
+        if not isinstance(models, Mapping) or not models:
+            raise ValueError(f"models must map objectives to at least one model, got {models!r}")
+        loaded = {name: load_base(source, dtype) for name, source in models.items()}
+        first, *others = loaded
+        vocabulary = loaded[first][1].get_vocab()
+        for name in others:
+            if differ := vocabulary.items() ^ loaded[name][1].get_vocab().items():
+                raise ValueError(
+                    f"models must share a tokenizer: the vocabularies of {first} and {name} "
+                    f"differ, first in {min(differ)[0]!r}"
+                )
+        model: Any = clp_kernels.mix_models(
+            [model for model, _ in loaded.values()], list(loaded), conditioning=conditioning
+        )
+        return cls(model.to(device), loaded[first][1], list(loaded), models[first])
+
     def save(self, directory: str | Path) -> None:
         """Writes adapters/<objective>/ as PEFT folders, then clp.json, which names their digests.
 
         clp.json comes last and each file is replaced by a rename: a reader sees a whole policy,
         or the digests tell it that it does not.
+
+        Raises: ValueError for a mixture of whole models: they are what there is to save.
         """
+        if not steered_layers(self.model):
+            raise ValueError(
+                f"the experts of this policy ({', '.join(self.objectives)}) are whole models; "
+                "save those, and load them with Policy.from_models"
+            )
         directory = Path(directory)
         clp_kernels.save_adapters(self.model, directory / "adapters", base_model=self.base_model)
         card = {
@@ -130,7 +175,8 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(iter(steered_layers(self.model).values())).lora_A.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -176,7 +222,10 @@ class Policy:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Context in which the model is its base model, without gradients."""
+        """Context in which the model is its base model, without gradients.
+
+        Raises: ValueError for a mixture of whole models, which has none.
+        """
         with torch.no_grad(), clp_kernels.steer(self.model, None):
             yield
 
@@ -198,7 +247,7 @@ class Policy:
         Raises: ValueError where the logits are not that, such as a soft cap (Gemma 2).
         """
         layer = self.model.get_output_embeddings()
-        if layer is None or isinstance(layer, clp_kernels.MixedLoRALinear):
+        if layer is None or isinstance(layer, SteeredLayer):
             raise ValueError(f"{self.base_model} has no frozen linear output head to train on")
         probe = torch.tensor([[0, 1, 2]], device=self.device)
         with self.base():
@@ -233,7 +282,7 @@ def context_length(model: Any) -> int:
 
 def vocab_size(model: Any) -> int:
     """Rows of the embedding."""
-    return int(model.get_input_embeddings().weight.shape[-2])
+    return int(model.config.get_text_config().vocab_size)
 
 
 def parameters_seen(model: nn.Module) -> bytes:

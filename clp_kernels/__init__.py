@@ -1,6 +1,7 @@
 """Per-example weight-mixed LoRA, logit mixing and sampling for language models with conflicting
 objectives: every example of a batch carries its own row of weights."""
 
+from clp_kernels.experts import MixedLinear
 from clp_kernels.functional import (
     LogProb,
     Sample,
@@ -13,11 +14,13 @@ from clp_kernels.functional import (
 from clp_kernels.invariant import batch_invariant
 from clp_kernels.layers import MixedLoRALinear, adapter_names, inject, steer
 from clp_kernels.peft_io import export_adapter, load_adapters, save_adapters
+from clp_kernels.whole_models import mix_models
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LogProb",
+    "MixedLinear",
     "MixedLoRALinear",
     "Sample",
     "adapter_names",
@@ -27,6 +30,7 @@ __all__ = [
     "linear_logprob",
     "load_adapters",
     "mix_logits",
+    "mix_models",
     "mixed_linear",
     "mixed_lora",
     "sample",

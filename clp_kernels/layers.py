@@ -1,10 +1,13 @@
-"""MixedLoRALinear, `inject` and `steer`: a model whose every example carries its own weights."""
+"""MixedLoRALinear, `inject` and `steer`: a model whose every example carries its own weights.
+
+The layers that mix whole parameters are in clp_kernels.experts; `steer` serves both.
+"""
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +33,58 @@ class Steering:
         self.rows: _Rows | None = None
 
 
-class MixedLoRALinear(nn.Module):
+class SteeredLayer(nn.Module):
+    """A layer that mixes m terms per example by the rows of `steer`.
+
+    Attributes:
+        adapter_names: m names, in the order of the columns of `weights`.
+        steering: The object that `steer` writes; shared by the layers of a model.
+        has_base: Whether the layer can run for `steer(model, None)`.
+    """
+
+    adapter_names: tuple[str, ...]
+    steering: Steering
+    has_base: ClassVar[bool] = False
+
+    def mixed_parameter(self) -> Tensor:
+        """One of the parameters that are mixed: the rows go to its device, in its accumulator."""
+        raise NotImplementedError
+
+    def active_rows(self, x: Tensor, feature_axes: int, broadcast: bool = False) -> _Rows:
+        """The rows for an input whose last `feature_axes` axes belong to one token.
+
+        `broadcast` lets an input of one example serve every row.
+
+        Raises: RuntimeError without rows; ValueError where x and the rows do not fit.
+        """
+        rows = self.steering.rows
+        if rows is None:
+            base = " (all-zero rows give the base model)" if self.has_base else ""
+            raise RuntimeError(
+                "a steered layer ran without weights: call the model inside "
+                f"`with clp_kernels.steer(model, weights):`{base}"
+            )
+        if not torch.compiler.is_compiling():
+            _refuse_foreign_recompute(rows)
+        weights, example_ids = rows.weights, rows.example_ids
+        if weights is None:
+            return rows
+        if example_ids is not None:
+            if x.shape[: x.dim() - feature_axes] != example_ids.shape:
+                raise ValueError(
+                    f"example_ids names the rows of {example_ids.numel()} tokens [T, in], the "
+                    f"layer got {list(x.shape)}"
+                )
+        elif x.shape[0] != weights.shape[0] and not (broadcast and x.shape[0] == 1):
+            raise ValueError(
+                f"the batch has {x.shape[0]} examples, weights has {weights.shape[0]} rows; repeat "
+                "the rows (weights.repeat_interleave(n, 0) for n sequences a prompt), or pass "
+                "example_ids to steer for flattened tokens"
+            )
+        return rows
+
+
+class MixedLoRALinear(SteeredLayer):
     """A frozen linear layer plus m LoRA adapters, mixed per example by the rows of `steer`.
 
         y_t = x_t W^T + bias + sum_i weights[b(t), i] * scaling_i * (x_t A_i^T) B_i^T
@@ -49,6 +103,8 @@ class MixedLoRALinear(nn.Module):
     Shapes: x [B, ..., in] with weights [B, m], or x [T, in] with example_ids [T].
     Raises: RuntimeError without rows; ValueError where x and the rows do not fit.
     """
+
+    has_base = True
 
     def __init__(
         self,
@@ -87,6 +143,10 @@ class MixedLoRALinear(nn.Module):
         self.scaling = self._scaling(self.lora_A.device)
         return self
 
+    def mixed_parameter(self) -> Tensor:
+        """lora_A."""
+        return self.lora_A
+
     @property
     def weight(self) -> Tensor:
         """The base layer's weight as it stores it (models look at its dtype and device)."""
@@ -124,28 +184,9 @@ class MixedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ..., in] or [T, in] -> [..., out], with the rows that `steer` has set."""
-        rows = self.steering.rows
-        if rows is None:
-            raise RuntimeError(
-                "a steered layer ran without weights: call the model inside "
-                "`with clp_kernels.steer(model, weights):` (all-zero rows give the base model)"
-            )
-        if not torch.compiler.is_compiling():
-            _refuse_foreign_recompute(rows)
-        weights, example_ids = rows.weights, rows.example_ids
+        weights, example_ids, _ = self.active_rows(x, 1)
         if weights is None:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        if example_ids is None and x.shape[0] != weights.shape[0]:
-            raise ValueError(
-                f"the batch has {x.shape[0]} examples, weights has {weights.shape[0]} rows; repeat "
-                "the rows (weights.repeat_interleave(n, 0) for n sequences a prompt), or pass "
-                "example_ids to steer for flattened tokens"
-            )
-        if example_ids is not None and x.shape[:-1] != example_ids.shape:
-            raise ValueError(
-                f"example_ids names the rows of {example_ids.numel()} tokens [T, in], the layer "
-                f"got {list(x.shape)}"
-            )
         base_weight, bias = self.base_weight, self.bias
         if torch.is_autocast_enabled(x.device.type):
             # As F.linear does under autocast; the adapters keep their dtype and accumulate in fp32.
@@ -196,12 +237,37 @@ def steered_layers(model: nn.Module) -> dict[str, MixedLoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, MixedLoRALinear)}
 
 
+def all_steered(model: nn.Module) -> list[SteeredLayer]:
+    """Every layer that `steer` serves: adapters on a base and mixtures of whole parameters."""
+    return [m for m in model.modules() if isinstance(m, SteeredLayer)]
+
+
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """The adapters of an injected model, in the order of the columns of `weights`."""
-    for layer in model.modules():
-        if isinstance(layer, MixedLoRALinear):
-            return layer.adapter_names
-    raise ValueError("model has no MixedLoRALinear layer; call inject or load_adapters first")
+    """The adapters (or mixed models) of a steered model, in the order of the columns of `weights`.
+
+    Raises: ValueError for a model that has no steered layer.
+    """
+    return _names_of(all_steered(model))
+
+
+def _names_of(layers: list[SteeredLayer]) -> tuple[str, ...]:
+    if not layers:
+        raise ValueError(
+            "model has no MixedLoRALinear layer and no other that is steered; call inject, "
+            "load_adapters or mix_models first"
+        )
+    return layers[0].adapter_names
+
+
+def distinct_names(argument: str, names: Sequence[str]) -> list[str]:
+    """The names as a list. Raises ValueError unless they are distinct and fit for a folder's."""
+    listed = list(names)
+    good = all(isinstance(n, str) and _NAME.fullmatch(n) for n in listed)
+    if not listed or not good or len(set(listed)) != len(listed) or isinstance(names, str):
+        raise ValueError(
+            f"{argument} must be distinct names of letters, digits, _ and -, got {listed}"
+        )
+    return listed
 
 
 def target_linears(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -285,13 +351,8 @@ def replace_linears(
     `ranks` and `lora_alpha` hold one entry an adapter for each module name. All checks come before
     the first replacement, so a refused model is unchanged.
     """
-    names = list(adapters)
-    # Each name becomes a folder.
-    if not names or len(set(names)) != len(names) or not all(map(_NAME.fullmatch, names)):
-        raise ValueError(
-            f"adapters must be distinct names of letters, digits, _ and -, got {names}"
-        )
-    if any(isinstance(m, MixedLoRALinear) for m in model.modules()):
+    names = distinct_names("adapters", adapters)
+    if all_steered(model):
         raise ValueError("model has adapters already; inject or load_adapters works once a model")
     if not ranks:
         raise ValueError("target_modules matches no linear layer of the model")
@@ -334,18 +395,21 @@ class steer:
     """Sets the weight rows for all steered layers of a model: `with steer(model, weights): ...`
 
     Args:
-        model: A model after `inject` or `load_adapters` (also wrapped by DDP or torch.compile).
+        model: A model after `inject`, `load_adapters` or `mix_models` (also wrapped by DDP or
+            torch.compile). Its steered layers are looked up once, here.
         weights: [B, m], one row an example: a tensor or nested sequence of real numbers. A tensor
-            that requires grad gets its gradient. None runs the bare base model, for any batch.
+            that requires grad gets its gradient. None runs the bare base model, for any batch;
+            a mixture of whole models has none.
         example_ids: int32 or int64 [T], for modules that see flattened tokens [T, in].
 
-    Rows may be changed freely between calls without recompilation. Nests: the inner rows hold
-    inside. Gradient checkpointing through transformers' `gradient_checkpointing_enable()` re-enters
-    the rows of the forward when it recomputes, also after this context has ended.
+    Rows may be changed freely between calls without recompilation. Nests, and one object may be
+    entered again and again: the inner rows hold inside, the outer ones afterwards. Gradient
+    checkpointing through transformers' `gradient_checkpointing_enable()` re-enters the rows of the
+    forward when it recomputes, also after this context has ended.
 
     Raises:
         ValueError: wrong shape, NaN or infinity (rows on a GPU are read once here), no steered
-            layer.
+            layer, None for a model without a base.
     """
 
     def __init__(
@@ -355,14 +419,23 @@ class steer:
         example_ids: Tensor | None = None,
     ) -> None:
         self.model, self.example_ids = model, example_ids
-        self._undo: list[Callable[[], None]] = []
-        names = adapter_names(model)
+        # One list of steps a nesting level, so that leaving ends only what its entry began.
+        self._undo: list[list[Callable[[], None]]] = []
+        layers = all_steered(model)
+        names = _names_of(layers)
+        # Collected here: a walk over all modules at every entry is 3 % of a decoding step.
+        self._shared = list({id(layer.steering): layer.steering for layer in layers}.values())
         self.weights: Tensor | None = None
         if weights is None:
+            if not all([layer.has_base for layer in layers]):
+                raise ValueError(
+                    f"weights must be rows [B, {len(names)}], got None: a mixture of whole models "
+                    f"({', '.join(names)}) has no base model"
+                )
             return
-        layer = next(m for m in model.modules() if isinstance(m, MixedLoRALinear))
-        acc = torch.float64 if layer.lora_A.dtype == torch.float64 else torch.float32
-        rows = torch.as_tensor(weights).to(layer.lora_A.device, acc)
+        parameter = layers[0].mixed_parameter()
+        acc = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        rows = torch.as_tensor(weights).to(parameter.device, acc)
         if rows.dim() != 2 or rows.shape[1] != len(names):
             raise ValueError(
                 f"weights must have shape [B, {len(names)}] for the adapters {', '.join(names)}, "
@@ -378,11 +451,11 @@ class steer:
     def __enter__(self) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
         rows = _Rows(self.weights, self.example_ids, in_backward)
-        shared = list({id(m.steering): m.steering for m in self._layers()}.values())
+        shared = self._shared
         previous = [s.rows for s in shared]
         for steering in shared:
             steering.rows = rows
-        self._undo.append(lambda: _assign(shared, previous))
+        self._undo.append([lambda: _assign(shared, previous)])
         if torch.is_grad_enabled():
             self._bind_checkpointing(shared, rows)
 
@@ -392,11 +465,8 @@ class steer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        while self._undo:
-            self._undo.pop()()
-
-    def _layers(self) -> Iterator[MixedLoRALinear]:
-        return (m for m in self.model.modules() if isinstance(m, MixedLoRALinear))
+        for step in reversed(self._undo.pop()):
+            step()
 
     def _bind_checkpointing(self, shared: list[Steering], rows: _Rows) -> None:
         """Makes what transformers hands to checkpoint() carry these rows into the recomputation."""
@@ -405,7 +475,7 @@ class steer:
             if original is not None:
                 carrying = _carrying(original, shared, rows)
                 module._gradient_checkpointing_func = carrying  # type: ignore[assignment]
-                self._undo.append(_restore(module, original))
+                self._undo[-1].append(_restore(module, original))
 
 
 def _assign(shared: list[Steering], values: Sequence[_Rows | None]) -> None:

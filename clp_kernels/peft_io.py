@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from clp_kernels.layers import (
     MixedLoRALinear,
     adapter_names,
+    all_steered,
     is_transposed,
     replace_linears,
     steered_layers,
@@ -71,7 +72,7 @@ def load_adapters(
             "folders must be at least one, with as many distinct names (pass names= where folder "
             f"names repeat), got {len(paths)} folders and the names {names}"
         )
-    if steered_layers(model):
+    if all_steered(model):
         raise ValueError("model has adapters already; inject or load_adapters works once a model")
     adapters: list[Adapter] = []  # filled by a loop, so that warnings name the caller
     for path in paths:
@@ -107,7 +108,7 @@ def save_adapters(
         The folders, in the order of the columns of `weights`.
 
     Raises:
-        ValueError: no adapters, NaN or infinity in an adapter,
+        ValueError: no adapters (a model of `mix_models` has none), NaN or infinity in an adapter,
             or a `<name>` that is in the way. OSError: nothing was changed.
     """
     model = _unwrapped(model)
@@ -204,7 +205,13 @@ def _path(name: str) -> str:
 
 
 def _layers(model: nn.Module) -> dict[str, MixedLoRALinear]:
-    return {_path(name): layer for name, layer in steered_layers(model).items()}
+    names, layers = adapter_names(model), steered_layers(model)
+    if not layers:
+        raise ValueError(
+            f"model must have adapters to be written, got a mixture of the parameters of "
+            f"{', '.join(names)}: its experts are whole models; save those"
+        )
+    return {_path(name): layer for name, layer in layers.items()}
 
 
 def _write_folders(

@@ -1,4 +1,4 @@
-"""LogitMixture: MOD and IPA through the sampler, against plain loops over the models."""
+"""Mixtures of models through the sampler: logits (MOD, IPA) and parameters (full, head)."""
 
 import json
 
@@ -174,3 +174,31 @@ def test_the_embedded_model_is_a_base(models, tokenizer):
     ids = tokenizer("Sam", return_tensors="pt")["input_ids"]
     out = mixture.base.generate(ids, max_new_tokens=6, do_sample=False)
     assert a.token_ids == out[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("conditioning", ["full", "attention", "head"])
+def test_a_mixture_of_parameters_samples_as_the_merged_model(tmp_path, tokenizer, conditioning):
+    first, second = small(1, 16), small(2, 16)
+    part = {"full": "", "attention": "self_attn", "head": "lm_head"}[conditioning]
+    for (name, own), other in zip(
+        first.named_parameters(), second.parameters(), strict=True
+    ):  # what is not mixed must be equal
+        if part not in name:
+            other.data.copy_(own.data)
+    for name, model in (("joy", first), ("brief", second)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    places = {name: str(tmp_path / name) for name in ("joy", "brief")}
+    policy = Policy.from_models(places, conditioning=conditioning)
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    done = Sampler(policy).generate(PROMPTS, ROWS, params)
+    for prompt, row, c in zip(PROMPTS, ROWS, done, strict=True):
+        merged = small(1, 16)
+        pairs = zip(first.parameters(), second.parameters(), strict=True)
+        for target, (a, b) in zip(merged.parameters(), pairs, strict=True):
+            target.data.copy_(row[0] * a.data + row[1] * b.data)
+        ids, logprobs = naive(
+            [lambda i, m=merged: m(i).logits], lambda w: w.new_ones(1), tokenizer, prompt, row, 8
+        )
+        assert c.token_ids == ids
+        assert c.logprobs == pytest.approx(logprobs, abs=1e-4)
