@@ -72,7 +72,8 @@ def slot_attention(
         and dtype in native.DTYPES
         and lengths.shape == (batch,)
         and lengths.dtype == torch.int64
-        and keys.is_cpu
+        and (q.is_cpu and k.is_cpu and v.is_cpu)
+        and (keys.is_cpu and values.is_cpu and lengths.is_cpu)
         and keys.is_contiguous()
         and values.is_contiguous()
     ):
