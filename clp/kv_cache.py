@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
+from clp_kernels import cpu_slot_attention
+
 IMPLEMENTATION = "clp_slots"
 # Lengths of a slot are multiples of this: fewer reallocations, and every head's keys begin at a
 # multiple of a cache line.
@@ -215,6 +217,8 @@ class _Places:
 class Decode:
     """Plan of a forward over one token for each of the slots 0 to B - 1, or for one slot alone.
 
+    On the CPU csrc/slot_attention.cpp attends, in dtypes that it has; else SDPA does.
+
     Args:
         cache: Whose slots.
         first: The first of the slots, 0 but in a step of one row.
@@ -235,10 +239,9 @@ class Decode:
     ) -> None:
         self.cache, self.first, self.lengths, self.longest = cache, first, lengths, longest
         self.even = even
-        self.count = lengths.shape[0]
-        if home is None:
-            home = torch.arange(first, first + self.count, device=lengths.device)
-        self._places = _Places(cache, torch.stack([home, lengths]))
+        self.count, self._home = lengths.shape[0], home
+        self._native: bool | None = None  # whether the CPU kernel attends; the first layer decides
+        self._written: _Places | None = None
         self._masks: dict[int | None, Tensor | None] = {}
 
     def attend(
@@ -246,6 +249,13 @@ class Decode:
     ) -> Tensor:
         """q [B, H, 1, d], k and v [B, heads, 1, d] -> [B, 1, H, d]."""
         keys, values = self.cache.layer(layer, k, v)
+        if self._native is None:
+            self._native = self._home is None and cpu_slot_attention.why_not(q) is None
+        if self._native:
+            # It reads each row to its own length: neither `longest` nor a mask is needed.
+            return cpu_slot_attention.slot_attention(
+                q, k, v, keys, values, self.lengths, self.first, scale, window
+            )
         self._places.write(keys, k)
         self._places.write(values, v)
         slots = slice(self.first, self.first + self.count)
@@ -258,6 +268,15 @@ class Decode:
             scale=scale,
         )
         return out.reshape(self.count, 1, -1, out.shape[-1])
+
+    @property
+    def _places(self) -> _Places:
+        if self._written is None:
+            home = self._home
+            if home is None:
+                home = torch.arange(self.first, self.first + self.count, device=self.lengths.device)
+            self._written = _Places(self.cache, torch.stack([home, self.lengths]))
+        return self._written
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """[B, 1, 1, longest], 0 or minus infinity; None where every token is seen.

@@ -14,6 +14,7 @@
 #include "philox.h"
 #include "sample.h"
 #include "sample_isa.h"
+#include "slot_attention.h"
 
 namespace py = pybind11;
 
@@ -166,6 +167,40 @@ void mix_logits_backward(uintptr_t logits, int dtype, int64_t m, int64_t B, int6
                                pointer<float>(d_weights), num_threads, isa.c_str());
 }
 
+void slot_attention(uintptr_t q, int64_t q_row, int64_t q_head, uintptr_t k, int64_t k_row,
+                    int64_t k_head, uintptr_t v, int64_t v_row, int64_t v_head, uintptr_t keys,
+                    uintptr_t values, int dtype, uintptr_t lengths, int64_t slots, int64_t first,
+                    int64_t B, int64_t H, int64_t heads, int64_t capacity, int64_t d, int64_t dv,
+                    float scale, int64_t window, uintptr_t out, int num_threads,
+                    const std::string& isa) {
+  const clp::SlotAttentionArgs args{pointer<const void>(q),
+                                    pointer<const void>(k),
+                                    pointer<const void>(v),
+                                    q_row,
+                                    q_head,
+                                    k_row,
+                                    k_head,
+                                    v_row,
+                                    v_head,
+                                    pointer<void>(keys),
+                                    pointer<void>(values),
+                                    clp::DType(dtype),
+                                    pointer<const int64_t>(lengths),
+                                    slots,
+                                    first,
+                                    B,
+                                    H,
+                                    heads,
+                                    capacity,
+                                    d,
+                                    dv,
+                                    scale,
+                                    window,
+                                    pointer<void>(out)};
+  py::gil_scoped_release release;
+  clp::slot_attention_cpu(args, num_threads, isa.c_str());
+}
+
 void uniform(int64_t seed, int64_t position, int64_t count, uintptr_t out,
              const std::string& isa) {
   clp::sample_kernels(clp::resolve_isa(isa)).uniform(seed, position, count, pointer<double>(out));
@@ -205,6 +240,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("linear_logprob_backward", &linear_logprob_backward);
   module.def("mix_logits", &mix_logits);
   module.def("mix_logits_backward", &mix_logits_backward);
+  module.def("slot_attention", &slot_attention);
   module.def("philox", &philox);
   module.def("uniform", &uniform);
   module.def("exp2", &exp2_each);

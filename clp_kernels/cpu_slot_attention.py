@@ -1,0 +1,130 @@
+"""Attention of a decoding step on the CPU: launches csrc/slot_attention.cpp.
+
+Called for every layer of every step, so its checks are few and its shapes those that transformers'
+attention interface passes: nothing is viewed or reshaped here.
+"""
+
+import torch
+from torch import Tensor
+
+from clp_kernels import native
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """Why this kernel cannot run on tensors like this one, or None."""
+    if tensor.device.type != "cpu":
+        return f"the queries are on {tensor.device}, not on the CPU"
+    return native.cpu_missing() or native.dtype_why_not(tensor)
+
+
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    first: int,
+    scale: float | None = None,
+    window: int | None = None,
+    isa: str = "",
+) -> Tensor:
+    """Writes a token's key and value into its slot, and attends to what the slot holds.
+
+        keys[s, h, n] = k[b, h],  values[s, h, n] = v[b, h]   for s = first + b, n = lengths[b]
+        out[b, h G + g] = sum_j softmax_j(scale q[b, h G + g] . keys[s, h, j]) values[s, h, j]
+
+    over positions j from max(0, n + 1 - window) to n; G = H / heads.
+
+    Args:
+        q: [B, H, 1, d], float32, bfloat16 or float16. Any strides; a copy is made where the last
+            axis of q, k or v is not contiguous.
+        k, v: [B, heads, 1, d] and [B, heads, 1, dv].
+        keys, values: [slots, heads, capacity, d] and [slots, heads, capacity, dv], contiguous;
+            changed in place at position lengths[b] of each slot.
+        lengths: int64 [B], tokens that each slot holds, below capacity.
+        first: The first of the B slots.
+        scale: None for 1 / sqrt(d).
+        window: None for all positions.
+        isa: an instruction set for this call (see native.isa); "" for the one in use.
+
+    Returns: [B, 1, H, dv], float32 within and rounded once. What lies behind a slot's tokens is not
+    read. Deterministic; a row's bits depend neither on the other rows nor on the number of threads.
+    No gradient.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts other than these; slots or positions that are
+            not there; an unknown instruction set. Nothing is written then.
+        RuntimeError: the CPU kernels are missing.
+    """
+    batch, query_heads, _, d = q.shape
+    slots, heads, capacity, _ = keys.shape
+    dv, dtype = values.shape[3], q.dtype
+    if not (
+        k.shape == (batch, heads, 1, d)
+        and v.shape == (batch, heads, 1, dv)
+        and q.shape[2] == 1
+        and keys.shape[3] == d
+        and values.shape == (slots, heads, capacity, dv)
+        and heads
+        and query_heads % heads == 0
+        and k.dtype == v.dtype == keys.dtype == values.dtype == dtype
+        and dtype in native.DTYPES
+        and lengths.shape == (batch,)
+        and lengths.dtype == torch.int64
+        and (q.is_cpu and k.is_cpu and v.is_cpu)
+        and (keys.is_cpu and values.is_cpu and lengths.is_cpu)
+        and keys.is_contiguous()
+        and values.is_contiguous()
+    ):
+        raise _wrong(q=q, k=k, v=v, keys=keys, values=values, lengths=lengths)
+    if d > 1 and not q.stride(3) == k.stride(3) == 1:
+        q, k = q.contiguous(), k.contiguous()
+    if dv > 1 and v.stride(3) != 1:
+        v = v.contiguous()
+    if batch > 1 and lengths.stride(0) != 1:
+        lengths = lengths.contiguous()
+    out = q.new_empty(batch, 1, query_heads, dv)
+    native.cpu().slot_attention(
+        q.data_ptr(),
+        q.stride(0),
+        q.stride(1),
+        k.data_ptr(),
+        k.stride(0),
+        k.stride(1),
+        v.data_ptr(),
+        v.stride(0),
+        v.stride(1),
+        keys.data_ptr(),
+        values.data_ptr(),
+        native.DTYPES[dtype],
+        lengths.data_ptr(),
+        slots,
+        first,
+        batch,
+        query_heads,
+        heads,
+        capacity,
+        d,
+        dv,
+        d**-0.5 if scale is None else scale,
+        window or 0,
+        out.data_ptr(),
+        torch.get_num_threads(),
+        isa,
+    )
+    return out
+
+
+def _wrong(**tensors: Tensor) -> ValueError:
+    got = ", ".join(
+        f"{name} {list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+        + ("" if t.is_contiguous() else " with gaps")
+        for name, t in tensors.items()
+    )
+    return ValueError(
+        "slot_attention expects on the CPU q [B, H, 1, d], k [B, heads, 1, d] and v [B, heads, 1, "
+        "dv], keys [slots, heads, capacity, d] and values [slots, heads, capacity, dv] contiguous, "
+        "H a multiple of heads, all of one dtype of float32, bfloat16 and float16; lengths int64 "
+        f"[B]. Got {got}"
+    )
