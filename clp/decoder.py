@@ -20,6 +20,8 @@ from clp_kernels.invariant import is_batch_invariant
 
 # Slot lengths that a CUDA graph is captured for are multiples of this.
 GRAPH_LENGTH = 256
+# What a model's code raises where it is not made for one token an example.
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -374,41 +376,59 @@ class Decoder:
             self.weights.zero_()
             self.drop()
 
-    @torch.no_grad()
     def _check(self) -> None:
-        """Runs five tokens through the slots and through the model as it is, and compares."""
-        ids = [min(i, self.policy.vocab_size - 1) for i in range(1, 6)]
-        device = self._ints.device
-        tokens = torch.tensor(ids, device=device)[:, None]
-        where = torch.arange(5, device=device)[:, None]
+        """Refuses a model that is not the same through the slots as it is."""
         with self._probing():
             for network, cache in zip(self.networks, self.caches, strict=True):
-                name = type(network.model).__name__
-                kinds = set(getattr(network.model.config, "layer_types", None) or ())
-                odd = kinds - {"full_attention", "sliding_attention"}
-                if odd or getattr(network.model.config, "is_encoder_decoder", False):
-                    what = sorted(odd)[0] if odd else "an encoder"
-                    raise ValueError(f"the sampler does not support {name}: it has {what}")
-                rows = self.weights[:1]
-                with network.steer(rows):
-                    wanted = network.model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
-                plan = Prefill(cache, [Segment(0, 0, 4)])
-                with network.steer(rows.expand(4, -1)), cache.attending():
-                    network.model.base_model(
-                        input_ids=tokens[:4], position_ids=where[:4], use_cache=False, slots=plan
-                    )
-                step = Decode(cache, 0, where[4], 5, True)
-                with network.steer(rows), cache.attending():
-                    got = network.model(
-                        input_ids=tokens[4:], position_ids=where[4:], use_cache=False, slots=step
-                    ).logits[0, -1]
-                bound = 1e-3 if network.model.dtype in (torch.float32, torch.float64) else 0.1
-                difference = float((got - wanted).abs().max())
-                if cache.layers == 0 or not difference <= bound * float(wanted.abs().max()):
-                    raise ValueError(
-                        f"the sampler does not support {name}: its logits differ by "
-                        f"{difference:.2g} where attention goes through the slots of the cache"
-                    )
+                refusal = f"the sampler does not support {type(network.model).__name__}"
+                try:
+                    fault = self._fault(network, cache)
+                except torch.OutOfMemoryError:
+                    raise
+                except MODEL_ERRORS as error:
+                    raise ValueError(f"{refusal}: {type(error).__name__}: {error}") from error
+                if fault is not None:
+                    raise ValueError(f"{refusal}: {fault}")
+
+    @torch.no_grad()
+    def _fault(self, network: Network, cache: KVCache) -> str | None:
+        """Runs five tokens through the slots and through the model as it is; what is wrong."""
+        config = network.model.config.get_text_config()
+        types = getattr(config, "layer_types", None)
+        odd = set(types or ()) - {"full_attention", "sliding_attention"}
+        if odd:
+            return f"it has {min(odd)}"
+        if getattr(network.model.config, "is_encoder_decoder", False):
+            return "it has an encoder"
+        ids = [min(i, self.policy.vocab_size - 1) for i in range(1, 6)]
+        tokens = torch.tensor(ids, device=self._ints.device)[:, None]
+        where = torch.arange(5, device=self._ints.device)[:, None]
+        rows = self.weights[:1]
+        with network.steer(rows):
+            wanted = network.model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
+        plan = Prefill(cache, [Segment(0, 0, 4)])
+        with network.steer(rows.expand(4, -1)), cache.attending():
+            network.model.base_model(
+                input_ids=tokens[:4], position_ids=where[:4], use_cache=False, slots=plan
+            )
+        step = Decode(cache, 0, where[4], 5, True)
+        with network.steer(rows), cache.attending():
+            got = network.model(
+                input_ids=tokens[4:], position_ids=where[4:], use_cache=False, slots=step
+            ).logits[0, -1]
+        bound = 1e-3 if network.model.dtype in (torch.float32, torch.float64) else 0.1
+        difference = float((got - wanted).abs().max())
+        if cache.layers == 0 or not difference <= bound * float(wanted.abs().max()):
+            return (
+                f"its logits differ by {difference:.2g} where attention goes through the slots "
+                "of the cache"
+            )
+        # Five tokens do not fill a window. A model may have it in its masks alone.
+        window = getattr(config, "sliding_window", None)
+        for layer, passed in cache.windows.items():
+            if window and passed != window and (types is None or types[layer] != "full_attention"):
+                return f"layer {layer} does not pass its window of {window} tokens to the attention"
+        return None
 
 
 def _rounded(length: int) -> int:
