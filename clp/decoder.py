@@ -93,6 +93,8 @@ class Decoder:
         self.networks = list(policy.networks)
         self.caches = [KVCache(network.model) for network in self.networks]
         device, m = policy.device, len(policy.objectives)
+        # A slot more on CUDA, where the rows of a captured step that have gone write.
+        self.spare = int(device.type == "cuda")
         double = self.networks[0].model.dtype == torch.float64
         ints = torch.zeros(6, max_batch_size, dtype=torch.int64, device=device)
         self.token, self.length, self.drawn, self.seed, self.top_k, self.alive = ints
@@ -120,32 +122,29 @@ class Decoder:
 
     @property
     def slots(self) -> int:
-        """How many slots are allocated."""
-        return self.caches[0].slots
+        """How many slots there are for rows."""
+        return max(0, self.caches[0].slots - self.spare)
 
     def fits(self, slots: int, length: int) -> bool:
         """Whether so many slots of so many tokens are within cache_bytes."""
-        # One slot more on CUDA, where a captured step's empty rows write.
-        spare = self.policy.device.type == "cuda"
-        return (slots + spare) * _rounded(length) * self.bytes_per_token <= self.cache_bytes
+        return (slots + self.spare) * _rounded(length) * self.bytes_per_token <= self.cache_bytes
 
     def reserve(self, slots: int, length: int, most: int) -> None:
         """At least so many slots (at most `most`) of at least so many tokens; contents stay.
 
         Grows the number of slots by half more than asked for, as far as memory allows.
         """
-        spare = self.policy.device.type == "cuda"
         capacity = max(self.caches[0].capacity, _rounded(length))
         if not self.fits(slots, capacity):
             capacity = _rounded(length)  # longer ones have gone
-        have = self.slots - spare
+        have = self.slots
         wanted = have if slots <= have else min(most, slots + slots // 2)
         while wanted > slots and not self.fits(wanted, capacity):
             wanted -= 1
-        if (wanted + spare, capacity) != (self.slots, self.caches[0].capacity):
+        if (wanted, capacity) != (have, self.caches[0].capacity):
             self._graphs.clear()
             for cache in self.caches:
-                cache.resize(wanted + spare, capacity)
+                cache.resize(wanted + self.spare, capacity)
 
     def drop(self) -> None:
         """Gives all keys and values back."""
@@ -183,9 +182,9 @@ class Decoder:
         self.weights[target] = self.weights[source]
 
     def vacate(self, slot: int) -> None:
-        """The slot's row has gone: a captured step leaves it alone."""
-        self.alive[slot] = 0
-        self.length[slot] = 0
+        """The slot's row has gone: a captured step feeds it a token and leaves it alone."""
+        self.alive[slot] = self.length[slot] = 0
+        self.token[slot] = 0  # it may be -1, which is no index
 
     def clear(self, slot: int) -> None:
         """Zeros in a slot (after values that are not finite)."""
@@ -250,7 +249,7 @@ class Decoder:
         except ValueError:
             # On the CPU the op refuses a row that is not finite; the others go on.
             drawn = self._sample_finite(logits, mixing, chosen | key)
-        self.token[here] = drawn.tokens
+        self.token[here] = torch.where(self.alive[here] > 0, drawn.tokens, self.token[here])
         self.length[here] += self.alive[here]
         self.drawn[here] += self.alive[here]
         return drawn, logits
@@ -320,8 +319,18 @@ class Decoder:
         self, count: int, longest: int, filters: tuple[Any, ...]
     ) -> tuple[clp_kernels.Sample, Tensor]:
         """`_step` for the next larger size, captured at its first use."""
-        slots = self.slots - 1
-        size = min(_bucket(count), slots, self.token.shape[0])
+        key = self._padded(count, longest, filters)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(*key)
+        graph, output = self._graphs[key]
+        graph.replay()
+        return output  # type: ignore[no-any-return]
+
+    def _padded(
+        self, count: int, longest: int, filters: tuple[Any, ...]
+    ) -> tuple[int, int, tuple[Any, ...]]:
+        """Slots, length and filters of a captured step that serves the first `count` slots."""
+        size = min(_bucket(count), self.slots, self.token.shape[0])
         length = min(-(-longest // GRAPH_LENGTH) * GRAPH_LENGTH, self.caches[0].capacity)
         # A filter that is off for all rows is left out of the graph; the rest are tensors.
         off = dict(zip(FILTERS, (None, 0, 1.0, 0.0), strict=True))
@@ -329,12 +338,10 @@ class Decoder:
             v if v is not None and v == off[name] else None
             for name, v in zip(FILTERS, filters, strict=True)
         )
-        key = (size, length, chosen)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(size, length, chosen)
-        graph, output = self._graphs[key]
-        graph.replay()
-        return output  # type: ignore[no-any-return]
+        # Behind them there may be a row whose prompt is still being prefilled.
+        self.alive[:count] = 1
+        self.alive[count:] = 0
+        return size, length, chosen
 
     def _capture(self, size: int, length: int, filters: tuple[Any, ...]) -> tuple[Any, Any]:
         here = slice(0, size)
@@ -360,7 +367,7 @@ class Decoder:
     def home(self, size: int) -> Tensor:
         """Where the first rows' keys go: their own slot, or the spare one if the row is gone."""
         slots = torch.arange(size, device=self._ints.device)
-        return torch.where(self.alive[:size] > 0, slots, self.slots - 1)
+        return torch.where(self.alive[:size] > 0, slots, self.slots)
 
     # The model
 
