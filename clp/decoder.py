@@ -20,6 +20,8 @@ from clp_kernels.invariant import is_batch_invariant
 
 # Slot lengths that a CUDA graph is captured for are multiples of this.
 GRAPH_LENGTH = 256
+# What a model's code raises where it is not made for one token an example.
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -91,6 +93,8 @@ class Decoder:
         self.networks = list(policy.networks)
         self.caches = [KVCache(network.model) for network in self.networks]
         device, m = policy.device, len(policy.objectives)
+        # A slot more on CUDA, where the rows of a captured step that have gone write.
+        self.spare = int(device.type == "cuda")
         double = self.networks[0].model.dtype == torch.float64
         ints = torch.zeros(6, max_batch_size, dtype=torch.int64, device=device)
         self.token, self.length, self.drawn, self.seed, self.top_k, self.alive = ints
@@ -105,8 +109,6 @@ class Decoder:
         # runs at a time, and its output is read before the next.
         self._graphs: dict[Any, Any] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        # A slot more, where the empty rows of a captured step write.
-        self._spare = int(device.type == "cuda")
         self._check()
 
     # Memory
@@ -123,13 +125,12 @@ class Decoder:
 
     @property
     def slots(self) -> int:
-        """How many sequences have room."""
-        return max(0, self.caches[0].slots - self._spare)
+        """How many slots there are for rows."""
+        return max(0, self.caches[0].slots - self.spare)
 
     def fits(self, slots: int, length: int) -> bool:
         """Whether so many slots of so many tokens are within cache_bytes."""
-        tokens = (slots + self._spare) * _rounded(length)
-        return tokens * self.bytes_per_token <= self.cache_bytes
+        return (slots + self.spare) * _rounded(length) * self.bytes_per_token <= self.cache_bytes
 
     def reserve(self, slots: int, length: int, most: int) -> None:
         """At least so many slots (at most `most`) of at least so many tokens; contents stay.
@@ -139,13 +140,14 @@ class Decoder:
         capacity = max(self.caches[0].capacity, _rounded(length))
         if not self.fits(slots, capacity):
             capacity = _rounded(length)  # longer ones have gone
-        wanted = self.slots if slots <= self.slots else min(most, slots + slots // 2)
+        have = self.slots
+        wanted = have if slots <= have else min(most, slots + slots // 2)
         while wanted > slots and not self.fits(wanted, capacity):
             wanted -= 1
-        if (wanted, capacity) != (self.slots, self.caches[0].capacity):
+        if (wanted, capacity) != (have, self.caches[0].capacity):
             self._graphs.clear()
             for cache in self.caches:
-                cache.resize(wanted + self._spare, capacity)
+                cache.resize(wanted + self.spare, capacity)
 
     def drop(self) -> None:
         """Gives all keys and values back."""
@@ -183,9 +185,9 @@ class Decoder:
         self.weights[target] = self.weights[source]
 
     def vacate(self, slot: int) -> None:
-        """The slot's row has gone: a captured step leaves it alone."""
-        self.alive[slot] = 0
-        self.length[slot] = 0
+        """The slot's row has gone: a captured step feeds it a token and leaves it alone."""
+        self.alive[slot] = self.length[slot] = 0
+        self.token[slot] = 0  # it may be -1, which is no index
 
     def clear(self, slot: int) -> None:
         """Zeros in a slot (after values that are not finite)."""
@@ -250,7 +252,7 @@ class Decoder:
         except ValueError:
             # On the CPU the op refuses a row that is not finite; the others go on.
             drawn = self._sample_finite(logits, mixing, chosen | key)
-        self.token[here] = drawn.tokens
+        self.token[here] = torch.where(self.alive[here] > 0, drawn.tokens, self.token[here])
         self.length[here] += self.alive[here]
         self.drawn[here] += self.alive[here]
         return drawn, logits
@@ -322,7 +324,18 @@ class Decoder:
         self, count: int, longest: int, filters: tuple[Any, ...]
     ) -> tuple[clp_kernels.Sample, Tensor]:
         """`_step` for the next larger size, captured at its first use."""
-        size = min(_bucket(count), self.slots)
+        key = self._padded(count, longest, filters)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(*key)
+        graph, output = self._graphs[key]
+        graph.replay()
+        return output  # type: ignore[no-any-return]
+
+    def _padded(
+        self, count: int, longest: int, filters: tuple[Any, ...]
+    ) -> tuple[int, int, tuple[Any, ...]]:
+        """Slots, length and filters of a captured step that serves the first `count` slots."""
+        size = min(_bucket(count), self.slots, self.token.shape[0])
         length = min(-(-longest // GRAPH_LENGTH) * GRAPH_LENGTH, self.caches[0].capacity)
         # A filter that is off for all rows is left out of the graph; the rest are tensors.
         off = dict(zip(FILTERS, (None, 0, 1.0, 0.0), strict=True))
@@ -330,12 +343,10 @@ class Decoder:
             v if v is not None and v == off[name] else None
             for name, v in zip(FILTERS, filters, strict=True)
         )
-        key = (size, length, chosen)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(size, length, chosen)
-        graph, output = self._graphs[key]
-        graph.replay()
-        return output  # type: ignore[no-any-return]
+        # Behind them there may be a row whose prompt is still being prefilled.
+        self.alive[:count] = 1
+        self.alive[count:] = 0
+        return size, length, chosen
 
     def _capture(self, size: int, length: int, filters: tuple[Any, ...]) -> tuple[Any, Any]:
         here = slice(0, size)
@@ -361,7 +372,7 @@ class Decoder:
     def home(self, size: int) -> Tensor:
         """Where the first rows' keys go: their own slot, or the spare one if the row is gone."""
         slots = torch.arange(size, device=self._ints.device)
-        return torch.where(self.alive[:size] > 0, slots, self.caches[0].slots - 1)
+        return torch.where(self.alive[:size] > 0, slots, self.slots)
 
     # The model
 
@@ -377,41 +388,59 @@ class Decoder:
             self.weights.zero_()
             self.drop()
 
-    @torch.no_grad()
     def _check(self) -> None:
-        """Runs five tokens through the slots and through the model as it is, and compares."""
-        ids = [min(i, self.policy.vocab_size - 1) for i in range(1, 6)]
-        device = self._ints.device
-        tokens = torch.tensor(ids, device=device)[:, None]
-        where = torch.arange(5, device=device)[:, None]
+        """Refuses a model that is not the same through the slots as it is."""
         with self._probing():
             for network, cache in zip(self.networks, self.caches, strict=True):
-                name = type(network.model).__name__
-                kinds = set(getattr(network.model.config, "layer_types", None) or ())
-                odd = kinds - {"full_attention", "sliding_attention"}
-                if odd or getattr(network.model.config, "is_encoder_decoder", False):
-                    what = sorted(odd)[0] if odd else "an encoder"
-                    raise ValueError(f"the sampler does not support {name}: it has {what}")
-                rows = self.weights[:1]
-                with network.steer(rows):
-                    wanted = network.model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
-                plan = Prefill(cache, [Segment(0, 0, 4)], device)
-                with network.steer(rows.expand(4, -1)), cache.attending():
-                    network.model.base_model(
-                        input_ids=tokens[:4], position_ids=where[:4], use_cache=False, slots=plan
-                    )
-                step = Decode(cache, 0, where[4], 5, True)
-                with network.steer(rows), cache.attending():
-                    got = network.model(
-                        input_ids=tokens[4:], position_ids=where[4:], use_cache=False, slots=step
-                    ).logits[0, -1]
-                bound = 1e-3 if network.model.dtype in (torch.float32, torch.float64) else 0.1
-                difference = float((got - wanted).abs().max())
-                if cache.layers == 0 or not difference <= bound * float(wanted.abs().max()):
-                    raise ValueError(
-                        f"the sampler does not support {name}: its logits differ by "
-                        f"{difference:.2g} where attention goes through the slots of the cache"
-                    )
+                refusal = f"the sampler does not support {type(network.model).__name__}"
+                try:
+                    fault = self._fault(network, cache)
+                except torch.OutOfMemoryError:
+                    raise
+                except MODEL_ERRORS as error:
+                    raise ValueError(f"{refusal}: {type(error).__name__}: {error}") from error
+                if fault is not None:
+                    raise ValueError(f"{refusal}: {fault}")
+
+    @torch.no_grad()
+    def _fault(self, network: Network, cache: KVCache) -> str | None:
+        """Runs five tokens through the slots and through the model as it is; what is wrong."""
+        config = network.model.config.get_text_config()
+        types = getattr(config, "layer_types", None)
+        odd = set(types or ()) - {"full_attention", "sliding_attention"}
+        if odd:
+            return f"it has {min(odd)}"
+        if getattr(network.model.config, "is_encoder_decoder", False):
+            return "it has an encoder"
+        ids = [min(i, self.policy.vocab_size - 1) for i in range(1, 6)]
+        tokens = torch.tensor(ids, device=self._ints.device)[:, None]
+        where = torch.arange(5, device=self._ints.device)[:, None]
+        rows = self.weights[:1]
+        with network.steer(rows):
+            wanted = network.model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
+        plan = Prefill(cache, [Segment(0, 0, 4)], where.device)
+        with network.steer(rows.expand(4, -1)), cache.attending():
+            network.model.base_model(
+                input_ids=tokens[:4], position_ids=where[:4], use_cache=False, slots=plan
+            )
+        step = Decode(cache, 0, where[4], 5, True)
+        with network.steer(rows), cache.attending():
+            got = network.model(
+                input_ids=tokens[4:], position_ids=where[4:], use_cache=False, slots=step
+            ).logits[0, -1]
+        bound = 1e-3 if network.model.dtype in (torch.float32, torch.float64) else 0.1
+        difference = float((got - wanted).abs().max())
+        if cache.layers == 0 or not difference <= bound * float(wanted.abs().max()):
+            return (
+                f"its logits differ by {difference:.2g} where attention goes through the slots "
+                "of the cache"
+            )
+        # Five tokens do not fill a window. A model may have it in its masks alone.
+        window = getattr(config, "sliding_window", None)
+        for layer, passed in cache.windows.items():
+            if window and passed != window and (types is None or types[layer] != "full_attention"):
+                return f"layer {layer} does not pass its window of {window} tokens to the attention"
+        return None
 
 
 def _rounded(length: int) -> int:

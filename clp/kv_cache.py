@@ -36,6 +36,7 @@ class KVCache:
 
     def __init__(self, model: Any) -> None:
         self.slots = self.capacity = 0
+        self.windows: dict[int, int | None] = {}  # by layer, as the model's code asked for them
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         # transformers keeps one configuration for a model, or one for each of its parts.
         parts = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
@@ -317,7 +318,7 @@ def slot_attention(
     Args:
         module: The attention module; its layer_idx names the layer.
         query, key, value: [T, heads, 1, d], a token an example.
-        attention_mask: None; the plan has the mask.
+        attention_mask: Must be None; the plan has the mask.
         scaling, sliding_window: As the model gives them.
         dropout: Not applied: the sampler draws from the policy as it is evaluated.
         slots: The plan.
@@ -326,9 +327,14 @@ def slot_attention(
     Raises: ValueError for attention of a kind that this is not.
     """
     odd = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
-    if slots is None or odd:
-        what = f"attention with {odd[0]}" if odd else "a model that keeps the plan of its attention"
-        raise ValueError(f"the sampler does not support {what} ({type(module).__name__})")
+    if attention_mask is not None:
+        odd.append("a mask of its own")
+    name = type(module).__name__
+    if slots is None:
+        raise ValueError(f"{name} does not pass keyword arguments on to its attention")
+    if odd:
+        raise ValueError(f"{name} has attention with {odd[0]}")
+    slots.cache.windows[module.layer_idx] = sliding_window
     return slots.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
 
 

@@ -275,9 +275,18 @@ def end_ids(model: Any) -> frozenset[int]:
 
 
 def context_length(model: Any) -> int:
-    """Tokens that this model can see."""
+    """Tokens that this model can see.
+
+    For LongRoPE (Phi-3's long contexts) those of its short factors: transformers takes the long
+    ones for a whole batch as soon as one row of it is longer.
+    """
     config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or 2**31)
+    most = int(getattr(config, "max_position_embeddings", None) or 2**31)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in (rope, *rope.values()):  # for all layers, or by type of layer
+        if isinstance(one, dict) and one.get("rope_type") == "longrope":
+            most = min(most, int(one["original_max_position_embeddings"]))
+    return most
 
 
 def vocab_size(model: Any) -> int:

@@ -1,0 +1,227 @@
+"""Families of models: served with their own numbers, or refused when the sampler is made.
+
+Every model has random weights and three layers, in float64: the judge, and no greedy tie is near.
+"""
+
+import functools
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import clp_kernels
+from clp.policy import Policy, load_base
+from clp.sampler import Sampler, SamplingParams
+from clp_kernels.layers import steered_layers
+
+WINDOW = 6  # shorter than most sequences here, longer than the five tokens of the decoder's check
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+SIZES = {
+    "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2,
+    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SMALL_GPT = {
+    "vocab_size": 1024, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256,
+    "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+           "moe_intermediate_size": 16}  # fmt: skip
+LATENT = {"head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 4,
+          "kv_lora_rank": 8, "q_lora_rank": 8, "num_key_value_heads": 4, "n_routed_experts": 4,
+          "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+          "first_k_dense_replace": 1}  # fmt: skip
+
+# name: (model_type, sizes and options)
+SERVED = {
+    "llama": ("llama", SIZES),
+    "llama without groups": ("llama", SIZES | {"num_key_value_heads": 4}),
+    "gpt2": ("gpt2", SMALL_GPT),
+    "gpt_bigcode, one key head": ("gpt_bigcode", SMALL_GPT),
+    "gpt_neox": ("gpt_neox", SIZES),
+    "qwen2": ("qwen2", SIZES),
+    "qwen2, windows in the upper layers": (
+        "qwen2",
+        SIZES | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", SIZES),
+    "qwen3_moe": ("qwen3_moe", SIZES | EXPERTS),
+    "mistral": ("mistral", SIZES | {"sliding_window": WINDOW}),
+    "mixtral": ("mixtral", SIZES | EXPERTS | {"sliding_window": WINDOW}),
+    "phi3": ("phi3", SIZES | {"sliding_window": WINDOW}),
+    "starcoder2": ("starcoder2", SIZES | {"sliding_window": WINDOW}),
+    "gemma3": (
+        "gemma3_text",
+        SIZES | {"sliding_window": WINDOW, "layer_types": MIXED, "query_pre_attn_scalar": 5},
+    ),
+    "cohere2": ("cohere2", SIZES | {"sliding_window": WINDOW, "layer_types": MIXED}),
+    "olmo2": ("olmo2", SIZES),
+    "granite": ("granite", SIZES | {"attention_multiplier": 0.3, "logits_scaling": 2.0}),
+    "deepseek_v3, values narrower than keys": ("deepseek_v3", SIZES | LATENT),
+    "modernbert-decoder": (
+        "modernbert-decoder",
+        SIZES | {"layer_types": MIXED, "local_attention": 2 * WINDOW},
+    ),
+}
+# name: (model_type, sizes and options, what the refusal says)
+REFUSED = {
+    "gemma2": ("gemma2", SIZES, "softcap"),
+    "gpt_oss": ("gpt_oss", SIZES | EXPERTS | {"sliding_window": WINDOW}, "s_aux"),
+    "llama4": (
+        "llama4_text",
+        SIZES | {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": 8,
+                 "interleave_moe_layer_step": 5},
+        "chunked_attention",
+    ),
+    "mamba": ("mamba", SIZES | {"state_size": 4}, "linear_attention"),
+    "qwen3_next": (
+        "qwen3_next",
+        SIZES | EXPERTS | {"layer_types": ["linear_attention", "full_attention", "full_attention"]},
+        "linear_attention",
+    ),
+    "lfm2": ("lfm2", SIZES | {"layer_types": ["conv", "full_attention", "conv"]}, "conv"),
+    "bloom, ALiBi": ("bloom", SIZES | {"n_layer": 3, "n_head": 4}, "its logits differ"),
+    "mpt, ALiBi": (
+        "mpt", {"vocab_size": 1024, "d_model": 32, "n_heads": 4, "n_layers": 3}, "MptFor"
+    ),
+    "falcon": ("falcon", {"vocab_size": 1024, "hidden_size": 32, "num_attention_heads": 4,
+                          "num_hidden_layers": 2}, "FalconFor"),
+    "gptj": ("gptj", SMALL_GPT | {"rotary_dim": 8}, "its logits differ"),
+    "stablelm": ("stablelm", SIZES, "does not pass keyword arguments"),
+    "doge, a learned mask": ("doge", SIZES, "a mask of its own"),
+    "qwen2_moe, a window in its masks alone": (
+        "qwen2_moe",
+        SIZES | EXPERTS | {"use_sliding_window": True, "sliding_window": WINDOW,
+                           "shared_expert_intermediate_size": 16, "max_window_layers": 2},
+        "layer 0 does not pass its window of 6 tokens",
+    ),
+    "phimoe, a window in its masks alone": (
+        "phimoe", SIZES | EXPERTS | {"sliding_window": WINDOW}, "its window of 6 tokens"
+    ),
+    "opt, which flattens the batch": (
+        "opt",
+        SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "the batch has 5 examples",
+    ),
+    "rwkv": ("rwkv", SIZES | {"attention_hidden_size": 32}, "RwkvFor"),
+}  # fmt: skip
+# Where steering every linear layer fails in the model as it is, the attention alone is steered.
+ATTENTION_ONLY = {"llama4", "qwen3_next", "qwen2_moe, a window in its masks alone",
+                  "phimoe, a window in its masks alone"}  # fmt: skip
+PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
+LENGTHS = [1, 4, 23, 50]
+ROWS = [[0.0, 0.0], [0.5, 0.5], [1.0, 0.0], [-0.5, 2.0]]
+
+
+@functools.cache
+def tokenizer():
+    return load_base("tiny")[1]
+
+
+def made(model_type, options, dtype=torch.float64):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **options)
+    family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    attention = "sdpa" if family._supports_sdpa else "eager"
+    config._experts_implementation = "eager"  # the grouped product of experts has no float64
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def policy_of(model, target_modules="all-linear"):
+    names = ["joy", "brief"]
+    clp_kernels.inject(model, names, r=2, target_modules=target_modules,
+                       generator=torch.Generator().manual_seed(3))  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    for layer in steered_layers(model).values():
+        layer.lora_B.data.normal_(0, 0.3, generator=generator)
+    return Policy(model, tokenizer(), names, "random")
+
+
+def prompts():
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, 1024, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def greedy(max_tokens=16):
+    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+
+
+@torch.no_grad()
+def check_greedy(policy, prompt, row, completion):
+    """Each token is the likeliest of the model's own forward, without a cache, and so likely."""
+    ids = prompt + completion.token_ids
+    with policy.steer(torch.tensor([row], dtype=policy.model.dtype)):
+        logits = policy.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    logp = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    assert logp.argmax(-1).tolist() == completion.token_ids
+    wanted = logp.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    # The op gives float32: half a unit in the last place of up to 8 is 2.4e-7. Greater is an error.
+    assert completion.logprobs == pytest.approx(wanted.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("budget", [2048, 7])
+@pytest.mark.parametrize("name", SERVED)
+def test_a_family_is_served_with_its_own_numbers(name, budget):
+    policy = policy_of(made(*SERVED[name]))
+    sampler = Sampler(policy, max_batch_size=4, max_prefill_tokens=budget)
+    done = sampler.generate(prompts(), ROWS, greedy(), simplex=False)
+    for prompt, row, completion in zip(prompts(), ROWS, done, strict=True):
+        assert len(completion.token_ids) == 16
+        check_greedy(policy, prompt, row, completion)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_rows_of_zeros_are_the_base_models_generate(name):
+    base, policy = made(*SERVED[name]), policy_of(made(*SERVED[name]))
+    base.generation_config.eos_token_id = None
+    done = Sampler(policy).generate(prompts(), [0.0, 0.0], greedy(), simplex=False)
+    for prompt, completion in zip(prompts(), done, strict=True):
+        out = base.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
+        assert completion.token_ids == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_is_refused_when_the_sampler_is_made(name):
+    model_type, options, message = REFUSED[name]
+    targets = PROJECTIONS if name in ATTENTION_ONLY else "all-linear"
+    policy = policy_of(made(model_type, options, torch.float32), targets)
+    refusal = f"the sampler does not support {type(policy.model).__name__}: "
+    with pytest.raises(ValueError, match=message) as caught:
+        Sampler(policy)
+    assert str(caught.value).startswith(refusal)
+    # Nothing is left behind: the model is as it was.
+    assert policy.model.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_an_encoder_is_refused():
+    config = transformers.T5Config(vocab_size=1024, d_model=32, d_kv=8, d_ff=48, num_layers=2,
+                                   num_heads=4, decoder_start_token_id=0)  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration: it has an encoder"):
+        Sampler(policy_of(model))
+
+
+def test_a_window_longer_than_the_check_is_refused_too_where_it_is_not_passed():
+    options = SIZES | EXPERTS | {"sliding_window": 100}
+    policy = policy_of(made("phimoe", options, torch.float32), PROJECTIONS)
+    with pytest.raises(ValueError, match="its window of 100 tokens"):
+        Sampler(policy)
+
+
+def test_long_rope_is_served_within_its_short_factors():
+    """transformers takes the long factors for a whole batch where one row of it is longer."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4, "original_max_position_embeddings": 70,
+    }  # fmt: skip
+    options = SIZES | {"rope_parameters": rope, "original_max_position_embeddings": 70}
+    policy = policy_of(made("phi3", options))
+    assert policy.context_length == 70
+    sampler = Sampler(policy)
+    done = sampler.generate(prompts(), ROWS, greedy(20), simplex=False)
+    for prompt, row, completion in zip(prompts(), ROWS, done, strict=True):
+        check_greedy(policy, prompt, row, completion)
+    with pytest.raises(ValueError, match="exceeds the context of 70"):
+        sampler.submit(prompts()[3], ROWS[1], greedy(21))
