@@ -581,8 +581,12 @@ def test_gpu_stages(capfd: pytest.CaptureFixture[str]) -> None:
     needed = list(planned.values())[: list(planned).index("mixed_lora, grad") + 1]
     assert sum(stage.limit for stage in needed) <= gpu.DEADLINE
     assert [name for name in planned if "compiled" in name] == list(planned)[-2:]
-    collected = [planned[name].command[-1] for name in ("tests", "tests, mixed")]
-    assert collected == ["not mixed", "mixed"]  # together all of tests/gpu
+    collected = [planned[f"tests{name}"].command[-1] for name in ("", ", mixed", ", sampler")]
+    # Together all of tests/gpu.
+    assert collected == ["not mixed and not sampler", "mixed", "sampler"]
+    bare = gpu.perform(dataclasses.replace(planned["sampler"], needs="not_there"), set(), 100)
+    assert (bare.ok, bare.note) == (None, "skipped: not_there is not installed")
+    assert gpu.exit_status([bare]) == 0
     left_out = gpu.perform(planned["sample"], {"build", "load"}, 100)
     late = gpu.perform(planned["build"], set(), 0)
     assert left_out.note == "not run: tests did not pass" and late.note.startswith("not run")
