@@ -15,8 +15,8 @@ on it, and their one time of a run stands in each case.
     transformers_cb        transformers' continuous batching over the base model
     vllm                   vLLM over the base model, on a GPU where it is installed
 
-Every run has new prompts, the same for every provider: what an engine keeps of earlier prompts is
-of no use to it. Time to first token: from the first request's submission to the request's first
+Every run has new prompts of the same lengths (those of a number of weight rows are the same for
+every provider): what an engine keeps of earlier prompts is of no use to it. Time to first token: from the first request's submission to the request's first
 token on the host; in peft_merged_generate the requests of a later row wait for the earlier rows.
 What engines keep between runs (allocated caches, captured CUDA graphs) is there before the timed
 runs; the gate's run is the warm-up.
@@ -47,7 +47,7 @@ from bench.judge import Judge
 from bench.rows import Row, provenance
 from bench.rows import rows as rows_of
 from bench.tables import RANDOM, case_of, rate
-from bench.workload import Batch, Served, Workload, counted, percentile, workload
+from bench.workload import GATE, Batch, Served, Workload, counted, percentile, workload
 from clp.policy import Policy, load_base
 from clp_kernels import inject
 from clp_kernels.layers import steered_layers
@@ -180,7 +180,7 @@ class Runner:
         """The error gate; gives the share of the budget."""
         vocab_size = self.work.vocab_size
         counted(served, self.batch(), vocab_size)
-        asked = self.batch()
+        asked = self.work.batch(GATE, self.weight_rows)
         short = asked._replace(lengths=[min(n, GREEDY) for n in asked.lengths])
         greedy = self.way.engine.serve(short, greedy=True)
         counted(greedy, short, vocab_size)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 PROMPT_MEDIAN, PROMPT_RANGE = 16, (4, 64)
 SPREAD = 0.7  # sigma of both log-normals: a long completion is several times a short one
+GATE = -1
 Row = tuple[float, float]
 
 
@@ -32,7 +33,7 @@ class Workload:
     """Lengths that every run of a measurement shares; token ids are new in each run.
 
     New ids, because engines keep the keys and values of earlier prompts: a second run over the
-    same prompts would skip their prefill. Run k of every provider has the same ids.
+    same prompts would skip their prefill. Run k with n weight rows is the same for every provider.
 
     Attributes:
         prompts, completions: Lengths by request.
@@ -49,8 +50,11 @@ class Workload:
         return sum(self.completions)
 
     def batch(self, run: int, weight_rows: int) -> Batch:
-        """The requests of run number `run` with so many distinct weight rows, dealt in turn."""
-        draw = random.Random(run)
+        """The requests of run number `run` with so many distinct weight rows, dealt in turn.
+
+        Run GATE is the error gate's, whose prompts are no timed run's either.
+        """
+        draw = random.Random(f"{run}, {weight_rows}")
         prompts = [[draw.randrange(self.vocab_size) for _ in range(n)] for n in self.prompts]
         distinct = spread_rows(weight_rows)
         rows = [distinct[i % weight_rows] for i in range(len(prompts))]
@@ -61,6 +65,9 @@ def workload(
     count: int, context: int, vocab_size: int, completion_median: int, completions: tuple[int, int]
 ) -> Workload:
     """Log-normal lengths, the same for equal arguments, clipped to ranges and to the context.
+
+    The longest prompt and the longest completion fit the context together, so that a batch padded
+    to both does.
 
     Args:
         count: Requests.
@@ -82,10 +89,8 @@ def workload(
     prompts = [
         length(PROMPT_MEDIAN, low, min(high, context - completions[0])) for _ in range(count)
     ]
-    lengths = [
-        length(completion_median, completions[0], min(completions[1], context - prompt))
-        for prompt in prompts
-    ]
+    most = min(completions[1], context - max(prompts))
+    lengths = [length(completion_median, completions[0], most) for _ in prompts]
     return Workload(tuple(prompts), tuple(lengths), vocab_size)
 
 

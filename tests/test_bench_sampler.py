@@ -15,6 +15,7 @@ from bench import __main__ as command
 from bench import engines, peers, plot_sampler, rows, sampler, tables, timing, workload
 from bench.judge import Judge
 from bench.workload import Batch, Served
+from clp.decoder import Decoder
 
 CPU = torch.device("cpu")
 TOY = timing.Protocol(warmup=0, repeats=2, least=1, seconds=0.0)
@@ -41,11 +42,12 @@ def test_lengths_are_unequal_within_their_ranges_and_the_same_each_time() -> Non
     made = workload.workload(64, 256, 1000, 64, (8, 256))
     assert made == workload.workload(64, 256, 1000, 64, (8, 256))
     pairs = list(zip(made.prompts, made.completions, strict=True))
-    assert all(4 <= p <= 64 and c >= 8 and p + c <= 256 for p, c in pairs)
+    assert all(4 <= p <= 64 and c >= 8 for p, c in pairs)
+    assert max(made.prompts) + max(made.completions) <= 256
     assert len(set(made.completions)) > 30 and made.tokens == sum(made.completions)
     assert 50 <= sorted(made.completions)[32] <= 80 and 12 <= sorted(made.prompts)[32] <= 20
     tight = workload.workload(64, 20, 1000, 64, (8, 256))
-    assert all(p + c <= 20 for p, c in zip(tight.prompts, tight.completions, strict=True))
+    assert max(tight.prompts) + max(tight.completions) == 20 and min(tight.completions) == 8
     with pytest.raises(ValueError, match="context must have room for 12 tokens, got 11"):
         workload.workload(2, 11, 1000, 64, (8, 256))
 
@@ -54,7 +56,9 @@ def test_every_run_has_new_prompts_of_the_same_lengths_and_dealt_rows(work) -> N
     first, second = work.batch(0, 3), work.batch(1, 3)
     assert [len(p) for p in first.prompts] == [len(p) for p in second.prompts]
     assert all(a != b for a, b in zip(first.prompts, second.prompts, strict=True))
-    assert first == work.batch(0, 3) and first.prompts == work.batch(0, 1).prompts
+    assert first == work.batch(0, 3)
+    others = [work.batch(*run).prompts for run in ((1, 3), (workload.GATE, 3), (0, 1))]
+    assert all(first.prompts[i] != prompts[i] for prompts in others for i in range(6))
     assert len(set(first.rows)) == 3 and first.rows[:3] == first.rows[3:]
     assert first.seed + len(first.prompts) <= second.seed
     for row in workload.spread_rows(64):
@@ -166,6 +170,26 @@ def test_the_gate_refuses_a_wrong_engine(models, work, judge, on, change, messag
         else:
             with pytest.raises(AssertionError, match=message):
                 runner.check(served)
+
+
+def test_no_run_finds_its_prompts_in_the_cache(models, work, judge, monkeypatch) -> None:
+    """Timed runs and the gate's prefill all but the last token of every prompt, each time."""
+    counts: list[int] = []
+    prefill = Decoder.prefill
+
+    def counting(self: Decoder, parts: Any) -> None:
+        counts.append(sum(segment.stop - segment.start for _, segment in parts))
+        prefill(self, parts)
+
+    monkeypatch.setattr(Decoder, "prefill", counting)
+    way = sampler.Way("clp", engines.Clp(models[0], 6), True)
+    runners = [sampler.Runner(way, work, count, judge, BAR) for count in (1, 3)]
+    for runner in runners:
+        runner.check(runner.run())
+        runner.run()
+    for runner in runners:
+        runner.run()
+    assert counts == [sum(work.prompts) - 6] * 8
 
 
 def test_a_16_bit_model_is_judged_by_its_own_rounding(models, work) -> None:
