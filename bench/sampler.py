@@ -16,10 +16,11 @@ on it, and their one time of a run stands in each case.
     vllm                   vLLM over the base model, on a GPU where it is installed
 
 Every run has new prompts of the same lengths (those of a number of weight rows are the same for
-every provider): what an engine keeps of earlier prompts is of no use to it. Time to first token: from the first request's submission to the request's first
-token on the host; in peft_merged_generate the requests of a later row wait for the earlier rows.
-What engines keep between runs (allocated caches, captured CUDA graphs) is there before the timed
-runs; the gate's run is the warm-up.
+every provider): what an engine keeps of earlier prompts is of no use to it. Time to first token:
+from the first request's submission to the request's first token on the host; in
+peft_merged_generate the requests of a later row wait for the earlier rows. What engines keep
+between runs (allocated caches, captured CUDA graphs) is there before the timed runs; the gate's run
+is the warm-up.
 
 Peak memory: what one more run allocates at most (on a GPU by PyTorch's allocator, on the CPU the
 growth of resident memory), plus the keys and values that the provider holds before it (for
