@@ -1,5 +1,5 @@
-"""Speed against plain PyTorch. `python -m bench` with `sample`, `mixed_lora` or `linear_logprob`
-measures and appends rows, `python -m bench results` makes RESULTS.md and the plots.
+"""Speed against plain PyTorch. `python -m bench` with `sample`, `mixed_lora`, `linear_logprob` or
+`sampler` measures and appends rows, `python -m bench results` makes RESULTS.md and the plots.
 
 Exit status 1: a provider was refused by its error gate.
 """
@@ -78,6 +78,16 @@ def parser() -> argparse.ArgumentParser:
         run.add_argument("--compile", action="store_true", help="torch.compile too; takes minutes")
         if name == "mixed_lora":
             run.add_argument("--grad", action="store_true", help="forward and backward, and memory")
+    what = "whole generation runs of requests with unequal lengths and their own weight rows"
+    run = commands.add_parser("sampler", help=what, description=what)
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    run.add_argument(
+        "--model",
+        help='"tiny" (default on the CPU), a path or a hub name; '
+        "default on a GPU: a Llama of 1B random weights",
+    )
+    run.add_argument("--quick", action="store_true", help="fewer and shorter requests and runs")
+    run.add_argument("--no-save", action="store_true", help="append nothing to bench/results")
     commands.add_parser("results", help="make RESULTS.md and the plots from bench/results")
     return top
 
@@ -100,18 +110,73 @@ def plan(args: argparse.Namespace) -> tuple[ModuleType, Sequence[Case], timing.P
     return mixed_lora, cases, quick if args.quick else protocol
 
 
+def sampler_runs(args: argparse.Namespace) -> int:
+    """Measures `sampler`; gives the exit status."""
+    from bench import sampler  # transformers, which a machine that times kernels may lack
+
+    device = torch.device(args.device)
+    name = args.model or ("tiny" if args.device == "cpu" else sampler.RANDOM)
+    try:
+        policy, base = sampler.models(name, device)
+    except ValueError as error:
+        print(f"--model: {error}", file=sys.stderr)
+        return 2
+    protocol = sampler.QUICK_PROTOCOL if args.quick else sampler.PROTOCOL
+    bandwidth = timing.copy_bandwidth(device)
+    print(_where(device, timing.Roofs(bandwidth, {})), flush=True)
+    refusals: dict[str, str] = {}
+    for case in sampler.cases(args.device, args.quick):
+        try:
+            found, refused, missing = sampler.measure(case, name, policy, base, protocol, bandwidth)
+        except ValueError as error:  # the sampler does not support the model, or it is too short
+            print(f"--model {name}: {error}", file=sys.stderr)
+            return 2
+        if not args.no_save:
+            rows.append(rows.RESULTS / f"{args.device}.csv", found)
+        print(tables.tables(found, spread=False))
+        print("\nTokens a second over tokens a second:")
+        print("\n".join(sampler.ratios(found)))
+        for which, reason in missing.items():
+            print(f"not measured: {which}: {reason}")
+        refusals |= {f"{which}, {case}": reason for which, reason in refused.items()}
+    return _refused(refusals)
+
+
+def _where(device: torch.device, roofs: timing.Roofs) -> str:
+    """The machine and its state, in a line."""
+    gemm = "".join(
+        f", {dtype} GEMM {rate / 1e9:.0f} GFLOP/s" for dtype, rate in roofs.flops.items()
+    )
+    return (
+        f"{rows.machine(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"copy bandwidth {roofs.bandwidth / 1e9:.0f} GB/s{gemm}, "
+        f"load average {os.getloadavg()[0]:.1f}"
+    )
+
+
+def _refused(refusals: dict[str, str]) -> int:
+    """Prints the refusals; gives the exit status."""
+    for which, reason in refusals.items():
+        print(f"REFUSED by the error gate: {which}: {reason}")
+    return 1 if refusals else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; gives the exit status."""
     args = parser().parse_args(argv)
     if args.command == "results":
-        from bench import plot  # matplotlib, which a machine that only measures may lack
+        # matplotlib, which a machine that only measures may lack
+        from bench import plot, plot_sampler
 
         plot.write_plots()
+        plot_sampler.write_plots()
         tables.write_results()
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: PyTorch sees no GPU", file=sys.stderr)
         return 2
+    if args.command == "sampler":
+        return sampler_runs(args)
     if args.graph and args.device != "cuda":
         print("--graph needs --device cuda", file=sys.stderr)
         return 2
@@ -119,15 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subject, cases, protocol = plan(args)
     dtypes = sorted({case.dtype for case in cases}) if subject is not sample else []
     roofs = timing.roofs(device, dtypes)
-    gemm = "".join(
-        f", {dtype} GEMM {rate / 1e9:.0f} GFLOP/s" for dtype, rate in roofs.flops.items()
-    )
-    print(
-        f"{rows.machine(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"copy bandwidth {roofs.bandwidth / 1e9:.0f} GB/s{gemm}, "
-        f"load average {os.getloadavg()[0]:.1f}",
-        flush=True,
-    )
+    print(_where(device, roofs), flush=True)
     found, refusals = ladder(
         subject,
         cases,
@@ -140,9 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         memory=subject is linear_logprob or (subject is mixed_lora and args.grad),
     )
     print(tables.tables(found, spread=False))
-    for which, reason in refusals.items():
-        print(f"REFUSED by the error gate: {which}: {reason}")
-    return 1 if refusals else 0
+    return _refused(refusals)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """`python -m bench.gpu`: all that needs an NVIDIA GPU, in under eight minutes.
 
 Builds the modules in place, runs tests/gpu, runs its small cases under compute-sanitizer, and
-measures the ladders of `mixed_lora` (decode in CUDA graphs, prefill, forward and backward) and of
-`sample`; what torch.compile takes part in comes last, as far as the time goes. Needs a CUDA build
+measures the ladders of `mixed_lora` (decode in CUDA graphs, prefill, forward and backward), of
+`sample` and `linear_logprob`, and, where transformers is installed, the generation runs of
+`sampler`; what torch.compile takes part in comes last, as far as the time goes. Needs a CUDA build
 of PyTorch, nvcc, pytest and what `import clp_kernels` needs (safetensors); nothing has to be
 installed first. Appends to bench/results/cuda.csv, and copies bench/results/*.csv to the folder
 $OUT where that is set. Outside a git checkout, $GIT_COMMIT is the commit that the rows name.
 
 What fails its tests is not measured: those of `mixed_lora` and `mixed_linear` are a stage of their
-own, so that one op does not keep the other from its ladder. Exit status: 0 all is well, 1 something
-failed or did not run to its end, 2 there is no GPU.
+own, and so are the sampler's, so that none keeps the others from their ladders. Exit status: 0 all
+is well, 1 something failed or did not run to its end, 2 there is no GPU.
 """
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -38,14 +40,21 @@ HEAD = [PYTHON, "-m", "bench", "linear_logprob", "--device", "cuda"]
 MIXED = [PYTHON, "-m", "bench", "mixed_lora", "--device", "cuda"]
 
 
+SAMPLER = [PYTHON, "-m", "bench", "sampler", "--device", "cuda", "--quick"]
+
+
 @dataclass(frozen=True)
 class Stage:
-    """A command, the stages that must have passed before it, and its limit in seconds."""
+    """A command, the stages that must have passed before it, and its limit in seconds.
+
+    `needs`: a package without which it is skipped.
+    """
 
     name: str
     command: list[str]
     after: tuple[str, ...] = ()
     limit: float = 120
+    needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def stages(sanitizer: str | None) -> list[Stage]:
     found = [
         Stage("build", [PYTHON, "setup.py", "build_ext", "--inplace"], limit=85),
         Stage("load", [PYTHON, "-c", LOADS], ("build",), limit=20),
-        Stage("tests", [*PYTEST, "-k", "not mixed"], built, limit=60),
+        Stage("tests", [*PYTEST, "-k", "not mixed and not sampler"], built, limit=60),
     ]
     for tool in ("memcheck", "racecheck") if sanitizer else ():
         command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *PYTEST]
@@ -83,6 +92,8 @@ def stages(sanitizer: str | None) -> list[Stage]:
         Stage("sample", SAMPLE, tested, limit=100),
         Stage("sample, graph", [*SAMPLE, "--graph"], tested, limit=60),
         Stage("linear_logprob", HEAD, tested, limit=90),
+        Stage("tests, sampler", [*PYTEST, "-k", "sampler"], built, 60, "transformers"),
+        Stage("sampler", SAMPLER, (*built, "tests, sampler"), 120, "transformers"),
         Stage("sample, compiled", [*SAMPLE, "--graph", "--compile", "--quick"], tested),
         Stage("mixed_lora, compiled", [*MIXED, "--graph", "--compile", "--quick"], mixed),
     ]
@@ -124,6 +135,8 @@ def run(command: list[str], limit: float) -> tuple[int | None, str]:
 
 def perform(stage: Stage, passed: set[str], time_left: float) -> Outcome:
     """Runs a stage, unless one that it needs has not passed or the time is up."""
+    if stage.needs is not None and importlib.util.find_spec(stage.needs) is None:
+        return Outcome(stage.name, None, 0.0, f"skipped: {stage.needs} is not installed")
     missing = [name for name in stage.after if name not in passed]
     if missing:
         return Outcome(stage.name, None, 0.0, f"not run: {missing[0]} did not pass")
@@ -174,7 +187,7 @@ def main() -> int:
 
 
 def exit_status(outcomes: list[Outcome]) -> int:
-    """1 where a stage failed or was left out for a reason other than a missing sanitizer."""
+    """1 where a stage failed or was left out for a reason other than what is not installed."""
     return int(any(o.ok is False or o.note.startswith("not run") for o in outcomes))
 
 

@@ -10,6 +10,8 @@ Log-probabilities of targets:
     liger              liger_fused_linear_cross_entropy(reduction="none"): logits in chunks, made
                        again in the backward
     cut_cross_entropy  linear_cross_entropy(reduction="none"), its default gradient filter included
+Whole generation runs:
+    vllm               its engine, stepped here, over a base model saved to a folder
 
 FlashInfer and Liger give no log-probability or loss of the other sign by themselves: what is added
 is in the timed work. Written against the sources of flashinfer-python 0.7.2.post1, vllm 0.33.0,
@@ -20,12 +22,16 @@ FlashInfer compiles its kernels at the first call unless flashinfer-jit-cache is
 
 import importlib.util
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from bench.workload import Batch, Served
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,7 +48,7 @@ def _errors() -> tuple[type[BaseException], ...]:
     return found if triton is None else (*found, triton.TritonError)
 
 
-def _refusable(form: Callable[P, T]) -> Callable[P, T]:
+def refusable(form: Callable[P, T]) -> Callable[P, T]:
     """What a peer raises becomes a RuntimeError, which refuses its row and no other."""
 
     @wraps(form)
@@ -55,7 +61,7 @@ def _refusable(form: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-@_refusable
+@refusable
 def flashinfer(z: Tensor, top_p: float, seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """Seeds in tensors, as its documentation asks for CUDA graphs."""
     from flashinfer import sampling
@@ -69,7 +75,7 @@ def flashinfer(z: Tensor, top_p: float, seed: Tensor, position: Tensor) -> tuple
     return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
 
 
-@_refusable
+@refusable
 def flashinfer_logits(
     z: Tensor, top_p: float, seed: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -89,7 +95,7 @@ def _requests(count: int, top_p: float, device: torch.device) -> tuple[Tensor, T
     return index, torch.ones(count, device=device), torch.full((count,), top_p, device=device)
 
 
-@_refusable
+@refusable
 def vllm(z: Tensor, top_p: float, seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """What its model runner calls for requests with seeds and log-probabilities."""
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
@@ -104,7 +110,7 @@ def vllm(z: Tensor, top_p: float, seed: Tensor, position: Tensor) -> tuple[Tenso
     return tokens, compute_token_logprobs(z, tokens[:, None])[:, 0]
 
 
-@_refusable
+@refusable
 def liger(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -112,12 +118,69 @@ def liger(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
     return -loss
 
 
-@_refusable
+@refusable
 def cut_cross_entropy(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     loss: Tensor = linear_cross_entropy(hidden, head, targets, reduction="none")
     return -loss
+
+
+class Vllm:
+    """vLLM over a base model; an engine of bench/engines.py.
+
+    Args:
+        model: A transformers causal LM on the GPU.
+        count, longest: Requests at once, and tokens of the longest.
+        memory: Share of the GPU's memory that it may take beside what is loaded here.
+    """
+
+    def __init__(self, model: Any, count: int, longest: int, memory: float = 0.3) -> None:
+        self.model, self.count, self.longest, self.memory = model, count, longest, memory
+        self._engine: Any = None
+
+    def _start(self) -> Any:
+        from vllm import LLM
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            return LLM(
+                model=folder,
+                skip_tokenizer_init=True,
+                max_model_len=self.longest + 1,
+                max_num_seqs=self.count,
+                gpu_memory_utilization=self.memory,
+            ).llm_engine
+
+    @refusable
+    def serve(self, batch: Batch, greedy: bool) -> Served:
+        from vllm import SamplingParams
+
+        if self._engine is None:
+            self._engine = self._start()
+        begin = time.perf_counter()
+        for i, (prompt, length) in enumerate(zip(batch.prompts, batch.lengths, strict=True)):
+            how = SamplingParams(
+                max_tokens=length,
+                temperature=0.0 if greedy else 1.0,
+                ignore_eos=True,
+                detokenize=False,
+            )
+            self._engine.add_request(str(i), {"prompt_token_ids": prompt}, how)
+        tokens: list[list[int]] = [[] for _ in batch.prompts]
+        first = [0.0] * len(tokens)
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                i = int(output.request_id)
+                tokens[i] = list(output.outputs[0].token_ids)
+                first[i] = first[i] or time.perf_counter() - begin
+        return Served(tokens, first)
+
+    def held(self) -> None:
+        """Unknown: its memory is that of another process."""
+
+    def close(self) -> None:
+        self._engine = None
 
 
 def samplers(device: torch.device, top_p: float) -> dict[str, Sampler]:
@@ -141,6 +204,13 @@ PACKAGES = {
     "liger": "liger_kernel",
     "cut_cross_entropy": "cut_cross_entropy",
 }
+
+
+def vllm_missing(device: torch.device) -> str | None:
+    """Why vLLM cannot serve there, or None."""
+    if device.type != "cuda":
+        return "needs a GPU"
+    return None if importlib.util.find_spec("vllm") else "vllm is not installed"
 
 
 def _installed(device: torch.device, forms: dict[str, Any]) -> dict[str, Any]:

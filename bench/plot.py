@@ -126,7 +126,7 @@ def _panel(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
             markersize=3,
         )
         ends[name] = float(to_share(axes.transData.transform(points[-1]))[1])
-    for name, height in _spread(ends.items()):
+    for name, height in spread(ends.items()):
         axes.annotate(
             name,
             lines[name][-1],
@@ -144,7 +144,7 @@ def _panel(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
             },
         )
     heights = [(str(t), float(to_share(axes.transData.transform((1, t)))[1])) for t in TICKS]
-    kept = [float(t) for t, height in _apart(heights) if 0 <= height <= 1]
+    kept = [float(t) for t, height in apart(heights) if 0 <= height <= 1]
     for axis, ticks in ((axes.xaxis, tokens), (axes.yaxis, kept)):
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -152,7 +152,7 @@ def _panel(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
     axes.tick_params(axis="x", labelsize=8)
 
 
-def _apart(heights: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+def apart(heights: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
     """The heights, lowest first, without those closer than GAP to the one kept before."""
     kept: list[tuple[str, float]] = []
     for name, height in heights:
@@ -161,7 +161,7 @@ def _apart(heights: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
     return kept
 
 
-def _spread(ends: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+def spread(ends: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
     """The heights, lowest first, moved up until no two are closer than GAP."""
     placed: list[tuple[str, float]] = []
     for name, height in sorted(ends, key=lambda end: end[1]):

@@ -38,9 +38,11 @@ FIELDS = (
     "peak_bytes",  # memory beyond the inputs
     "extra_us",  # beyond "base" of the same round, median over the rounds
     "over_base",  # time over that of "base" in the same round, median over the rounds
+    "ttft_us",  # of a generation run: time to a request's first token, its mean; median of rounds
+    "ttft_p95_us",  # its 95th percentile over the requests; median of rounds
 )
-ADDED = 2  # the last columns, which files from before 2026-11-24 lack
-BASELINES = ("torch", "peft", "flashinfer", "vllm", "liger", "cut_cross_entropy")
+OLDER = (16, 18)  # how many of the columns the files of earlier days have
+BASELINES = ("torch", "peft", "transformers", "flashinfer", "vllm", "liger", "cut_cross_entropy")
 Row = dict[str, str]
 
 
@@ -115,6 +117,8 @@ def rows(
             "peak_bytes": "" if timing.peak_bytes is None else str(timing.peak_bytes),
             "extra_us": "" if timing.extra_us is None else f"{timing.extra_us:.2f}",
             "over_base": "" if timing.over_base is None else f"{timing.over_base:.4f}",
+            "ttft_us": "" if timing.ttft_us is None else f"{timing.ttft_us:.2f}",
+            "ttft_p95_us": "" if timing.ttft_p95_us is None else f"{timing.ttft_p95_us:.2f}",
         }
         return shared | own
 
@@ -133,7 +137,7 @@ def append(path: Path, new: Iterable[Row]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
     header = _header(path)
-    if header == FIELDS[:-ADDED]:
+    if header in [FIELDS[:count] for count in OLDER]:
         migrate(path)
     elif header != FIELDS:
         raise ValueError(f"{path.name} has the columns {list(header)}, expected {list(FIELDS)}")

@@ -1,13 +1,14 @@
 """The tables made from rows: one for the terminal, and bench/RESULTS.md."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.rows import RESULTS, ROOT, Row, is_baseline, read
 from bench.timing import BASE
 
+RANDOM = "llama-1b-random"  # bench/sampler.py's model on a GPU where none is named
 CAT = "torch_cat"  # the plain form that ours are set against where there is a base
 
 HEAD = """\
@@ -21,8 +22,8 @@ Times are microseconds a call, median [20th, 80th percentile]. `torch...` and `p
 baselines. **Floor** is the time to move the bytes once at the measured bandwidth of a large copy
 (inputs that stay in a cache can be read faster), **floor_flops** the time of the multiplications at
 the measured rate of a large square product of the same dtype. What the providers are stands at the
-top of `bench/sample.py`, `bench/linear_logprob.py` and `bench/mixed_lora.py`; in the last two,
-large outputs are judged on evenly spaced rows.
+top of `bench/sample.py`, `bench/linear_logprob.py`, `bench/mixed_lora.py` and `bench/sampler.py`;
+in the second and third, large outputs are judged on evenly spaced rows.
 
 A load average well above zero before a run means that other processes held cores meanwhile. With
 as many threads as cores, times then jump by whole time slices (4 to 8 ms) while one thread of a
@@ -36,6 +37,19 @@ OVER_BASE = """\
 Each cell: time over that of the bare layer (`base`), and in brackets the microseconds beyond it;
 medians over the rounds, each against the base of its own round. "cat extra / X's": the extra time
 of torch_cat over that of X (all: X has none); "X / cat": the whole time of X over torch_cat's."""
+RATE = """\
+Useful tokens a second: the sum of the completions' lengths (`tokens`, of `N` requests) over the
+median time of a run. Floor: reading all weights once for each token of the longest completion, at
+the bandwidth of a large copy."""
+FIRST = """\
+Milliseconds to a request's first token: mean / 95th percentile over the requests, medians over the
+runs."""
+PLOTS = {
+    "mixed_lora": "time over the base against T",
+    "sampler": "tokens a second against the number of weight rows",
+}
+HELD = """\
+Peak memory beyond the weights, MB: keys and values that are held, and what a run adds."""
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -55,8 +69,11 @@ def tables(rows: Sequence[Row], *, spread: bool = True) -> str:
         kind = ", ".join(str(case[key]) for key in ("mode", "rows") if key in case)
         groups.setdefault((row["op"], kind), []).append(row)
     parts = []
-    for (_, kind), group in groups.items():
+    for (op, kind), group in groups.items():
         heading = [f"**{kind}**"] if kind else []
+        if op == "sampler":
+            parts += [*heading, rate_tables(group)]
+            continue
         if any(row["provider"] == BASE for row in group):
             parts += [*heading, over_base_table(group, spread=spread), OVER_BASE]
         else:
@@ -128,6 +145,46 @@ def memory_table(rows: Sequence[Row]) -> str:
     return _aligned(lines)
 
 
+def rate_tables(rows: Sequence[Row]) -> str:
+    """Tokens a second, time to first token and peak memory of generation runs, a line a case."""
+    parts = [_cells(rows, lambda row: _short(rate(row))), RATE]
+    timed = [row for row in rows if row["ttft_us"]]
+    if timed:
+        parts += [_cells(timed, _first), FIRST]
+    weighed = [row for row in rows if row["peak_bytes"]]
+    if weighed:
+        parts += [_cells(weighed, lambda row: _short(float(row["peak_bytes"]) / 1e6)), HELD]
+    return "\n\n".join(parts)
+
+
+def case_of(row: Row) -> dict[str, Any]:
+    """A row's case."""
+    case: dict[str, Any] = json.loads(row["case"])
+    return case
+
+
+def rate(row: Row) -> float:
+    """Useful tokens a second of a generation run."""
+    return float(case_of(row)["tokens"]) / float(row["p50_us"]) * 1e6
+
+
+def _first(row: Row) -> str:
+    mean, p95 = (_short(float(row[key]) / 1e3) for key in ("ttft_us", "ttft_p95_us"))
+    return f"{mean} / {p95}"
+
+
+def _cells(rows: Sequence[Row], text: Callable[[Row], str]) -> str:
+    """A line a case, a column a provider."""
+    cases, names, cell = _columns(rows)
+    fields = _fields(cases)
+    lines = [[*fields, *names]]
+    for key, case in cases.items():
+        own = [cell.get((key, name)) for name in names]
+        line = [str(case.get(field, "")) for field in fields]
+        lines.append(line + ["" if row is None else text(row) for row in own])
+    return _aligned(lines)
+
+
 def _columns(
     rows: Sequence[Row],
 ) -> tuple[dict[str, dict[str, Any]], list[str], dict[tuple[str, str], Row]]:
@@ -191,7 +248,8 @@ def write_results(folder: Path = RESULTS, target: Path = ROOT / "bench" / "RESUL
         again = f"OMP_NUM_THREADS={threads} python -m bench {op} --device {device}"
         commands = sorted({f"`{again}{_options(json.loads(row['case']))}`" for row in rows})
         plot = folder / f"{op}_{device}.png"
-        image = f"![time over the base against T](results/{plot.name})\n\n"
+        shown = PLOTS.get(op, "")
+        image = f"![{shown}](results/{plot.name})\n\n"
         parts.append(
             f"## `{op}` on {machine}, threads: {threads}\n\n"
             f"torch {of}; {' to '.join(dates[:: max(1, len(dates) - 1)])}; commit "
@@ -204,5 +262,7 @@ def write_results(folder: Path = RESULTS, target: Path = ROOT / "bench" / "RESUL
 
 def _options(case: dict[str, Any]) -> str:
     """The options of the command that measured a case."""
+    if "weight_rows" in case:
+        return f" --model {case['model']}" * (case["model"] != RANDOM)
     grad, graph = "backward" in case.get("mode", ""), case.get("graph", False)
     return " --grad" * grad + " --graph" * graph

@@ -14,10 +14,13 @@ out of the L2 cache; with `graph`, what is timed is the replay of a captured CUD
 launch gaps are not. Peak memory is taken in a call of its own.
 """
 
+import ctypes
+import gc
 import json
 import os
 import random
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,12 +41,15 @@ class Provider:
     check: the error gate: the share of the error budget that an output uses (0 to 1), or
         AssertionError.
     graph: whether it can be captured in a CUDA graph (it never reads the GPU on the host).
+    peak: takes the peak bytes where a plain call of `run` would not show them (what the provider
+        holds between its calls); None where they cannot be told.
     """
 
     name: str
     run: Callable[[], Any]
     check: Callable[[Any], float]
     graph: bool = True
+    peak: Callable[[], int | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Timing:
     """Microseconds a call: median, 20th and 80th percentile; the gate's result; peak bytes.
 
     extra_us and over_base: medians over the rounds of own time - base's, and own time / base's.
+    ttft_us, ttft_p95_us: of whole generation runs, the time to a request's first token.
     """
 
     p20_us: float
@@ -73,6 +80,8 @@ class Timing:
     peak_bytes: int | None = None
     extra_us: float | None = None
     over_base: float | None = None
+    ttft_us: float | None = None
+    ttft_p95_us: float | None = None
 
 
 def measure(
@@ -103,9 +112,13 @@ def measure(
         except RuntimeError as error:
             refused[provider.name] = f"RuntimeError: {error}"
     samples = _rounds(runs, stopwatch(device), protocol)
-    peak = {"cuda": _peak_bytes_gpu, "cpu": peak_bytes_cpu}[device.type]
+    peak = {"cuda": peak_bytes_gpu, "cpu": peak_bytes_cpu}[device.type]
     counted = memory or device.type == "cuda"
-    peaks = {p.name: peak(p.run) for p in providers if counted and p.name in runs}
+    peaks = {
+        p.name: p.peak() if p.peak else peak(p.run)
+        for p in providers
+        if (counted or p.peak) and p.name in runs
+    }
     times = {}
     for name, seconds in samples.items():
         p20, p50, p80 = _quantiles(seconds.values())
@@ -185,7 +198,7 @@ def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def _peak_bytes_gpu(run: Callable[[], Any]) -> int:
+def peak_bytes_gpu(run: Callable[[], Any]) -> int:
     """GPU memory that one call takes beyond what is held before it, its outputs included."""
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
@@ -215,6 +228,44 @@ def peak_bytes_cpu(run: Callable[[], Any]) -> int:
         held += step["args"]["Bytes"]
         peak = max(peak, held)
     return peak
+
+
+def resident_growth(run: Callable[[], Any]) -> int | None:
+    """Bytes by which one call raises the process's resident memory at most, read each millisecond.
+
+    For runs too long for the profiler. Whatever allocates is in it; what was freed before is given
+    back to the system first, so that it does not hide what the call takes. None outside Linux.
+    """
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        run()
+        return None
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def resident() -> int:
+        return int(statm.read_text(encoding="ascii").split()[1]) * page
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+    before = peak = resident()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(1e-3):
+            peak = max(peak, resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+        peak = max(peak, resident())
+    finally:
+        done.set()
+        watcher.join()
+    return peak - before
 
 
 def _quantiles(seconds: Iterable[float]) -> list[float]:

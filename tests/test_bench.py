@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import gpu, linear_logprob, mixed_lora, plot, rows, sample, tables, timing
+from bench import gpu, linear_logprob, mixed_lora, plot, plot_sampler, rows, sample, tables, timing
 from clp_kernels import dispatch, mix_logits
 
 CPU = torch.device("cpu")
@@ -443,19 +443,26 @@ def test_rows_are_only_added(tmp_path: Path) -> None:
     assert path.read_text() == "date,commit\n2026,abc\n"
 
 
-def test_rows_from_before_the_last_columns_stay_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", rows.OLDER)
+def test_rows_from_before_the_last_columns_stay_as_they_are(tmp_path: Path, count: int) -> None:
     """Read with the new columns empty; rewritten once, when a row is added, and then only added."""
-    path, old = tmp_path / "cpu.csv", rows.FIELDS[: -rows.ADDED]
-    lines = [",".join(old), '1,2,no,"A, 2 cores"' + ",x" * (len(old) - 4), ",".join("abc" * 6)[:31]]
+    path, old = tmp_path / "cpu.csv", rows.FIELDS[:count]
+    lacking = len(rows.FIELDS) - count
+    lines = [
+        ",".join(old),
+        '1,2,no,"A, 2 cores"' + ",x" * (len(old) - 4),
+        ",".join("abc" * 7)[: 2 * count - 1],
+    ]
     assert all(len(line.split(",")) >= len(old) for line in lines)
     path.write_text("\n".join(lines) + "\n")
     before = rows.read(path)
-    assert [row["over_base"] for row in before] == ["", ""] and before[0]["machine"] == "A, 2 cores"
+    assert [row["ttft_p95_us"] for row in before] == ["", ""]
+    assert before[0]["machine"] == "A, 2 cores"
     assert path.read_text().splitlines() == lines  # reading changes nothing
     rows.append(path, [a_row("cpu", over_base="1.05")])
     after = path.read_text().splitlines()
     assert after[0] == ",".join(rows.FIELDS)
-    assert after[1:3] == [f"{line},," for line in lines[1:]]
+    assert after[1:3] == [line + "," * lacking for line in lines[1:]]
     assert rows.read(path) == [*before, a_row("cpu", over_base="1.05")]
     rows.append(path, [a_row("torch")])
     assert path.read_text().splitlines()[:4] == after
@@ -543,14 +550,15 @@ def test_results_command(monkeypatch) -> None:
     """The plots first: the page shows those that are there."""
     calls: list[str] = []
     monkeypatch.setattr(plot, "write_plots", lambda: calls.append("plots"))
+    monkeypatch.setattr(plot_sampler, "write_plots", lambda: calls.append("sampler's"))
     monkeypatch.setattr(tables, "write_results", lambda: calls.append("page"))
-    assert command.main(["results"]) == 0 and calls == ["plots", "page"]
+    assert command.main(["results"]) == 0 and calls == ["plots", "sampler's", "page"]
 
 
 def test_labels_keep_their_distance() -> None:
-    placed = plot._spread([("b", 0.5), ("a", 0.49), ("c", 0.9)])
+    placed = plot.spread([("b", 0.5), ("a", 0.49), ("c", 0.9)])
     assert placed == [("a", 0.49), ("b", pytest.approx(0.49 + plot.GAP)), ("c", 0.9)]
-    assert plot._apart([("1", 0.0), ("2", 0.01), ("3", 0.2)]) == [("1", 0.0), ("3", 0.2)]
+    assert plot.apart([("1", 0.0), ("2", 0.01), ("3", 0.2)]) == [("1", 0.0), ("3", 0.2)]
 
 
 def test_gpu_without_a_gpu_and_without_the_development_packages(tmp_path: Path) -> None:
@@ -573,8 +581,12 @@ def test_gpu_stages(capfd: pytest.CaptureFixture[str]) -> None:
     needed = list(planned.values())[: list(planned).index("mixed_lora, grad") + 1]
     assert sum(stage.limit for stage in needed) <= gpu.DEADLINE
     assert [name for name in planned if "compiled" in name] == list(planned)[-2:]
-    collected = [planned[name].command[-1] for name in ("tests", "tests, mixed")]
-    assert collected == ["not mixed", "mixed"]  # together all of tests/gpu
+    collected = [planned[f"tests{name}"].command[-1] for name in ("", ", mixed", ", sampler")]
+    # Together all of tests/gpu.
+    assert collected == ["not mixed and not sampler", "mixed", "sampler"]
+    bare = gpu.perform(dataclasses.replace(planned["sampler"], needs="not_there"), set(), 100)
+    assert (bare.ok, bare.note) == (None, "skipped: not_there is not installed")
+    assert gpu.exit_status([bare]) == 0
     left_out = gpu.perform(planned["sample"], {"build", "load"}, 100)
     late = gpu.perform(planned["build"], set(), 0)
     assert left_out.note == "not run: tests did not pass" and late.note.startswith("not run")
