@@ -1,0 +1,87 @@
+"""batch_invariant(): a row's completion is the same to the bit, whoever runs beside it."""
+
+import random
+
+import pytest
+import torch
+
+import clp_kernels
+from clp.policy import Policy
+from clp.sampler import Sampler, SamplingParams
+from clp_kernels.layers import steered_layers
+
+BUDGETS = [2048, 24]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    made = Policy.create("tiny", ["joy", "brief"], r=4)
+    generator = torch.Generator().manual_seed(5)
+    for layer in steered_layers(made.model).values():
+        layer.lora_B.data.normal_(0, 0.15, generator=generator)
+    return made
+
+
+def asked(count):
+    """(prompt, row, params): some share prompts, or prompt and row; some have n completions."""
+    choose = random.Random(4)
+    texts = [[choose.randrange(3, 1024) for _ in range(n)] for n in (1, 2, 7, 18, 33, 60)]
+    texts.append([*texts[-1][:25], 5, 6])  # a common beginning
+    rows = [[1.0, 0.0], [0.5, 0.5], [0.3, 0.7]]
+    return [
+        (
+            choose.choice(texts),
+            choose.choice(rows),
+            SamplingParams(max_tokens=choose.randrange(1, 10), seed=i, ignore_eos=True,
+                           temperature=choose.choice([0.0, 0.7, 1.0]), n=choose.choice([1, 1, 2])),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def results(request):
+    return [(c.token_ids, c.logprobs) for c in request.completions]
+
+
+def alone(policy, cases, budget):
+    found = []
+    for case in cases:
+        sampler = Sampler(policy, max_batch_size=64, max_prefill_tokens=budget)
+        request = sampler.submit(*case)
+        sampler.finish([request])
+        found.append(results(request))
+    return found
+
+
+def together(policy, cases, budget, order_seed):
+    """All in one sampler, submitted in a random order between steps, strangers cancelled."""
+    choose = random.Random(order_seed)
+    sampler = Sampler(policy, max_batch_size=64, max_prefill_tokens=budget)
+    order, requests, strangers = list(range(len(cases))), {}, []
+    choose.shuffle(order)
+    for i in order:
+        requests[i] = sampler.submit(*cases[i])
+        if choose.random() < 0.3:
+            strangers.append(sampler.submit(*choose.choice(cases)))
+        if choose.random() < 0.3:
+            sampler.step()
+        if strangers and choose.random() < 0.3:
+            sampler.cancel(strangers.pop(choose.randrange(len(strangers))))
+    sampler.finish(list(requests.values()))
+    return [results(requests[i]) for i in range(len(cases))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_same_bits_alone_and_in_any_company(policy, budget):
+    cases = asked(48)
+    with clp_kernels.batch_invariant():
+        wanted = alone(policy, cases, budget)
+        assert together(policy, cases, budget, order_seed=budget) == wanted
+
+
+def test_without_the_mode_some_row_differs(policy):
+    """So the mode is needed; the tokens are nearly always the same, the last bits are not."""
+    cases = asked(24)
+    wanted = alone(policy, cases, 2048)
+    assert together(policy, cases, 2048, 0) != wanted

@@ -1,0 +1,102 @@
+"""The sampler's numbers are the trainer's, and greedy text is that of PEFT's merge of each row."""
+
+import peft
+import pytest
+import torch
+
+import clp_kernels
+from clp.policy import Policy, load_base
+from clp.rollout import make_batch, token_stats
+from clp.sampler import Sampler, SamplingParams, with_seeds
+from clp_kernels.layers import steered_layers
+
+NAMES = ["joy", "brief"]
+PROMPTS = [
+    "Tom had a red kite.", "Mia", "One day, the old dog was at the lake with a friend.", "Sam",
+    "Once upon a time", "The cat", "Lily and Ben went to the park.", "There was a big tree",
+]  # fmt: skip
+ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8], [0.7, 0.3], [0.9, 0.1], [0.4, 0.6],
+        [0.05, 0.95]]  # fmt: skip
+TIE = 1e-5
+
+
+@pytest.fixture(params=["tiny", "stories260k"])
+def base(request):
+    if request.param == "tiny":
+        return "tiny"
+    return str(request.getfixturevalue("shared_models") / request.param)
+
+
+def made(base, size=0.1, dtype=torch.float32):
+    policy = Policy.create(base, NAMES, r=4, dtype=dtype)
+    generator = torch.Generator().manual_seed(5)
+    for layer in steered_layers(policy.model).values():
+        noise = torch.empty(layer.lora_B.shape).normal_(0, size, generator=generator)
+        layer.lora_B.data.copy_(noise)
+    return policy
+
+
+def differences(policy, temperature):
+    """|log-probability of the trainer - of the sampler| of every sampled token."""
+    ids = [policy.tokenizer(p)["input_ids"] for p in PROMPTS]
+    params = SamplingParams(max_tokens=40, temperature=temperature)
+    done = Sampler(policy).generate(ids, ROWS, with_seeds(params, range(8)))
+    batch = make_batch(ids, done, torch.tensor(ROWS), 0, policy.device)
+    with torch.no_grad():
+        stats = token_stats(policy, batch, policy.head(), temperature)
+    sampled = torch.cat([torch.tensor(c.logprobs) for c in done])
+    return (stats.logprobs[batch.completion_mask].float() - sampled).abs()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_trainers_logprobs_are_the_samplers(base, temperature):
+    """In float64 they are one function; in float32 each rounds in its own order.
+
+    Measured against float64, over three sizes of adapters and both temperatures: the sampler is off
+    by up to 5.3e-6 (tiny) and 3.5e-5 (stories260k), the trainer by up to 1.4e-5 and 3.4e-5, and
+    they are 1.8e-5 and 2.6e-5 apart. So 1e-5 cannot be asked of float32; twice the measured can.
+    """
+    found = differences(made(base, dtype=torch.float64), temperature)
+    # Each answers in float32: half a unit in the last place of up to 16, twice.
+    assert len(found) > 100 and float(found.max()) < 1e-6
+    found = differences(made(base), temperature)
+    assert float(found.max()) < (4e-5 if base == "tiny" else 6e-5)
+
+
+def test_the_trainers_logprobs_are_the_samplers_in_bfloat16(base):
+    """Twice what was measured: 0.07 and 0.24 at most, 0.010 and 0.033 on average.
+
+    A logit of 16 has steps of 1/8 there, and each of the layers' outputs is rounded to 8 bits.
+    """
+    found = differences(made(base, dtype=torch.bfloat16), 1.0)
+    most, mean = (0.15, 0.02) if base == "tiny" else (0.5, 0.066)
+    assert float(found.max()) < most and float(found.mean()) < mean
+
+
+@torch.no_grad()
+def test_greedy_is_generate_of_the_merge_of_each_row(base, tmp_path):
+    policy = made(base)
+    clp_kernels.save_adapters(policy.model, tmp_path, base_model="base")
+    params = SamplingParams(max_tokens=40, temperature=0)
+    done = Sampler(policy).generate(PROMPTS, ROWS, params)
+    model = peft.PeftModel.from_pretrained(
+        load_base(base)[0], tmp_path / NAMES[0], adapter_name=NAMES[0]
+    )
+    model.load_adapter(tmp_path / NAMES[1], adapter_name=NAMES[1])
+    whole = 0
+    for i, (prompt, row, completion) in enumerate(zip(PROMPTS, ROWS, done, strict=True)):
+        model.add_weighted_adapter(NAMES, row, f"row{i}", combination_type="cat")
+        model.set_adapter(f"row{i}")
+        ids = policy.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        out = model.generate(
+            input_ids=ids, max_new_tokens=40, do_sample=False, return_dict_in_generate=True,
+            output_logits=True,
+        )  # fmt: skip
+        tokens = out.sequences[0, ids.shape[1] :].tolist()
+        tops = [step[0].double().topk(2).values for step in out.logits]
+        # Behind a tie either token is right, and the texts may part.
+        tied = next((k for k, t in enumerate(tops) if float(t[0] - t[1]) < TIE), len(tokens))
+        assert completion.token_ids[:tied] == tokens[:tied]
+        whole += tied == len(tokens) and completion.token_ids == tokens
+    assert whole >= 7  # a tie is rare
+    assert len({tuple(c.token_ids) for c in done}) == 8
