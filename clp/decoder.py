@@ -110,13 +110,10 @@ class Decoder:
         self._graphs: dict[Any, Any] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._check()
+        # Keys and values of one token in all networks.
+        self.bytes_per_token = sum(cache.bytes_per_token for cache in self.caches)
 
     # Memory
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Keys and values of one token in all networks."""
-        return sum(cache.bytes_per_token for cache in self.caches)
 
     @property
     def held_bytes(self) -> int:

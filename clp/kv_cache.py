@@ -38,6 +38,7 @@ class KVCache:
         self.slots = self.capacity = 0
         self.windows: dict[int, int | None] = {}  # by layer, as the model's code asked for them
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._views: dict[int, list[Tensor]] = {}  # by slot, of all layers; made when first copied
         # transformers keeps one configuration for a model, or one for each of its parts.
         parts = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
         self._configs = [c for c in parts.values() if hasattr(c, "_attn_implementation")]
@@ -73,6 +74,7 @@ class KVCache:
         """The slots of a layer; made at its first use, for keys and values [T, heads, 1, d]."""
         pair = self._layers.get(index)
         if pair is None:
+            self._views.clear()
             pair = self._layers[index] = (self._empty(keys), self._empty(values))
         return pair
 
@@ -84,6 +86,7 @@ class KVCache:
         """Other numbers of slots and tokens a slot; what fits is kept. A layer at a time."""
         kept, length = min(slots, self.slots), min(capacity, self.capacity)
         self.slots, self.capacity = slots, capacity
+        self._views.clear()
         for index, (keys, values) in list(self._layers.items()):
             pair = self._empty(keys), self._empty(values)
             for new, old in zip(pair, (keys, values), strict=True):
@@ -92,11 +95,17 @@ class KVCache:
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copies the first `count` tokens of a slot into another."""
-        tensors = self.tensors()
-        if tensors and count:
-            torch._foreach_copy_(
-                [t[target, :, :count] for t in tensors], [t[source, :, :count] for t in tensors]
-            )
+        old, new = self._slot(source), self._slot(target)
+        if not old or not count:
+            return
+        if 2 * count < self.capacity:
+            old, new = ([t[:, :count] for t in views] for views in (old, new))
+        torch._foreach_copy_(new, old)  # whole slots, where cutting 2 x layers views costs more
+
+    def _slot(self, slot: int) -> list[Tensor]:
+        if slot not in self._views:
+            self._views[slot] = [t[slot] for t in self.tensors()]
+        return self._views[slot]
 
     def clear(self, slot: int) -> None:
         """Zeros in a slot (after values that are not finite)."""
