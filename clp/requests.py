@@ -83,7 +83,9 @@ class SamplingParams:
 
     def _check_list(self, name: str, most: int, what: str, kind: type) -> None:
         values = getattr(self, name)
-        if not isinstance(values, Sequence) or not all(type(v) is kind for v in values):
+        if isinstance(values, (bytes, bytearray)) or not (
+            isinstance(values, Sequence) and all(type(v) is kind for v in values)
+        ):
             raise ValueError(f"{name} must hold {what}, got {values!r}")
         if len(values) > most:
             raise ValueError(f"{name} must hold at most {most} {what}, got {len(values)}")
@@ -313,15 +315,20 @@ def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> lis
     """The ids of a text, or a checked copy of a list of ids; `name` names it in errors.
 
     Raises:
-        TypeError: neither. ValueError: empty, too long to tokenize, or ids outside the vocabulary.
+        TypeError: neither. ValueError: empty, too long to tokenize, half a surrogate pair, or ids
+            outside the vocabulary.
     """
     if isinstance(prompt, str):
         if len(prompt) > MOST_PROMPT_CHARACTERS:
             raise ValueError(
                 f"{name} must have at most {MOST_PROMPT_CHARACTERS} characters, got {len(prompt)}"
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} must be a text of whole characters: {error}") from None
         ids = list(tokenizer(prompt)["input_ids"])
-    elif isinstance(prompt, Sequence):
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
         ids = list(prompt)
     else:
         raise TypeError(

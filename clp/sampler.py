@@ -108,10 +108,11 @@ class Sampler:
         Raises:
             ValueError, TypeError: bad weights (see clp.weights.parse_weights), a prompt that is
                 empty, outside the vocabulary, too long for the context with max_tokens, or for
-                the cache. The other requests go on.
+                the cache; params that are no SamplingParams. The other requests go on.
         """
         row = parse_weights(weights, self.policy.objectives, simplex=simplex)
-        request = self._request(prompt, row, params or SamplingParams(), 0, "prompt")
+        params = SamplingParams() if params is None else params
+        request = self._request(prompt, row, params, 0, "prompt")
         self._waiting.extend(request.rows)
         return request
 
@@ -211,12 +212,16 @@ class Sampler:
 
         Raises:
             ValueError, TypeError: as `submit`, naming the prompt, before anything runs; lists of
-                unequal length.
+                unequal length; a text in place of the list of prompts.
             RuntimeError: a forward pass failed; the message names the first prompt and the reason.
         """
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
         rows = parse_rows(weights, len(prompts), self.policy.objectives, simplex=simplex)
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
+        if params is None:
+            params = SamplingParams()
+        if not isinstance(params, Sequence):
+            params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"params must be one or {len(prompts)}, got {len(params)}")
         requests = [
@@ -260,6 +265,8 @@ class Sampler:
         name: str,
     ) -> Request:
         policy = self.policy
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"params of {name} must be SamplingParams, got {type(params).__name__}")
         ids = parse_prompt(prompt, policy.tokenizer, policy.vocab_size, name)
         length = len(ids) + params.max_tokens
         shape = f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} it exceeds"
