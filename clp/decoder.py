@@ -126,6 +126,11 @@ class Decoder:
         """How many sequences have room."""
         return max(0, self.caches[0].slots - self._spare)
 
+    @property
+    def capacity(self) -> int:
+        """How many tokens each of them has room for."""
+        return self.caches[0].capacity
+
     def fits(self, slots: int, length: int) -> bool:
         """Whether so many slots of so many tokens are within cache_bytes."""
         tokens = (slots + self._spare) * _rounded(length)
@@ -136,13 +141,13 @@ class Decoder:
 
         Grows the number of slots by half more than asked for, as far as memory allows.
         """
-        capacity = max(self.caches[0].capacity, _rounded(length))
+        capacity = max(self.capacity, _rounded(length))
         if not self.fits(slots, capacity):
             capacity = _rounded(length)  # longer ones have gone
         wanted = self.slots if slots <= self.slots else min(most, slots + slots // 2)
         while wanted > slots and not self.fits(wanted, capacity):
             wanted -= 1
-        if (wanted, capacity) != (self.slots, self.caches[0].capacity):
+        if (wanted, capacity) != (self.slots, self.capacity):
             self._graphs.clear()
             for cache in self.caches:
                 cache.resize(wanted + self._spare, capacity)

@@ -407,8 +407,10 @@ class Sampler:
             fitting, length = fitting + 1, longest
         if fitting:
             self._decoder.reserve(count + fitting, length, self.max_batch_size)
-            for slot in range(self._decoder.slots, self.max_batch_size):
-                self._held[slot] = None
+            # A slot that has become shorter holds no more what a longer row left in it.
+            for slot, held in enumerate(self._held):
+                if slot >= self._decoder.slots or (held and held.cached > self._decoder.capacity):
+                    self._held[slot] = None
         return fitting
 
     def _donor(self, row: Row, planned: dict[int, int]) -> tuple[int | None, int]:
