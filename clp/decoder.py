@@ -166,7 +166,8 @@ class Decoder:
         params = [row.request.params for row in rows]
         device = self._ints.device
         ints = [
-            (row.request.prompt_ids[-1], len(row.request.prompt_ids) - 1, 0, row.seed, p.top_k, 1)
+            # The token that is fed next, the tokens before it, those drawn.
+            (row.last_id, row.length - 1, len(row.token_ids), row.seed, p.top_k, 1)
             for row, p in zip(rows, params, strict=True)
         ]
         floats = [(p.temperature, p.top_p, p.min_p) for p in params]
@@ -255,7 +256,8 @@ class Decoder:
         except ValueError:
             # On the CPU the op refuses a row that is not finite; the others go on.
             drawn = self._sample_finite(logits, mixing, chosen | key)
-        self.token[here] = drawn.tokens
+        # -1 is no token that a captured step could look up.
+        self.token[here] = drawn.tokens.clamp(min=0)
         self.length[here] += self.alive[here]
         self.drawn[here] += self.alive[here]
         return drawn, logits

@@ -241,20 +241,48 @@ class Row:
         """Whether the row can take part in a decoding step."""
         return self.cached >= len(self.request.prompt_ids) - 1
 
-    def finish(self, reason: str, error: str | None = None) -> Completion:
-        """Makes the completion; the row is then done."""
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and drawn."""
+        return len(self.request.prompt_ids) + len(self.token_ids)
+
+    @property
+    def last_id(self) -> int:
+        """The last of them, which the next step feeds."""
+        return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
+
+    @property
+    def over(self) -> str | None:
+        """The finish_reason that the tokens so far make, or None."""
+        ids, request = self.token_ids, self.request
+        if ids and ids[-1] in request.stop_ids:
+            return "stop"
+        if self.stopping is not None and self.stopping.stopped:
+            return "stop"
+        return "length" if len(ids) >= request.params.max_tokens else None
+
+    def text(self, reason: str) -> str:
+        """The completion's text, if it ends now for this reason."""
         request, ids = self.request, self.token_ids
         if self.stopping is not None and self.stopping.stopped:
-            text = self.stopping.text
-        else:
-            # A stop token of the caller's is no part of the text; the model's own have none.
-            shown = (
-                ids[:-1] if reason == "stop" and ids[-1] in request.params.stop_token_ids else ids
-            )
-            text = completion_text(request.tokenizer, request.prompt_ids, shown)
+            return self.stopping.text
+        # A stop token of the caller's is no part of the text; the model's own have none.
+        shown = ids[:-1] if reason == "stop" and ids[-1] in request.params.stop_token_ids else ids
+        return completion_text(request.tokenizer, request.prompt_ids, shown)
+
+    def finish(self, text: str, reason: str, error: str | None = None) -> Completion:
+        """Makes the completion; the row is then done."""
+        request = self.request
         top = self.top_logprobs if request.params.logprobs else None
         self.completion = Completion(
-            request.prompt_index, self.index, text, ids, self.logprobs, reason, top, error
+            request.prompt_index,
+            self.index,
+            text,
+            self.token_ids,
+            self.logprobs,
+            reason,
+            top,
+            error,
         )
         return self.completion
 
