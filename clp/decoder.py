@@ -125,6 +125,11 @@ class Decoder:
         """How many slots there are for rows."""
         return max(0, self.caches[0].slots - self.spare)
 
+    @property
+    def capacity(self) -> int:
+        """How many tokens each of them has room for."""
+        return self.caches[0].capacity
+
     def fits(self, slots: int, length: int) -> bool:
         """Whether so many slots of so many tokens are within cache_bytes."""
         return (slots + self.spare) * _rounded(length) * self.bytes_per_token <= self.cache_bytes
@@ -134,14 +139,14 @@ class Decoder:
 
         Grows the number of slots by half more than asked for, as far as memory allows.
         """
-        capacity = max(self.caches[0].capacity, _rounded(length))
+        capacity = max(self.capacity, _rounded(length))
         if not self.fits(slots, capacity):
             capacity = _rounded(length)  # longer ones have gone
         have = self.slots
         wanted = have if slots <= have else min(most, slots + slots // 2)
         while wanted > slots and not self.fits(wanted, capacity):
             wanted -= 1
-        if (wanted, capacity) != (have, self.caches[0].capacity):
+        if (wanted, capacity) != (have, self.capacity):
             self._graphs.clear()
             for cache in self.caches:
                 cache.resize(wanted + self.spare, capacity)
@@ -160,7 +165,8 @@ class Decoder:
         params = [row.request.params for row in rows]
         device = self._ints.device
         ints = [
-            (row.request.prompt_ids[-1], len(row.request.prompt_ids) - 1, 0, row.seed, p.top_k, 1)
+            # The token that is fed next, the tokens before it, those drawn.
+            (row.last_id, row.length - 1, len(row.token_ids), row.seed, p.top_k, 1)
             for row, p in zip(rows, params, strict=True)
         ]
         floats = [(p.temperature, p.top_p, p.min_p) for p in params]

@@ -83,7 +83,9 @@ class SamplingParams:
 
     def _check_list(self, name: str, most: int, what: str, kind: type) -> None:
         values = getattr(self, name)
-        if not isinstance(values, Sequence) or not all(type(v) is kind for v in values):
+        if isinstance(values, (bytes, bytearray)) or not (
+            isinstance(values, Sequence) and all(type(v) is kind for v in values)
+        ):
             raise ValueError(f"{name} must hold {what}, got {values!r}")
         if len(values) > most:
             raise ValueError(f"{name} must hold at most {most} {what}, got {len(values)}")
@@ -239,20 +241,48 @@ class Row:
         """Whether the row can take part in a decoding step."""
         return self.cached >= len(self.request.prompt_ids) - 1
 
-    def finish(self, reason: str, error: str | None = None) -> Completion:
-        """Makes the completion; the row is then done."""
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and drawn."""
+        return len(self.request.prompt_ids) + len(self.token_ids)
+
+    @property
+    def last_id(self) -> int:
+        """The last of them, which the next step feeds."""
+        return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
+
+    @property
+    def over(self) -> str | None:
+        """The finish_reason that the tokens so far make, or None."""
+        ids, request = self.token_ids, self.request
+        if ids and ids[-1] in request.stop_ids:
+            return "stop"
+        if self.stopping is not None and self.stopping.stopped:
+            return "stop"
+        return "length" if len(ids) >= request.params.max_tokens else None
+
+    def text(self, reason: str) -> str:
+        """The completion's text, if it ends now for this reason."""
         request, ids = self.request, self.token_ids
         if self.stopping is not None and self.stopping.stopped:
-            text = self.stopping.text
-        else:
-            # A stop token of the caller's is no part of the text; the model's own have none.
-            shown = (
-                ids[:-1] if reason == "stop" and ids[-1] in request.params.stop_token_ids else ids
-            )
-            text = completion_text(request.tokenizer, request.prompt_ids, shown)
+            return self.stopping.text
+        # A stop token of the caller's is no part of the text; the model's own have none.
+        shown = ids[:-1] if reason == "stop" and ids[-1] in request.params.stop_token_ids else ids
+        return completion_text(request.tokenizer, request.prompt_ids, shown)
+
+    def finish(self, text: str, reason: str, error: str | None = None) -> Completion:
+        """Makes the completion; the row is then done."""
+        request = self.request
         top = self.top_logprobs if request.params.logprobs else None
         self.completion = Completion(
-            request.prompt_index, self.index, text, ids, self.logprobs, reason, top, error
+            request.prompt_index,
+            self.index,
+            text,
+            self.token_ids,
+            self.logprobs,
+            reason,
+            top,
+            error,
         )
         return self.completion
 
@@ -313,15 +343,20 @@ def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> lis
     """The ids of a text, or a checked copy of a list of ids; `name` names it in errors.
 
     Raises:
-        TypeError: neither. ValueError: empty, too long to tokenize, or ids outside the vocabulary.
+        TypeError: neither. ValueError: empty, too long to tokenize, half a surrogate pair, or ids
+            outside the vocabulary.
     """
     if isinstance(prompt, str):
         if len(prompt) > MOST_PROMPT_CHARACTERS:
             raise ValueError(
                 f"{name} must have at most {MOST_PROMPT_CHARACTERS} characters, got {len(prompt)}"
             )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} must be a text of whole characters: {error}") from None
         ids = list(tokenizer(prompt)["input_ids"])
-    elif isinstance(prompt, Sequence):
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
         ids = list(prompt)
     else:
         raise TypeError(

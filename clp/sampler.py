@@ -85,6 +85,7 @@ class Sampler:
         # What the slots' caches hold: (key, ids), also of rows that have gone.
         self._held: list[Row | None] = [None] * max_batch_size
         self._fingerprint: bytes | None = None
+        self._stepping = False
         self.tokens_drawn = 0
 
     # Requests
@@ -108,10 +109,11 @@ class Sampler:
         Raises:
             ValueError, TypeError: bad weights (see clp.weights.parse_weights), a prompt that is
                 empty, outside the vocabulary, too long for the context with max_tokens, or for
-                the cache. The other requests go on.
+                the cache; params that are no SamplingParams. The other requests go on.
         """
         row = parse_weights(weights, self.policy.objectives, simplex=simplex)
-        request = self._request(prompt, row, params or SamplingParams(), 0, "prompt")
+        params = SamplingParams() if params is None else params
+        request = self._request(prompt, row, params, 0, "prompt")
         self._waiting.extend(request.rows)
         return request
 
@@ -158,6 +160,9 @@ class Sampler:
             The completions that this step finished. A row whose forward pass failed is finished
             with finish_reason "error"; the sampler goes on.
         """
+        if self._stepping:
+            self._recover()
+        self._stepping = True
         done = self._fill()
         ready = [row for row in self._rows if row.prefilled]
         groups = [[row] for row in ready] if is_batch_invariant() else [ready] if ready else []
@@ -180,14 +185,18 @@ class Sampler:
                 row.logprobs.append(logprob)
                 if i in drawn.top:
                     row.top_logprobs.append(drawn.top[i])
-                request = row.request
-                if token in request.stop_ids or (row.stopping and row.stopping.add(token)):
-                    ended.append((row, "stop", None))
-                elif len(row.token_ids) >= request.params.max_tokens:
-                    ended.append((row, "length", None))
+                try:
+                    if row.stopping and token not in row.request.stop_ids:
+                        row.stopping.add(token)
+                except STEP_ERRORS as error:  # of the tokenizer
+                    ended.append((row, "error", _reason(error)))
+                    continue
+                if (reason := row.over) is not None:
+                    ended.append((row, reason, None))
         # From the last slot down: the rows that move into holes are then those that go on.
         for row, reason, why in sorted(ended, key=lambda e: -(e[0].slot or 0)):
             done.append(self._end(row, reason, why))
+        self._stepping = False
         return [completion for completion in done if completion is not None]
 
     def generate(
@@ -211,12 +220,16 @@ class Sampler:
 
         Raises:
             ValueError, TypeError: as `submit`, naming the prompt, before anything runs; lists of
-                unequal length.
+                unequal length; a text in place of the list of prompts.
             RuntimeError: a forward pass failed; the message names the first prompt and the reason.
         """
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
         rows = parse_rows(weights, len(prompts), self.policy.objectives, simplex=simplex)
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
+        if params is None:
+            params = SamplingParams()
+        if not isinstance(params, Sequence):
+            params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"params must be one or {len(prompts)}, got {len(params)}")
         requests = [
@@ -260,6 +273,8 @@ class Sampler:
         name: str,
     ) -> Request:
         policy = self.policy
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"params of {name} must be SamplingParams, got {type(params).__name__}")
         ids = parse_prompt(prompt, policy.tokenizer, policy.vocab_size, name)
         length = len(ids) + params.max_tokens
         shape = f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} it exceeds"
@@ -298,12 +313,15 @@ class Sampler:
             self._fingerprint = fingerprint
         budget = self.max_prefill_tokens
         while budget > 0:
+            running = len(self._rows)
             try:
                 wave = self._wave(budget)
             except STEP_ERRORS as error:  # no memory for the slots: what they held is lost
                 self._decoder.drop()
                 self._held = [None] * self.max_batch_size
-                rows = [*self._rows[::-1], *[self._waiting[0]][: len(self._waiting)]]
+                rows = self._rows[::-1]
+                if len(rows) == running and self._waiting:  # it is the next one's room that failed
+                    rows.append(self._waiting[0])
                 return failed + [self._end(row, "error", _reason(error)) for row in rows]
             if not wave.parts and not wave.late:
                 break
@@ -400,8 +418,10 @@ class Sampler:
             fitting, length = fitting + 1, longest
         if fitting:
             self._decoder.reserve(count + fitting, length, self.max_batch_size)
-            for slot in range(self._decoder.slots, self.max_batch_size):
-                self._held[slot] = None
+            # A slot that has become shorter holds no more what a longer row left in it.
+            for slot, held in enumerate(self._held):
+                if slot >= self._decoder.slots or (held and held.cached > self._decoder.capacity):
+                    self._held[slot] = None
         return fitting
 
     def _donor(self, row: Row, planned: dict[int, int]) -> tuple[int | None, int]:
@@ -430,9 +450,14 @@ class Sampler:
         if row.slot is None:
             self._waiting.remove(row)
         else:
-            self._leave(row.slot, spoilt=reason == "error")
+            # Whether keys are finite shows when the first token is drawn.
+            self._leave(row.slot, spoilt=reason == "error" or not row.token_ids)
             row.slot = None
-        return row.finish(reason, error)
+        try:
+            text = row.text(reason)
+        except STEP_ERRORS as failure:  # of the tokenizer
+            text, reason, error = "", "error", _reason(failure)
+        return row.finish(text, reason, error)
 
     def _leave(self, slot: int, spoilt: bool) -> None:
         """Frees a slot. The last decoding row moves into it, the row being prefilled into that."""
@@ -448,9 +473,20 @@ class Sampler:
                 moved = self._rows[slot] = self._rows[source]
                 self._decoder.move(source, slot, moved.cached)
                 moved.slot, self._held[slot], self._held[source] = slot, moved, None
+                if not moved.token_ids:
+                    self._decoder.clear(source)
                 slot = source
         self._rows.pop()
         self._decoder.vacate(slot)
+
+    def _recover(self) -> None:
+        """Puts the slots right after a step that was interrupted (Ctrl-C), from what rows know."""
+        self._held = [*self._rows, *[None] * (self.max_batch_size - len(self._rows))]
+        if self._rows:
+            self._decoder.place(0, self._rows)
+        for row in self._rows[::-1]:
+            if (reason := row.over) is not None:
+                self._end(row, reason)
 
 
 def _slot(row: Row) -> int:

@@ -1,7 +1,6 @@
 """Weight rows: points of the simplex that are drawn, listed, parsed and checked."""
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 WeightSpec = str | Mapping[str, float] | Sequence[float] | Tensor
+LARGEST = torch.finfo(torch.float32).max
 
 
 def draw_weights(
@@ -50,7 +50,8 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
             otherwise any finite row is taken.
 
     Raises:
-        ValueError: unknown objective, wrong length, not a number, not finite, off the simplex.
+        ValueError: unknown objective, wrong length, not a number, not finite in float32, off the
+            simplex.
     """
     if isinstance(spec, str):
         spec = _parse_string(spec)
@@ -63,7 +64,7 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
         values: list[object] = [spec.get(name, 0.0) for name in objectives]
     elif isinstance(spec, Tensor):
         values = spec.tolist() if spec.dim() == 1 else [spec]
-    elif isinstance(spec, Sequence):
+    elif isinstance(spec, Sequence) and not isinstance(spec, (bytes, bytearray)):
         values = list(spec)
     else:
         raise ValueError(f"weights must be a string, mapping or sequence, got {spec!r}")
@@ -76,8 +77,8 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
     for name, value in zip(objectives, values, strict=True):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"weights: {name} must be a number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"weights: {name} must be finite, got {value}")
+        if not abs(value) <= LARGEST:
+            raise ValueError(f"weights: {name} must be finite in float32, got {value}")
         row.append(float(value))
     if simplex and (min(row) < 0 or abs(sum(row) - 1) > 1e-3):
         shown = ", ".join(f"{n}={v:g}" for n, v in zip(objectives, row, strict=True))

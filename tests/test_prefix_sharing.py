@@ -133,15 +133,19 @@ def test_n_completions_of_one_wave_prefill_their_prompt_once(policy, exact, budg
                 agree([done[k]], fresh(policy, ids, [0.5, 0.5], params(seed=1 + k)), exact)
 
 
-def test_a_cancelled_donor_still_gives_and_one_that_is_not_done_gives_what_it_has(policy):
+def test_a_cancelled_donor_gives_once_its_keys_have_been_seen_to_be_finite(policy):
+    """That is when it has drawn a token."""
     counting, ids = Counting(policy, max_prefill_tokens=20), prompt(60)
-    first = counting.sampler.submit(ids, [0.5, 0.5], params())
-    counting.sampler.step()
-    assert counting.take() == 20
-    counting.sampler.cancel(first)
-    done = counting.sampler.generate([ids], [[0.5, 0.5]], params())
-    assert counting.take() == 39
-    agree(done, fresh(policy, ids, [0.5, 0.5], params()))
+    for steps, found in ((1, 0), (3, 59)):
+        first = counting.sampler.submit(ids, [0.5, 0.5], params())
+        for _ in range(steps):
+            counting.sampler.step()
+        assert counting.take() == min(20 * steps, 59)
+        counting.sampler.cancel(first)
+        done = counting.sampler.generate([ids], [[0.5, 0.5]], params())
+        assert counting.take() == 59 - found
+        agree(done, fresh(policy, ids, [0.5, 0.5], params()))
+        ids = ids[::-1]
 
 
 def test_a_donor_that_failed_gives_nothing(policy):

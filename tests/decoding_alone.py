@@ -1,0 +1,127 @@
+"""What the sampler is held to: each request alone on a fresh sampler, and float64 for ties."""
+
+import math
+from functools import cache
+
+import torch
+
+import clp_kernels
+from clp.policy import Policy
+from clp.sampler import Sampler
+from clp_kernels import reference
+from clp_kernels.layers import steered_layers
+
+NAMES = ["joy", "brief"]
+TOLERANCE = 1e-4  # of log-probabilities and of scores that count as a tie; float32 rounds at 1e-5
+
+
+@cache
+def spread_policy(dtype=torch.float32):
+    """The tiny model with adapters so large that every weight row writes something else."""
+    made = Policy.create("tiny", NAMES, r=4, dtype=dtype)
+    generator = torch.Generator().manual_seed(5)
+    for layer in steered_layers(made.model).values():
+        values = torch.empty(layer.lora_B.shape).normal_(0, 0.15, generator=generator)
+        layer.lora_B.data.copy_(values)
+    return made
+
+
+class Alone:
+    """Completions of requests, each decoded one at a time; remembered by what was asked."""
+
+    def __init__(self, max_prefill_tokens=2048, invariant=False):
+        self._known = {}
+        self._tokens, self._invariant = max_prefill_tokens, invariant
+        self.flips = self.compared = 0
+
+    def of(self, request):
+        """The completions of a request alone on a fresh sampler with one slot."""
+        key = (tuple(request.prompt_ids), tuple(request.weights.tolist()), request.params)
+        if key not in self._known:
+            alone = Sampler(spread_policy(), max_batch_size=1, max_prefill_tokens=self._tokens)
+            own = alone.submit(request.prompt_ids, request.weights, request.params, simplex=False)
+            if self._invariant:
+                with clp_kernels.batch_invariant():
+                    alone.finish([own])
+            else:
+                alone.finish([own])
+            self._known[key] = own.completions
+        return self._known[key]
+
+    def check(self, request):
+        """Every completion is the one alone; what was cancelled or failed is its beginning."""
+        for own, alone in zip(request.rows, self.of(request), strict=True):
+            got = own.completion
+            self.compared += 1
+            count = len(got.token_ids)
+            same = next(
+                (i for i, pair in enumerate(zip(got.token_ids, alone.token_ids, strict=False))
+                 if pair[0] != pair[1]), min(count, len(alone.token_ids)),
+            )  # fmt: skip
+            bound = 0.0 if self._invariant else TOLERANCE
+            for mine, other in zip(got.logprobs[:same], alone.logprobs[:same], strict=True):
+                assert abs(mine - other) <= bound, (request.params, got, alone)
+            if request.params.logprobs:
+                assert len(got.top_logprobs) == count
+                for mine, other in zip(
+                    got.top_logprobs[:same], alone.top_logprobs[:same], strict=True
+                ):
+                    pairs = zip(mine.values(), other.values(), strict=True)
+                    assert all(abs(a - b) <= bound for a, b in pairs), (got, alone)
+            if same < min(count, len(alone.token_ids)):
+                assert not self._invariant, (request.params, got, alone)
+                for token in (got.token_ids[same], alone.token_ids[same]):
+                    assert can_be_drawn(request, got.token_ids[:same], token, own.index)
+                self.flips += 1
+            elif got.finish_reason == "abort":
+                assert count <= len(alone.token_ids)
+            elif got.finish_reason != "error" or alone.finish_reason == "error":
+                assert count == len(alone.token_ids)
+                assert (got.finish_reason, got.text) == (alone.finish_reason, alone.text)
+
+
+@torch.no_grad()
+def can_be_drawn(request, before, token, index):
+    """Whether float64 draws the token too, or holds it to tie with what it draws.
+
+    A tie: its perturbed score is within TOLERANCE of the best, and filters keep it when moved by
+    that much.
+    """
+    judge, params = spread_policy(torch.float64), request.params
+    ids = request.prompt_ids + before
+    with judge.steer(request.weights[None]):
+        z = judge.model(torch.tensor([ids])).logits[0, -1:]
+    if params.temperature == 0:
+        return bool(z[0, token] >= z.max() - TOLERANCE)
+    scaled = z / params.temperature
+    logp = torch.log_softmax(scaled, -1)
+    surely = _kept(logp, params, -TOLERANCE)
+    maybe = _kept(logp, params, TOLERANCE)
+    key = torch.tensor([params.seed + index]), torch.tensor([len(before)])
+    score = (scaled + reference.gumbel(reference.philox_uniform(*key, z.shape[1])))[0]
+    best = score.masked_fill(~surely, -torch.inf).max()
+    return bool(maybe[token] and score[token] >= best - TOLERANCE)
+
+
+def _kept(logp, params, slack):
+    """Which tokens [V] the filters keep if every bound is moved by `slack`."""
+    kept = torch.ones_like(logp, dtype=torch.bool)
+    if params.top_k:
+        kept &= logp >= logp.topk(params.top_k).values[:, -1:] - slack
+    p = logp.masked_fill(~kept, -torch.inf).softmax(-1)
+    if params.top_p < 1:
+        above = torch.where(p[0] > p[0][:, None] * (1 + slack), p[0], 0.0).sum(1)
+        kept &= above < params.top_p + slack
+    if params.min_p:
+        kept &= logp >= logp.max() + math.log(params.min_p) - slack
+    return kept[0]
+
+
+@cache
+@torch.no_grad()
+def keys_and_values(ids, weights):
+    """Keys and values of every layer, each [heads, T, d], by transformers' own cache."""
+    policy = spread_policy()
+    with policy.steer(torch.tensor([weights])):
+        past = policy.model(torch.tensor([ids]), use_cache=True).past_key_values
+    return [t[0] for layer in past.layers for t in (layer.keys, layer.values)]

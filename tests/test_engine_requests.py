@@ -1,0 +1,537 @@
+"""The sampler under bad input, failures in the middle of a step, and many requests: each request
+stands or falls alone."""
+
+import ctypes
+import gc
+import os
+import random
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from decoding_alone import Alone, spread_policy
+
+from clp.requests import Request, Row
+from clp.sampler import Sampler, SamplingParams
+
+IDS = torch.randint(3, 1000, (300,), generator=torch.Generator().manual_seed(2)).tolist()
+# (prompt, weights, parameters, simplex): each is refused with a ValueError or TypeError.
+BAD = [
+    *[("Tom", "joy=1", {name: value}, True) for name, values in {
+        "n": [0, -1, 1025, 1.0, True, None, 2**70],
+        "max_tokens": [0, 2**21, "8", None, True, 10**400, np.int64(3)],
+        "top_k": [-1, 2**31, 1.5, None, b"1"],
+        "temperature": [-1, float("nan"), float("inf"), 10**400, "hot", None, True, [1.0]],
+        "top_p": [0, 1.1, float("nan"), None, {}],
+        "min_p": [-0.1, 2, float("nan"), None],
+        "seed": [2**63, -(2**63) - 1, 1.0, "1", True],
+        "stop": [[""], ["a"] * 17, ["a" * 257], [1], [b"a"], b"a", None, {"a": 1}, [None]],
+        "stop_token_ids": [[-1], [1024], [2**70], [1.0], ["a"], [True], [1] * 257, b"ab", 5, None],
+        "ignore_eos": [1, None, "yes"],
+        "logprobs": [-1, 21, 1.5, None, True],
+    }.items() for value in values],
+    *[(prompt, "joy=1", {}, True) for prompt in [
+        None, 5, 1.5, True, {}, {"prompt": "Tom"}, {1, 2}, b"Tom", bytearray(b"Tom"), object(),
+        np.array([5, 6]), torch.tensor([5, 6]), [], (), [1024], [-1], [2**70], [10**400], [True],
+        [1.0], ["Tom"], [None], [[5]], [np.int64(5)], "\ud800", "Tom \udfff", IDS, IDS[:250],
+        "Tom " * 300,
+    ]],
+    *[("Tom", weights, {}, simplex) for weights, simplex in [
+        ([float("nan"), 1.0], False), ([float("inf"), 0.0], False), ([1e308, 0.0], False),
+        ([-1e39, 0.0], False), ([10**400, 0], False), ([2.0, 0.0], True), ([-0.5, 1.5], True),
+        ([1.0], True), ([1.0, 0.0, 0.0], True), ([], True), ("speed=1", True), ("joy", True),
+        ({"speed": 1}, True), ({1: 1.0}, True), ("joy=1,joy=0", True), ("\ud800=1", True),
+        (None, True), (5, True), (b"\x00\x01", True), (np.array([1.0, 0.0]), True),
+        ([None, 1.0], True), (["a", "b"], True), ([True, False], True), ({"joy": None}, True),
+        (torch.zeros(2, 2), True), (torch.tensor(1.0), True), (object(), True),
+        ({"joy": "1"}, True),
+    ]],
+]  # fmt: skip
+
+
+def state(sampler):
+    return list(sampler._waiting), list(sampler._rows), list(sampler._held), sampler.cache_bytes
+
+
+@pytest.fixture
+def sampler(one_thread):
+    return Sampler(spread_policy(), max_batch_size=4, max_prefill_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def busy():
+    """A sampler with a request that is being decoded."""
+    made = Sampler(spread_policy(), max_batch_size=4, max_prefill_tokens=24)
+    made.submit(IDS[:20], "joy=1", SamplingParams(seed=1))
+    made.step()
+    return made
+
+
+def refuse(sampler, bad):
+    prompt, weights, changes, simplex = bad
+    with pytest.raises((ValueError, TypeError)) as caught:
+        sampler.submit(prompt, weights, SamplingParams(**changes), simplex=simplex)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
+def test_bad_input_is_refused_by_name_and_changes_nothing(busy, bad):
+    before = state(busy)
+    message = refuse(busy, bad)
+    name = next(
+        iter(bad[2]), "prompt" if isinstance(bad[1], str) and bad[1] == "joy=1" else "weights"
+    )
+    assert message.startswith(name) or f" {name}" in message
+    assert state(busy) == before
+
+
+@pytest.mark.parametrize("bad", [None, {}, {"n": 2}, 5, "seed=1", [SamplingParams()]])
+def test_params_of_another_type_are_refused(sampler, bad):
+    if bad is not None:
+        with pytest.raises(TypeError, match="params of prompt must be SamplingParams"):
+            sampler.submit("Tom", "joy=1", bad)
+        with pytest.raises(TypeError, match="params of prompt 0 must be SamplingParams"):
+            sampler.generate(["Tom"], "joy=1", [bad])
+    assert sampler.unfinished == 0
+    for prompts in ("Tom", b"Tom", None, 5, {"a"}, iter(["Tom"])):
+        with pytest.raises(TypeError, match="prompts must be a list"):
+            sampler.generate(prompts, "joy=1")
+
+
+def test_a_request_that_can_never_fit_is_refused_at_once(one_thread):
+    blocks = 4
+    small = Sampler(spread_policy(), max_batch_size=3, cache_gib=blocks * 16 * 2048 / 2**30)
+    with pytest.raises(ValueError, match=r"prompt has 60 tokens.*the cache of"):
+        small.submit(IDS[:60], "joy=1", SamplingParams(max_tokens=6))
+    assert small.unfinished == 0
+    longest = small.submit(IDS[:60], "joy=1", SamplingParams(max_tokens=5, seed=1))
+    small.finish([longest])
+    Alone().check(longest)
+
+
+def test_a_long_request_at_the_head_of_the_queue_gets_its_turn(one_thread):
+    small = Sampler(spread_policy(), max_batch_size=3, cache_gib=4 * 16 * 2048 / 2**30)
+    brief = SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
+
+    def more():
+        return [small.submit([5 + i], "joy=1", brief) for i in range(3)]
+
+    more()
+    small.step()
+    long = small.submit(IDS[:60], "joy=1", brief)
+    for _ in range(12):
+        more()  # they would fit beside those that run, but came later
+        small.step()
+    assert long.finished
+    Alone().check(long)
+
+
+def test_what_the_slots_hold_is_not_copied_when_the_policy_has_changed(sampler):
+    policy = sampler.policy
+    request = sampler.submit(IDS[:40], "joy=1", SamplingParams(max_tokens=8, seed=1))
+    sampler.finish([request])
+    parameters = list(policy.adapter_parameters().values())
+    before = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                p.mul_(1.3)
+        changed = sampler.submit(IDS[:40], "joy=1", SamplingParams(max_tokens=8, seed=1))
+        sampler.finish([changed])
+        Alone().check(changed)
+        assert changed.completions[0].token_ids != request.completions[0].token_ids
+    finally:
+        with torch.no_grad():
+            for p, old in zip(parameters, before, strict=True):
+                p.copy_(old)
+
+
+# One row fails
+
+
+def good_ones(sampler, count, **changes):
+    return [
+        sampler.submit(
+            IDS[i : i + 9 + 3 * i], [0.25 * i, 1 - 0.25 * i],
+            SamplingParams(**({"max_tokens": 6, "seed": i, "ignore_eos": True} | changes)),
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_logits_that_are_not_finite_fail_one_row_and_leave_nothing_behind(sampler):
+    first, *rest = good_ones(sampler, 3, max_tokens=20)
+    wild = sampler.submit(
+        IDS[:20], [1e30, 1e30], SamplingParams(n=1, logprobs=2, stop=["a"]), simplex=False
+    )
+    for _ in range(3):
+        sampler.step()
+    assert [c.finish_reason for c in wild.completions] == ["error"]
+    assert "not finite" in wild.completions[0].error
+    assert all(t.isfinite().all() for t in sampler._decoder.caches[0].tensors())
+    assert sampler._decoder.token.min() >= 0
+    # A shorter row in the same slot, beside longer ones: what lies behind its end is multiplied.
+    later = sampler.submit([5], [0.0, 1.0], SamplingParams(seed=1, max_tokens=5))
+    sampler.finish([first, *rest, later])
+    judge = Alone()
+    for request in (first, *rest, later):
+        assert all(c.error is None for c in request.completions)
+        judge.check(request)
+
+
+@pytest.mark.parametrize("end", ["cancel", "error"])
+def test_a_row_that_ends_before_its_first_token_leaves_nothing_behind(sampler, end):
+    """Its keys may be not finite without a step having shown it; also where it has moved from."""
+    others = good_ones(sampler, 2, max_tokens=30)
+    brief = sampler.submit([5], "joy=1", SamplingParams(max_tokens=3, seed=1, ignore_eos=True))
+    sampler.step()
+    wild = sampler.submit(IDS[:60], [1e30, 1e30], SamplingParams(), simplex=False)
+    sampler.step()
+    assert (sampler._rows[3].request, sampler._rows[3].cached) == (wild, 24)
+    sampler.step()  # the third is done: the row that is being prefilled moves
+    assert brief.finished and sampler._rows[2].request is wild
+    if end == "cancel":
+        sampler.cancel(wild)
+    else:
+        while not wild.finished:
+            sampler.step()
+    later = [sampler.submit([5 + i], "joy=1", SamplingParams(seed=1, max_tokens=4)) for i in (0, 1)]
+    sampler.finish([*others, *later])
+    judge = Alone()
+    for request in [*others, *later]:
+        assert all(c.error is None for c in request.completions)
+        judge.check(request)
+
+
+def test_a_slot_that_was_cut_is_not_copied_when_it_has_grown_again(one_thread):
+    """Rows that share the memory of a long one shorten its slot, also if it is not taken yet."""
+    small = Sampler(
+        spread_policy(), max_batch_size=4, max_prefill_tokens=5, cache_gib=8 * 16 * 2048 / 2**30
+    )
+    one = SamplingParams(max_tokens=2, seed=1, ignore_eos=True)
+    beside = small.submit([5], "joy=1", SamplingParams(max_tokens=60, seed=1, ignore_eos=True))
+    long = small.submit(IDS[:60], "joy=1", one)
+    small.finish([long])
+    assert small._held[1] is long.rows[0] and small._decoder.capacity == 64
+    small.cancel(beside)
+    brief = [small.submit(IDS[100 + i : 110 + i], "joy=1", one) for i in range(3)]
+    small.step()
+    assert small._decoder.capacity == 16
+    for request in brief:
+        small.cancel(request)
+    again = small.submit(IDS[:60], "joy=1", one)
+    small.finish([again])
+    Alone().check(again)
+
+
+# Exceptions inside a step
+
+
+@contextmanager
+def failing(owner, name, at, error):
+    """The `at`-th call of a function from now on raises; gives the list of its calls so far."""
+    original, calls = getattr(owner, name), []
+
+    def wrapped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == at:
+            raise error
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+    try:
+        yield calls
+    finally:
+        if isinstance(owner, torch.nn.Module):
+            owner.forward = original
+        else:
+            delattr(owner, name)
+
+
+ERRORS = [RuntimeError("no kernel"), MemoryError(), torch.OutOfMemoryError("2 GiB"), IndexError(3)]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
+def test_a_failed_forward_ends_the_rows_of_that_forward_alone(sampler, at):
+    layer = spread_policy().model.model.layers[2].mlp
+    groups, decoder = [], sampler._decoder
+    plan, decode = sampler._wave, decoder.decode
+
+    def planning(budget):
+        wave = plan(budget)
+        if wave.parts:  # and the rows that would have copied it
+            groups.append([row for row, _ in wave.parts] + [row for _, row in wave.late])
+        return wave
+
+    def decoding(rows, first):
+        groups.append(list(rows))
+        return decode(rows, first)
+
+    sampler._wave, decoder.decode = planning, decoding
+    requests = good_ones(sampler, 4, n=2)
+    error = ERRORS[at % len(ERRORS)]
+    with failing(layer, "forward", at, error):
+        sampler.finish(requests)
+    hit = {id(row) for row in groups[at - 1]}
+    judge = Alone(24)
+    assert hit
+    for request in requests:
+        for row in request.rows:
+            assert (row.completion.finish_reason == "error") == (id(row) in hit)
+            if id(row) in hit:
+                assert row.completion.error == f"{type(error).__name__}: {error}"
+        judge.check(request)
+    # Usable, and what the failed rows left is not copied.
+    for request in good_ones(sampler, 4):
+        sampler.finish([request])
+        judge.check(request)
+        assert request.completions[0].error is None
+
+
+@pytest.mark.parametrize("at", range(1, 5))
+def test_a_failed_resize_ends_the_rows_of_that_step(sampler, at):
+    requests, hit, judge = [], [], Alone(24)
+    with failing(sampler._decoder.caches[0], "resize", at, MemoryError("slots")) as calls:
+        for i in range(6):  # each longer than those before: the slots grow
+            requests.append(
+                sampler.submit(IDS[: 12 * i + 5], "joy=1", SamplingParams(max_tokens=9, seed=1))
+            )
+            sampler.step()
+            if len(calls) >= at and not hit:
+                hit = [r for r in requests if r.finished and r.completions[0].error]
+                assert hit and hit[-1] is requests[-1]
+        sampler.finish(requests)
+    failed = [r for r in requests if r.completions[0].error]
+    assert failed == hit
+    assert {r.completions[0].error for r in hit} == {"MemoryError: slots"}
+    for request in requests:
+        judge.check(request)
+    again = good_ones(sampler, 4)
+    sampler.finish(again)
+    for request in again:
+        judge.check(request)
+
+
+def test_a_failed_copy_does_not_end_the_next_one_in_the_queue(sampler):
+    first = sampler.submit(IDS[:30], "joy=1", SamplingParams(max_tokens=9, seed=1))
+    sampler.step()
+    sampler.step()
+    with failing(sampler._decoder, "copy", 1, RuntimeError("copy")):
+        hit = sampler.submit(IDS[:28], "joy=1", SamplingParams(max_tokens=3, seed=1))
+        other = sampler.submit(IDS[50:60], "joy=1", SamplingParams(max_tokens=3, seed=1))
+        sampler.finish([first, hit, other])
+    errors = [r.completions[0].error for r in (first, hit, other)]
+    assert errors == ["RuntimeError: copy", "RuntimeError: copy", None]
+    Alone().check(other)
+
+
+class Tokenizer:
+    """The policy's tokenizer, but its `decode` fails at the call numbers in `at`."""
+
+    def __init__(self, inner, at):
+        self.inner, self.at, self.calls = inner, at, 0
+
+    def __call__(self, text):
+        return self.inner(text)
+
+    def decode(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls in self.at:
+            raise OverflowError("no such id")
+        return self.inner.decode(*args, **kwargs)
+
+
+@pytest.mark.parametrize("stop", [(), ("zzz",)])
+def test_a_tokenizer_that_fails_ends_the_row_whose_text_it_was(sampler, monkeypatch, stop):
+    requests = good_ones(sampler, 4, stop=stop)
+    tokenizer = Tokenizer(spread_policy().tokenizer, ())
+    for request in requests:
+        request.tokenizer = tokenizer
+        for row in request.rows:
+            if row.stopping is not None:
+                row.stopping._decode = tokenizer.decode
+    tokenizer.at = {2, 21} if stop else {3}
+    sampler.finish(requests)
+    failed = [r.completions[0].error for r in requests if r.completions[0].error]
+    assert failed == ["OverflowError: no such id"] * (2 if stop else 1)
+    assert sampler.unfinished == 0
+    for request in requests:
+        Alone().check(request)
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode", "copy", "decode after it"])
+def test_ctrl_c_in_generate_leaves_its_requests_nowhere_and_the_others_right(sampler, where):
+    """Other requests of the sampler go on as if the step had not been."""
+    other = good_ones(sampler, 2, max_tokens=12)
+    sampler.step()
+    sampler.step()
+    if where == "decode after it":  # the step has drawn; the rows have not heard of it
+        owner, name, at = sampler._decoder, "_top", 2
+    elif where == "copy":
+        owner, name, at = sampler._decoder, "copy", 1
+    else:
+        owner, name = spread_policy().model.model.layers[2].mlp, "forward"
+        at = 1 if where == "prefill" else 4
+    # The second copies the first's prompt.
+    prompts = [IDS[:30], IDS[:30], IDS[40:60]]
+    with failing(owner, name, at, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        sampler.generate(prompts, [0.25, 0.75], SamplingParams(seed=1))
+    assert [r for q in other for r in q.rows if not r.completion] == [
+        *sampler._rows, *sampler._waiting
+    ]  # fmt: skip
+    after = [sampler.submit(p, [0.25, 0.75], SamplingParams(seed=1, max_tokens=5)) for p in prompts]
+    sampler.finish([*other, *after])
+    judge = Alone(24)
+    for request in [*other, *after]:
+        assert {c.finish_reason for c in request.completions} <= {"stop", "length"}
+        judge.check(request)
+
+
+def test_a_row_that_was_done_when_ctrl_c_came_draws_no_more(sampler):
+    (last,) = good_ones(sampler, 1, max_tokens=3)
+    sampler.step()
+    sampler.step()
+    with failing(sampler, "_end", 1, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        sampler.step()
+    assert not last.finished
+    sampler.finish([last])
+    Alone().check(last)
+
+
+# Streams
+
+
+def random_stops(rng, text):
+    """Stop strings: pieces of the text that will come, near misses, and others."""
+    found = []
+    for _ in range(rng.randint(0, 3)):
+        if text and rng.random() < 0.7:
+            at = rng.randrange(len(text))
+            piece = text[at : at + rng.randint(1, 6)]
+            found.append(piece if rng.random() < 0.5 else piece + "\u00e9x")
+        else:
+            found.append(rng.choice(["zq", "\n", "\u6f22", " the the"]))
+    return found
+
+
+@pytest.mark.parametrize("round_", range(12))
+def test_streams_tell_the_completions_text(sampler, round_):
+    """Interleaved, dropped and cancelled; stops that nearly match; characters of several tokens."""
+    rng = random.Random(round_)
+    tokenizer = spread_policy().tokenizer
+    begun = ["Tom \u6f22\u5b57\u00e9 ", "\U0001f388\U0001f388 a", "One day, the old dog"]
+    requests, streams, read = [], [], []
+    for _ in range(6):
+        ids = tokenizer(rng.choice(begun))["input_ids"]
+        ids = ids[: rng.randint(1, len(ids))]  # may end inside a character
+        params = {
+            "max_tokens": rng.randint(1, 14), "seed": rng.randrange(3), "n": rng.randint(1, 3),
+            # Hot: bytes of half characters are likely.
+            "temperature": rng.choice([1.0, 3.0]), "ignore_eos": rng.random() < 0.5,
+            "stop_token_ids": rng.sample(range(1024), rng.choice([0, 100])),
+        }  # fmt: skip
+        weights = [rng.choice([0.0, 0.5, 1.0])] * 2
+        weights[1] = 1 - weights[0]
+        # What comes without stops, to cut stops from.
+        free = sampler.submit(ids, weights, SamplingParams(**params))
+        sampler.finish([free])
+        stop = random_stops(rng, free.completions[0].text)
+        requests.append(sampler.submit(ids, weights, SamplingParams(**params, stop=stop)))
+        streams.append(sampler.stream(requests[-1]))
+        read.append([])
+    alive, cancelled, dropped = list(range(6)), rng.randrange(6), rng.randrange(6)
+    while alive:
+        i = rng.choice(alive)
+        for _ in range(rng.randint(1, 4)):
+            item = next(streams[i], None)
+            if item is None:
+                alive.remove(i)
+                break
+            read[i].append(item)
+        if i == cancelled and len(read[i]) > 3:
+            sampler.cancel(requests[i])
+        if i == dropped and i in alive:
+            streams[i].close()
+            alive.remove(i)
+    sampler.finish(requests)
+    for i, request in enumerate(requests):
+        for c in request.completions:
+            items = [item for item in read[i] if item.index == c.index]
+            text = "".join(item.text for item in items)
+            if i == dropped:
+                assert c.text.startswith(text)
+                continue
+            assert text == c.text, (request.params.stop, c)
+            assert [x.token_id for x in items if x.token_id is not None] == c.token_ids
+            assert [x.finish_reason for x in items[:-1]] == [None] * (len(items) - 1)
+            assert items[-1].finish_reason == c.finish_reason
+            assert not any(s in text for s in request.params.stop)
+
+
+# Many
+
+
+def resident():
+    """Bytes of this process in memory, after freed memory has gone back to the system."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def living():
+    """How many rows, requests and tensors there are."""
+    gc.collect()
+    kinds = (Row, Request, torch.Tensor)
+    return [sum(issubclass(type(o), kind) for o in gc.get_objects()) for kind in kinds]
+
+
+def test_thousands_of_requests_a_tenth_of_them_bad_leave_no_memory_behind(one_thread):
+    """CLP_REQUESTS=10000 runs more of them (2,000 otherwise)."""
+    count = int(os.environ.get("CLP_REQUESTS", "2000"))
+    rng = random.Random(0)
+    sampler = Sampler(spread_policy(), max_batch_size=64, cache_gib=64 * 32 * 2048 / 2**30)
+    answered = refused = wild = 0
+
+    def some(number):
+        nonlocal answered, refused, wild
+        open_requests = []
+        for i in range(number):
+            if i % 10 == 0:
+                refuse(sampler, rng.choice(BAD))
+                refused += 1
+                continue
+            first = rng.random()
+            finite = rng.random() > 0.01
+            open_requests.append((finite, sampler.submit(
+                IDS[(at := rng.randrange(40)) : at + rng.randint(1, 20)],
+                rng.choice([[first, 1 - first], "joy=1", [2.0, -1.0]]) if finite else [1e30, 1e30],
+                SamplingParams(
+                    max_tokens=rng.randint(1, 4), temperature=rng.choice([0, 1.0]), n=1,
+                    top_k=rng.choice([0, 5]), top_p=rng.choice([1, 0.9]), seed=i,
+                    min_p=rng.choice([0, 0.1]), logprobs=rng.choice([0, 0, 2]),
+                    stop=rng.choice([(), (), ("e",)]), stop_token_ids=rng.choice([(), (7,)]),
+                ),
+                simplex=False,
+            )))  # fmt: skip
+        while sampler.unfinished:
+            sampler.step()
+        for finite, request in open_requests:
+            (c,) = request.completions
+            assert (c.error is None) == finite, c
+            assert c.finish_reason in (("stop", "length") if finite else ("error",))
+            answered, wild = answered + finite, wild + (not finite)
+
+    some(count // 5)
+    memory, objects = resident(), living()
+    for _ in range(8):
+        some(count // 10)
+    after, later = resident(), living()
+    assert answered + refused + wild == count // 5 + 8 * (count // 10)
+    assert (refused, sampler.unfinished) == (count // 10, 0)
+    assert after <= 1.02 * memory
+    # Rows that slots remember, at most one each, with their requests' weights.
+    slots = sampler.max_batch_size
+    assert all(b - a <= slots for a, b in zip(objects, later, strict=True)), (objects, later)
+    print(f"{answered} answered, {refused} refused, {wild} not finite; memory {after / memory:.4f}")
