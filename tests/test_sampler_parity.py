@@ -52,15 +52,15 @@ def differences(policy, temperature):
 def test_the_trainers_logprobs_are_the_samplers(base, temperature):
     """In float64 they are one function; in float32 each rounds in its own order.
 
-    Measured against float64, over three sizes of adapters and both temperatures: the sampler is off
-    by up to 5.3e-6 (tiny) and 3.5e-5 (stories260k), the trainer by up to 1.4e-5 and 3.4e-5, and
-    they are 1.8e-5 and 2.6e-5 apart. So 1e-5 cannot be asked of float32; twice the measured can.
+    Measured on 32 prompts, adapters of size 0, 0.02, 0.05, 0.15: 4.1e-6 to 6.8e-6 apart on the
+    embedded model; on stories260k, whose logits reach 20, 1.0e-5 without adapters and up to 2.8e-5
+    with them, the sampler then up to 3.5e-5 from float64 and the trainer 3.4e-5.
     """
     found = differences(made(base, dtype=torch.float64), temperature)
     # Each answers in float32: half a unit in the last place of up to 16, twice.
     assert len(found) > 100 and float(found.max()) < 1e-6
-    found = differences(made(base), temperature)
-    assert float(found.max()) < (4e-5 if base == "tiny" else 6e-5)
+    found = differences(made(base, size=0.05), temperature)
+    assert float(found.max()) < (1e-5 if base == "tiny" else 6e-5)
 
 
 def test_the_trainers_logprobs_are_the_samplers_in_bfloat16(base):
