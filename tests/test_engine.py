@@ -51,7 +51,7 @@ PARAMS = st.builds(
 )
 BAD = [
     ([], "joy=1", {}), ([1024], "joy=1", {}), ("a", [float("nan"), 1.0], {}), ("a", [1.0], {}),
-    (IDS[:70], "joy=1", {"max_tokens": 200}), (IDS * 2, "joy=1", {"max_tokens": 90}),
+    (IDS[:70], "joy=1", {"max_tokens": 200}), (IDS * 2, "joy=1", {"max_tokens": 97}),
     ("a", "joy=1", {"n": 0}), (None, "joy=1", {}), ("a", "joy=1", {"stop_token_ids": [5000]}),
 ]  # fmt: skip
 
@@ -259,7 +259,7 @@ class Engine(RuleBasedStateMachine):
 
 def test_any_order_of_requests_gives_what_each_gets_alone(one_thread):
     Engine.events, Engine.alone = Counter(), {}
-    run_state_machine_as_test(Engine, settings=settings(max_examples=40, stateful_step_count=25))
+    run_state_machine_as_test(Engine, settings=settings(max_examples=30, stateful_step_count=25))
     for name in [
         "copy", "move", "more slots", "more length", "fewer slots", "fewer length",
         "prefill of several", "chunk", "unfinished chunk", "waits", "cancel",
