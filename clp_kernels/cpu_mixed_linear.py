@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clp_kernels import native, reference
-from clp_kernels.cpu_mixed_lora import token_weights
+from clp_kernels.cpu_mixed_lora import run_native, token_weights
 from clp_kernels.cpu_mixed_lora import why_not as why_not
 from clp_kernels.native import has_native_gemm
 
 # Rows up to which the C++ kernel is faster than PyTorch's products in the inputs' dtype
 # (docs/log.md, 2026-11-24).
 NATIVE_ROWS = 16
+
+# Columns up to which the C++ kernel is as fast as PyTorch's 16-bit products where the processor has
+# such: 0.5 to 1.08 of their time, at 2048 columns 1.4 (docs/log.md, 2026-11-28).
+NATIVE_COLUMNS = 256
 
 
 def mixed_linear(
@@ -134,8 +138,8 @@ def mixed_linear_backward(
         if needs[0]:
             total.addcmul_((dy_rows @ expert).float(), column)
         if needs[2]:
-            product = F.linear(rows, expert, None if bias is None else bias[i].to(gemm_dtype))
-            dots[:, i] = (product.float() * dy_rows).sum(-1)
+            product = _product(rows, expert, None if bias is None else bias[i].to(gemm_dtype))
+            dots[:, i] = (product * dy_rows).sum(-1)
         if needs[1] or needs[3]:
             scaled = dy_rows * column
         if needs[1]:
@@ -148,3 +152,15 @@ def mixed_linear_backward(
     if needs[2]:
         d_weights = reference.sum_per_example(dots, weights.shape[0], example_ids)
     return dx, d_expert, d_weights, d_bias
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear in float32, of which the gradient of a weight is the sum over the columns.
+
+    PyTorch's product rounds to 8 bits in bfloat16. Over many columns that averages out; over few
+    it does not, and there the C++ kernel keeps float32.
+    """
+    if x.dtype == torch.float32 or len(weight) > NATIVE_COLUMNS:
+        return F.linear(x, weight, bias).float()
+    product = run_native(x, weight[None], None, None, None, None)
+    return product if bias is None else product.add_(bias)
