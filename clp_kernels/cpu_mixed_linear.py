@@ -23,6 +23,10 @@ NATIVE_ROWS = 16
 # such: 0.5 to 1.08 of their time, at 2048 columns 1.4 (docs/log.md, 2026-11-28).
 NATIVE_COLUMNS = 256
 
+# tokens * in_features * out_features up to which no product in 16 bits is PyTorch's: over few
+# elements a rounding more is not averaged out, and float32 is as fast.
+SMALL_WORK = 2**16
+
 
 def mixed_linear(
     x: Tensor,
@@ -39,7 +43,7 @@ def mixed_linear(
     y: Tensor
     if tokens * out_features == 0:
         y = x.new_zeros(tokens, out_features)
-    elif invariant or tokens <= NATIVE_ROWS or not has_native_gemm(x.dtype):
+    elif invariant or tokens <= NATIVE_ROWS or not _has_gemm(x, out_features):
         y = mix_products(rows, expert_weight, weights, bias, example_ids)
     elif bool((weights == weights[:1]).all()):
         y = _merged(rows, expert_weight, weights[0], bias)
@@ -51,6 +55,13 @@ def mixed_linear(
             total.addcmul_(product.float(), per_token[:, i, None])
         y = total.to(x.dtype)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _has_gemm(x: Tensor, out_features: int) -> bool:
+    """Whether PyTorch's products of x run in its dtype: at full speed, and not too small for it."""
+    if x.dtype == torch.float32:
+        return True
+    return has_native_gemm(x.dtype) and x.numel() * out_features > SMALL_WORK
 
 
 def mix_products(
@@ -122,7 +133,7 @@ def mixed_linear_backward(
         return reference.mixed_linear_backward(
             dy, x, expert_weight, weights, bias, example_ids, invariant, needs
         )
-    gemm_dtype = x.dtype if has_native_gemm(x.dtype) else torch.float32
+    gemm_dtype = x.dtype if _has_gemm(x, out_features) else torch.float32
     rows = x.reshape(-1, in_features).to(gemm_dtype)
     dy_rows = dy.reshape(-1, out_features).to(gemm_dtype)
     tokens = rows.shape[0]
