@@ -11,13 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clp_kernels import native, reference
-from clp_kernels.cpu_mixed_lora import token_weights
+from clp_kernels.cpu_mixed_lora import run_native, token_weights
 from clp_kernels.cpu_mixed_lora import why_not as why_not
 from clp_kernels.native import has_native_gemm
 
 # Rows up to which the C++ kernel is faster than PyTorch's products in the inputs' dtype
 # (docs/log.md, 2026-11-24).
 NATIVE_ROWS = 16
+
+# Columns up to which the C++ kernel is as fast as PyTorch's 16-bit products where the processor has
+# such: 0.5 to 1.08 of their time, at 2048 columns 1.4 (docs/log.md, 2026-11-28).
+NATIVE_COLUMNS = 256
+
+# tokens * in_features * out_features up to which no product in 16 bits is PyTorch's: over few
+# elements a rounding more is not averaged out, and float32 is as fast.
+SMALL_WORK = 2**16
 
 
 def mixed_linear(
@@ -35,7 +43,7 @@ def mixed_linear(
     y: Tensor
     if tokens * out_features == 0:
         y = x.new_zeros(tokens, out_features)
-    elif invariant or tokens <= NATIVE_ROWS or not has_native_gemm(x.dtype):
+    elif invariant or tokens <= NATIVE_ROWS or not _has_gemm(x, out_features):
         y = mix_products(rows, expert_weight, weights, bias, example_ids)
     elif bool((weights == weights[:1]).all()):
         y = _merged(rows, expert_weight, weights[0], bias)
@@ -47,6 +55,13 @@ def mixed_linear(
             total.addcmul_(product.float(), per_token[:, i, None])
         y = total.to(x.dtype)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _has_gemm(x: Tensor, out_features: int) -> bool:
+    """Whether PyTorch's products of x run in its dtype: at full speed, and not too small for it."""
+    if x.dtype == torch.float32:
+        return True
+    return has_native_gemm(x.dtype) and x.numel() * out_features > SMALL_WORK
 
 
 def mix_products(
@@ -118,7 +133,7 @@ def mixed_linear_backward(
         return reference.mixed_linear_backward(
             dy, x, expert_weight, weights, bias, example_ids, invariant, needs
         )
-    gemm_dtype = x.dtype if has_native_gemm(x.dtype) else torch.float32
+    gemm_dtype = x.dtype if _has_gemm(x, out_features) else torch.float32
     rows = x.reshape(-1, in_features).to(gemm_dtype)
     dy_rows = dy.reshape(-1, out_features).to(gemm_dtype)
     tokens = rows.shape[0]
@@ -134,8 +149,8 @@ def mixed_linear_backward(
         if needs[0]:
             total.addcmul_((dy_rows @ expert).float(), column)
         if needs[2]:
-            product = F.linear(rows, expert, None if bias is None else bias[i].to(gemm_dtype))
-            dots[:, i] = (product.float() * dy_rows).sum(-1)
+            product = _product(rows, expert, None if bias is None else bias[i].to(gemm_dtype))
+            dots[:, i] = (product * dy_rows).sum(-1)
         if needs[1] or needs[3]:
             scaled = dy_rows * column
         if needs[1]:
@@ -148,3 +163,15 @@ def mixed_linear_backward(
     if needs[2]:
         d_weights = reference.sum_per_example(dots, weights.shape[0], example_ids)
     return dx, d_expert, d_weights, d_bias
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear in float32, of which the gradient of a weight is the sum over the columns.
+
+    PyTorch's product rounds to 8 bits in bfloat16. Over many columns that averages out; over few
+    it does not, and there the C++ kernel keeps float32.
+    """
+    if x.dtype == torch.float32 or len(weight) > NATIVE_COLUMNS:
+        return F.linear(x, weight, bias).float()
+    product = run_native(x, weight[None], None, None, None, None)
+    return product if bias is None else product.add_(bias)

@@ -34,6 +34,10 @@ BASE_ROWS, BASE_SIZE = 96, 2**14
 # of W.
 BLOCK, WEIGHT_BLOCK = 64, 18
 
+# Rows up to which the gradients of lora_A and lora_B are float32 products in 16 bits too: 10 to
+# 40 us more in 1024 features.
+FEW_ROWS = 8
+
 
 def use_native(
     tokens: int, features: int, dtype: torch.dtype, gemm_dtype: torch.dtype, invariant: bool
@@ -224,6 +228,14 @@ def _stacked(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     return lora_B.transpose(0, 1).reshape(lora_B.shape[1], -1).to(dtype)
 
 
+def _over_rows(rank: Tensor, rows: Tensor) -> Tensor:
+    """rank^T rows, [m*r, features]; rank [T, m*r] float32, rows [T, features]. In 16 bits rank is
+    rounded, which averages out over many rows; over few the product is one in float32."""
+    if len(rows) <= FEW_ROWS:
+        rows = rows.float()
+    return rank.to(rows.dtype).t() @ rows
+
+
 def _add_low_rank_by_products(
     x: Tensor, lora_A: Tensor, lora_B: Tensor, per_token: Tensor, y: Tensor
 ) -> Tensor:
@@ -231,10 +243,14 @@ def _add_low_rank_by_products(
     zero = _zeros(per_token)
     bare = None if zero is None else zero.all(1).nonzero()[:, 0]
     base = None if bare is None else y[bare]
-    product = x @ lora_A.flatten(0, 1).t()
-    u = product.float()
-    z = u.clone() if product.dtype == torch.float32 else product.float()
-    y.addmm_(_mix_(z, per_token, zero).to(x.dtype), _stacked(lora_B, x.dtype).t())
+    # In 16 bits PyTorch's products would round u and, in the backward, G = dy B: the factors of
+    # d_weights. The C++ kernel keeps them in float32 and is as fast (docs/log.md, 2026-11-28).
+    if x.dtype == torch.float32:
+        u = x @ lora_A.flatten(0, 1).t()
+    else:
+        u = run_native(x, lora_A, None, None, None, None)
+    z = _mix_(u.clone(), per_token, zero).to(x.dtype)
+    y.addmm_(z, _stacked(lora_B, x.dtype).t())
     if base is not None:
         y[bare] = base
     return u
@@ -287,29 +303,35 @@ def _gradients_by_products(
     u: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, d_lora_A, d_lora_B, d_weights, by products in x's dtype; x [T, in], dy [T, out]."""
+    """dx, d_lora_A, d_lora_B, d_weights, by products in x's dtype; x [T, in], dy [T, out].
+
+    What lies between two products is float32, and rounded for the second alone.
+    """
     m, r, _ = lora_A.shape
     dx, d_lora_A, d_lora_B, d_weights = (x.new_empty(0) for _ in range(4))
     w = token_weights(weights, example_ids, len(x))
     zero = _zeros(w)
     if needs[3]:
-        d_B = _mix_(u.clone(), w, zero).to(x.dtype).t() @ dy
+        d_B = _over_rows(_mix_(u.clone(), w, zero), dy)
         d_lora_B = d_B.view(m, r, -1).transpose(1, 2).to(lora_B.dtype).contiguous()
         del d_B
     if not (needs[0] or needs[2] or needs[4]):
         return dx, d_lora_A, d_lora_B, d_weights
-    g = (dy @ _stacked(lora_B, x.dtype)).float()
+    if x.dtype == torch.float32:
+        g = dy @ _stacked(lora_B, x.dtype)
+    else:
+        g = run_native(dy, lora_B.mT, None, None, None, None)
     if needs[4]:
         d_w = (g * u).view(-1, m, r).sum(-1)
         d_weights = reference.sum_per_example(d_w, len(weights), example_ids)
         del d_w
-    du = _mix_(g, w, zero).to(x.dtype)
+    du = _mix_(g, w, zero)
     if needs[2]:
-        d_lora_A = (du.t() @ x).view(lora_A.shape).to(lora_A.dtype)
+        d_lora_A = _over_rows(du, x).view(lora_A.shape).to(lora_A.dtype)
     if needs[0]:
         # The largest last, when little else is held: the peak is 1.06 times the frozen layer's.
         dx = F.linear(dy, base_weight.t()).contiguous()
-        dx.addmm_(du, lora_A.flatten(0, 1))
+        dx.addmm_(du.to(x.dtype), lora_A.flatten(0, 1))
     return dx, d_lora_A, d_lora_B, d_weights
 
 

@@ -422,6 +422,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     for name in ("NATIVE_WORK", "NATIVE_WORK_16_BITS"):
         monkeypatch.setattr(cpu_mixed_lora, name, limit)
     monkeypatch.setattr(cpu_mixed_linear, "NATIVE_ROWS", limit)
+    monkeypatch.setattr(cpu_mixed_linear, "SMALL_WORK", limit)
 
     def has_gemm(dtype: torch.dtype) -> bool:
         return request.param not in ("whole", "copied products") or dtype == F32
@@ -458,6 +459,27 @@ def test_zero_rows_on_every_path(dtype: torch.dtype, path: str) -> None:
         # As a policy starts.
         y = mixed_lora(x, W, a, finite[2], finite[0], bias=c, backend="cpu").detach()
         assert torch.equal(y, bare)
+
+
+@pytest.mark.parametrize("out_features", [1, 40])
+@pytest.mark.parametrize("op", OPS)
+def test_the_gradient_of_weights_is_exact_beside_products(
+    op: str, out_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """u, dy B and x W_i^T stay float32: no factor of d_weights is rounded to bfloat16."""
+    for module in (cpu_mixed_lora, cpu_mixed_linear):
+        monkeypatch.setattr(module, "has_native_gemm", lambda _: True)
+    monkeypatch.setattr(cpu_mixed_lora, "NATIVE_WORK_16_BITS", 0)
+    monkeypatch.setattr(cpu_mixed_linear, "SMALL_WORK", 0)
+    case = Case(BF16, BF16, "padded", 64, 172, out_features, 3, 4, "all_different", "contiguous",
+                True, "one", 5)  # fmt: skip
+    inputs, ids, token_rows, dy = make(case, op, 0)
+    public = mixed_lora if op == "mixed_lora" else mixed_linear
+    run = partial(public, example_ids=ids, backend="cpu")
+    got = gradients(run, inputs, dy)["d_weights"]
+    wide = {k: t.double() for k, t in inputs.items()}
+    exact = gradients(definition(op, case, token_rows), wide, dy)["d_weights"]
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-6 * float(exact.abs().max()))
 
 
 def test_a_nan_example_keeps_its_nan(path: str) -> None:
