@@ -1,13 +1,13 @@
 """Weight rows: points of the simplex that are drawn, listed, parsed and checked."""
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST = torch.finfo(torch.float32).max
 WeightSpec = str | Mapping[str, float] | Sequence[float] | Tensor
 
 
@@ -76,7 +76,7 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
     for name, value in zip(objectives, values, strict=True):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"weights: {name} must be a number, got {value!r}")
-        if not math.isfinite(value):
+        if not abs(value) <= LARGEST:
             raise ValueError(f"weights: {name} must be finite, got {value}")
         row.append(float(value))
     if simplex and (min(row) < 0 or abs(sum(row) - 1) > 1e-3):
