@@ -112,7 +112,7 @@ def _run(command: SampleCommand) -> int:
         return sampler
 
     if not command.prompts and command.input is None:
-        prompt_loop(make_sampler(), params, command.weights, simplex=command.simplex)
+        prompt_loop(make_sampler(), params, command.weights, simplex=command.simplex, read=input)
         return 0
     if command.input is not None:
         source = Source.of_file(command.input)
