@@ -1,6 +1,5 @@
 """Where a run goes on, and what it refuses to go on with."""
 
-import fcntl
 import json
 
 import pytest
@@ -9,11 +8,11 @@ from clp.resumable_output import Run, Start, find_start, open_output, sidecar, w
 from clp.sample_lines import Group, Source
 
 RUN = Run("in", "policy", {"temperature": 1.0, "stop": ("a",), "n": 1})
-# Line 3 is bad, line 2 is blank.
-INPUT = b'{"prompt": "a"}\n\n{"prom\n{"prompt": "b", "n": 3}\n{"prompt": "c"}\n'
+# Line 2 is blank; line 3 is bad: one record where the bar expects three.
+INPUT = b'{"prompt": "a"}\n\n{"n": 3}\n{"prompt": "b", "n": 3}\n{"prompt": "c"}\n'
 GROUPS = [
     Group(1, [{"line": 1, "index": 0, "finish_reason": "stop", "text": "x"}]),
-    Group(3, [{"line": 3, "index": 0, "error": "not JSON"}]),
+    Group(3, [{"line": 3, "index": 0, "error": "no prompt"}]),
     Group(4, [{"line": 4, "index": i, "finish_reason": "length", "text": "y"} for i in range(3)]),
     Group(5, [{"line": 5, "index": 0, "finish_reason": "error", "error": "memory", "text": ""}]),
 ]
@@ -55,7 +54,7 @@ def test_a_new_output_changes_nothing_until_it_is_opened(path, source, tmp_path)
 def test_a_complete_output_has_no_rest(path, source, whole):
     start = find_start(path, RUN, source, 1)
     assert not start.rest
-    assert (start.line, start.completions, start.failed) == (5, 6, 2)
+    assert (start.line, start.completions, start.failed) == (5, 8, 2)
     assert start.end == start.size == len(whole)
 
 
@@ -73,11 +72,19 @@ def test_cut_anywhere_it_goes_on_at_the_first_group_that_is_missing(path, source
         assert start.rest and start.base_seed == seed
         assert start.line == [0, 1, 3, 4][done]
         assert start.end == ([0, *ends][done])
-        assert start.completions == [0, 1, 2, 5][done] and start.failed == (done >= 2)
+        assert start.completions == [0, 1, 4, 7][done] and start.failed == (done >= 2)
         with open_output(path, RUN, start) as handle:
+            assert path.read_bytes() == whole[: start.end]
             for group in GROUPS[done:]:
                 write_group(handle, group)
         assert path.read_bytes() == whole
+
+
+def test_a_group_is_in_the_file_as_soon_as_it_is_written(path, source):
+    with open_output(path, RUN, find_start(path, RUN, source, 1)) as handle:
+        for count, group in enumerate(GROUPS[:2], start=1):
+            write_group(handle, group)
+            assert path.read_bytes().count(b"\n") == count
 
 
 def test_an_output_of_another_run_is_refused_and_kept(path, source, whole):
@@ -135,13 +142,12 @@ def test_an_output_that_was_edited_is_refused(path, source, whole, change, messa
 def test_two_processes_do_not_write_one_output(path, source, whole):
     path.write_bytes(whole[:50])
     start = find_start(path, RUN, source, 1)
-    with path.open("r+b") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with (
-            pytest.raises(ValueError, match="being written by another process"),
-            open_output(path, RUN, start),
-        ):
-            pass
+    with (
+        open_output(path, RUN, start),
+        pytest.raises(ValueError, match="being written by another process"),
+        open_output(path, RUN, start),
+    ):
+        pass
     path.write_bytes(whole)
     with (
         pytest.raises(ValueError, match="changed by another process"),
