@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,48 +12,9 @@ import tyro
 from tqdm import tqdm
 
 from clp.config import CLPConfig, load_config
+from clp.sample_command import sample
 
 # transformers, torch and matplotlib are imported inside the commands: `clp --help` is immediate.
-
-
-@dataclass
-class SampleCommand:
-    """Sample from a trained policy: a batch of prompts, each with its own weights."""
-
-    run: Annotated[str, tyro.conf.Positional]
-    """Run folder or checkpoint."""
-    prompts: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
-    """Prompts to continue."""
-    input: str | None = None
-    """JSONL with "prompt" and optional "weights" and sampling parameters a line."""
-    output: str | None = None
-    """Write JSONL here instead of the terminal."""
-    weights: str | None = None
-    """Row for prompts without their own, such as "joy=0.7,brief=0.3"."""
-    simplex: bool = True
-    """Refuse rows with negative entries or a sum other than 1."""
-    max_tokens: int = 64
-    """Tokens a completion at most."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int = 0
-    """0 is off."""
-    top_p: float = 1.0
-    """1 is off."""
-    min_p: float = 0.0
-    """0 is off."""
-    seed: int | None = None
-    """Same seed, prompt and row: same completion."""
-    stop: list[str] = field(default_factory=list)
-    """Strings that end a completion."""
-    n: int = 1
-    """Completions a prompt."""
-    max_batch_size: int = 64
-    """Sequences decoded together."""
-    base_model: str | None = None
-    """Where the base model is, if it has moved."""
-    device: str = "cpu"
-    """Device to run on."""
 
 
 @dataclass
@@ -124,56 +85,6 @@ def train(argv: Sequence[str]) -> None:
     trainer = CLPTrainer(args=config)
     trainer.train()
     tqdm.write(f"policy, metrics and adapters: {config.output_dir}")
-
-
-def sample(argv: Sequence[str]) -> None:
-    """clp sample RUN "prompt" ... --weights "joy=0.7,brief=0.3": continue prompts."""
-    command = tyro.cli(SampleCommand, prog="clp sample", args=argv)
-    from clp.policy import Policy
-    from clp.prompts import load_prompts
-    from clp.requests import SamplingParams
-    from clp.sampler import Sampler
-
-    rows: list[dict[str, Any]] = [{"prompt": p} for p in command.prompts]
-    if command.input is not None:
-        rows += load_prompts(command.input, same_columns=False)
-    if not rows:
-        raise ValueError("give prompts, or a file of them with --input")
-    policy = Policy.load(command.run, base_model=command.base_model, device=command.device)
-    names = [f.name for f in fields(SamplingParams) if hasattr(command, f.name)]
-    params, weights = [], []
-    for i, row in enumerate(rows):
-        unknown = set(row) - {"prompt", "weights", *names}
-        if unknown:
-            raise ValueError(f"prompt {i}: unknown key {sorted(unknown)[0]!r}")
-        own = {k: v for k, v in row.items() if k in names}
-        params.append(SamplingParams(**{n: getattr(command, n) for n in names} | own))
-        row_weights = row.get("weights", command.weights)
-        if row_weights is None:
-            raise ValueError(f"prompt {i} has no weights: give --weights, or one in the input file")
-        weights.append(row_weights)
-    sampler = Sampler(policy, max_batch_size=command.max_batch_size)
-    done = sampler.generate(
-        [row["prompt"] for row in rows], weights, params, simplex=command.simplex, progress=True
-    )
-    lines = [
-        {
-            "prompt": rows[c.prompt_index]["prompt"],
-            "weights": weights[c.prompt_index],
-            "index": c.index,
-            "text": c.text,
-            "finish_reason": c.finish_reason,
-            "token_ids": c.token_ids,
-            "logprobs": c.logprobs,
-        }
-        for c in done
-    ]
-    if command.output is not None:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        Path(command.output).write_text(text, encoding="utf-8")
-        return
-    for line in lines:
-        print(f"[{line['weights']}] {line['prompt']}{line['text']}")
 
 
 def evaluate(argv: Sequence[str]) -> None:

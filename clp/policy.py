@@ -95,7 +95,7 @@ class Policy:
                 digest, or anything that clp_kernels.load_adapters refuses.
         """
         directory = Path(directory)
-        card = _read_card(directory)
+        card = read_card(directory)
         folders = [directory / "adapters" / name for name in card["objectives"]]
         for name, folder in zip(card["objectives"], folders, strict=True):
             found = _digest(folder)
@@ -364,7 +364,8 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _read_card(directory: Path) -> dict[str, Any]:
+def read_card(directory: Path) -> dict[str, Any]:
+    """clp.json of a folder written by Policy.save. Raises: ValueError where it is malformed."""
     path = directory / "clp.json"
     try:
         card = json.loads(path.read_text(encoding="utf-8"))

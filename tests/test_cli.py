@@ -61,6 +61,92 @@ def test_sample_from_a_file_with_a_row_a_prompt(monkeypatch, trained, tmp_path):
     assert all(len(line["token_ids"]) == len(line["logprobs"]) for line in lines)
 
 
+def test_a_bad_line_ends_with_code_1_and_the_others_are_written(
+    monkeypatch, capsys, trained, tmp_path
+):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Tom"}\n{"prompt": "Tom", "weight": [1, 0]}\n{"prompt": "Mia"}\n')
+    argv = ["sample", trained, "--input", source, "--output", target, "--weights", "joy=1",
+            "--max-tokens", "3", "--logprobs", "2", "--stop-token-ids", "7", "9", "--ignore-eos",
+            "--cache-gib", "0.5"]  # fmt: skip
+    for shown in ('see "error" in', "nothing to do"):  # the second run has the same lines
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *argv)
+        error = capsys.readouterr().err
+        assert stop.value.code == 1 and "lines that failed: 1" in error and shown in error
+        lines = [json.loads(line) for line in target.read_text().splitlines()]
+        assert [line["line"] for line in lines] == [1, 2, 3]
+        assert "'weight'" in lines[1]["error"]
+        assert all(len(pairs) == 2 for pairs in lines[0]["top_logprobs"])
+    options = json.loads((tmp_path / "out.jsonl.meta.json").read_text())["options"]
+    assert options["stop_token_ids"] == [7, 9] and options["ignore_eos"] is True
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *argv, "--top-k", "3")
+    assert stop.value.code == 2
+    assert "another run: top_k was 0 and is 3" in capsys.readouterr().err
+
+
+def test_prompts_into_a_file(monkeypatch, trained, tmp_path):
+    argv = ["sample", trained, "Tom", "Mia", "--weights", "joy=1", "--max-tokens", "3",
+            "--output", tmp_path / "out.jsonl"]  # fmt: skip
+    run(monkeypatch, *argv)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(line["line"], line["prompt"]) for line in lines] == [(1, "Tom"), (2, "Mia")]
+    run(monkeypatch, *argv)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weights", "joy=2"], "sum to 1"),
+        (["--temperature", "-1"], "temperature must be"),
+        (["--max-batch-size", "0"], "max_batch_size must be"),
+        (["--cache-gib", "0"], "cache_gib must be"),
+        (["--stop-token-ids", "99999999"], "stop_token_ids must be"),
+        (["--max-tokens", "100000"], "exceeds the context"),
+        (["--base-model", "/none"], "neither a folder nor"),
+        (["Tom"], "give one of"),
+        (["--interactive"], "give one of"),
+    ],
+)
+def test_bad_options_of_a_file_run_write_nothing(
+    monkeypatch, capsys, trained, tmp_path, options, message
+):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Tom"}\n')
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "sample", trained, *options[:1], *options[1:], "--input", source,
+            "--output", target)  # fmt: skip
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_ctrl_c_in_a_file_run_says_how_to_go_on(monkeypatch, capsys, trained, tmp_path):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clp.sampler.Sampler.step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "sample", trained, "Tom", "--weights", "joy=1", "--output",
+            tmp_path / "out.jsonl")  # fmt: skip
+    assert stop.value.code == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_prompt_loop_with_its_option_or_on_a_terminal(monkeypatch, capsys, trained, terminal):
+    lines = iter(["Tom", "/w", "/quit"])
+    monkeypatch.setattr("clp.sample_command.input", lambda shown: next(lines), raising=False)
+    if terminal:
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    options = [] if terminal else ["--interactive"]
+    run(monkeypatch, "sample", trained, *options, "--weights", "joy=1", "--max-tokens", "3")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("weights joy=1,brief=0;") and shown[-1] == "weights joy=1,brief=0"
+    assert len(shown) == 3
+
+
 def test_eval_writes_its_three_files(monkeypatch, capsys, trained):
     run(monkeypatch, "eval", trained, "--num-prompts", "4")
     front = json.loads((trained / "frontier.json").read_text())
@@ -105,8 +191,12 @@ def test_help_lists_the_commands(monkeypatch, capsys):
         (["train", "--rewards", "sentimant", "--output-dir", "{tmp}"], "sentiment"),
         (["train", "--output-dir", "{run}"], "holds another run"),
         (["train", "--alpha", "2", "--output-dir", "{tmp}"], "alpha"),
-        (["sample", "{run}", "Hi"], "has no weights"),
-        (["sample", "{run}", "--weights", "joy=1"], "give prompts"),
+        (["sample", "{run}", "Hi"], "have no weights"),
+        (["sample", "{run}", "--weights", "joy=1"], "or --interactive"),
+        (["sample", "{run}", "--output", "{tmp}"], "give prompts, or a file of them with --input"),
+        (["sample", "{run}", "--interactive", "--output", "{tmp}"], "not with --interactive"),
+        (["sample", "{run}", "--input", "none.jsonl", "--weights", "joy=1"], "cannot be read"),
+        (["sample", "{run}", "Hi", "Ho " * 9999, "--weights", "joy=1"], "prompt 1: prompt has"),
         (["sample", "{run}", "Hi", "--weights", "joi=1"], "unknown objective 'joi'"),
         (["sample", "{run}", "Hi", "--weights", "0.2,0.3,0.5"], "2 entries"),
         (["sample", "{tmp}", "Hi", "--weights", "joy=1"], "clp.json is missing"),

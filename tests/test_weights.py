@@ -69,6 +69,8 @@ def test_a_missing_name_is_zero():
         ([1.0, 0.0, 0.0], "2 entries"),
         ([float("nan"), 1.0], "joy must be finite"),
         ({"joy": float("inf")}, "joy must be finite"),
+        ([10**400, 0], "joy must be finite"),
+        ([0.0, 1e39], "brief must be finite"),
         (["a", "b"], "joy must be a number"),
         ([True, False], "joy must be a number"),
         ([0.7, 0.7], "sum to 1"),

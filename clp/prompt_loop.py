@@ -1,0 +1,204 @@
+"""A prompt loop: what is typed is continued token by token; lines with / in front are commands."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from typing import Any, TextIO
+
+from clp.requests import SamplingParams
+from clp.sample_lines import parse_json
+from clp.sampler import Sampler
+from clp.weights import parse_weights
+
+HELP = """\
+a text                        is continued; one that begins with / is typed with //
+/weights joy=0.7,brief=0.3    the row of what follows (/w for short)
+/set temperature 0.7          a sampling parameter; /set temperature none: its default
+/show                         the row and the parameters
+/quit                         ends, as Ctrl-D does
+Ctrl-C                        stops a completion; at the prompt it ends the loop
+"""
+_WORDS = {"true": True, "false": False}
+
+
+def prompt_loop(
+    sampler: Sampler,
+    params: SamplingParams | None = None,
+    weights: str | None = None,
+    *,
+    simplex: bool = True,
+    read: Callable[[str], str] = input,
+    out: TextIO | None = None,
+) -> None:
+    """Reads prompts and commands until the end; a bad one costs one line of error.
+
+    Args:
+        sampler: What completes them.
+        params: To begin with.
+        weights: The row to begin with; None: equal for all objectives.
+        simplex: Refuse rows off the simplex.
+        read: Takes what to show before the line, gives the line; EOFError or KeyboardInterrupt
+            end the loop.
+        out: Where everything is shown; default: standard output.
+
+    Raises: ValueError for bad `weights`.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # lines can be edited and called back
+    out = sys.stdout if out is None else out
+    loop = _Loop(sampler, params or SamplingParams(), weights, simplex, out)
+    out.write(f"{loop.shown_weights()}; /help lists the commands\n")
+    while True:
+        out.flush()
+        try:
+            line = read("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            out.write("\n")
+            return
+        if line in ("/quit", "/q"):
+            return
+        if not line:
+            continue
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                loop.command(*_split(line[1:]))
+            else:
+                loop.complete(line.removeprefix("/"))
+        except (ValueError, TypeError) as error:
+            out.write(f"error: {' '.join(str(error).split())}\n")
+
+
+class _Loop:
+    """The row and the parameters that hold now."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: SamplingParams,
+        weights: str | None,
+        simplex: bool,
+        out: TextIO,
+    ) -> None:
+        self.sampler, self.params, self.simplex, self.out = sampler, params, simplex, out
+        self.objectives = sampler.policy.objectives
+        m = len(self.objectives)
+        spec = [1 / m] * m if weights is None else weights
+        self.weights = parse_weights(spec, self.objectives, simplex=simplex)
+
+    def shown_weights(self) -> str:
+        row = zip(self.objectives, self.weights.tolist(), strict=True)
+        return "weights " + ",".join(f"{name}={value:.3g}" for name, value in row)
+
+    def command(self, name: str, rest: str) -> None:
+        if name in ("weights", "w"):
+            if rest:
+                self.weights = parse_weights(rest, self.objectives, simplex=self.simplex)
+            self.out.write(self.shown_weights() + "\n")
+        elif name == "set":
+            self._set(*_split(rest))
+        elif name == "show":
+            self.out.write(self.shown_weights() + "\n")
+            for parameter, value in asdict(self.params).items():
+                self.out.write(f"{parameter} {_shown(value)}\n")
+        elif name == "help":
+            self.out.write(HELP)
+        else:
+            raise ValueError(f"unknown command {'/' + name!r}; /help lists them")
+
+    def _set(self, name: str, text: str) -> None:
+        known = [f.name for f in fields(SamplingParams)]
+        if name not in known:
+            raise ValueError(f"/set takes one of {', '.join(known)}, got {name!r}")
+        if not text:
+            raise ValueError(
+                f"/set {name} needs a value, such as {_shown(getattr(self.params, name))}"
+            )
+        self.params = SamplingParams.parse(asdict(self.params) | {name: _value(name, text)})
+        self.out.write(f"{name} {_shown(getattr(self.params, name))}\n")
+
+    def complete(self, prompt: str) -> None:
+        """Shows the n completions one below the other, the first of them as it is drawn."""
+        request = self.sampler.submit(prompt, self.weights, self.params, simplex=self.simplex)
+        n = self.params.n
+        waiting: list[list[str]] = [[] for _ in range(n)]
+        ended = [False] * n
+        errors: list[str] = []
+        current = 0
+        try:
+            with _interrupt() as asked:
+                self._begin(0)
+                for token in self.sampler.stream(request):
+                    waiting[token.index].append(token.text)
+                    ended[token.index] = token.finish_reason is not None
+                    errors += [token.error] if token.error is not None else []
+                    while current < n:
+                        self.out.write("".join(waiting[current]))
+                        waiting[current].clear()
+                        if not ended[current]:
+                            break
+                        self.out.write("\n")
+                        current += 1
+                        if current < n:
+                            self._begin(current)
+                    self.out.flush()
+                    if asked:
+                        break
+        except KeyboardInterrupt:
+            asked = [True]
+        finally:
+            self.sampler.cancel(request)  # what is not finished
+        if asked and current < n:
+            self.out.write(" [stopped]\n")
+        if errors:
+            raise ValueError(errors[0])
+
+    def _begin(self, index: int) -> None:
+        if self.params.n > 1:
+            self.out.write(f"{index + 1}: ")
+
+
+@contextlib.contextmanager
+def _interrupt() -> Iterator[list[bool]]:
+    """Ctrl-C fills the list, so that no step is cut in two; a second one is a KeyboardInterrupt."""
+    asked: list[bool] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread gets signals
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _split(line: str) -> tuple[str, str]:
+    name, *rest = line.split(maxsplit=1) or [""]
+    return name, rest[0] if rest else ""
+
+
+def _value(name: str, text: str) -> Any:
+    """JSON, or true, false in any case, or none: the default. What is none of these is a text."""
+    if text.lower() == "none":
+        return getattr(SamplingParams(), name)
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return text
+    if name == "stop" and not isinstance(value, (str, list)):
+        return text
+    return value
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(list(value) if isinstance(value, tuple) else value)

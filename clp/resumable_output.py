@@ -1,0 +1,210 @@
+"""Output in JSON Lines that a killed run continues: out.jsonl, and beside it out.jsonl.meta.json.
+
+The second file is written before the first line. It says which run the lines belong to: SHA-256 of
+the input and of the policy's clp.json, the options that change the output, and the seed from which
+those of the lines are made. Lines are written in the order of the input, a group (the completions
+of an input line) at once.
+"""
+
+import fcntl
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from clp.sample_lines import Group, Line, Source, read_lines
+
+FORMAT = 1
+# How every record begins (clp/sample_lines.py): a bad line's has an error as its third key.
+_RECORD = re.compile(rb'\{"line": (\d+), "index": (\d+), "(error|finish_reason)": "(\w*)')
+
+
+class Run(NamedTuple):
+    """What makes the output what it is."""
+
+    input_sha256: str
+    policy_sha256: str
+    options: Mapping[str, Any]  # JSON values
+
+
+class Start(NamedTuple):
+    """Where a run begins or goes on.
+
+    Attributes:
+        base_seed: The run's seed.
+        line: The last input line whose group is complete in the file; 0 where there is none.
+        completions: Those that the lines up to there ask for.
+        failed: Lines among them that failed.
+        end: The file's bytes that are kept.
+        size: Its bytes as they were found.
+        rest: Whether the input has lines behind `line`.
+    """
+
+    base_seed: int
+    line: int = 0
+    completions: int = 0
+    failed: int = 0
+    end: int = 0
+    size: int = 0
+    rest: bool = True
+
+    @classmethod
+    def new(cls) -> "Start":
+        """The beginning of a run, with a seed of its own."""
+        return cls(secrets.randbits(62))
+
+
+def sidecar(path: Path) -> Path:
+    """The file that says which run `path` belongs to."""
+    return path.with_name(path.name + ".meta.json")
+
+
+def find_start(path: Path, run: Run, source: Source, n: int) -> Start:
+    """Where a run that writes `path` begins; changes nothing.
+
+    Args:
+        path: The output.
+        run: What it is to be.
+        source: The input.
+        n: Completions of a line that does not say.
+
+    Raises: ValueError where the path is no file that this run wrote, naming what differs.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"output {path}: the folder {path.parent} does not exist")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"output {path} must be a file")
+    if not path.exists() or not path.stat().st_size:
+        return Start.new()
+    base_seed = _recorded_seed(path, run)
+    with path.open("rb") as written, source.open() as stream:
+        return _walk(path, written, read_lines(stream), base_seed, n)
+
+
+@contextmanager
+def open_output(path: Path, run: Run, start: Start) -> Iterator[BinaryIO]:
+    """The file, cut to what `start` keeps and open behind it; a new one gets its sidecar first.
+
+    Raises: ValueError where another process writes it, or has since `find_start`.
+    """
+    handle = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output {path} is being written by another process") from None
+        if os.fstat(handle.fileno()).st_size != start.size:
+            raise ValueError(f"output {path} has been changed by another process")
+        if not start.size:
+            _write_sidecar(path, run, start.base_seed)
+        handle.truncate(start.end)
+        handle.seek(start.end)
+        yield handle
+
+
+def write_group(handle: BinaryIO, group: Group) -> None:
+    """Appends a line's records; from then on they survive the end of the process."""
+    text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in group.records)
+    handle.write(text.encode())
+    handle.flush()
+
+
+def _write_sidecar(path: Path, run: Run, base_seed: int) -> None:
+    text = json.dumps({"format": FORMAT, **run._asdict(), "base_seed": base_seed}, indent=2)
+    final = sidecar(path)
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _recorded_seed(path: Path, run: Run) -> int:
+    """The base seed of the sidecar. Raises: ValueError where it is not this run's."""
+    meta = sidecar(path)
+    try:
+        found = json.loads(meta.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"output {path} exists, and no {meta.name} says that a run can go on with it; it is "
+            "not overwritten"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{meta} is not JSON: {error}") from error
+    kinds = {"format": int, "input_sha256": str, "policy_sha256": str, "options": dict,
+             "base_seed": int}  # fmt: skip
+    if not isinstance(found, dict) or any(type(found.get(k)) is not t for k, t in kinds.items()):
+        raise ValueError(f"{meta} must be an object with {', '.join(kinds)}")
+    if found["format"] != FORMAT:
+        raise ValueError(f"{meta} has format {found['format']}, expected {FORMAT}")
+    differences = []
+    if found["input_sha256"] != run.input_sha256:
+        differences.append("the input has other content")
+    if found["policy_sha256"] != run.policy_sha256:
+        differences.append("the policy is another one")
+    then, now = found["options"], json.loads(json.dumps(run.options))
+    for name in sorted({*then, *now}):
+        if then.get(name) != now.get(name):
+            differences.append(f"{name} was {then.get(name)!r} and is {now.get(name)!r}")
+    if differences:
+        raise ValueError(f"output {path} belongs to another run: {'; '.join(differences)}")
+    return int(found["base_seed"])
+
+
+class _Record(NamedTuple):
+    line: int
+    completion: int
+    bad_line: bool
+    failed: bool
+    end: int  # bytes of the file up to its end
+
+
+def _records(path: Path, written: BinaryIO) -> Iterator[_Record]:
+    """The complete records of an output; a last line without its end is none."""
+    end = 0
+    for number, raw in enumerate(written, start=1):
+        if not raw.endswith(b"\n"):
+            return
+        match = _RECORD.match(raw)
+        if match is None or not raw.endswith(b"}\n"):
+            raise ValueError(f"{path}:{number} is no record of a sampling run")
+        end += len(raw)
+        line, index, third, value = match.groups()
+        bad = third == b"error"
+        yield _Record(int(line), int(index), bad, bad or value == b"error", end)
+
+
+def _walk(path: Path, written: BinaryIO, lines: Iterator[Line], base_seed: int, n: int) -> Start:
+    """Follows input and output side by side to the first group that is not complete."""
+    size = os.fstat(written.fileno()).st_size
+    at = Start(base_seed, size=size)
+    records = _records(path, written)
+    for line in lines:
+        count, failed, record = line.completions(n), False, None
+        for index in range(count):
+            record = next(records, None)
+            if record is None:
+                return at
+            if (record.line, record.completion) != (line.number, index):
+                raise ValueError(
+                    f"output {path} does not follow its input: completion {record.completion} of "
+                    f"line {record.line} is where {index} of line {line.number} belongs"
+                )
+            failed |= record.failed
+            if record.bad_line:
+                break
+        assert record is not None
+        at = Start(
+            base_seed, line.number, at.completions + count, at.failed + failed, record.end, size
+        )
+    if next(records, None) is not None:
+        raise ValueError(f"output {path} goes on behind the end of its input")
+    return at._replace(rest=False)

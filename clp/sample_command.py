@@ -1,0 +1,130 @@
+"""clp sample: the command's options, and what it does with them."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+# transformers and torch are imported inside: `clp --help` is immediate.
+
+
+@dataclass
+class SampleCommand:
+    """Sample from a trained policy: prompts, a file of them, or one after the other as you type."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run folder or checkpoint."""
+    prompts: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
+    """Prompts to continue. Without any, on a terminal: a prompt loop."""
+    input: str | None = None
+    """JSONL: "prompt" (text or token ids) and optional "weights", "id", sampling parameters."""
+    output: str | None = None
+    """Write JSONL here instead of the terminal. A killed run continues when run again."""
+    interactive: bool = False
+    """Type prompts, see completions as they are drawn; /help lists the loop's commands."""
+    weights: str | None = None
+    """Row for prompts without their own, such as "joy=0.7,brief=0.3"."""
+    simplex: bool = True
+    """Refuse rows with negative entries or a sum other than 1."""
+    max_tokens: int = 64
+    """Tokens a completion at most."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 1.0
+    """1 is off."""
+    min_p: float = 0.0
+    """0 is off."""
+    seed: int | None = None
+    """Same seed, prompt and row: same completion. Default: another one for each line."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Token ids that end a completion, beside the model's own."""
+    ignore_eos: bool = False
+    """Go on behind the model's end tokens."""
+    n: int = 1
+    """Completions a prompt."""
+    logprobs: int = 0
+    """Write this many most likely tokens of each position, with log-probabilities, to the JSONL."""
+    max_batch_size: int = 64
+    """Sequences decoded together."""
+    cache_gib: float = 4.0
+    """Memory for keys and values at most."""
+    base_model: str | None = None
+    """Where the base model is, if it has moved."""
+    device: str = "cpu"
+    """Device to run on."""
+
+
+def sample(argv: Sequence[str]) -> None:
+    """clp sample RUN "prompt" ... | --input FILE | --interactive: continue prompts."""
+    command = tyro.cli(SampleCommand, prog="clp sample", args=argv)
+    given = bool(command.prompts) + (command.input is not None) + command.interactive
+    if given > 1:
+        raise ValueError("give one of: prompts, --input, --interactive")
+    if command.interactive and command.output is not None:
+        raise ValueError("--output goes with prompts or --input, not with --interactive")
+    terminal = sys.stdin.isatty() and sys.stdout.isatty() and command.output is None
+    if not given and not terminal:
+        raise ValueError("give prompts, or a file of them with --input, or --interactive")
+    try:
+        failed = _run(command)
+    except KeyboardInterrupt:
+        going_on = "; the same command goes on from here" if command.output is not None else ""
+        print(f"clp sample: stopped{going_on}", file=sys.stderr)
+        raise SystemExit(130) from None
+    if failed:
+        where = f': see "error" in {command.output}' if command.output is not None else ""
+        print(f"clp sample: lines that failed: {failed}{where}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _run(command: SampleCommand) -> int:
+    """Does what the command says; how many lines failed."""
+    from clp.policy import Policy, read_card
+    from clp.prompt_loop import prompt_loop
+    from clp.requests import SamplingParams
+    from clp.sample_file import sample_file
+    from clp.sample_lines import Defaults, Source, check_defaults
+    from clp.sampler import Sampler
+    from clp.weights import parse_weights
+
+    names = [f.name for f in fields(SamplingParams)]
+    params = SamplingParams(**{name: getattr(command, name) for name in names})
+    defaults = Defaults(params, command.weights, command.simplex)
+    card = read_card(Path(command.run))
+    if command.weights is not None:
+        parse_weights(command.weights, card["objectives"], simplex=command.simplex)
+
+    def make_sampler() -> Sampler:
+        policy = Policy.load(command.run, base_model=command.base_model, device=command.device)
+        sampler = Sampler(
+            policy, max_batch_size=command.max_batch_size, cache_gib=command.cache_gib
+        )
+        check_defaults(sampler, defaults, command.prompts)
+        return sampler
+
+    if not command.prompts and command.input is None:
+        prompt_loop(make_sampler(), params, command.weights, simplex=command.simplex, read=input)
+        return 0
+    if command.input is not None:
+        source = Source.of_file(command.input)
+    elif command.weights is None:
+        raise ValueError("the prompts have no weights: give --weights")
+    else:
+        source = Source.of_prompts(command.prompts)
+    return sample_file(
+        source,
+        None if command.output is None else Path(command.output),
+        defaults,
+        make_sampler,
+        policy_sha256=hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest(),
+        base_model=command.base_model,
+    )

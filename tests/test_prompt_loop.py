@@ -1,0 +1,190 @@
+"""The prompt loop, as it is typed and shown."""
+
+import io
+import os
+import signal
+import threading
+
+import pytest
+
+from clp.policy import Policy
+from clp.prompt_loop import HELP, prompt_loop
+from clp.sampler import Sampler, SamplingParams
+
+PARAMS = SamplingParams(max_tokens=8, seed=1)
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    return Sampler(Policy.create("tiny", ["joy", "brief"], r=2), max_batch_size=4)
+
+
+def typed(sampler, *lines, params=PARAMS, out=None, **options):
+    """What is shown, without the greeting; the end of the lines is Ctrl-D."""
+    left = list(lines)
+
+    def read(prompt):
+        assert prompt == "> "
+        if not left:
+            raise EOFError
+        line = left.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    out = out or io.StringIO()
+    prompt_loop(sampler, params, read=read, out=out, **options)
+    assert not sampler.unfinished
+    return out.getvalue().splitlines()
+
+
+def expected(sampler, prompt, weights, **changes):
+    params = SamplingParams(**({"max_tokens": 8, "seed": 1} | changes))
+    return [c.text for c in sampler.generate([prompt], weights, params)]
+
+
+def test_a_prompt_is_continued_with_equal_weights(sampler):
+    shown = typed(sampler, "", "Tom had a red kite.", "  ")
+    assert shown[0] == "weights joy=0.5,brief=0.5; /help lists the commands"
+    assert shown[1:-1] == expected(sampler, "Tom had a red kite.", [0.5, 0.5])
+
+
+def test_tokens_are_shown_as_they_are_drawn(sampler):
+    class Watched(io.StringIO):
+        drawn: list = []  # noqa: RUF012
+
+        def write(self, text):
+            if text.strip() and "weights" not in text:
+                self.drawn.append(sampler.tokens_drawn - begin)
+            return super().write(text)
+
+    begin = sampler.tokens_drawn
+    out = Watched()
+    typed(sampler, "Tom had a red kite.", out=out, params=SamplingParams(max_tokens=5, seed=1))
+    assert len(set(out.drawn)) >= 4
+
+
+def test_weights_and_parameters_are_set_and_shown(sampler):
+    shown = typed(
+        sampler, "/weights joy=1", "/w 0.2,0.8", "/w", "/set temperature 0.7", "/set stop .",
+        '/set stop ["a", "b"]', "/set stop 5", "/set stop none", "/set ignore_eos True",
+        "/set stop_token_ids [3, 4]", "/set seed none", "/show",
+    )  # fmt: skip
+    assert shown[1:12] == [
+        "weights joy=1,brief=0", "weights joy=0.2,brief=0.8", "weights joy=0.2,brief=0.8",
+        "temperature 0.7", "stop ['.']", "stop ['a', 'b']", "stop ['5']", "stop []",
+        "ignore_eos True", "stop_token_ids [3, 4]", "seed none",
+    ]  # fmt: skip
+    assert "weights joy=0.2,brief=0.8" in shown[12:] and "temperature 0.7" in shown[12:]
+
+
+def test_what_is_set_holds_for_the_next_prompt(sampler):
+    shown = typed(sampler, "/w joy=1", "/set seed 9", "/set max_tokens 3", "Mia was sad.")
+    assert shown[4:5] == expected(sampler, "Mia was sad.", [1, 0], seed=9, max_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/fly", "unknown command '/fly'"),
+        ("/", "unknown command '/'"),
+        ("/w joi=1", "unknown objective 'joi'"),
+        ("/w joy=2", "sum to 1"),
+        ("/w [", "is not a number"),
+        ("/set", "takes one of max_tokens"),
+        ("/set temprature 1", "got 'temprature'"),
+        ("/set temperature", "needs a value, such as 1.0"),
+        ("/set temperature hot", "temperature must be a number"),
+        ("/set temperature NaN", "temperature must be a number"),
+        ("/set n 0", "n must be"),
+        ("/set stop [1]", "stop must hold"),
+        ("/set stop " + "[" * 100_000, "stop must hold"),
+    ],
+)
+def test_a_bad_command_is_one_line_of_error_and_changes_nothing(sampler, line, message):
+    shown = typed(sampler, "/show", line, "/show")
+    at = next(i for i, text in enumerate(shown) if text.startswith("error: "))
+    assert message in shown[at]
+    assert shown[1:at] == shown[at + 1 : -1]
+
+
+def test_a_bad_prompt_is_one_line_of_error(sampler):
+    shown = typed(sampler, "/set max_tokens 100000", "Tom", "/set max_tokens 2", "Tom")
+    assert shown[2].startswith("error: prompt has") and "context" in shown[2]
+    assert shown[4:5] == expected(sampler, "Tom", [0.5, 0.5], max_tokens=2)
+
+
+def test_a_failed_forward_is_one_line_of_error(sampler, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler._decoder, "decode", fail)
+        shown = typed(sampler, "Tom")
+    assert any(text == "error: RuntimeError: no memory" for text in shown)
+
+
+def test_several_completions_stand_below_each_other(sampler):
+    texts = expected(sampler, "Tom had a red kite.", [0.5, 0.5], n=3)
+    shown = typed(sampler, "/set n 3", "Tom had a red kite.")
+    assert shown[2:5] == [f"{i}: {text}" for i, text in enumerate(texts, start=1)]
+
+
+def test_two_slashes_are_a_prompt_with_one(sampler):
+    shown = typed(sampler, "//x")
+    assert shown[1:2] == expected(sampler, "/x", [0.5, 0.5])
+
+
+def test_ends(sampler):
+    for end in ("/quit", "/q", EOFError(), KeyboardInterrupt()):
+        assert len(typed(sampler, end, "/fly")) <= 2
+    assert typed(sampler, "/help")[1 : 1 + HELP.count("\n")] == HELP.splitlines()
+
+
+class Interrupting(io.StringIO):
+    """Ctrl-C while the n-th piece is shown."""
+
+    def __init__(self, pieces, act):
+        super().__init__()
+        self.left, self.act = pieces, act
+
+    def write(self, text):
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+        return super().write(text)
+
+
+def test_ctrl_c_stops_the_completion_and_the_loop_goes_on(sampler):
+    out = Interrupting(5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    long = SamplingParams(max_tokens=100, seed=1, ignore_eos=True)
+    begin, before = sampler.tokens_drawn, signal.getsignal(signal.SIGINT)
+    shown = typed(sampler, "Tom had a red kite.", "/w", params=long, out=out)
+    assert sampler.tokens_drawn - begin < 20
+    assert shown[1].endswith(" [stopped]") and shown[2] == "weights joy=0.5,brief=0.5"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(sampler):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    long = SamplingParams(max_tokens=100, seed=1, ignore_eos=True)
+    shown = typed(sampler, "Tom", "/w", params=long, out=Interrupting(4, twice))
+    assert shown[1].endswith(" [stopped]") and shown[2].startswith("weights")
+
+
+def test_outside_the_main_thread(sampler):
+    """Where no signal handler can be set."""
+    shown = []
+    thread = threading.Thread(target=lambda: shown.extend(typed(sampler, "Tom")))
+    thread.start()
+    thread.join()
+    assert shown[1:2] == expected(sampler, "Tom", [0.5, 0.5])
+
+
+def test_first_weights(sampler):
+    assert typed(sampler, weights="joy=2", simplex=False)[0].startswith("weights joy=2,brief=0;")
+    with pytest.raises(ValueError, match="sum to 1"):
+        typed(sampler, weights="joy=2")
