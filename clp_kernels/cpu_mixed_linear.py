@@ -20,7 +20,7 @@ from clp_kernels.native import has_native_gemm
 NATIVE_ROWS = 16
 
 # Columns up to which the C++ kernel is as fast as PyTorch's 16-bit products where the processor has
-# such: 0.5 to 1.08 of their time, at 2048 columns 1.4 (docs/log.md, 2026-11-28).
+# such: 0.4 to 1.1 of their time, at 2048 columns 1.4 (docs/log.md, 2026-11-28).
 NATIVE_COLUMNS = 256
 
 # tokens * in_features * out_features up to which no product in 16 bits is PyTorch's: over few
