@@ -180,6 +180,12 @@ class Decoder:
         for cache in self.caches:
             cache.copy(source, target, count)
 
+    def spread(self, sources: Sequence[int], targets: Sequence[int], count: int) -> None:
+        """Copies the first `count` tokens of slots into as many others, at once."""
+        pair = torch.tensor([sources, targets], device=self._ints.device)
+        for cache in self.caches:
+            cache.spread(pair[0], pair[1], count)
+
     def move(self, source: int, target: int, count: int) -> None:
         """Copies a slot's tokens and state into another."""
         self.copy(source, target, count)
@@ -199,7 +205,7 @@ class Decoder:
 
     # Forward passes
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(self, parts: Sequence[tuple[Row, Segment]]) -> None:
         """Puts tokens of prompts into their slots, all in one forward."""
         device = self._ints.device
@@ -217,7 +223,7 @@ class Decoder:
                     input_ids=tokens, position_ids=where, use_cache=False, slots=plan
                 )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(self, rows: Sequence[Row], first: int = 0) -> Drawn:
         """Feeds one token of each row (in the slots from `first` on) and draws the next."""
         count, params = len(rows), [row.request.params for row in rows]
@@ -255,9 +261,13 @@ class Decoder:
         except ValueError:
             # On the CPU the op refuses a row that is not finite; the others go on.
             drawn = self._sample_finite(logits, mixing, chosen | key)
-        self.token[here] = torch.where(self.alive[here] > 0, drawn.tokens, self.token[here])
-        self.length[here] += self.alive[here]
-        self.drawn[here] += self.alive[here]
+        if home is None:
+            self.token[here] = drawn.tokens
+            self._ints[1:3, here] += 1  # length and drawn
+        else:
+            alive = self.alive[here]
+            self.token[here] = torch.where(alive > 0, drawn.tokens, self.token[here])
+            self._ints[1:3, here] += alive
         return drawn, logits
 
     def _logits(self, here: slice, longest: int, even: bool, home: Tensor | None) -> Tensor:

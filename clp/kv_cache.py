@@ -102,6 +102,11 @@ class KVCache:
             old, new = ([t[:, :count] for t in views] for views in (old, new))
         torch._foreach_copy_(new, old)  # whole slots, where cutting 2 x layers views costs more
 
+    def spread(self, sources: Tensor, targets: Tensor, count: int) -> None:
+        """Copies the first `count` tokens of each source into its target: int64 [k] each."""
+        for tensor in self.tensors():
+            tensor[targets, :, :count] = tensor[sources, :, :count]
+
     def _slot(self, slot: int) -> list[Tensor]:
         if slot not in self._views:
             self._views[slot] = [t[slot] for t in self.tensors()]

@@ -330,9 +330,14 @@ class Sampler:
                     self._decoder.prefill(wave.parts)
                 for row, segment in wave.parts:
                     row.cached = segment.stop
-                for donor, row in wave.late:
-                    row.cached = len(row.request.prompt_ids) - 1
-                    self._decoder.copy(_slot(donor), _slot(row), row.cached)
+                if wave.late:
+                    for _, row in wave.late:
+                        row.cached = len(row.request.prompt_ids) - 1
+                    self._decoder.spread(
+                        [_slot(donor) for donor, _ in wave.late],
+                        [_slot(row) for _, row in wave.late],
+                        max(row.cached for _, row in wave.late),
+                    )
             except STEP_ERRORS as error:
                 hit = [row for row, _ in wave.parts] + [row for _, row in wave.late]
                 for row in sorted(hit, key=_slot, reverse=True):

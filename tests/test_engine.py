@@ -83,11 +83,15 @@ class Engine(RuleBasedStateMachine):
         """Counts what happens inside; `events` shows that all of it is tried."""
         decoder, count = self.sampler._decoder, self.events
         copy, move, reserve = decoder.copy, decoder.move, decoder.reserve
-        prefill = decoder.prefill
+        prefill, spread = decoder.prefill, decoder.spread
 
         def copying(source, target, tokens):
             count["copy"] += 1
             copy(source, target, tokens)
+
+        def spreading(*args):
+            count["spread"] += 1
+            spread(*args)
 
         def moving(source, target, tokens):
             count["move"] += 1
@@ -110,7 +114,7 @@ class Engine(RuleBasedStateMachine):
             )
             prefill(parts)
 
-        decoder.copy, decoder.move = copying, moving
+        decoder.copy, decoder.move, decoder.spread = copying, moving, spreading
         decoder.reserve, decoder.prefill = reserving, prefilling
 
     def step_once(self):
@@ -263,7 +267,7 @@ def test_any_order_of_requests_gives_what_each_gets_alone(one_thread):
     Engine.events, Engine.alone = Counter(), {}
     run_state_machine_as_test(Engine, settings=settings(WITHOUT_SHRINKING, max_examples=30))
     for name in [
-        "copy", "move", "more slots", "more length", "fewer slots", "fewer length",
+        "copy", "spread", "move", "more slots", "more length", "fewer slots", "fewer length",
         "prefill of several", "chunk", "unfinished chunk", "waits", "cancel",
         "stop", "length", "abort", "error",
     ]:  # fmt: skip
@@ -286,5 +290,5 @@ def test_any_order_gives_the_same_bits_in_batch_invariant_mode(one_thread):
         InvariantEngine,
         settings=settings(WITHOUT_SHRINKING, max_examples=5, stateful_step_count=12),
     )
-    for name in ["copy", "move", "chunk", "waits"]:
+    for name in ["spread", "move", "chunk", "waits"]:
         assert InvariantEngine.events[name], (name, InvariantEngine.events)

@@ -369,7 +369,7 @@ def test_ctrl_c_in_generate_leaves_its_requests_nowhere_and_the_others_right(sam
     if where == "decode after it":  # the step has drawn; the rows have not heard of it
         owner, name, at = sampler._decoder, "_top", 2
     elif where == "copy":
-        owner, name, at = sampler._decoder, "copy", 1
+        owner, name, at = sampler._decoder, "spread", 1
     else:
         owner, name = spread_policy().model.model.layers[2].mlp, "forward"
         at = 1 if where == "prefill" else 4
