@@ -289,6 +289,21 @@ def test_a_failed_forward_ends_the_rows_of_that_forward_alone(sampler, at):
         assert request.completions[0].error is None
 
 
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_the_same_prompt_after_a_failed_forward_is_computed_again(sampler, at):
+    """The slot was cleared: a copy of it, or what it holds of the same prompt, would be zeros."""
+    params = SamplingParams(max_tokens=6, seed=1, ignore_eos=True)
+    hit = sampler.submit(IDS[:24], "joy=1", params)
+    with failing(spread_policy().model.model.layers[2].mlp, "forward", at, RuntimeError("once")):
+        sampler.finish([hit])
+    assert hit.completions[0].error == "RuntimeError: once"
+    again = [sampler.submit(IDS[:24], "joy=1", params) for _ in range(2)]
+    sampler.finish(again)
+    judge = Alone()
+    for request in again:
+        judge.check(request)
+
+
 @pytest.mark.parametrize("at", range(1, 5))
 def test_a_failed_resize_ends_the_rows_of_that_step(sampler, at):
     requests, hit, judge = [], [], Alone(24)
