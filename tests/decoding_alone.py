@@ -54,6 +54,7 @@ class Alone:
             got = own.completion
             self.compared += 1
             count = len(got.token_ids)
+            _check_alone(request, got)
             same = next(
                 (i for i, pair in enumerate(zip(got.token_ids, alone.token_ids, strict=False))
                  if pair[0] != pair[1]), min(count, len(alone.token_ids)),
@@ -78,6 +79,26 @@ class Alone:
             elif got.finish_reason != "error" or alone.finish_reason == "error":
                 assert count == len(alone.token_ids)
                 assert (got.finish_reason, got.text) == (alone.finish_reason, alone.text)
+
+
+def _check_alone(request, got):
+    """What holds of a completion without another to compare: ends, stops, probabilities."""
+    params, ids = request.params, got.token_ids
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else spread_policy().end_ids)
+    assert len(ids) == len(got.logprobs) <= params.max_tokens
+    assert not stops & set(ids[:-1])
+    assert not any(s in got.text for s in params.stop)
+    if ids and ids[-1] in stops:
+        assert got.finish_reason in ("stop", "error")
+    elif got.finish_reason == "length":
+        assert len(ids) == params.max_tokens
+    elif got.finish_reason == "stop":
+        assert params.stop
+    for token, logprob, top in zip(ids, got.logprobs, got.top_logprobs or (), strict=False):
+        values = list(top.values())
+        assert len(top) == params.logprobs and values == sorted(values, reverse=True)
+        assert abs(top.get(token, logprob) - logprob) <= TOLERANCE
+        assert token in top or logprob <= values[-1] + TOLERANCE
 
 
 @torch.no_grad()

@@ -135,6 +135,14 @@ class Engine(RuleBasedStateMachine):
         for _ in range(count):
             self.submit(prompt, [0.5, 0.5], params)
 
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), params=PARAMS, more=st.sampled_from([[], [9], IDS[70:75]]))
+    def submit_what_goes_on(self, data, params, more):
+        """The next turn of a conversation: a prompt, its completion, and more."""
+        before = data.draw(st.sampled_from(self.requests))
+        ids = (before.prompt_ids + before.rows[0].token_ids + more)[:70]
+        self.submit(ids, before.weights, params)
+
     @rule(bad=st.sampled_from(BAD))
     def submit_bad(self, bad):
         prompt, weights, changes = bad
@@ -206,6 +214,7 @@ class Engine(RuleBasedStateMachine):
         # The device knows of each row what the row says.
         count = len(rows)
         assert decoder.alive.tolist() == [1] * count + [0] * (sampler.max_batch_size - count)
+        assert not decoder.length[count:].any()
         assert decoder.token.min() >= 0
         for i, row in enumerate(rows):
             params = row.request.params

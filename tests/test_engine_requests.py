@@ -12,6 +12,7 @@ import pytest
 import torch
 from decoding_alone import Alone, spread_policy
 
+import clp_kernels
 from clp.requests import Request, Row
 from clp.sampler import Sampler, SamplingParams
 
@@ -287,6 +288,58 @@ def test_a_failed_forward_ends_the_rows_of_that_forward_alone(sampler, at):
         sampler.finish([request])
         judge.check(request)
         assert request.completions[0].error is None
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_the_same_prompt_after_a_failed_forward_is_computed_again(sampler, at):
+    """The slot was cleared: a copy of it, or what it holds of the same prompt, would be zeros."""
+    params = SamplingParams(max_tokens=6, seed=1, ignore_eos=True)
+    hit = sampler.submit(IDS[:24], "joy=1", params)
+    with failing(spread_policy().model.model.layers[2].mlp, "forward", at, RuntimeError("once")):
+        sampler.finish([hit])
+    assert hit.completions[0].error == "RuntimeError: once"
+    again = [sampler.submit(IDS[:24], "joy=1", params) for _ in range(2)]
+    sampler.finish(again)
+    judge = Alone()
+    for request in again:
+        judge.check(request)
+
+
+@pytest.mark.parametrize("more", [[], [9], IDS[70:90]])
+@pytest.mark.parametrize("ended", [False, True])
+def test_the_next_turn_copies_the_last_one_but_its_last_token(sampler, ended, more):
+    """The last token drawn is not in the cache: nothing has fed it yet."""
+    before = sampler.submit(
+        IDS[:24], "joy=1", SamplingParams(max_tokens=9, seed=1, ignore_eos=True)
+    )
+    for _ in range(9 if ended else 5):
+        sampler.step()
+    assert before.finished is ended
+    ids = before.prompt_ids + before.rows[0].token_ids + more
+    copied = []
+    copy = sampler._decoder.copy
+    sampler._decoder.copy = lambda a, b, count: (copied.append(count), copy(a, b, count))
+    after = sampler.submit(ids, "joy=1", SamplingParams(max_tokens=9, seed=1))
+    sampler.finish([before, after])
+    assert copied[:1] == ([] if ended else [28])  # of one that is done, in its own slot
+    Alone().check(after)
+
+
+def test_in_batch_invariant_mode_only_whole_prompts_are_copied(sampler):
+    """A prompt's bits depend on how it is cut into forwards."""
+    copied, params = [], SamplingParams(max_tokens=4, seed=1, ignore_eos=True)
+    copy = sampler._decoder.copy
+    sampler._decoder.copy = lambda a, b, count: (copied.append(count), copy(a, b, count))
+    prompts = [IDS[:40], IDS[:30], [*IDS[:39], 5, 6], IDS[:40]]
+    judge = Alone(24, invariant=True)
+    with clp_kernels.batch_invariant():
+        requests = [sampler.submit(ids, "joy=1", params) for ids in prompts]
+        sampler.step()
+        assert copied == [39]
+        assert all(row.token_ids for row in sampler._rows)
+        sampler.finish(requests)
+    for request in requests:
+        judge.check(request)
 
 
 @pytest.mark.parametrize("at", range(1, 5))
