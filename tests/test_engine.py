@@ -299,5 +299,5 @@ def test_any_order_gives_the_same_bits_in_batch_invariant_mode(one_thread):
         InvariantEngine,
         settings=settings(WITHOUT_SHRINKING, max_examples=5, stateful_step_count=12),
     )
-    for name in ["spread", "move", "chunk", "waits"]:
+    for name in ["copy", "move", "chunk", "waits"]:
         assert InvariantEngine.events[name], (name, InvariantEngine.events)
