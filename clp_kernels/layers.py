@@ -5,6 +5,7 @@ The layers that mix whole parameters are in clp_kernels.experts; `steer` serves 
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple
@@ -46,9 +47,9 @@ class SteeredLayer(nn.Module):
     steering: Steering
     has_base: ClassVar[bool] = False
 
+    @abstractmethod
     def mixed_parameter(self) -> Tensor:
         """One of the parameters that are mixed: the rows go to its device, in its accumulator."""
-        raise NotImplementedError
 
     def active_rows(self, x: Tensor, feature_axes: int, broadcast: bool = False) -> _Rows:
         """The rows for an input whose last `feature_axes` axes belong to one token.
