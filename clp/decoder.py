@@ -15,6 +15,7 @@ from torch import Tensor
 
 import clp_kernels
 from clp.kv_cache import BLOCK, Decode, KVCache, Prefill, Segment
+from clp.recording import ROWS_NEEDED, Inputs, Recording, Unrecordable, record
 from clp.requests import Row
 from clp_kernels.invariant import is_batch_invariant
 
@@ -109,6 +110,9 @@ class Decoder:
         # runs at a time, and its output is read before the next.
         self._graphs: dict[Any, Any] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # On the CPU; None where a network's step cannot be recorded.
+        self.recordings: list[Recording | None] = [None] * len(self.networks)
+        self._recorded = False
         self._check()
         # Keys and values of one token in all networks.
         self.bytes_per_token = sum(cache.bytes_per_token for cache in self.caches)
@@ -272,14 +276,19 @@ class Decoder:
 
     def _logits(self, here: slice, longest: int, even: bool, home: Tensor | None) -> Tensor:
         tokens, lengths = self.token[here, None], self.length[here, None]
-        found = []
+        count, found = here.stop - here.start, []
         for i, (network, cache) in enumerate(zip(self.networks, self.caches, strict=True)):
             plan = Decode(cache, here.start, self.length[here], longest, even, home)
-            with self._steer(i, here), cache.attending():
-                out = network.model(
-                    input_ids=tokens, position_ids=lengths, use_cache=False, slots=plan
-                )
-            found.append(out.logits[:, -1])
+            recording = self.recordings[i] if self._recorded else None
+            with self._steer(i, here):
+                if recording is not None:
+                    logits = recording(Inputs(tokens, lengths, plan), count)
+                else:
+                    with cache.attending():
+                        logits = network.model(
+                            input_ids=tokens, position_ids=lengths, use_cache=False, slots=plan
+                        ).logits
+            found.append(logits[:, -1])
         if len(found) == 1 and self.policy.logit_weights(self.weights[:1]) is None:
             return found[0]
         return torch.stack(found)
@@ -392,7 +401,7 @@ class Decoder:
     @contextmanager
     def _probing(self) -> Iterator[None]:
         for cache in self.caches:
-            cache.resize(1, BLOCK)
+            cache.resize(ROWS_NEEDED, BLOCK)
         # Zero rows would hide the adapters, and give no logits at all in a mixture of models.
         self.weights.fill_(1 / self.weights.shape[1])
         try:
@@ -414,6 +423,30 @@ class Decoder:
                     raise ValueError(f"{refusal}: {type(error).__name__}: {error}") from error
                 if fault is not None:
                     raise ValueError(f"{refusal}: {fault}")
+            if not self._ints.is_cuda:
+                self.recordings = [self._record(i) for i in range(len(self.networks))]
+                self.renew()
+
+    @torch.inference_mode()
+    def _record(self, index: int) -> Recording | None:
+        network, cache = self.networks[index], self.caches[index]
+
+        @contextmanager
+        def steered(count: int) -> Iterator[Inputs]:
+            lengths = torch.arange(count) % 4
+            plan = Decode(cache, 0, lengths, 4, False)
+            rows = self.weights[:1].expand(count, -1)
+            with network.steer(rows), cache.attending():
+                yield Inputs((lengths + 1)[:, None], lengths[:, None], plan)
+
+        try:
+            return record(network.model, steered)
+        except Unrecordable:
+            return None
+
+    def renew(self) -> None:
+        """Looks whether the models are still as they were recorded; if not, they run themselves."""
+        self._recorded = all(one is None or one.current for one in self.recordings)
 
     @torch.no_grad()
     def _fault(self, network: Network, cache: KVCache) -> str | None:

@@ -307,6 +307,7 @@ class Sampler:
         failed: list[Completion | None] = []
         if not self._rows and self._waiting:
             # Nothing runs: the parameters may have changed since the caches were filled.
+            self._decoder.renew()
             fingerprint = self.policy.fingerprint()
             if fingerprint != self._fingerprint:
                 self._held = [None] * self.max_batch_size
