@@ -13,6 +13,7 @@ import torch
 from decoding_alone import Alone, spread_policy
 
 import clp_kernels
+from clp.kv_cache import Decode
 from clp.requests import Request, Row
 from clp.sampler import Sampler, SamplingParams
 
@@ -232,7 +233,7 @@ def test_a_slot_that_was_cut_is_not_copied_when_it_has_grown_again(one_thread):
 @contextmanager
 def failing(owner, name, at, error):
     """The `at`-th call of a function from now on raises; gives the list of its calls so far."""
-    original, calls = getattr(owner, name), []
+    original, calls, own = getattr(owner, name), [], name in vars(owner)
 
     def wrapped(*args, **kwargs):
         calls.append(args)
@@ -244,8 +245,8 @@ def failing(owner, name, at, error):
     try:
         yield calls
     finally:
-        if isinstance(owner, torch.nn.Module):
-            owner.forward = original
+        if own:
+            setattr(owner, name, original)
         else:
             delattr(owner, name)
 
@@ -423,9 +424,10 @@ def test_ctrl_c_in_generate_leaves_its_requests_nowhere_and_the_others_right(sam
         owner, name, at = sampler._decoder, "_top", 2
     elif where == "copy":
         owner, name, at = sampler._decoder, "spread", 1
-    else:
-        owner, name = spread_policy().model.model.layers[2].mlp, "forward"
-        at = 1 if where == "prefill" else 4
+    elif where == "prefill":
+        owner, name, at = spread_policy().model.model.layers[2].mlp, "forward", 1
+    else:  # in the third layer of the fourth step
+        owner, name, at = Decode, "attend", 3 * spread_policy().model.config.num_hidden_layers + 3
     # The second copies the first's prompt.
     prompts = [IDS[:30], IDS[:30], IDS[40:60]]
     with failing(owner, name, at, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
