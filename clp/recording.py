@@ -31,6 +31,8 @@ BY_VALUE = frozenset({
 })  # fmt: skip
 LITERALS = (int, float, bool, str, type(None), type(...), torch.dtype, torch.device,
             torch.memory_format, torch.layout)  # fmt: skip
+# What PyTorch raises where the calls do not fit other numbers of rows.
+CALL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 # Numbers of rows that are recorded, and those that are compared with the model afterwards.
 RECORDED, COMPARED = (2, 3), (1, 5)
 ROWS_NEEDED = max(RECORDED + COMPARED)
@@ -96,7 +98,12 @@ def record(model: Any, steered: Callable[[int], AbstractContextManager[Inputs]])
     made = Recording(model, _unified(*recorded))
     for rows in COMPARED:
         with steered(rows) as inputs:
-            if not torch.equal(made(inputs, rows), _run(model, inputs)):
+            wanted = _run(model, inputs)
+            try:
+                got = made(inputs, rows)
+            except CALL_ERRORS as error:
+                raise Unrecordable(f"with {rows} rows the recorded calls fail: {error}") from error
+            if not torch.equal(got, wanted):
                 raise Unrecordable(f"with {rows} rows the recorded calls give other logits")
     return made
 
@@ -113,6 +120,8 @@ def _calls(model: Any, inputs: Inputs) -> list[_Call]:
     layers = [module for module in model.modules() if isinstance(module, SteeredLayer)]
     if any("forward" in layer.__dict__ for layer in layers):
         raise Unrecordable("a steered layer's forward is replaced")
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise Unrecordable("the model is compiled")
     try:
         for layer in layers:
             layer.forward = recorder.whole(layer.forward, layer.forward)  # type: ignore[method-assign]
@@ -261,7 +270,7 @@ def _unified(first: list[_Call], second: list[_Call]) -> fx.GraphModule:
 def _parts(module: Any) -> list[Any]:
     """The objects a recording relies on: modules, what they hold, hooks, whether they train."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    found = [module, module.__dict__.get("forward"), *hooks]
+    found = [module, module.__dict__.get("forward"), module._compiled_call_impl, *hooks]
     if not isinstance(module, SteeredLayer):  # which looks for itself when it is called
         found += [module.training, *module._parameters.values(), *module._buffers.values()]
         for child in module.children():

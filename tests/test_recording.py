@@ -105,6 +105,10 @@ REFUSED = {
     "rows decide what is called": (lambda x: x + 1 if x.shape[0] > 2 else x, "decides what"),
     "the square of the rows": (lambda x: x + x.shape[0] ** 2, "is given 4 and 9"),
     "one row is another case": (lambda x: x + 1 if x.shape[0] == 1 else x + 2, "with 1 rows"),
+    "many rows do not fit": (
+        lambda x: x + torch.ones(6)[: 6 // len(x) * len(x)].view(len(x), -1).sum(1)[:, None, None],
+        "with 5 rows the recorded calls fail",
+    ),
     "many rows are another case": (lambda x: x + 1 if x.shape[0] > 4 else x + 2, "with 5 rows"),
 }  # fmt: skip
 
@@ -120,6 +124,14 @@ def test_a_tensor_from_nowhere_is_refused():
     # Each pass makes its own: what made it is not seen, so it may depend on anything.
     with pytest.raises(Unrecordable, match="is given"):
         recorded(lambda x: x + torch.frombuffer(bytearray(32), dtype=torch.float32))
+
+
+def test_a_compiled_model_is_refused():
+    model = Model(lambda x: x)
+    model.body_of_its_own = nn.Identity()
+    model.body_of_its_own.compile(backend="eager")
+    with pytest.raises(Unrecordable, match="compiled"):
+        record(model, steered)
 
 
 def test_nothing_is_left_on_model_and_plan(policy):
