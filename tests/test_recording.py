@@ -66,7 +66,7 @@ def in_place(x):
 
 
 BODIES = {
-    "a product of the rows in a shape": lambda x: x.view(x.shape[0] * 4, -1).exp().view(x.shape),
+    "a product of the rows in a shape": lambda x: x.view(len(x) * 4, -1).cumsum(1).view(x.shape),
     "factories": lambda x: x + torch.arange(x.shape[0])[:, None, None] + torch.zeros(x.shape),
     "results in a tuple": lambda x: x.chunk(2, -1)[1] + x.topk(4, -1).values,
     "in place, a property, an item that is set": in_place,
