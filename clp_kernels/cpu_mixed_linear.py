@@ -37,8 +37,8 @@ def mixed_linear(
     invariant: bool,
 ) -> Tensor:
     """As reference.mixed_linear."""
-    out_features, in_features = expert_weight.shape[1:]
-    rows = x.reshape(-1, in_features)
+    out_features = expert_weight.shape[1]
+    rows = x.flatten(0, -2)
     tokens = rows.shape[0]
     y: Tensor
     if tokens * out_features == 0:
@@ -128,14 +128,14 @@ def mixed_linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As reference.mixed_linear_backward, one expert at a time."""
-    m, out_features, in_features = expert_weight.shape
+    m, out_features, _ = expert_weight.shape
     if invariant or x.numel() == 0 or dy.numel() == 0:
         return reference.mixed_linear_backward(
             dy, x, expert_weight, weights, bias, example_ids, invariant, needs
         )
     gemm_dtype = x.dtype if _has_gemm(x, out_features) else torch.float32
-    rows = x.reshape(-1, in_features).to(gemm_dtype)
-    dy_rows = dy.reshape(-1, out_features).to(gemm_dtype)
+    rows = x.flatten(0, -2).to(gemm_dtype)
+    dy_rows = dy.flatten(0, -2).to(gemm_dtype)
     tokens = rows.shape[0]
     per_token = token_weights(weights, example_ids, tokens)
     dx, d_expert, d_weights, d_bias = (x.new_empty(0) for _ in needs)

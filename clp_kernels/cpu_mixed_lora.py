@@ -85,12 +85,15 @@ def mixed_lora(
 ) -> tuple[Tensor, Tensor]:
     """As reference.mixed_lora: y in x's dtype, u = x A^T in float32."""
     m, r, in_features = lora_A.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
     tokens, out_features = rows.shape[0], base_weight.shape[0]
+    if x.numel() * out_features * m * r == 0:  # an empty tensor has no address
+        return reference.mixed_lora(
+            x, base_weight, lora_A, lora_B, weights, bias, example_ids, invariant
+        )
     gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
     native_base = (
-        tokens * m * r > 0
-        and not invariant
+        not invariant
         and use_native_base(tokens, base_weight.numel(), x.dtype)
         and base_weight.is_contiguous()
         and bool((weights != 0).any(1).all())
@@ -103,12 +106,10 @@ def mixed_lora(
         return y, u if x.dim() == 2 else u.view(*x.shape[:-1], m * r)
     linear = reference.tiled_linear if invariant else F.linear
     y = linear(x, base_weight, bias).contiguous()
-    if tokens * m * r == 0:
-        u = torch.zeros(tokens, m * r)
-    elif use_native(tokens, in_features + out_features, x.dtype, gemm_dtype, invariant):
+    if use_native(tokens, in_features + out_features, x.dtype, gemm_dtype, invariant):
         u = run_native(rows, lora_A, lora_B, weights, example_ids, y)
     else:
-        per_token, out = token_weights(weights, example_ids, tokens), y.view(tokens, -1)
+        per_token, out = token_weights(weights, example_ids, tokens), y.flatten(0, -2)
         u = _add_low_rank_by_products(rows, lora_A, lora_B, per_token, out)
     return y, u if x.dim() == 2 else u.view(*x.shape[:-1], m * r)
 
@@ -225,7 +226,7 @@ def _zeros(per_token: Tensor) -> Tensor | None:
 
 def _stacked(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
     """lora_B [m, out, r] as [out, m*r]."""
-    return lora_B.transpose(0, 1).reshape(lora_B.shape[1], -1).to(dtype)
+    return lora_B.transpose(0, 1).flatten(1).to(dtype)
 
 
 def _over_rows(rank: Tensor, rows: Tensor) -> Tensor:
@@ -269,12 +270,12 @@ def mixed_lora_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As reference.mixed_lora_backward; holds [T, m*r] and blocks of rows beside the gradients."""
-    m, r, in_features = lora_A.shape
-    if invariant or m * r == 0 or x.numel() == 0:
+    m, r, _ = lora_A.shape
+    if invariant or m * r * x.numel() * dy.numel() == 0:
         return reference.mixed_lora_backward(
             dy, x, base_weight, lora_A, lora_B, weights, example_ids, u, invariant, needs
         )
-    rows, dy_rows = x.reshape(-1, in_features), dy.reshape(-1, dy.shape[-1])
+    rows, dy_rows = x.flatten(0, -2), dy.flatten(0, -2)
     tokens = rows.shape[0]
     d_base, d_bias = (x.new_empty(0) for _ in range(2))
     if needs[1]:
@@ -313,7 +314,7 @@ def _gradients_by_products(
     zero = _zeros(w)
     if needs[3]:
         d_B = _over_rows(_mix_(u.clone(), w, zero), dy)
-        d_lora_B = d_B.view(m, r, -1).transpose(1, 2).to(lora_B.dtype).contiguous()
+        d_lora_B = d_B.unflatten(0, (m, r)).transpose(1, 2).to(lora_B.dtype).contiguous()
         del d_B
     if not (needs[0] or needs[2] or needs[4]):
         return dx, d_lora_A, d_lora_B, d_weights
@@ -322,7 +323,7 @@ def _gradients_by_products(
     else:
         g = run_native(dy, lora_B.mT, None, None, None, None)
     if needs[4]:
-        d_w = (g * u).view(-1, m, r).sum(-1)
+        d_w = (g * u).view(len(u), m, r).sum(-1)
         d_weights = reference.sum_per_example(d_w, len(weights), example_ids)
         del d_w
     du = _mix_(g, w, zero)
@@ -368,7 +369,7 @@ def _gradients_native(
     if needs[3]:
         d_B = _gradient_of_rank(_mix_(rank.copy_(u), w, zero), dy, features)
         # A copy always: `features` is written again.
-        d_lora_B = lora_B.new_empty(lora_B.shape).copy_(d_B.view(m, r, -1).mT)
+        d_lora_B = lora_B.new_empty(lora_B.shape).copy_(d_B.unflatten(0, (m, r)).mT)
     if not (needs[0] or needs[2] or needs[4]):
         return dx, d_lora_A, d_lora_B, d_weights
     transposed = features.view(lora_B.dtype)[: lora_B.numel()].view(m, r, -1).copy_(lora_B.mT)

@@ -33,7 +33,7 @@ def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     padded = -(-in_features // 32) * 32
     if padded != in_features or not weight.is_contiguous():
         weight = F.pad(weight, (0, padded - in_features)).contiguous()
-    rows = x.reshape(-1, in_features)
+    rows = x.flatten(0, -2)
     out = x.new_empty(rows.shape[0], weight.shape[0])
     for start in range(0, rows.shape[0], INVARIANT_TILE):
         part = rows[start : start + INVARIANT_TILE]
@@ -88,7 +88,7 @@ def mixed_lora(
     base = linear(x, base_weight, bias)
     u = linear(x.to(acc), lora_A.reshape(m * r, in_features).to(acc))
     z = (u.unflatten(-1, (m, r)) * omega[..., None]).flatten(-2)
-    delta = linear(z, lora_B.transpose(0, 1).reshape(-1, m * r).to(acc))
+    delta = linear(z, lora_B.transpose(0, 1).flatten(1).to(acc))
     mixed = delta.add_(base).to(x.dtype)
     # An all-zero row is the bare linear bit for bit, even where A holds inf or base is -0.0. Where
     # the rows can be looked at for free, a batch without such a row skips the pass over y.
@@ -120,21 +120,21 @@ def mixed_lora_backward(
     omega = _rows_for(x, weights, example_ids).to(acc)
     dx, d_base, d_lora_A, d_lora_B, d_weights, d_bias = (x.new_empty(0) for _ in needs)
     dy_acc = dy.to(acc)
-    dy_flat = dy_acc.reshape(-1, dy.shape[-1])
+    dy_flat = dy_acc.flatten(0, -2)
     A = lora_A.reshape(m * r, in_features).to(acc)
-    B = lora_B.transpose(0, 1).reshape(-1, m * r).to(acc)
+    B = lora_B.transpose(0, 1).flatten(1).to(acc)
     g = linear(dy_acc, B.t().contiguous()).unflatten(-1, (m, r))
     du = (g * omega[..., None]).flatten(-2)
     if needs[0]:
         dx = linear(du, A.t().contiguous()).add_(linear(dy, base_weight.t())).to(x.dtype)
     if needs[1]:
-        d_base = (dy_flat.t() @ x.to(acc).reshape(-1, in_features)).to(base_weight.dtype)
+        d_base = (dy_flat.t() @ x.to(acc).flatten(0, -2)).to(base_weight.dtype)
     if needs[2]:
-        d_lora_A = du.reshape(-1, m * r).t() @ x.to(acc).reshape(-1, in_features)
+        d_lora_A = du.flatten(0, -2).t() @ x.to(acc).flatten(0, -2)
         d_lora_A = d_lora_A.view(m, r, in_features).to(lora_A.dtype)
     if needs[3]:
-        z = (u.unflatten(-1, (m, r)) * omega[..., None]).reshape(-1, m * r)
-        d_lora_B = (z.t() @ dy_flat).view(m, r, -1).transpose(1, 2)
+        z = (u.unflatten(-1, (m, r)) * omega[..., None]).flatten(-2).flatten(0, -2)
+        d_lora_B = (z.t() @ dy_flat).unflatten(0, (m, r)).transpose(1, 2)
         d_lora_B = d_lora_B.to(lora_B.dtype).contiguous()
     if needs[4]:
         per_token = (g * u.unflatten(-1, (m, r))).sum(-1)
@@ -175,7 +175,7 @@ def mixed_linear_backward(
     """Gradients of (x, expert_weight, weights, bias); empty where not needed."""
     acc, linear = accumulator(x.dtype), _linear(invariant)
     omega = _rows_for(x, weights, example_ids).to(acc)
-    dy_acc, x_flat = dy.to(acc), x.to(acc).reshape(-1, x.shape[-1])
+    dy_acc, x_flat = dy.to(acc), x.to(acc).flatten(0, -2)
     scaled = [omega[..., i : i + 1] * dy_acc for i in range(expert_weight.shape[0])]
     dx, d_expert, d_weights, d_bias = (x.new_empty(0) for _ in needs)
     if needs[0]:
@@ -184,7 +184,7 @@ def mixed_linear_backward(
         for s, w in zip(scaled, expert_weight, strict=True):
             total = total + linear(s, w.t().to(acc))
         dx = total.to(x.dtype)
-    flat = [s.reshape(-1, dy.shape[-1]) for s in scaled]
+    flat = [s.flatten(0, -2) for s in scaled]
     if needs[1]:
         d_expert = torch.stack([s.t() @ x_flat for s in flat]).to(expert_weight.dtype)
     if needs[2]:

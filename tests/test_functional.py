@@ -1143,3 +1143,39 @@ def test_valid_arguments_are_valid(op: str) -> None:
     out = function(**arguments)
     first = out[0] if isinstance(out, tuple) else out
     assert first.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(4, 0, 2, 3), (0, 4, 2, 3), (4, 5, 0, 3), (4, 0, 2, 0),
+                                   (0, 0, 2, 3), (0, 4, 0, 3)])  # fmt: skip
+def test_axes_of_no_length_have_gradients(
+    backend: str, dtype: torch.dtype, sizes: tuple[int, int, int, int]
+) -> None:
+    """in_features, out_features, the rank, the batch: what is left is the formula's."""
+    n_in, n_out, r, B = sizes
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+    x, W, A, up = made(B, 2, n_in), made(n_out, n_in), made(2, r, n_in), made(2, n_out, r)
+    experts = made(2, n_out, n_in)
+    w = torch.rand(B, 2, generator=generator).requires_grad_()
+    leaves = (x, W, A, up, experts, w)
+
+    def gradients(low_rank: torch.Tensor, mixed: torch.Tensor) -> list[torch.Tensor]:
+        assert low_rank.shape == mixed.shape == (B, 2, n_out)
+        loss = low_rank.double().square().sum() + mixed.double().square().sum()
+        return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+    got = gradients(
+        mixed_lora(x, W, A, up, w, backend=backend),
+        mixed_linear(x, experts, w, backend=backend),
+    )
+    X, base, down, B64, E, rows = (t.double() for t in leaves)
+    update = torch.einsum("bsi,mri,mor,bm->bso", X, down, B64, rows)
+    wanted = gradients(X @ base.t() + update, torch.einsum("bsi,moi,bm->bso", X, E, rows))
+    for mine, theirs, leaf in zip(got, wanted, leaves, strict=True):
+        assert mine.shape == leaf.shape and mine.dtype == leaf.dtype
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=0.1, atol=0.1)
