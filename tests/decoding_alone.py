@@ -15,8 +15,7 @@ NAMES = ["joy", "brief"]
 TOLERANCE = 1e-4  # of log-probabilities and of scores that count as a tie; float32 rounds at 1e-5
 
 
-@cache
-def spread_policy(dtype=torch.float32):
+def new_spread_policy(dtype=torch.float32):
     """The tiny model with adapters so large that every weight row writes something else."""
     made = Policy.create("tiny", NAMES, r=4, dtype=dtype)
     generator = torch.Generator().manual_seed(5)
@@ -24,6 +23,9 @@ def spread_policy(dtype=torch.float32):
         values = torch.empty(layer.lora_B.shape).normal_(0, 0.15, generator=generator)
         layer.lora_B.data.copy_(values)
     return made
+
+
+spread_policy = cache(new_spread_policy)  # shared: not to be changed
 
 
 class Alone:

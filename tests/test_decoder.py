@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from decoding_alone import new_spread_policy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clp.decoder import FILTERS, Decoder, Drawn, _bucket, _same
-from clp.policy import Policy
 from clp.sampler import Sampler, SamplingParams
-from clp_kernels.layers import steered_layers
 
 BYTES = 4 * 2 * 2 * 32 * 4  # tiny: layers, keys and values, heads, width, float32
 ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
@@ -16,11 +15,7 @@ ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
 
 @pytest.fixture(scope="module")
 def policy():
-    made = Policy.create("tiny", ["joy", "brief"], r=4)
-    generator = torch.Generator().manual_seed(5)
-    for layer in steered_layers(made.model).values():
-        layer.lora_B.data.normal_(0, 0.15, generator=generator)
-    return made
+    return new_spread_policy()
 
 
 def prompts(lengths, seed=0):

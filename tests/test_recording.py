@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from decoding_alone import new_spread_policy
 from torch import nn
 
 from clp import recording
-from clp.policy import Policy
 from clp.recording import ROWS_NEEDED, Inputs, Unrecordable, record
 from clp.sampler import Sampler, SamplingParams, with_seeds
 from clp_kernels.layers import steered_layers
@@ -143,11 +143,7 @@ def test_nothing_is_left_on_model_and_plan(policy):
 
 @pytest.fixture(scope="module")
 def policy():
-    made = Policy.create("tiny", ["joy", "brief"], r=4)
-    generator = torch.Generator().manual_seed(5)
-    for layer in steered_layers(made.model).values():
-        layer.lora_B.data.normal_(0, 0.15, generator=generator)
-    return made
+    return new_spread_policy()
 
 
 def generate(sampler):

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from decoding_alone import new_spread_policy
 
 import clp_kernels
-from clp.policy import Policy
 from clp.sampler import Sampler, SamplingParams, with_seeds
-from clp_kernels.layers import steered_layers
 
 PROMPTS = [
     "Tom had a red kite.",
@@ -19,12 +18,7 @@ ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
 
 @pytest.fixture(scope="module")
 def policy():
-    made = Policy.create("tiny", ["joy", "brief"], r=4)
-    generator = torch.Generator().manual_seed(5)
-    for layer in steered_layers(made.model).values():
-        # Large enough that every row writes something else.
-        layer.lora_B.data.normal_(0, 0.15, generator=generator)
-    return made
+    return new_spread_policy()
 
 
 @pytest.fixture(scope="module")

@@ -3,23 +3,17 @@
 import random
 
 import pytest
-import torch
+from decoding_alone import new_spread_policy
 
 import clp_kernels
-from clp.policy import Policy
 from clp.sampler import Sampler, SamplingParams
-from clp_kernels.layers import steered_layers
 
 BUDGETS = [2048, 24]
 
 
 @pytest.fixture(scope="module")
 def policy():
-    made = Policy.create("tiny", ["joy", "brief"], r=4)
-    generator = torch.Generator().manual_seed(5)
-    for layer in steered_layers(made.model).values():
-        layer.lora_B.data.normal_(0, 0.15, generator=generator)
-    return made
+    return new_spread_policy()
 
 
 def asked(count):
