@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ import torch
 from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
+from transformers import TrainerState
 
+from clp.conversation import prompt_text
 from clp.policy import Policy
 from clp.prompts import columns
 from clp.requests import Completion, SamplingParams
-from clp.rewards import RewardFunc, distinct_2, score
+from clp.rewards import RewardFunc, distinct_2
 from clp.rollout import make_batch, token_stats
 from clp.sampler import Sampler, with_seeds
+from clp.scoring import RewardLog, dry_call, numbers_or_none, score
 from clp.weights import weight_grid
 
 
@@ -27,7 +30,8 @@ class Frontier:
     """The trade-off curve of a policy; larger rewards are better. Rows follow `weights`.
 
     Attributes:
-        objectives, weights [W, m], rewards [W, m] (means over the prompts), base_rewards [m].
+        objectives, weights [W, m], rewards [W, m] (means over the prompts to whose completions an
+            objective applies), base_rewards [m].
         kl_per_token: [W], exact KL to the base, nats, mean over all sampled tokens of the row.
         distinct_2: [W], unique over all word bigrams of the row's completions; base_distinct_2.
         mean_length: [W], tokens a completion.
@@ -37,6 +41,7 @@ class Frontier:
             of `rewards`, or the base's point.
         reference_point: [m]. pareto: [W], whether no other row dominates this one.
         prompts, seed: how many prompts, and the seed of the completions.
+        metrics: name -> mean of what reward functions logged by log_metric.
     """
 
     objectives: list[str]
@@ -55,6 +60,7 @@ class Frontier:
     pareto: list[bool]
     prompts: int
     seed: int
+    metrics: dict[str, float | None] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes the JSON (no NaN in it), replacing the file by a rename."""
@@ -73,24 +79,31 @@ def evaluate(
     reference_point: Sequence[float] | None = None,
     max_batch_size: int = 64,
     progress: bool = False,
+    trainer_state: TrainerState | None = None,
 ) -> tuple[Frontier, list[dict[str, Any]]]:
     """Samples every prompt at every row of the grid, and with the base model.
 
     Args:
-        policy, reward_funcs: Objectives must agree in name and order.
-        rows: Held-out prompts with the rewards' columns.
+        policy, reward_funcs: Objectives must agree in name and order. Each function is called once
+            on two short completions before anything is sampled.
+        rows: Held-out prompts (texts or conversations) with the rewards' columns.
         params: Sampling; its seed is ignored.
         seed: Prompt i draws with the same seed at every row, so that rows differ by their
             weights and not by luck.
         reference_point: Of the hypervolume; the origin if None, since built-in rewards are >= 0.
+        trainer_state: What reward functions get under that name, such as CLPTrainer's `state`; if
+            None, one at step 0 of 0.
 
     Returns:
-        The frontier, and one dict a completion: prompt, weights (None: base), text, rewards.
+        The frontier, and one dict a completion: prompt, weights (None: base), text, rewards (None
+        where an objective does not apply), and if reward functions log columns, "extra".
 
     Raises:
         ValueError: objectives that differ, a reference point of the wrong length or one that the
-            base does not exceed.
+            base does not exceed; an objective that applies to no completion at some weights.
+            What clp.scoring.score raises.
     """
+    trainer_state = TrainerState() if trainer_state is None else trainer_state
     if tuple(reward_funcs) != policy.objectives:
         raise ValueError(
             f"reward_funcs must be {list(policy.objectives)}, got {list(reward_funcs)}"
@@ -99,6 +112,7 @@ def evaluate(
     reference = [0.0] * m if reference_point is None else [float(v) for v in reference_point]
     if len(reference) != m:
         raise ValueError(f"reference_point must have {m} entries, got {len(reference)}")
+    dry_call(reward_funcs, rows, policy.tokenizer, trainer_state)
     grid = weight_grid(m)
     # The base model is the all-zero row; it shares the batches.
     sweep = torch.cat([grid, torch.zeros(1, m)])
@@ -107,14 +121,27 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist() * len(sweep)
     sampler = Sampler(policy, max_batch_size=max_batch_size)
-    ids = [policy.tokenizer(row["prompt"])["input_ids"] for row in everyone]
+    prompts = [
+        prompt_text(row["prompt"], policy.tokenizer, f"prompt {i}") for i, row in enumerate(rows)
+    ]
+    ids = [policy.tokenizer(text)["input_ids"] for text in prompts] * len(sweep)
     done = sampler.generate(
         ids, weights, with_seeds(params, seeds), simplex=False, progress=progress
     )
     texts = [c.text for c in done]
-    rewards = score(reward_funcs, [r["prompt"] for r in everyone], texts, columns(everyone))
+    log = RewardLog()
+    rewards = score(
+        reward_funcs, [row["prompt"] for row in everyone], texts, columns(everyone),
+        completion_ids=[c.token_ids for c in done], trainer_state=trainer_state, log=log,
+    )  # fmt: skip
     shape = (len(sweep), len(rows))
-    means = rewards.double().view(*shape, m).mean(1).numpy()
+    means = rewards.double().view(*shape, m).nanmean(1).numpy()
+    for w, i in np.argwhere(np.isnan(means)).tolist():
+        where = "the base model" if w == len(grid) else f"weights {grid[w].tolist()}"
+        raise ValueError(
+            f"reward {policy.objectives[i]!r} returned None for all {len(rows)} completions of "
+            f"{where}; give prompts to which it applies"
+        )
     kl, tokens = _kl_sums(policy, ids, done, weights, params.temperature, max_batch_size, progress)
     kl_per_token = (kl.view(shape).sum(1) / tokens.view(shape).sum(1)).tolist()
     distinct = [distinct_2(texts[i : i + len(rows)]) for i in range(0, len(texts), len(rows))]
@@ -143,14 +170,16 @@ def evaluate(
         pareto=moocore.is_nondominated(means[:-1], maximise=True).tolist(),
         prompts=len(rows),
         seed=seed,
+        metrics=log.means(),
     )
     samples = [
         {
             "prompt": row["prompt"],
             "weights": None if i >= len(grid) * len(rows) else weights[i].tolist(),
             "text": texts[i],
-            "rewards": rewards[i].tolist(),
+            "rewards": numbers_or_none(rewards[i]),
         }
+        | ({"extra": {name: v[i] for name, v in log.extra.items()}} if log.extra else {})
         for i, row in enumerate(everyone)
     ]
     return front, samples

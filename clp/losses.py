@@ -7,6 +7,12 @@ The objective of CLP (arXiv:2407.15762), for each prompt group with its weight r
 whose optimum is pi* ~ pi_ref exp( ((1 - alpha) / alpha) w.R ). KL is that of the whole completion,
 as the sum over tokens of the exact KL between the next-token distributions, which is the
 Rao-Blackwellised estimate of the sequence KL: lower variance than sampled log-ratios.
+
+Where objective i does not apply to completion k (its reward is NaN), w_i counts as 0 for k: the
+objective adds nothing to the completion's return, its advantage or the means and standard
+deviations of the others. So the policy is drawn neither to nor from completions to which an
+objective does not apply: with a_k = 1 where it applies, the expected gradient of its part is
+P(a = 1) grad E[R | a = 1].
 """
 
 import torch
@@ -16,30 +22,42 @@ from torch import Tensor
 def scale_rewards(rewards: Tensor, how: str) -> Tensor:
     """Divides each objective of rewards [G, K, m] by its standard deviation ("batch", "group").
 
-    Normalising before weighting (GDPO) keeps one objective's units from drowning another's. A
-    standard deviation below 1e-4 leaves nothing to learn from: it divides by 1, not by noise.
+    Normalising before weighting (GDPO) keeps one objective's units from drowning another's. The
+    standard deviation is that of the completions to which the objective applies (not NaN). One
+    below 1e-4, or of none, leaves nothing to learn from: it divides by 1, not by noise.
     """
     if how == "none":
         return rewards
     axes = (0, 1) if how == "batch" else (1,)
-    std = rewards.std(dim=axes, keepdim=True, correction=0)
-    return rewards / torch.where(std < 1e-4, 1.0, std)
+    mean = rewards.nanmean(dim=axes, keepdim=True)
+    std = (rewards - mean).square().nanmean(dim=axes, keepdim=True).sqrt()
+    return rewards / torch.where(std >= 1e-4, std, 1.0)
 
 
 def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: float) -> Tensor:
     """Leave-one-out advantages [G, K] of the return (1 - alpha) w.R - alpha KL.
 
-        A_k = return_k - mean of the other K - 1 returns of the group
+        A_k = (1 - alpha) sum_i w_i (R_ik - mean_j R_ij) - alpha (KL_k - mean_j KL_j)
+
+    where the means are over the other completions j of the group, those of R_i over the ones to
+    which objective i applies (R_ij is not NaN). The term of i is 0 where i does not apply to k, or
+    to no other completion.
 
     Args:
-        rewards: [G, K, m]. weights: [G, m]. kl: [G, K], nats a completion, detached.
+        rewards: [G, K, m], NaN where an objective does not apply. weights: [G, m].
+        kl: [G, K], nats a completion, detached.
 
     All completions of a group share prompt and weights, so the baseline is conditioned on both and
     the estimate is unbiased. Source: RLOO (Ahmadian et al., arXiv:2402.14740).
     """
-    returns = (1 - alpha) * torch.einsum("gkm,gm->gk", rewards, weights) - alpha * kl
-    k = returns.shape[1]
-    return (returns - returns.mean(1, keepdim=True)) * (k / (k - 1))
+    applies = ~rewards.isnan()
+    count = applies.sum(1, keepdim=True)
+    # x - mean of the others = (x - mean of all) n / (n - 1)
+    centred = (rewards - rewards.nanmean(1, keepdim=True)) * (count / (count - 1))
+    centred = torch.where(applies & (count > 1), centred, 0.0)
+    k = kl.shape[1]
+    centred_kl = (kl - kl.mean(1, keepdim=True)) * (k / (k - 1))
+    return (1 - alpha) * torch.einsum("gkm,gm->gk", centred, weights) - alpha * centred_kl
 
 
 def policy_loss(logprobs: Tensor, kl: Tensor, advantages: Tensor, alpha: float) -> Tensor:

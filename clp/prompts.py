@@ -1,10 +1,11 @@
-"""Reading prompts: JSON Lines, one object with a "prompt" a line."""
+"""Reading prompts: JSON Lines, one object with a "prompt" (a text or a conversation) a line."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clp.conversation import check_conversation, is_conversation
 from clp.policy import TINY
 
 TRAIN_PROMPTS = TINY / "prompts.jsonl"
@@ -60,8 +61,14 @@ def _check_row(row: Any, first: Any, where: str) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
     prompt = row.get("prompt")
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f'{where}: "prompt" must be a non-empty string, got {prompt!r}')
+    if is_conversation(prompt):
+        check_conversation(prompt, f'{where}: "prompt"')
+    elif not isinstance(prompt, str) or not prompt:
+        raise ValueError(
+            f'{where}: "prompt" must be a non-empty string or a list of messages, got {prompt!r}'
+        )
+    if isinstance(prompt, str) != isinstance(first["prompt"], str):
+        raise ValueError(f'{where}: "prompt" must be a text or a conversation as in the first row')
     if set(row) != set(first):
         odd = sorted(set(row) ^ set(first))
         raise ValueError(f"{where}: columns differ from the first row's in {', '.join(odd)}")

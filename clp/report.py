@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from clp.conversation import message_text
 from clp.evaluate import Frontier
 
 
@@ -50,7 +51,7 @@ def print_samples(
     chosen = sorted({round(i * last / 4) for i in range(5)})
     for p in range(min(prompts, front.prompts)):
         first = samples[p]
-        table = Table(title=f"“{first['prompt']}”", show_lines=True)
+        table = Table(title=f"“{message_text(first['prompt'])}”", show_lines=True)
         for i in chosen:
             row = zip(front.objectives, front.weights[i], strict=True)
             table.add_column(" ".join(f"{n} {v:.2f}" for n, v in row), ratio=1, overflow="fold")

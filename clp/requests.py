@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from clp.conversation import is_conversation, prompt_text
+
 # Bounds on what a single request may ask for: beyond them it is an error, not an attack on memory.
 MOST_COMPLETIONS = 1024
 MOST_TOKENS = 2**20
@@ -340,12 +342,16 @@ class Request:
 
 
 def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> list[int]:
-    """The ids of a text, or a checked copy of a list of ids; `name` names it in errors.
+    """The ids of a text or a conversation, or a checked copy of a list of ids.
+
+    `name` names the prompt in errors.
 
     Raises:
         TypeError: neither. ValueError: empty, too long to tokenize, half a surrogate pair, or ids
             outside the vocabulary.
     """
+    if is_conversation(prompt):
+        prompt = prompt_text(prompt, tokenizer, name)
     if isinstance(prompt, str):
         if len(prompt) > MOST_PROMPT_CHARACTERS:
             raise ValueError(
@@ -359,9 +365,8 @@ def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> lis
     elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
         ids = list(prompt)
     else:
-        raise TypeError(
-            f"{name} must be a text or a list of token ids, got {type(prompt).__name__}"
-        )
+        came = type(prompt).__name__
+        raise TypeError(f"{name} must be a text or a list of token ids or messages, got {came}")
     if not ids:
         raise ValueError(f"{name} is empty: it has no tokens")
     for token in ids:

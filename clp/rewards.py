@@ -1,27 +1,28 @@
-"""Reward functions, and the checked reward matrix `[N, m]` that training and evaluation read.
+"""The built-in reward functions. A reward is any callable with TRL's signature (clp/scoring.py).
 
-A reward is any callable with TRL's signature, called by keyword:
-    f(prompts: list[str], completions: list[str], **columns) -> list[float | None]
-where `columns` are the dataset's other columns, one value an example. Every reward of this file is
-deterministic, in [0, 1] and larger when better, so the hypervolume's reference point can be the
-origin. The text measures are made for English: text in another script has no words.
+Every reward of this file is deterministic, in [0, 1] and larger when better, so the hypervolume's
+reference point can be the origin. Prompts and completions are texts, or conversations: of a
+completion the last message is measured. The text measures are made for English: text in another
+script has no words.
 """
 
 import difflib
 import functools
 import itertools
 import math
-import numbers
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rapidfuzz.distance import LCSseq
 
-RewardFunc = Callable[..., Sequence[float | None]]
+from clp.conversation import Messages, is_conversation, message_text
+
+Texts = Sequence[str | Messages]
+RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 _SPEC = re.compile(r"(?:([^=:]*)=)?(.*)", re.DOTALL)
 _OBJECTIVE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -53,23 +54,24 @@ def _analyser():
     return SentimentIntensityAnalyzer()
 
 
-def sentiment(prompts: list[str], completions: list[str], **columns) -> list[float]:
+def sentiment(prompts: Texts, completions: Texts, **columns) -> list[float]:
     """`(1 + compound) / 2`, VADER's compound score of the completion. In [0, 1].
 
     0.5 is neutral, and what an empty completion gives. Source: Hutto and Gilbert 2014, by the
     package vaderSentiment.
     """
-    return [(1 + _analyser().polarity_scores(text)["compound"]) / 2 for text in completions]
+    texts = map(message_text, completions)
+    return [(1 + _analyser().polarity_scores(text)["compound"]) / 2 for text in texts]
 
 
-def brevity(prompts: list[str], completions: list[str], **columns) -> list[float]:
+def brevity(prompts: Texts, completions: Texts, **columns) -> list[float]:
     """`exp(-n / 20)` for a completion of n > 0 words, 0 for n = 0. In [0, 1).
 
     Each word more costs 4.9 % of what is left: 0.951 at 1 word, 0.050 at 60, where one word still
     moves it by 0.0026; a clipped line would have no slope past its end. A completion without a word
     is worth nothing: were it the best, ending at once would be the optimum for every prompt.
     """
-    counts = [len(words(text)) for text in completions]
+    counts = [len(words(message_text(text))) for text in completions]
     return [math.exp(-count / 20) if count else 0.0 for count in counts]
 
 
@@ -86,7 +88,7 @@ def _reading_ease(text: str) -> float:
     return min(1.0, len(set(map(str.lower, tokens))) / 10) * min(1.0, max(0.0, ease / 100))
 
 
-def readability(prompts: list[str], completions: list[str], **columns) -> list[float]:
+def readability(prompts: Texts, completions: Texts, **columns) -> list[float]:
     """Flesch reading ease of the completion, as a share of 100, guarded. In [0, 1].
 
         ease  = 206.835 - 1.015 * words / sentences - 84.6 * syllables / words
@@ -100,12 +102,12 @@ def readability(prompts: list[str], completions: list[str], **columns) -> list[f
     different words the value shrinks in proportion, so repeating a phrase cannot win. No word
     gives 0. Source: Flesch 1948, A new readability yardstick.
     """
-    return [_reading_ease(text) for text in completions]
+    return [_reading_ease(message_text(text)) for text in completions]
 
 
-def diversity(prompts: list[str], completions: list[str], **columns) -> list[float]:
+def diversity(prompts: Texts, completions: Texts, **columns) -> list[float]:
     """`distinct_2` of each completion by itself. In [0, 1]; 0 for fewer than two words."""
-    return [distinct_2([text]) for text in completions]
+    return [distinct_2([message_text(text)]) for text in completions]
 
 
 def _rouge_l(text: str, reference: str) -> float:
@@ -114,7 +116,7 @@ def _rouge_l(text: str, reference: str) -> float:
     return 2 * LCSseq.similarity(a, b) / max(1, len(a) + len(b))
 
 
-def rouge(prompts: list[str], completions: list[str], **columns) -> list[float]:
+def rouge(prompts: Texts, completions: Texts, **columns) -> list[float]:
     """ROUGE-L F1 against the column `reference`: a string, or a list of which the best counts.
 
         F1 = 2 * LCS(a, b) / (len(a) + len(b)), on lower-cased alphanumeric tokens, unstemmed
@@ -133,7 +135,7 @@ def rouge(prompts: list[str], completions: list[str], **columns) -> list[float]:
         if not listed or not all(isinstance(option, str) for option in options):
             expected = f"a string or a list of strings, got {reprlib.repr(given)}"
             raise TypeError(f"column 'reference', row {row}: expected {expected}")
-        scores.append(max(_rouge_l(text, option) for option in options))
+        scores.append(max(_rouge_l(message_text(text), option) for option in options))
     return scores
 
 
@@ -144,7 +146,9 @@ def classifier(
 
     The score is the softmax probability of `label` (a name, else an index; default the last) for
     `prompt + completion`, and the sigmoid of its logit where the model has one output or is of type
-    multi_label_classification. A text beyond the model's length loses its beginning.
+    multi_label_classification. A conversation becomes a text by the classifier's own chat template,
+    or without one as its messages' contents, joined by newlines. A text beyond the model's length
+    loses its beginning.
     Nothing is downloaded, no code of the folder runs, no pickle is read; float32, eval mode. Texts
     are deduplicated and batched in a fixed order: permuted examples give permuted scores, bit for
     bit. ValueError where the folder is no complete sequence classifier or lacks the label.
@@ -193,18 +197,32 @@ def classifier(
     model.to(device).eval()
 
     @torch.no_grad()
-    def reward(prompts: list[str], completions: list[str], **columns) -> list[float]:
-        texts = [prompt + text for prompt, text in zip(prompts, completions, strict=True)]
+    def reward(prompts: Texts, completions: Texts, **columns) -> list[float]:
+        pairs = zip(prompts, completions, strict=True)
+        texts = [_whole_text(prompt + completion, tokenizer) for prompt, completion in pairs]
+        # A chat template writes special tokens itself.
+        special = tokenizer.chat_template is None or not any(map(is_conversation, prompts))
         order = sorted(set(texts), key=lambda text: (len(text), text))
         found: dict[str, float] = {}
         for batch in (order[start : start + step] for start in range(0, len(order), step)):
-            inputs = tokenizer(batch, padding=padding, truncation=True, return_tensors="pt")
+            inputs = tokenizer(
+                batch, padding=padding, truncation=True, return_tensors="pt",
+                add_special_tokens=special,
+            )  # fmt: skip
             logits = model(**inputs.to(device)).logits
             values = logits.sigmoid() if single else logits.softmax(-1)
             found.update(zip(batch, values[:, index].tolist(), strict=True))
         return [found[text] for text in texts]
 
     return reward
+
+
+def _whole_text(whole: str | Messages, tokenizer: Any) -> str:
+    if isinstance(whole, str):
+        return whole
+    if tokenizer.chat_template is None:
+        return "\n".join(message["content"] for message in whole)
+    return str(tokenizer.apply_chat_template(whole, tokenize=False))
 
 
 BUILTIN: dict[str, RewardFunc] = {
@@ -249,47 +267,3 @@ def load_rewards(specs: Sequence[str]) -> dict[str, RewardFunc]:
             raise ValueError(f"reward {spec!r}: there is already an objective {name!r}")
         plan[name] = load
     return {name: load() for name, load in plan.items()}
-
-
-def _number(objective: str, row: int, value: Any) -> float:
-    plain: Any = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy, torch
-    came = f"reward {objective!r}, row {row}: expected a finite number, got {reprlib.repr(plain)}"
-    if not isinstance(plain, numbers.Real):
-        raise TypeError(f"{came}, a {type(value).__name__}")
-    magnitude: Any = abs(plain)  # not float(plain): a huge integer overflows
-    if not magnitude <= torch.finfo(torch.float32).max:
-        raise ValueError(f"{came}, not finite in float32")
-    return float(plain)
-
-
-def score(
-    reward_funcs: Mapping[str, RewardFunc],
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    columns: Mapping[str, Sequence],
-) -> torch.Tensor:
-    """The reward matrix, float32 `[N, m]` on the CPU; column i is the i-th of `reward_funcs`.
-
-    Each function gets its own shallow copies of the lists. Booleans, and scalars of numpy and
-    torch, count as numbers. What a function raises passes through. ValueError for a wrong length,
-    NaN or a value not finite in float32, TypeError for None (every example needs every objective)
-    or another non-number, both naming objective and row: all values are sound or none returns.
-    """
-    if not reward_funcs:
-        raise ValueError("reward_funcs is empty: at least one objective is needed")
-    for name, column in {"prompts": prompts, **columns}.items():
-        if len(column) != len(completions):
-            came = f"{len(column)} values for {len(completions)} completions"
-            raise ValueError(f"{name!r} must have one value a completion, got {came}")
-    scores = []
-    for objective, func in reward_funcs.items():
-        copies = {name: list(column) for name, column in columns.items()}
-        values = func(prompts=list(prompts), completions=list(completions), **copies)
-        values = values.tolist() if hasattr(values, "tolist") else values
-        expected = f"reward {objective!r} must return a list of {len(completions)} numbers, got"
-        if not isinstance(values, list | tuple):
-            raise TypeError(f"{expected} {reprlib.repr(values)}")
-        if len(values) != len(completions):
-            raise ValueError(f"{expected} {len(values)}")
-        scores.append([_number(objective, row, value) for row, value in enumerate(values)])
-    return torch.tensor(scores, dtype=torch.float32).T.contiguous()

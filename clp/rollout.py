@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 import clp_kernels
+from clp.conversation import prompt_text
 from clp.policy import Policy
 from clp.prompts import columns
 from clp.requests import Completion, SamplingParams
-from clp.rewards import RewardFunc, score
+from clp.rewards import RewardFunc
 from clp.sampler import Sampler, with_seeds
+from clp.scoring import RewardLog, score
 
 
 @dataclass
@@ -49,14 +52,16 @@ class Rollout:
     """A step's completions: N = G * K sequences, in groups of K.
 
     Attributes:
-        batch: The tensors. rewards: [G, K, m]. sampler_logprobs: [N, C], as the sampler saw them.
-        completions: The N completions.
+        batch: The tensors. rewards: [G, K, m], NaN where an objective does not apply.
+        sampler_logprobs: [N, C], as the sampler saw them.
+        completions: The N completions. log: What the reward functions logged about them.
     """
 
     batch: Batch
     rewards: Tensor
     sampler_logprobs: Tensor
     completions: list[Completion]
+    log: RewardLog
 
 
 def make_batch(
@@ -122,23 +127,31 @@ def roll_out(
     num_generations: int,
     params: SamplingParams,
     generator: torch.Generator,
+    trainer_state: TrainerState,
+    reserved: frozenset[str] = frozenset(),
 ) -> Rollout:
     """Samples and scores num_generations completions for each of the G prompts, row weights [G, m].
 
-    Every completion draws with a seed of its own from `generator`.
+    Every completion draws with a seed of its own from `generator`. Reward functions get
+    `trainer_state`, and may not log metrics with `reserved` names.
     """
     repeated = [row for row in rows for _ in range(num_generations)]
     row_weights = weights.repeat_interleave(num_generations, 0)
-    ids = [policy.tokenizer(row["prompt"])["input_ids"] for row in rows]
+    texts = [prompt_text(row["prompt"], policy.tokenizer) for row in rows]
+    ids = [policy.tokenizer(text)["input_ids"] for text in texts]
     prompt_ids = [p for p in ids for _ in range(num_generations)]
     seeds = torch.randint(2**62, (len(repeated),), generator=generator).tolist()
     completions = sampler.generate(prompt_ids, row_weights, with_seeds(params, seeds))
-    texts = [done.text for done in completions]
-    rewards = score(reward_funcs, [r["prompt"] for r in repeated], texts, columns(repeated))
+    log = RewardLog(reserved)
+    rewards = score(
+        reward_funcs, [row["prompt"] for row in repeated], [done.text for done in completions],
+        columns(repeated), completion_ids=[done.token_ids for done in completions],
+        trainer_state=trainer_state, log=log,
+    )  # fmt: skip
     batch = make_batch(
         prompt_ids, completions, row_weights, policy.tokenizer.pad_token_id or 0, policy.device
     )
     sampled = [torch.tensor(done.logprobs) for done in completions]
     logprobs = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True).to(policy.device)
     shape = (len(rows), num_generations, len(reward_funcs))
-    return Rollout(batch, rewards.view(shape).to(policy.device), logprobs, completions)
+    return Rollout(batch, rewards.view(shape).to(policy.device), logprobs, completions, log)

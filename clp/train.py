@@ -8,6 +8,7 @@ Each step is a function of (seed, step) and the parameters alone: weight rows, p
 seeds come from generators made anew, so a run resumed from a checkpoint repeats itself exactly.
 """
 
+import functools
 import json
 import math
 import os
@@ -20,15 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel, TrainerState
 
 from clp.checkpoint import checkpoints, load_optimizer, load_step, save_checkpoint
 from clp.config import CLPConfig, load_config
+from clp.conversation import prompt_text
 from clp.losses import policy_loss, rloo_advantages, scale_rewards
+from clp.metrics import metric_names, rollout_metrics
 from clp.policy import Policy
 from clp.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.rewards import RewardFunc, load_rewards
 from clp.rollout import Rollout, TokenStats, roll_out, token_stats
 from clp.sampler import Sampler, SamplingParams
+from clp.scoring import dry_call, numbers_or_none
 from clp.weights import draw_weights
 
 # A resumed run must be the same run; where it lives and how often it saves may change.
@@ -42,13 +47,17 @@ class CLPTrainer:
         model: Path, hub name or "tiny"; None takes args.model.
         reward_funcs: One objective each: a mapping from objective to function, or functions
             (called by their __name__). None takes args.rewards. Signature as in TRL:
-            f(prompts, completions, **columns) -> list of numbers.
+            f(prompts, completions, **columns) -> list of numbers or None (docs/rewards.md). Each
+            is called once here, on two short completions, so that a wrong one fails before
+            anything is sampled.
         args: The configuration.
-        train_dataset: Dicts with "prompt" and any columns the rewards use; None reads args.prompts.
+        train_dataset: Dicts with "prompt" (a text, or a list of messages for the tokenizer's chat
+            template) and any columns the rewards use; None reads args.prompts.
 
     Raises:
         ValueError: bad configuration, prompts, rewards or model; an output folder that holds
-            another run; a run to resume whose configuration differs.
+            another run; a run to resume whose configuration differs. TypeError: a reward function
+            that returns what is no number. What a reward function raises passes through.
     """
 
     def __init__(
@@ -100,11 +109,22 @@ class CLPTrainer:
         self.head = self.policy.head()
         # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
         self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
+        lines = _lines_until(self.run / "metrics.jsonl", self.step)
+        self.log_history: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.num_tokens = self.log_history[-1]["num_tokens"] if self.log_history else 0
+        for i, row in enumerate(self.rows):
+            prompt_text(row["prompt"], self.policy.tokenizer, f"train_dataset[{i}]")
+        dry_call(
+            self.reward_funcs, self.rows, self.policy.tokenizer, self.state,
+            metric_names(self.policy.objectives),
+        )  # fmt: skip
+        _claim_run(self.run, args)
 
     def train(self) -> Policy:
         """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy."""
         args = self.args
-        _cut_metrics(self.run / "metrics.jsonl", self.step)
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            _cut_lines(self.run / name, self.step)
         interval = 0.5 if sys.stderr.isatty() else 10
         bar = tqdm(
             total=args.max_steps, initial=self.step, desc="training", unit="step",
@@ -113,7 +133,7 @@ class CLPTrainer:
         with bar, open(self.run / "metrics.jsonl", "a", encoding="utf-8") as metrics_file:
             while self.step < args.max_steps:
                 metrics = self.train_step()
-                metrics_file.write(json.dumps(metrics) + "\n")
+                metrics_file.write(json.dumps(metrics, allow_nan=False) + "\n")
                 metrics_file.flush()
                 bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.3f}")
                 bar.update()
@@ -130,7 +150,23 @@ class CLPTrainer:
             self.run, self.step, self.policy, self.optimizer, self.args.save_total_limit
         )
 
-    def train_step(self) -> dict[str, float]:
+    @property
+    def state(self) -> TrainerState:
+        """The run so far, as reward functions get it (`trainer_state`).
+
+        global_step steps are done of max_steps; epoch counts passes over the prompts, and
+        log_history has a dict per step, as in metrics.jsonl.
+        """
+        args = self.args
+        epochs = args.num_prompts / len(self.rows)
+        return TrainerState(
+            epoch=self.step * epochs, global_step=self.step, max_steps=args.max_steps,
+            num_train_epochs=math.ceil(args.max_steps * epochs), logging_steps=1,
+            save_steps=args.save_steps, num_input_tokens_seen=self.num_tokens,
+            log_history=list(self.log_history),
+        )  # fmt: skip
+
+    def train_step(self) -> dict[str, float | None]:
         """One step: draw, sample, score, one gradient step. Returns the step's metrics."""
         start, args, step = time.perf_counter(), self.args, self.step
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
@@ -138,15 +174,18 @@ class CLPTrainer:
             args.num_prompts, len(self.reward_funcs), args.dirichlet, args.corner_probability,
             generator,
         )  # fmt: skip
+        rows = self._prompts_of(step)
         rollout = roll_out(
             self.policy,
             self.sampler,
             self.reward_funcs,
-            self._prompts_of(step),
+            rows,
             weights,
             args.num_generations,
             SamplingParams(max_tokens=args.max_completion_length, temperature=args.temperature),
             generator,
+            self.state,
+            metric_names(self.policy.objectives),
         )
         lr = args.learning_rate * _lr_factor(step, args)
         for group in self.optimizer.param_groups:
@@ -160,11 +199,33 @@ class CLPTrainer:
             )
         self.optimizer.step()
         self.step += 1
-        metrics = _metrics(rollout, weights, stats, list(self.reward_funcs), args)
-        return {
+        self.num_tokens += int(rollout.batch.attention_mask.sum())
+        if rollout.log.extra:
+            self._write_completions(rollout, rows)
+        metrics = {
             "step": self.step, "loss": loss, "grad_norm": float(norm), "learning_rate": lr,
-            **metrics, "step_time": time.perf_counter() - start,
+            "num_tokens": self.num_tokens,
+            **rollout_metrics(rollout, weights, stats, self.policy.objectives),
+            "step_time": time.perf_counter() - start,
         }  # fmt: skip
+        self.log_history.append(metrics)
+        return metrics
+
+    def _write_completions(self, rollout: Rollout, rows: Sequence[dict[str, Any]]) -> None:
+        """Appends a line per completion to completions.jsonl."""
+        names = self.policy.objectives
+        rewards, weights = rollout.rewards.flatten(0, 1), rollout.batch.weights
+        with open(self.run / "completions.jsonl", "a", encoding="utf-8") as file:
+            for i, done in enumerate(rollout.completions):
+                line = {
+                    "step": self.step,
+                    "prompt": rows[i // self.args.num_generations]["prompt"],
+                    "completion": done.text,
+                    "weights": dict(zip(names, weights[i].tolist(), strict=True)),
+                    "rewards": dict(zip(names, numbers_or_none(rewards[i]), strict=True)),
+                    "extra": {column: values[i] for column, values in rollout.log.extra.items()},
+                }
+                file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def _prompts_of(self, step: int) -> list[dict[str, Any]]:
         """The step's prompts: epochs of the data, each in an order of its own."""
@@ -205,17 +266,33 @@ def _named(
     if isinstance(reward_funcs, Mapping):
         named = dict(reward_funcs)
     else:
-        named = {getattr(f, "__name__", type(f).__name__): f for f in reward_funcs}
+        named = {_name(function): function for function in reward_funcs}
     if not named or len(named) != len(reward_funcs):
-        raise ValueError(f"reward_funcs must have distinct names, got {list(named)}")
+        raise ValueError(
+            f"reward_funcs must have distinct names, got {list(named)}; a mapping names them"
+        )
     for name, function in named.items():
-        if not name.isidentifier() or not callable(function):
-            raise ValueError(f"reward_funcs: {name!r} must be an identifier naming a function")
+        if isinstance(function, PreTrainedModel):
+            raise ValueError(
+                f"reward_funcs: {name!r} is a model; clp.rewards.classifier makes a function of "
+                "the folder of a sequence classifier"
+            )
+        if not (isinstance(name, str) and name.isidentifier()) or not callable(function):
+            raise ValueError(
+                f"reward_funcs: {name!r} must be an identifier naming a function, as in "
+                '{"joy": function}; specifications such as "joy=sentiment" go into args.rewards'
+            )
     return named
 
 
+def _name(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 def _open_run(run: Path, args: CLPConfig) -> Path | None:
-    """Claims the folder of a run; returns the checkpoint to resume from, if there is one."""
+    """Refuses a folder that holds another run; returns the checkpoint to resume from, if any."""
     marks = ["config.yaml", "metrics.jsonl", "clp.json"]
     config_file = run / "config.yaml"
     if args.resume and config_file.is_file():
@@ -234,27 +311,40 @@ def _open_run(run: Path, args: CLPConfig) -> Path | None:
             f"output_dir {run} holds another run ({held[0]}); choose another folder, or "
             "resume=True (--resume) to continue it"
         )
+    return None
+
+
+def _claim_run(run: Path, args: CLPConfig) -> None:
+    """Writes config.yaml, unless the run resumes one."""
+    config_file = run / "config.yaml"
+    if args.resume and config_file.is_file():
+        return
     run.mkdir(parents=True, exist_ok=True)
     temporary = run / ".config.yaml.tmp"
     temporary.write_text(args.to_yaml(), encoding="utf-8")
     temporary.replace(config_file)
-    return None
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drops the lines after `step`, and a last line that a kill has cut short."""
+def _lines_until(path: Path, step: int) -> list[str]:
+    """The lines up to `step`, without a last line that a kill has cut short."""
+    kept: list[str] = []
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return kept
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except ValueError:
             break
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    return kept
+
+
+def _cut_lines(path: Path, step: int) -> None:
+    """Drops the lines after `step`, and a last line that a kill has cut short."""
+    if path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(_lines_until(path, step)), encoding="utf-8")
+        temporary.replace(path)
 
 
 def _lr_factor(step: int, args: CLPConfig) -> float:
@@ -267,34 +357,3 @@ def _lr_factor(step: int, args: CLPConfig) -> float:
         "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
     }
     return shapes[args.lr_scheduler_type](done)
-
-
-def _metrics(
-    rollout: Rollout, weights: Tensor, stats: TokenStats, names: list[str], args: CLPConfig
-) -> dict[str, float]:
-    """The step's numbers under TRL's names; `kl` and `entropy` are means a token, in nats."""
-    rewards, mask = rollout.rewards.cpu(), rollout.batch.completion_mask
-    weighted = torch.einsum("gkm,gm->gk", rewards, weights)
-    lengths = mask.sum(1).float()
-    ended = torch.tensor([done.finish_reason == "stop" for done in rollout.completions])
-    tokens = mask.sum()
-    drift = (stats.logprobs - rollout.sampler_logprobs).abs() * mask
-    out = {
-        "reward": weighted.mean(),
-        "reward_std": weighted.std(dim=1).mean(),
-        "frac_reward_zero_std": (weighted.std(dim=1) == 0).float().mean(),
-        "kl": stats.kl.sum() / tokens,
-        "entropy": stats.entropy.sum() / tokens,
-        "completions/mean_length": lengths.mean(),
-        "completions/clipped_ratio": (~ended).float().mean(),
-        "completions/mean_terminated_length": (lengths.cpu() * ended).sum()
-        / ended.sum().clamp(min=1),
-        "num_tokens": rollout.batch.attention_mask.sum(),
-        "sampling/sampling_logp_difference/mean": drift.sum() / tokens,
-        "sampling/sampling_logp_difference/max": drift.max(),
-    }
-    for i, name in enumerate(names):
-        out[f"rewards/{name}/mean"] = rewards[..., i].mean()
-        out[f"rewards/{name}/std"] = rewards[..., i].std()
-        out[f"reward_weights/{name}"] = weights[:, i].mean()
-    return {key: float(value) for key, value in out.items()}

@@ -3,9 +3,7 @@ import math
 import random
 import shutil
 import socket
-from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +19,6 @@ from clp.rewards import (
     load_rewards,
     readability,
     rouge,
-    score,
     sentiment,
     words,
 )
@@ -75,7 +72,7 @@ def test_brevity():
 
 def test_brevity_strictly_decreasing():
     completions = [" ".join(["word"] * count) for count in range(1, 1000)]
-    column = score({"brief": brevity}, [""] * 999, completions, {})[:, 0]
+    column = torch.tensor(brevity([""] * 999, completions))
     assert (column[1:] < column[:-1]).all()
     steps = column[:59] - column[1:60]
     assert steps.min() > 0.002
@@ -485,133 +482,3 @@ def test_load_rewards_checks_all_before_it_loads(monkeypatch):
     with pytest.raises(ValueError, match="none of"):
         load_rewards(["x=classifier:p", "nothing"])
     assert loaded == []
-
-
-# The reward matrix
-
-
-def constant(values):
-    return lambda prompts, completions, **columns: values
-
-
-def test_score():
-    def listener(completions, topic, **columns):
-        assert columns == {"prompts": ["p", "q"], "reference": ["b", "c d"]}
-        return [len(text) + len(name) for text, name in zip(completions, topic, strict=True)]
-
-    funcs = {"talk": listener, "brief": brevity, "match": rouge}
-    columns = {"reference": ["b", "c d"], "topic": ["xx", "y"]}
-    matrix = score(funcs, ["p", "q"], ["a b", "c d"], columns)
-    assert matrix.dtype == torch.float32 and matrix.is_contiguous()
-    expected = [[5, math.exp(-0.1), 2 / 3], [4, math.exp(-0.1), 1]]
-    torch.testing.assert_close(matrix, torch.tensor(expected))
-    swapped = score(dict(reversed(funcs.items())), ["p", "q"], ["a b", "c d"], columns)
-    assert torch.equal(swapped, matrix.flip(1))
-    assert score(funcs | {"talk": brevity}, [], [], {"reference": []}).shape == (0, 3)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        [True, False],
-        (1, 0.0),
-        [Fraction(1), np.float32(0)],
-        [np.bool_(True), np.int64(0)],
-        [torch.tensor(1.0), torch.tensor(False)],
-        np.array([1, 0]),
-        torch.tensor([1.0, 0.0], dtype=torch.bfloat16),
-    ],
-    ids=str,
-)
-def test_score_accepts_numbers(values):
-    matrix = score({"x": constant(values)}, ["p"] * 2, ["a"] * 2, {})
-    assert matrix.dtype == torch.float32 and matrix.tolist() == [[1.0], [0.0]]
-
-
-@pytest.mark.parametrize(
-    ("bad", "error", "message"),
-    [
-        (None, TypeError, "None, a NoneType"),
-        ("0.5", TypeError, "'0.5', a str"),
-        (1j, TypeError, "1j, a complex"),
-        ([0.5], TypeError, "a list"),
-        (torch.ones(1), TypeError, "a Tensor"),
-        (np.str_("x"), TypeError, "'x', a str_"),
-        (math.nan, ValueError, "nan, not finite"),
-        (-math.inf, ValueError, "-inf, not finite"),
-        (np.float64("nan"), ValueError, "nan, not finite"),
-        (1e39, ValueError, r"1e\+39, not finite in float32"),
-        (10**400, ValueError, "not finite in float32"),
-    ],
-    ids=str,
-)
-def test_score_refuses_values(bad, error, message):
-    funcs = {"good": constant([0, 0, 0]), "bad": constant([0, 1.0, bad])}
-    expected = f"^reward 'bad', row 2: expected a finite number, got .*{message}"
-    with pytest.raises(error, match=expected):
-        score(funcs, ["p"] * 3, ["a"] * 3, {})
-
-
-async def later(prompts, completions, **columns):
-    return [0.0] * len(completions)
-
-
-@pytest.mark.parametrize(
-    ("values", "error", "message"),
-    [
-        ([0, 0], ValueError, "list of 3 numbers, got 2$"),
-        ([0] * 4, ValueError, "got 4$"),
-        (np.zeros(2), ValueError, "got 2$"),
-        (0.5, TypeError, "got 0.5$"),
-        (torch.tensor(0.5), TypeError, "got 0.5$"),
-        (None, TypeError, "got None$"),
-        ("abc", TypeError, "got 'abc'$"),
-        ({0: 1, 1: 1, 2: 1}, TypeError, "got {"),
-        ((x for x in range(3)), TypeError, "generator"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_score_refuses_lists(values, error, message):
-    with pytest.raises(error, match=f"^reward 'bad' must return .*{message}"):
-        score({"good": brevity, "bad": constant(values)}, ["p"] * 3, ["a"] * 3, {})
-
-
-@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
-def test_score_refuses_a_coroutine():
-    with pytest.raises(TypeError, match="coroutine"):
-        score({"later": later}, ["p"], ["a"], {})
-
-
-def test_score_refuses_uneven_columns():
-    with pytest.raises(ValueError, match=r"'prompts' must have .* got 1 values for 2 completions"):
-        score({"x": brevity}, ["p"], ["a", "b"], {})
-    with pytest.raises(ValueError, match=r"'topic' must have .* got 3 values for 2 completions"):
-        score({"x": brevity}, ["p", "q"], ["a", "b"], {"topic": [1, 2, 3]})
-    with pytest.raises(ValueError, match="reward_funcs is empty"):
-        score({}, ["p"], ["a"], {})
-
-
-class CustomError(Exception):
-    pass
-
-
-def test_one_bad_reward_leaves_nothing_behind():
-    def vandal(prompts, completions, topic, **columns):
-        for rows in (prompts, completions, topic):
-            rows.clear()
-        return [1.0, 1.0]
-
-    def failing(prompts, completions, **columns):
-        raise CustomError("out of order")
-
-    prompts, completions, columns = ["p", "q"], ["a", "b c"], {"topic": ["x", "y"]}
-    funcs = {"vandal": vandal, "brief": brevity, "failing": failing}
-    matrix = None
-    with pytest.raises(CustomError, match="out of order"):
-        matrix = score(funcs, prompts, completions, columns)
-    assert matrix is None
-    assert (prompts, completions, columns) == (["p", "q"], ["a", "b c"], {"topic": ["x", "y"]})
-    del funcs["failing"]
-    matrix = score(funcs, prompts, completions, columns)
-    assert matrix[:, 1].tolist() == pytest.approx(brevity(prompts, completions))
-    assert matrix[:, 0].tolist() == [1, 1]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from clp.policy import Policy
 from clp.rewards import load_rewards
@@ -31,6 +32,7 @@ def roll(policy, temperature=1.0, seed=0):
         4,
         SamplingParams(max_tokens=12, temperature=temperature),
         torch.Generator().manual_seed(seed),
+        TrainerState(),
     )
 
 

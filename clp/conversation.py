@@ -1,0 +1,54 @@
+"""Prompts that are conversations: lists of messages {"role": ..., "content": text}, as in TRL."""
+
+import reprlib
+from typing import Any
+
+import jinja2
+
+Messages = list[dict[str, Any]]
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages, and not a text or a list of token ids."""
+    return isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], dict)
+
+
+def check_conversation(prompt: Any, name: str) -> None:
+    """Raises ValueError, naming `name`, unless every message has a role and a content of text."""
+    for i, message in enumerate(prompt):
+        for key in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(key), str):
+                raise ValueError(
+                    f'{name}: message {i} must be an object with "role" and "content" of text, '
+                    f"got {reprlib.repr(message)}"
+                )
+
+
+def prompt_text(prompt: str | Messages, tokenizer: Any, name: str = "prompt") -> str:
+    """The text that a model continues: a text itself, a conversation by the tokenizer's template.
+
+    The template adds the beginning of the assistant's message, as in TRL.
+
+    Raises:
+        ValueError: a message without a role or content of text, a tokenizer without a chat
+            template, or a conversation that the template refuses; the message names `name`.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    check_conversation(prompt, name)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{name} is a conversation, and the model's tokenizer has no chat template; give a text"
+        )
+    try:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{name}: the tokenizer's chat template refuses it: {error}") from error
+    return str(text)
+
+
+def message_text(text_or_messages: str | Messages) -> str:
+    """A text itself; of a conversation (a prompt or a completion) the last message's content."""
+    if isinstance(text_or_messages, str):
+        return text_or_messages
+    return str(text_or_messages[-1]["content"])

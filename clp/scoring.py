@@ -1,0 +1,287 @@
+"""Calls reward functions as TRL 1.16 does, and checks what they return: the matrix [N, m].
+
+A reward is any callable with TRL's signature, called by keyword:
+    f(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, **columns)
+        -> list[float | None]
+It gets those of the arguments that its signature names, or all of them if it takes **kwargs.
+docs/rewards.md describes them.
+"""
+
+import asyncio
+import functools
+import inspect
+import itertools
+import math
+import numbers
+import reprlib
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerState
+
+from clp.conversation import Messages, is_conversation
+from clp.prompts import columns
+from clp.rewards import RewardFunc
+
+ARGUMENTS = (
+    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+)  # fmt: skip
+
+
+@dataclass
+class RewardLog:
+    """What reward functions log while they score N completions.
+
+    Attributes:
+        reserved: Names that log_metric refuses: those of the caller's own metrics.
+        extra: column -> values, one per completion. metrics: name -> values.
+    """
+
+    reserved: frozenset[str] = frozenset()
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """Adds values of a column of the completions' table: in all, one per completion."""
+        if not isinstance(column, str):
+            raise TypeError(f"log_extra: column must be a string, got {reprlib.repr(column)}")
+        self.extra.setdefault(column, []).extend(_json(value) for value in values)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Adds a value of a metric; the mean of its values is reported.
+
+        Raises: ValueError where `name` is one of the trainer's own metrics.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"log_metric: name must be a string, got {reprlib.repr(name)}")
+        if name in self.reserved:
+            raise ValueError(f"log_metric: {name!r} is a metric of the trainer's; choose another")
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def means(self) -> dict[str, float | None]:
+        """The mean of each metric over its finite values; None where it has none."""
+        return {name: _json(_mean(values)) for name, values in self.metrics.items()}
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _json(value: Any) -> Any:
+    """A value as JSON has it: NaN and infinities are None, objects of unknown kind their str."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if hasattr(value, "tolist"):  # numpy, torch, pandas
+        return _json(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): _json(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_json(one) for one in value]
+    return str(value)
+
+
+def score(
+    reward_funcs: Mapping[str, RewardFunc],
+    prompts: Sequence[str | Messages],
+    completions: Sequence[str],
+    extra_columns: Mapping[str, Sequence[Any]],
+    *,
+    completion_ids: Sequence[Sequence[int]],
+    trainer_state: TrainerState,
+    log: RewardLog,
+) -> torch.Tensor:
+    """The reward matrix, float32 `[N, m]` on the CPU; column i is the i-th of `reward_funcs`.
+
+    NaN stands where a function returned None: that objective does not apply to that example.
+
+    Args:
+        prompts: Texts, or conversations; completions of these are given to the functions as
+            [{"role": "assistant", "content": text}].
+        extra_columns: The dataset's other columns.
+        completion_ids: Token ids of each completion, the end token included.
+        trainer_state: What has been trained so far.
+        log: Takes what functions log; its columns must have one value per completion.
+
+    Async functions run concurrently, beside the others, on one event loop in a thread of its own,
+    which lasts as long as the process: clients that a function keeps between calls stay usable, and
+    a loop that already runs in this thread (Jupyter) does no harm. The others run in this thread,
+    in order. Each function gets its own copies of the lists and of what is a list or dict in
+    them. Arrays, iterators, booleans, and scalars of numpy and torch are accepted as results.
+
+    Raises:
+        ValueError: a wrong number of values, NaN or a value not finite in float32, or an example
+            for which every function returned None. TypeError: another non-number. Both name the
+            objective, and all values are sound or none returns. What a function raises passes
+            through, with a note that names the objective.
+    """
+    if not reward_funcs:
+        raise ValueError("reward_funcs is empty: at least one objective is needed")
+    count = len(completions)
+    given = {"prompts": prompts, "completion_ids": completion_ids, **extra_columns}
+    for name, column in given.items():
+        if name in extra_columns and name in ARGUMENTS:
+            raise ValueError(f"the column {name!r} has the name of an argument; rename it")
+        if len(column) != count:
+            came = f"{len(column)} values for {count} completions"
+            raise ValueError(f"{name!r} must have one value a completion, got {came}")
+    given["completions"] = [
+        [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
+        for prompt, text in zip(prompts, completions, strict=True)
+    ]
+    tools = {
+        "trainer_state": trainer_state,
+        "log_extra": log.log_extra,
+        "log_metric": log.log_metric,
+    }
+    found: dict[str, Any] = {}
+    try:
+        # Those that wait for something else start first.
+        for name in sorted(reward_funcs, key=lambda name: not _is_async(reward_funcs[name])):
+            with _Noted(name, count):
+                result = _call(reward_funcs[name], given, tools)
+                if inspect.isawaitable(result):
+                    result = result if inspect.iscoroutine(result) else _result(result)
+                    result = asyncio.run_coroutine_threadsafe(result, _event_loop())
+                found[name] = result
+        for name, result in found.items():
+            if isinstance(result, Future):
+                with _Noted(name, count):
+                    found[name] = result.result()
+    finally:
+        for result in found.values():
+            if isinstance(result, Future):
+                result.cancel()
+    scores = [_checked(name, found[name], count) for name in reward_funcs]
+    for column, values in log.extra.items():
+        if len(values) != count:
+            came = f"{len(values)} for {count} completions"
+            raise ValueError(f"log_extra: {column!r} must have one value a completion, got {came}")
+    rewards = torch.tensor(scores, dtype=torch.float32).T.contiguous()
+    if len(unscored := rewards.isnan().all(1).nonzero()):
+        row = int(unscored[0])
+        raise ValueError(
+            f"every reward ({', '.join(reward_funcs)}) returned None for row {row}: prompt "
+            f"{reprlib.repr(prompts[row])}, completion {reprlib.repr(completions[row])}"
+        )
+    return rewards
+
+
+def dry_call(
+    reward_funcs: Mapping[str, RewardFunc],
+    rows: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    trainer_state: TrainerState,
+    reserved: frozenset[str] = frozenset(),
+) -> None:
+    """Scores two short completions of the first and the last row; what functions log is dropped.
+
+    A function that cannot be called, or returns what `score` refuses, so fails before anything is
+    sampled.
+
+    Raises: what `score` raises.
+    """
+    pair, texts = [rows[0], rows[-1]], ["Yes.", "No, not yet."]
+    score(
+        reward_funcs, [row["prompt"] for row in pair], texts,
+        columns(pair),
+        completion_ids=[tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
+        trainer_state=trainer_state, log=RewardLog(reserved),
+    )  # fmt: skip
+
+
+def numbers_or_none(rewards: torch.Tensor) -> list[float | None]:
+    """A row of the matrix as JSON has it: None where an objective does not apply."""
+    return [None if math.isnan(value) else value for value in rewards.tolist()]
+
+
+class _Noted:
+    """Context that adds the objective's name to what its function raises."""
+
+    def __init__(self, objective: str, count: int) -> None:
+        self.note = f"raised by reward {objective!r}, called on {count} completions"
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is not None:
+            error.add_note(self.note)
+
+
+def _call(func: RewardFunc, given: Mapping[str, Any], tools: Mapping[str, Any]) -> Any:
+    # A module's __call__ takes anything; its forward is what names arguments.
+    called: Callable[..., Any] = func.forward if isinstance(func, nn.Module) else func
+    try:
+        parameters = inspect.signature(called).parameters.values()
+    except ValueError:  # some functions in C have none
+        named = None
+    else:
+        named = {one.name for one in parameters}
+        if any(one.kind is one.VAR_KEYWORD for one in parameters):
+            named = None
+    passed = {
+        name: [_copy(value) for value in column]
+        for name, column in given.items()
+        if named is None or name in named
+    }
+    passed |= {name: tool for name, tool in tools.items() if named is None or name in named}
+    return func(**passed)
+
+
+def _copy(value: Any) -> Any:
+    if type(value) is list:
+        # Token ids are many and immutable: they need no look at each.
+        plain = not value or type(value[0]) is int
+        return list(value) if plain else [_copy(one) for one in value]
+    return {key: _copy(one) for key, one in value.items()} if type(value) is dict else value
+
+
+def _is_async(func: Any) -> bool:
+    while isinstance(func, functools.partial):
+        func = func.func
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)
+
+
+async def _result(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
+
+
+def _checked(objective: str, values: Any, count: int) -> list[float]:
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    elif isinstance(values, Iterator):
+        values = list(itertools.islice(values, count + 1))
+    expected = f"reward {objective!r} must return a list of {count} numbers, got"
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{expected} {reprlib.repr(values)}")
+    if len(values) != count:
+        raise ValueError(f"{expected} {len(values)}")
+    return [_number(objective, row, value) for row, value in enumerate(values)]
+
+
+def _number(objective: str, row: int, value: Any) -> float:
+    if value is None:
+        return math.nan
+    plain: Any = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy, torch
+    came = f"reward {objective!r}, row {row}: expected a finite number, got {reprlib.repr(plain)}"
+    if not isinstance(plain, numbers.Real):
+        raise TypeError(f"{came}, a {type(value).__name__}")
+    magnitude: Any = abs(plain)  # not float(plain): a huge integer overflows
+    if not magnitude <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{came}, not finite in float32; None says that it does not apply")
+    return float(plain)

@@ -1,0 +1,91 @@
+"""Conversational prompts: rendered by the tokenizer's chat template, and refused with reasons."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from clp.conversation import is_conversation, message_text, prompt_text
+from clp.policy import TINY
+from clp.prompts import check_prompts, load_prompts
+from clp.requests import parse_prompt
+from clp.rewards import BUILTIN, sentiment
+
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+HELLO = [{"role": "user", "content": "Hello."}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(TINY)
+    assert made.chat_template is None
+    made.chat_template = TEMPLATE
+    return made
+
+
+def test_the_template_renders_a_conversation(tokenizer):
+    turns = [*HELLO, {"role": "assistant", "content": "Hi!"}, *HELLO]
+    wanted = "<user>Hello.\n<assistant>Hi!\n<user>Hello.\n<assistant>"
+    assert prompt_text(turns, tokenizer) == wanted
+    assert prompt_text("Hello.", tokenizer) == "Hello."
+    assert message_text(turns) == message_text("Hello.") == "Hello."
+    assert is_conversation(turns) and is_conversation(tuple(turns))
+    assert not any(map(is_conversation, ("Hello.", [], [1, 2], None)))
+
+
+def test_the_sampler_takes_a_conversation(tokenizer):
+    ids = parse_prompt(HELLO, tokenizer, len(tokenizer), "prompt")
+    assert ids == parse_prompt("<user>Hello.\n<assistant>", tokenizer, len(tokenizer), "prompt")
+    with pytest.raises(ValueError, match="prompt 3: message 0 must be an object"):
+        parse_prompt([{"role": "user"}], tokenizer, 9, "prompt 3")
+
+
+def test_refused_conversations(tokenizer):
+    bare = SimpleNamespace(chat_template=None)
+    with pytest.raises(ValueError, match=r"row 7 is a conversation, .* has no chat template"):
+        prompt_text(HELLO, bare, "row 7")
+    with pytest.raises(ValueError, match=r"row 7: .* refuses it: no system role"):
+        prompt_text([{"role": "system", "content": "x"}], tokenizer, "row 7")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [{"role": "user"}],
+        [{"content": "x"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "image"}]}],
+        [{"role": "user", "content": "x"}, "y"],
+    ],
+)
+def test_bad_messages_name_the_row(prompt):
+    with pytest.raises(ValueError, match=r'train_dataset\[1\]: "prompt": message \d must be'):
+        check_prompts([{"prompt": HELLO}, {"prompt": prompt}])
+
+
+def test_texts_and_conversations_do_not_mix():
+    with pytest.raises(ValueError, match=r"train_dataset\[1\]: .* a conversation as in the first"):
+        check_prompts([{"prompt": HELLO}, {"prompt": "Hello."}])
+    with pytest.raises(ValueError, match=r"train_dataset\[1\]: .* a conversation as in the first"):
+        check_prompts([{"prompt": "Hello."}, {"prompt": HELLO}])
+
+
+def test_files_hold_conversations(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": [{"role": "user", "content": "Hello."}], "n": 1}\n')
+    assert load_prompts(path) == [{"prompt": HELLO, "n": 1}]
+
+
+def test_built_in_rewards_measure_the_last_message():
+    texts = ["What a lovely day it was!", "Bad bad."]
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    columns = {"reference": ["a lovely day", ["good", "bad"]]}
+    for function in BUILTIN.values():
+        assert function([HELLO, HELLO], messages, **columns) == function(["", ""], texts, **columns)
+    assert sentiment([HELLO], messages[:1])[0] > 0.5
