@@ -11,8 +11,8 @@ Rao-Blackwellised estimate of the sequence KL: lower variance than sampled log-r
 Where objective i does not apply to completion k (its reward is NaN), w_i counts as 0 for k: the
 objective adds nothing to the completion's return, its advantage or the means and standard
 deviations of the others. So the policy is drawn neither to nor from completions to which an
-objective does not apply: with a_k = 1 where it applies, the expected gradient of its part is
-P(a = 1) grad E[R | a = 1].
+objective does not apply: the expected gradient of its part is that of E[R_i | i applies], times the
+probability that it applies to a completion and to another one of the group.
 """
 
 import torch
@@ -51,7 +51,7 @@ def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: float) 
     the estimate is unbiased. Source: RLOO (Ahmadian et al., arXiv:2402.14740).
     """
     applies = ~rewards.isnan()
-    count = applies.sum(1, keepdim=True)
+    count = applies.sum(1, keepdim=True).to(rewards.dtype)
     # x - mean of the others = (x - mean of all) n / (n - 1)
     centred = (rewards - rewards.nanmean(1, keepdim=True)) * (count / (count - 1))
     centred = torch.where(applies & (count > 1), centred, 0.0)

@@ -1,5 +1,8 @@
 """The objective's gradient, and the closed-form optimum on a tabular problem."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -104,3 +107,60 @@ def test_trained_policy_reaches_the_closed_form_optimum_for_every_weight(alpha):
     assert float(distance.max()) <= 0.05
     # The test can fail: the reference itself is far from the optimum.
     assert float((ref.exp() - best).abs().sum(-1).max() / 2) > 0.1
+
+
+NAN = float("nan")
+
+
+def test_scale_rewards_over_those_to_which_an_objective_applies():
+    rewards = torch.tensor([[[1.0, NAN], [3.0, NAN]], [[NAN, NAN], [2.0, 7.0]]])
+    batch = scale_rewards(rewards, "batch")
+    std = math.sqrt(2 / 3)  # of 1, 3, 2
+    torch.testing.assert_close(batch[..., 0], rewards[..., 0] / std, equal_nan=True)
+    torch.testing.assert_close(batch[..., 1], rewards[..., 1], equal_nan=True)
+    group = scale_rewards(rewards, "group")
+    wanted = torch.tensor([[1.0, 3.0], [NAN, 2.0]])  # standard deviations 1, and of one value
+    torch.testing.assert_close(group[..., 0], wanted, equal_nan=True)
+    assert scale_rewards(rewards, "none") is rewards
+
+
+def test_rloo_advantages_where_objectives_do_not_apply():
+    """The definition, for every pattern of four completions and two objectives' first."""
+    torch.manual_seed(3)
+    patterns = torch.tensor(list(itertools.product([False, True], repeat=4)))
+    rewards = torch.rand(16, 4, 2, dtype=torch.float64)
+    rewards[..., 0][patterns] = NAN
+    weights = torch.rand(16, 2, dtype=torch.float64)
+    kl = torch.rand(16, 4, dtype=torch.float64)
+    got = rloo_advantages(rewards, weights, kl, alpha=0.3)
+    for g, k in itertools.product(range(16), range(4)):
+        others = [j for j in range(4) if j != k]
+        wanted = -0.3 * float(kl[g, k] - kl[g, others].mean())
+        for i in range(2):
+            known = [float(rewards[g, j, i]) for j in others if not rewards[g, j, i].isnan()]
+            if known and not rewards[g, k, i].isnan():
+                term = float(rewards[g, k, i]) - sum(known) / len(known)
+                wanted += 0.7 * float(weights[g, i]) * term
+        assert float(got[g, k]) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_the_expected_gradient_where_an_objective_does_not_apply():
+    """P(applies) grad E[R | applies]: no pull to or from completions to which it does not."""
+    torch.manual_seed(5)
+    theta = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([0.3, 2.0, NAN], dtype=torch.float64)
+    p = torch.softmax(theta, -1)
+    known = p[:2] / p[:2].sum()
+    (conditional,) = torch.autograd.grad((known * rewards[:2]).sum(), theta, retain_graph=True)
+    logp = torch.log_softmax(theta, -1)
+    # Over all groups of 3 draws; groups with a single one to which it applies have no baseline.
+    draws = torch.tensor(list(itertools.product(range(3), repeat=3)))
+    table = rewards[draws][..., None]
+    one, none = torch.ones(27, 1, dtype=torch.float64), torch.zeros(27, 3, dtype=torch.float64)
+    advantages = rloo_advantages(table, one, none, alpha=0.0)
+    chance = p.detach()[draws].prod(1, keepdim=True) / 3
+    (got,) = torch.autograd.grad((chance * advantages * logp[draws]).sum(), theta)
+    rate = p[:2].sum().item()
+    with_a_baseline = rate * (1 - (1 - rate) ** 2)
+    torch.testing.assert_close(got, with_a_baseline * conditional)
+    assert got[2].abs().item() < 1e-12

@@ -304,6 +304,22 @@ def test_classifier_keeps_the_end_of_a_long_text(save):
     assert classifier(folder)(["a b c "], [text]) == pytest.approx([expected], abs=1e-6)
 
 
+def test_classifier_of_conversations(save):
+    """By its own chat template, which writes special tokens itself; else the contents alone."""
+    folder, model = save(**GOOD_BAD)
+    prompt = [{"role": "user", "content": "a b"}]
+    completion = [{"role": "assistant", "content": "c d"}]
+    expected = logits_of(model, "a b c d").softmax(-1)[2].item()
+    assert classifier(folder)([prompt], [completion]) == pytest.approx([expected], abs=1e-6)
+    edit = json.loads((folder / "tokenizer_config.json").read_text())
+    edit["chat_template"] = "[CLS]{% for m in messages %} {{ m.content }} k k{% endfor %}[SEP]"
+    (folder / "tokenizer_config.json").write_text(json.dumps(edit))
+    rendered = logits_of(model, "a b k k c d k k").softmax(-1)[2].item()
+    assert classifier(folder)([prompt], [completion]) == pytest.approx([rendered], abs=1e-6)
+    assert abs(rendered - expected) > 1e-3
+    assert classifier(folder)(["a b "], ["c d"]) == pytest.approx([expected], abs=1e-6)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """(input ids, gradients on, training) of every forward pass."""

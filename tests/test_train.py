@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,9 @@ def test_metrics_have_trls_names(whole):
     assert set(rows[0]) == {
         "step", "loss", "grad_norm", "learning_rate", "reward", "reward_std",
         "frac_reward_zero_std", "kl", "entropy", "completions/mean_length",
-        "completions/clipped_ratio", "completions/mean_terminated_length", "num_tokens",
+        "completions/min_length", "completions/max_length", "completions/clipped_ratio",
+        "completions/mean_terminated_length", "completions/min_terminated_length",
+        "completions/max_terminated_length", "num_tokens",
         "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
         "rewards/joy/mean", "rewards/joy/std", "rewards/brief/mean", "rewards/brief/std",
         "reward_weights/joy", "reward_weights/brief",
@@ -220,31 +223,6 @@ except OSError as error:
     Policy.load(folder / "checkpoint-000002")
 
 
-def bad(value):
-    def odd(prompts, completions, **columns):
-        return value(completions)
-
-    return odd
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "message"),
-    [
-        (lambda c: [float("nan")] * len(c), ValueError, "odd"),
-        (lambda c: [None] * len(c), TypeError, "odd"),
-        (lambda c: [1.0] * (len(c) - 1), ValueError, "odd"),
-        (lambda c: None, (ValueError, TypeError), "odd"),
-    ],
-)
-def test_a_bad_reward_is_refused_by_name_and_nothing_is_learned(tmp_path, value, error, message):
-    trainer = CLPTrainer(reward_funcs=[sentiment, bad(value)], args=config(tmp_path / "r"))
-    before = [p.clone() for p in trainer.parameters.values()]
-    with pytest.raises(error, match=message):
-        trainer.train()
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters.values(), strict=True))
-    assert (tmp_path / "r/metrics.jsonl").read_text() == ""
-
-
 def test_python_interface_with_functions_and_columns(tmp_path):
     seen = []
 
@@ -262,7 +240,8 @@ def test_python_interface_with_functions_and_columns(tmp_path):
     )  # fmt: skip
     policy = trainer.train()
     assert policy.objectives == ("shout", "brevity")
-    assert sorted(seen) == ["m1"] * 6 + ["m2"] * 6
+    # The first two are those of the call before anything is sampled.
+    assert seen[:2] == ["m1", "m2"] and sorted(seen[2:]) == ["m1"] * 6 + ["m2"] * 6
 
 
 @pytest.mark.parametrize(
@@ -271,7 +250,9 @@ def test_python_interface_with_functions_and_columns(tmp_path):
         ({"reward_funcs": [sentiment, sentiment]}, "distinct names"),
         ({"reward_funcs": []}, "distinct names"),
         ({"reward_funcs": {"a-b": sentiment}}, "identifier"),
-        ({"reward_funcs": {"a": "sentiment"}}, "identifier naming a function"),
+        ({"reward_funcs": {"a": "sentiment"}}, r"identifier naming .* go into args\.rewards"),
+        ({"reward_funcs": [lambda completions: [0, 0]]}, r"'<lambda>' must be an identifier"),
+        ({"reward_funcs": [partial(brevity), brevity]}, "distinct names, got .*mapping names them"),
         ({"train_dataset": []}, "holds no prompt"),
         ({"train_dataset": [{"text": "x"}]}, r"train_dataset\[0\]"),
         ({"model": "no/such/model"}, "neither a folder nor a hub name"),
