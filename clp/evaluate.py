@@ -179,7 +179,7 @@ def evaluate(
             "text": texts[i],
             "rewards": numbers_or_none(rewards[i]),
         }
-        | ({"extra": {name: v[i] for name, v in log.extra.items()}} if log.extra else {})
+        | ({"extra": log.extra_of(i)} if log.extra else {})
         for i, row in enumerate(everyone)
     ]
     return front, samples

@@ -39,18 +39,19 @@ class RewardLog:
 
     Attributes:
         reserved: Names that log_metric refuses: those of the caller's own metrics.
-        extra: column -> values, one per completion. metrics: name -> values.
+        extra: objective -> column -> values, one per completion. metrics: name -> values.
     """
 
     reserved: frozenset[str] = frozenset()
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    extra: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
-    def log_extra(self, column: str, values: Sequence[Any]) -> None:
-        """Adds values of a column of the completions' table: in all, one per completion."""
+    def log_extra(self, objective: str, column: str, values: Sequence[Any]) -> None:
+        """Adds values of a column of the objective's own: in all, one per completion."""
         if not isinstance(column, str):
             raise TypeError(f"log_extra: column must be a string, got {reprlib.repr(column)}")
-        self.extra.setdefault(column, []).extend(_json(value) for value in values)
+        logged = self.extra.setdefault(objective, {})
+        logged.setdefault(column, []).extend(_json(value) for value in values)
 
     def log_metric(self, name: str, value: float) -> None:
         """Adds a value of a metric; the mean of its values is reported.
@@ -62,6 +63,23 @@ class RewardLog:
         if name in self.reserved:
             raise ValueError(f"log_metric: {name!r} is a metric of the trainer's; choose another")
         self.metrics.setdefault(name, []).append(float(value))
+
+    def check(self, count: int) -> None:
+        """Raises ValueError where a column has not one value per completion."""
+        for objective, logged in self.extra.items():
+            for column, values in logged.items():
+                if len(values) != count:
+                    raise ValueError(
+                        f"reward {objective!r}: log_extra({column!r}, values) needs one value a "
+                        f"completion, got {len(values)} for {count} completions"
+                    )
+
+    def extra_of(self, row: int) -> dict[str, dict[str, Any]]:
+        """objective -> column -> value of one completion."""
+        return {
+            objective: {column: values[row] for column, values in logged.items()}
+            for objective, logged in self.extra.items()
+        }
 
     def means(self) -> dict[str, float | None]:
         """The mean of each metric over its finite values; None where it has none."""
@@ -108,7 +126,7 @@ def score(
         extra_columns: The dataset's other columns.
         completion_ids: Token ids of each completion, the end token included.
         trainer_state: What has been trained so far.
-        log: Takes what functions log; its columns must have one value per completion.
+        log: Takes what functions log.
 
     Async functions run concurrently, beside the others, on one event loop in a thread of its own,
     which lasts as long as the process: clients that a function keeps between calls stay usable, and
@@ -136,16 +154,16 @@ def score(
         [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
         for prompt, text in zip(prompts, completions, strict=True)
     ]
-    tools = {
-        "trainer_state": trainer_state,
-        "log_extra": log.log_extra,
-        "log_metric": log.log_metric,
-    }
     found: dict[str, Any] = {}
     try:
         # Those that wait for something else start first.
         for name in sorted(reward_funcs, key=lambda name: not _is_async(reward_funcs[name])):
             with _Noted(name, count):
+                tools = {
+                    "trainer_state": trainer_state,
+                    "log_extra": functools.partial(log.log_extra, name),
+                    "log_metric": log.log_metric,
+                }
                 result = _call(reward_funcs[name], given, tools)
                 if inspect.isawaitable(result):
                     result = result if inspect.iscoroutine(result) else _result(result)
@@ -160,10 +178,7 @@ def score(
             if isinstance(result, Future):
                 result.cancel()
     scores = [_checked(name, found[name], count) for name in reward_funcs]
-    for column, values in log.extra.items():
-        if len(values) != count:
-            came = f"{len(values)} for {count} completions"
-            raise ValueError(f"log_extra: {column!r} must have one value a completion, got {came}")
+    log.check(count)
     rewards = torch.tensor(scores, dtype=torch.float32).T.contiguous()
     if len(unscored := rewards.isnan().all(1).nonzero()):
         row = int(unscored[0])

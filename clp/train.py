@@ -223,7 +223,7 @@ class CLPTrainer:
                     "completion": done.text,
                     "weights": dict(zip(names, weights[i].tolist(), strict=True)),
                     "rewards": dict(zip(names, numbers_or_none(rewards[i]), strict=True)),
-                    "extra": {column: values[i] for column, values in rollout.log.extra.items()},
+                    "extra": rollout.log.extra_of(i),
                 }
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 

@@ -1,7 +1,9 @@
 """Fixtures of every test: fixed seeds, poisoned memory, two threads, the shared models."""
 
+import json
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,3 +68,17 @@ def shared_models() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared models (../shared/models beside the repository) are not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The embedded model with a chat template: the messages' contents, then "Then"."""
+    from clp.policy import TINY
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(TINY, folder)
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    template += "{% if add_generation_prompt %}Then{% endif %}"
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    return str(folder)

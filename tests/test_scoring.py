@@ -183,10 +183,10 @@ def test_a_function_with_keywords_gets_all_that_trl_passes():
         return [1, 2]
 
     assert call(function, log=log) == [1, 2]
+    assert seen.pop("log_extra")("c", [3, 4]) is None and log.extra == {"it": {"c": [3, 4]}}
     assert seen == {
         "prompts": ["p", "q"], "completions": ["a b", "c"], "completion_ids": [[5, 6], [7]],
-        "topic": ["x", "y"], "trainer_state": STATE, "log_extra": log.log_extra,
-        "log_metric": log.log_metric,
+        "topic": ["x", "y"], "trainer_state": STATE, "log_metric": log.log_metric,
     }  # fmt: skip
 
 
@@ -375,8 +375,9 @@ def test_logs():
         return [0, 0]
 
     log = RewardLog()
-    score({"x": function}, ["p", "q"], ["a", "b"], {}, log=log)
-    assert log.extra == {"size": [1.5, None], "first": ["x", {"set": [1], "object": "1/2"}]}
+    score({"x": function, "y": function}, ["p", "q"], ["a", "b"], {}, log=log)
+    own = {"size": [1.5, None], "first": ["x", {"set": [1], "object": "1/2"}]}
+    assert log.extra == {"x": own, "y": own}
     assert log.means() == {"judge/cost": 1.5, "nothing": None}
     json.dumps([log.extra, log.means()], allow_nan=False)
 
@@ -384,7 +385,11 @@ def test_logs():
 @pytest.mark.parametrize(
     ("use", "error", "message"),
     [
-        (lambda log_extra, log_metric: log_extra("c", [1]), ValueError, "'c' must have one value"),
+        (
+            lambda log_extra, log_metric: log_extra("c", [1]),
+            ValueError,
+            r"log_extra\('c', values\) needs",
+        ),
         (lambda log_extra, log_metric: log_extra(3, [1, 2]), TypeError, "column must be a string"),
         (lambda log_extra, log_metric: log_metric("loss", 1), ValueError, "'loss' is a metric of"),
         (lambda log_extra, log_metric: log_metric(3, 1), TypeError, "name must be a string"),

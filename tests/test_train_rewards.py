@@ -10,16 +10,11 @@ import torch
 from clp.config import CLPConfig
 from clp.evaluate import evaluate
 from clp.metrics import metric_names
-from clp.policy import TINY
 from clp.rewards import brevity, sentiment
 from clp.sampler import SamplingParams
 from clp.train import CLPTrainer
 
 ROWS = [{"prompt": "Tom had a red kite.", "gold": "red"}, {"prompt": "Mia was sad.", "gold": None}]
-TEMPLATE = (
-    "{% for m in messages %}{{ m.content }} {% endfor %}"
-    "{% if add_generation_prompt %}Then{% endif %}"
-)
 
 
 def make(folder, reward_funcs, rows=ROWS, model="tiny", **changes):
@@ -129,7 +124,7 @@ def test_what_functions_log_is_in_the_run_folder(run):
     ]
     for step, row in enumerate(metrics):
         mine = table[6 * step : 6 * step + 6]
-        lengths = [len(line["extra"]["ids"]) for line in mine]
+        lengths = [len(line["extra"]["length"]["ids"]) for line in mine]
         assert row["length/first"] == lengths[0]
         assert [line["rewards"]["length"] for line in mine] == [n / 8 for n in lengths]
         assert row["completions/mean_length"] == pytest.approx(sum(lengths) / 6)
@@ -161,7 +156,7 @@ def test_metrics_follow_from_the_completions(run):
         assert row["rewards/gold/mean"] == pytest.approx(float(known.mean()))
         assert row["rewards/gold/std"] == pytest.approx(float(known.std()))
         prompts = trainer.policy.tokenizer([line["prompt"] for line in mine])["input_ids"]
-        seen += sum(map(len, prompts)) + sum(len(line["extra"]["ids"]) for line in mine)
+        seen += sum(map(len, prompts)) + sum(len(line["extra"]["length"]["ids"]) for line in mine)
         assert row["num_tokens"] == seen
     assert trainer.state.num_input_tokens_seen == seen
     assert trainer.state.global_step == trainer.state.max_steps == 3
@@ -208,7 +203,7 @@ def test_evaluation_leaves_out_what_does_not_apply(run):
         first, second = samples[2 * i : 2 * i + 2]
         assert first["weights"] == pytest.approx(weights) and second["rewards"][1] is None
         assert front.rewards[i][1] == first["rewards"][1]
-        assert first["rewards"][0] == len(first["extra"]["ids"]) / 8
+        assert first["rewards"][0] == len(first["extra"]["length"]["ids"]) / 8
     assert front.metrics["length/done"] == 1
     json.dumps(samples, allow_nan=False)
     with pytest.raises(ValueError, match=r"'gold' returned None for all 1 completions of weights "
@@ -216,15 +211,6 @@ def test_evaluation_leaves_out_what_does_not_apply(run):
         evaluate(trainer.policy, trainer.reward_funcs, ROWS[1:], **sweep)
     with pytest.raises(TypeError, match="reward 'gold' must"):
         evaluate(trainer.policy, {"length": length, "gold": odd(lambda c: None)}, ROWS, **sweep)
-
-
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(TINY, folder)
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
-    return str(folder)
 
 
 def conversations(rows):
