@@ -1,11 +1,14 @@
 """Prompts that are conversations: lists of messages {"role": ..., "content": text}, as in TRL."""
 
 import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 
 Messages = list[dict[str, Any]]
+# What the sampler takes: a text, token ids, or messages.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 def is_conversation(prompt: Any) -> bool:

@@ -199,7 +199,7 @@ def classifier(
     @torch.no_grad()
     def reward(prompts: Texts, completions: Texts, **columns) -> list[float]:
         pairs = zip(prompts, completions, strict=True)
-        texts = [_whole_text(prompt + completion, tokenizer) for prompt, completion in pairs]
+        texts = [_whole_text(prompt, completion, tokenizer) for prompt, completion in pairs]
         # A chat template writes special tokens itself.
         special = tokenizer.chat_template is None or not any(map(is_conversation, prompts))
         order = sorted(set(texts), key=lambda text: (len(text), text))
@@ -217,9 +217,10 @@ def classifier(
     return reward
 
 
-def _whole_text(whole: str | Messages, tokenizer: Any) -> str:
-    if isinstance(whole, str):
-        return whole
+def _whole_text(prompt: str | Messages, completion: str | Messages, tokenizer: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt + message_text(completion)
+    whole = [*prompt, {"role": "assistant", "content": message_text(completion)}]
     if tokenizer.chat_template is None:
         return "\n".join(message["content"] for message in whole)
     return str(tokenizer.apply_chat_template(whole, tokenize=False))

@@ -219,8 +219,8 @@ def sample_lines(
 
     Args:
         sampler: With nothing else to do.
-        lines: {"prompt": text or token ids} with optional "weights", "id" (any JSON value, copied
-            to the records) and the fields of SamplingParams.
+        lines: {"prompt": text, token ids or messages} with optional "weights", "id" (any JSON
+            value, copied to the records) and the fields of SamplingParams.
         defaults: For what a line does not give.
         base_seed: A line without a seed, where the defaults have none, draws with `line_seed`.
         bar: Advances by completions.

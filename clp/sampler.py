@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from clp.conversation import Prompt
 from clp.decoder import Decoder, Steerable
 from clp.kv_cache import Segment
 from clp.requests import (
@@ -92,7 +93,7 @@ class Sampler:
 
     def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         weights: WeightSpec,
         params: SamplingParams | None = None,
         *,
@@ -101,7 +102,7 @@ class Sampler:
         """Queues a request. It runs as `step`, `stream` or `generate` run.
 
         Args:
-            prompt: A text, or a list of token ids.
+            prompt: A text, a list of token ids, or a list of messages for the chat template.
             weights: A mapping from objective to weight, a string "joy=0.7,brief=0.3", or m numbers.
             params: How to sample.
             simplex: Refuse rows off the simplex (negative entries, sum other than 1).
@@ -201,7 +202,7 @@ class Sampler:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         weights: WeightSpec | Sequence[WeightSpec],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
@@ -211,7 +212,7 @@ class Sampler:
         """Samples params.n completions for every prompt, in the order of the prompts.
 
         Args:
-            prompts: Texts, or lists of token ids.
+            prompts: Texts, lists of token ids, or lists of messages.
             weights: One row for all prompts, or one a prompt: a mapping from objective to weight,
                 a string "joy=0.7,brief=0.3", or m numbers in the policy's order; or [B, m].
             params: One for all prompts, or one a prompt.
@@ -266,7 +267,7 @@ class Sampler:
 
     def _request(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         weights: Tensor,
         params: SamplingParams,
         prompt_index: int,

@@ -45,7 +45,7 @@ class CLPTrainer:
 
     Args:
         model: Path, hub name or "tiny"; None takes args.model.
-        reward_funcs: One objective each: a mapping from objective to function, or functions
+        reward_funcs: One objective each: a mapping from objective to function, or functions, or one
             (called by their __name__). None takes args.rewards. Signature as in TRL:
             f(prompts, completions, **columns) -> list of numbers or None (docs/rewards.md). Each
             is called once here, on two short completions, so that a wrong one fails before
@@ -63,7 +63,7 @@ class CLPTrainer:
     def __init__(
         self,
         model: str | None = None,
-        reward_funcs: Mapping[str, RewardFunc] | Sequence[RewardFunc] | None = None,
+        reward_funcs: RewardFunc | Mapping[str, RewardFunc] | Sequence[RewardFunc] | None = None,
         args: CLPConfig | None = None,
         train_dataset: Sequence[dict[str, Any]] | None = None,
     ) -> None:
@@ -259,10 +259,13 @@ class CLPTrainer:
 
 
 def _named(
-    reward_funcs: Mapping[str, RewardFunc] | Sequence[RewardFunc] | None, args: CLPConfig
+    reward_funcs: RewardFunc | Mapping[str, RewardFunc] | Sequence[RewardFunc] | None,
+    args: CLPConfig,
 ) -> dict[str, RewardFunc]:
     if reward_funcs is None:
         return load_rewards(args.rewards)
+    if callable(reward_funcs) or isinstance(reward_funcs, str):
+        reward_funcs = [reward_funcs]
     if isinstance(reward_funcs, Mapping):
         named = dict(reward_funcs)
     else:

@@ -1,14 +1,18 @@
 """Conversational prompts: rendered by the tokenizer's chat template, and refused with reasons."""
 
+import io
 from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 from clp.conversation import is_conversation, message_text, prompt_text
-from clp.policy import TINY
+from clp.policy import TINY, Policy
 from clp.prompts import check_prompts, load_prompts
-from clp.requests import parse_prompt
+from clp.requests import SamplingParams, parse_prompt
 from clp.rewards import BUILTIN, sentiment
+from clp.sample_lines import Defaults, read_lines, sample_lines
+from clp.sampler import Sampler
 
 TEMPLATE = (
     "{% for m in messages %}"
@@ -44,6 +48,18 @@ def test_the_sampler_takes_a_conversation(tokenizer):
     assert ids == parse_prompt("<user>Hello.\n<assistant>", tokenizer, len(tokenizer), "prompt")
     with pytest.raises(ValueError, match="prompt 3: message 0 must be an object"):
         parse_prompt([{"role": "user"}], tokenizer, 9, "prompt 3")
+
+
+def test_generate_takes_conversations(chat_model):
+    sampler = Sampler(Policy.create(chat_model, ["joy"], r=1))
+    params = SamplingParams(max_tokens=6, seed=1)
+    chat, text = sampler.generate([HELLO, "Hello. Then"], [1.0], params)
+    assert chat.token_ids == text.token_ids
+    [line] = read_lines(io.BytesIO(b'{"prompt": [{"role": "user", "content": "Hello."}]}'))
+    defaults, bar = Defaults(params, "joy=1", True), tqdm(disable=True)
+    [group] = sample_lines(sampler, iter([line]), defaults, 0, bar)
+    assert group.records[0]["token_ids"] == text.token_ids
+    assert group.records[0]["prompt"] == HELLO
 
 
 def test_refused_conversations(tokenizer):

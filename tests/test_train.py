@@ -251,6 +251,7 @@ def test_python_interface_with_functions_and_columns(tmp_path):
         ({"reward_funcs": []}, "distinct names"),
         ({"reward_funcs": {"a-b": sentiment}}, "identifier"),
         ({"reward_funcs": {"a": "sentiment"}}, r"identifier naming .* go into args\.rewards"),
+        ({"reward_funcs": "sentiment"}, r"identifier naming .* go into args\.rewards"),
         ({"reward_funcs": [lambda completions: [0, 0]]}, r"'<lambda>' must be an identifier"),
         ({"reward_funcs": [partial(brevity), brevity]}, "distinct names, got .*mapping names them"),
         ({"train_dataset": []}, "holds no prompt"),

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +186,7 @@ def test_an_objective_that_applies_to_no_completion_of_a_step(tmp_path):
     def never(completions, **kwargs):
         return [None] * len(completions)
 
+    assert make(tmp_path / "one", brevity).policy.objectives == ("brevity",)
     make(tmp_path / "r", [sentiment, never], max_steps=1).train()
     [row] = lines(tmp_path / "r/metrics.jsonl")
     assert row["rewards/never/mean"] is None and row["rewards/never/std"] is None
@@ -246,3 +249,10 @@ def test_conversations_without_a_template_leave_no_folder(tmp_path):
     with pytest.raises(ValueError, match=r"train_dataset\[0\] is a conversation, .* no chat templ"):
         make(tmp_path / "r", [brevity], conversations(ROWS))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_on_metrics_has_them_all():
+    page = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+    named = re.findall(r"^\| `(.*?)` \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(named) == len(set(named))
+    assert {name.replace("<objective>", "joy") for name in named} == metric_names(["joy"])
