@@ -17,7 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import clp_kernels
 from clp.decoder import Network
-from clp_kernels.layers import SteeredLayer, steered_layers
+from clp_kernels.layers import steered_layers
+from clp_kernels.steering import SteeredLayer
 
 TINY = Path(__file__).parent / "tiny"
 # What transformers raises on a folder that is incomplete or damaged.

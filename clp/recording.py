@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
-from clp_kernels.layers import SteeredLayer
+from clp_kernels.steering import SteeredLayer
 
 # What of a tensor may be looked at in Python: nothing that its values decide.
 METADATA = frozenset({

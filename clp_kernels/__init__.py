@@ -12,8 +12,9 @@ from clp_kernels.functional import (
     sample,
 )
 from clp_kernels.invariant import batch_invariant
-from clp_kernels.layers import MixedLoRALinear, adapter_names, inject, steer
+from clp_kernels.layers import MixedLoRALinear, inject
 from clp_kernels.peft_io import export_adapter, load_adapters, save_adapters
+from clp_kernels.steering import adapter_names, steer
 from clp_kernels.whole_models import mix_models
 
 __version__ = "0.1.0"

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clp_kernels.functional import mixed_linear
-from clp_kernels.layers import SteeredLayer, Steering, distinct_names, is_transposed
+from clp_kernels.layers import is_transposed
 from clp_kernels.reference import accumulator
+from clp_kernels.steering import SteeredLayer, Steering, distinct_names
 
 
 class MixedLinear(SteeredLayer):

@@ -21,15 +21,9 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from clp_kernels.layers import (
-    MixedLoRALinear,
-    adapter_names,
-    all_steered,
-    is_transposed,
-    replace_linears,
-    steered_layers,
-)
+from clp_kernels.layers import MixedLoRALinear, is_transposed, replace_linears, steered_layers
 from clp_kernels.peft_read import CONFIG, TENSORS, Adapter, Factors, read_adapter, tensor_keys
+from clp_kernels.steering import adapter_names, all_steered
 
 
 def load_adapters(

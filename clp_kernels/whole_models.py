@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clp_kernels.experts import MixedEmbedding, MixedLinear, MixedModule, is_linear, weight_of
-from clp_kernels.layers import Steering, all_steered, distinct_names
+from clp_kernels.steering import Steering, all_steered, distinct_names
 
 # Attributes of a module that say nothing about what it computes in a forward.
 _PASSIVE = ("training", "gradient_checkpointing", "padding_idx", "inplace")

@@ -38,7 +38,8 @@ from clp_kernels import (
     steer,
 )
 from clp_kernels.experts import MixedEmbedding, MixedModule
-from clp_kernels.layers import SteeredLayer, Steering, all_steered, steered_layers
+from clp_kernels.layers import steered_layers
+from clp_kernels.steering import SteeredLayer, Steering, all_steered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

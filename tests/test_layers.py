@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from clp_kernels import MixedLoRALinear, adapter_names, inject, steer
-from clp_kernels.layers import Steering, is_transposed, steered_layers
+from clp_kernels.layers import is_transposed, steered_layers
+from clp_kernels.steering import Steering
 from clp_kernels.testing import WEIGHT_KINDS, weight_rows
 
 NAMES = ["joy", "brief"]
