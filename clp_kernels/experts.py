@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clp_kernels.functional import mixed_linear
-from clp_kernels.layers import is_transposed
+from clp_kernels.layers import is_transposed, why_not_linear
 from clp_kernels.reference import accumulator
 from clp_kernels.steering import SteeredLayer, Steering, distinct_names
 
@@ -72,14 +72,15 @@ class MixedLinear(SteeredLayer):
     ) -> "MixedLinear":
         """Copies m layers of one shape: nn.Linear, or transformers' Conv1D (GPT-2's).
 
-        Raises: ValueError for another kind of layer, or where the shapes differ.
+        Raises: ValueError for another kind of layer, one with hooks or a forward of its own, or
+            where the shapes differ.
         """
         layers, names = list(layers), distinct_names("adapter_names", adapter_names)
         if len(layers) != len(names):
             raise ValueError(f"layers must be {len(names)} as the names, got {len(layers)}")
         for layer in layers:
-            if not is_linear(layer):
-                raise ValueError(f"layers must be linear layers, got {type(layer).__name__}")
+            if fault := why_not_linear(layer):
+                raise ValueError(f"layers must be plain linear layers, got one that {fault}")
         shapes = [list(weight_of(layer).shape) for layer in layers]
         biased = [layer.bias is not None for layer in layers]
         if shapes != shapes[:1] * len(layers) or len(set(biased)) > 1:
@@ -163,9 +164,12 @@ class MixedEmbedding(SteeredLayer):
         self.steering = steering or Steering()
         self.expert_weight = _parameter(expert_weight)
         self.padding_idx, self.broadcast = padding_idx, broadcast
-        self.scale: Tensor | None
-        factor = None if scale is None else torch.as_tensor(scale, device=expert_weight.device)
-        self.register_buffer("scale", factor, persistent=False)
+        # A number is not rounded to the table's dtype, as in the embedding that it comes from.
+        self.scale: float | Tensor | None
+        if isinstance(scale, Tensor):
+            self.register_buffer("scale", scale.to(expert_weight.device), persistent=False)
+        else:
+            self.scale = scale
 
     def mixed_parameter(self) -> Tensor:
         """expert_weight."""
@@ -179,7 +183,10 @@ class MixedEmbedding(SteeredLayer):
         tables = self.expert_weight.unbind(0)
         terms = (F.embedding(ids, table, self.padding_idx) for table in tables)
         y = _mix(terms, weights, example_ids)
-        return y if self.scale is None else y * self.scale.to(y.dtype)
+        scale = self.scale
+        if scale is None:
+            return y
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
 
     def extra_repr(self) -> str:
         """Names and sizes, for print(model)."""
@@ -233,13 +240,6 @@ class MixedModule(SteeredLayer):
         weights, example_ids, _ = self.active_rows(x, x.dim() - 1)
         assert weights is not None  # steer refuses None where a layer has no base
         return _mix((f(x, *args, **kwargs) for f in self.experts), weights, example_ids)
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Whether this is an nn.Linear or transformers' Conv1D, and no quantised relative."""
-    return (
-        isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-    ) or is_transposed(layer)
 
 
 def weight_of(layer: nn.Module) -> Tensor:

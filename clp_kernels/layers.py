@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from clp_kernels import checks
 from clp_kernels.functional import apply_mixed_lora, mixed_lora
+from clp_kernels.probe import OneExamplePerWeights, can_probe, layout
 from clp_kernels.steering import SteeredLayer, Steering, all_steered, distinct_names
+
+# What an adapter's file may hold (clp_kernels.peft_read), so that every adapter can be loaded again.
+MAX_RANK, MAX_ALPHA = 4096, 1_000_000
+
+# What a call of a module runs besides the forward of its class.
+_CALLED = ("forward", "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks",
+           "_backward_hooks")  # fmt: skip
 
 
 class MixedLoRALinear(SteeredLayer):
@@ -20,8 +28,9 @@ class MixedLoRALinear(SteeredLayer):
 
         y_t = x_t W^T + bias + sum_i weights[b(t), i] * scaling_i * (x_t A_i^T) B_i^T
 
-    Wraps any `nn.Linear` (or transformers' `Conv1D`, which keeps W transposed), as `base_layer`.
-    Adapters of different rank are stored zero-padded to the largest.
+    Wraps an `nn.Linear` (or transformers' `Conv1D`, which keeps W transposed), as `base_layer`. Its
+    weight and bias are used and its forward is not called, so it must be the class's own and
+    without hooks. Adapters of different rank are stored zero-padded to the largest.
 
     Args:
         base_layer: The layer to wrap; it stays as it is, and is the caller's to freeze.
@@ -31,8 +40,13 @@ class MixedLoRALinear(SteeredLayer):
         steering: The object that `steer` writes; shared by the layers of a model.
         dtype: dtype of the adapters: float32 (default) or the base layer's.
 
+    Attributes:
+        flattened: Whether x is [B * T, in], each example's tokens after the other's, and the module
+            around it refuses another B than the weights'. `inject` finds out.
+
     Shapes: x [B, ..., in] with weights [B, m], or x [T, in] with example_ids [T].
-    Raises: RuntimeError without rows; ValueError where x and the rows do not fit.
+    Raises: RuntimeError without rows; ValueError where x and the rows do not fit, or for a base
+        layer that computes something else than its class.
     """
 
     has_base = True
@@ -49,7 +63,10 @@ class MixedLoRALinear(SteeredLayer):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if fault := why_not_linear(base_layer):
+            raise ValueError(f"base_layer must be a plain linear layer, got one that {fault}")
         self.base_layer = base_layer
+        self.flattened = False
         self.transposed = is_transposed(base_layer)
         self.adapter_names = tuple(adapter_names)
         self.ranks = tuple(ranks)
@@ -78,6 +95,18 @@ class MixedLoRALinear(SteeredLayer):
     def mixed_parameter(self) -> Tensor:
         """lora_A."""
         return self.lora_A
+
+    def fault(self) -> str | None:
+        """That the base layer has a hook or a forward of its own, which `forward` does not call."""
+        held = vars(self.base_layer)
+        for name in _CALLED:
+            if held.get(name):
+                what = "a forward" if name == "forward" else name.strip("_").replace("_", " ")
+                return (
+                    f"its base_layer has got {what} since it was wrapped, which would not run; put "
+                    "it on this MixedLoRALinear instead"
+                )
+        return None
 
     @property
     def weight(self) -> Tensor:
@@ -116,6 +145,12 @@ class MixedLoRALinear(SteeredLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ..., in] or [T, in] -> [..., out], with the rows that `steer` has set."""
+        if self.flattened and x.dim() == 2:
+            rows = self.steering.rows
+            if rows is not None and rows.weights is not None and rows.example_ids is None:
+                count = rows.weights.shape[0]
+                if x.shape[0] != count and count and x.shape[0] % count == 0:
+                    return self.forward(x.unflatten(0, (count, -1))).flatten(0, 1)
         weights, example_ids, _ = self.active_rows(x, 1)
         if weights is None:
             return self.base_layer(x)  # type: ignore[no-any-return]
@@ -162,7 +197,58 @@ def _held(module: Any, name: str) -> Any:
 
 def is_transposed(layer: nn.Module) -> bool:
     """Whether this is transformers' Conv1D (GPT-2), which keeps its weight as [in, out]."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    return _conv1d(layer) is not None
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether this is an nn.Linear or transformers' Conv1D, or a class made from one."""
+    return isinstance(layer, nn.Linear) or is_transposed(layer)
+
+
+def _conv1d(layer: nn.Module) -> type[nn.Module] | None:
+    """transformers' class Conv1D if the layer is one; told by name, as nothing is imported here."""
+    for kind in type(layer).__mro__:
+        if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+            return kind
+    return None
+
+
+def why_not_plain(layer: nn.Module, *forwards: Any) -> str | None:
+    """Why a layer's output is not what one of these forwards makes of its parameters, or None.
+
+    A class made from the layer's, a forward put on the object, hooks and tensors with operations of
+    their own (quantised ones) may all compute something else.
+    """
+    if forwards and type(layer).forward not in forwards:
+        return f"is a {type(layer).__name__}, which has a forward of its own"
+    for name in _CALLED:
+        if vars(layer).get(name):
+            what = "a replaced forward" if name == "forward" else name.strip("_").replace("_", " ")
+            return f"is a {type(layer).__name__} with {what}"
+    for name, value in [
+        *layer.named_parameters(recurse=False),
+        *layer.named_buffers(recurse=False),
+    ]:
+        if type(value) not in (nn.Parameter, Tensor):
+            return f"is a {type(layer).__name__} whose {name} is a {type(value).__name__}"
+    return None
+
+
+def why_not_linear(layer: nn.Module) -> str | None:
+    """Why this layer is not x W^T + bias of its own weight and bias, or None.
+
+    A parametrized layer (torch.nn.utils.parametrize) is: its weight is computed when it is read.
+    """
+    if not is_linear(layer):
+        return f"is a {type(layer).__name__}"
+    return why_not_plain(layer, (_conv1d(layer) or nn.Linear).forward)
+
+
+def _why_not_called(parent: nn.Module) -> str | None:
+    """Why a linear layer directly inside this module is not called, or None."""
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        return f"is read by {type(parent).__name__} without a call"
+    return None
 
 
 def steered_layers(model: nn.Module) -> dict[str, MixedLoRALinear]:
@@ -170,17 +256,17 @@ def steered_layers(model: nn.Module) -> dict[str, MixedLoRALinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, MixedLoRALinear)}
 
 
-def target_linears(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """The linear layers that `target_modules` names, by module name.
+def target_linears(
+    model: nn.Module, target_modules: str | Sequence[str], exclude_modules: Sequence[str] = ()
+) -> dict[str, nn.Module]:
+    """The linear layers that `target_modules` names and `exclude_modules` does not, by module name.
 
     "all-linear": every linear layer but the output embedding, as in PEFT. A list: each name equals
     a module's name or its ending after a dot.
 
-    Raises: ValueError for a name that matches no linear layer.
+    Raises: ValueError for a name that matches no linear layer, or where all are excluded.
     """
-    linears = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)
-    }
+    linears = {n: m for n, m in model.named_modules() if is_linear(m)}
     if "" in linears:
         raise ValueError("model must be a module that holds linear layers, it is one itself")
     if isinstance(target_modules, str):
@@ -190,14 +276,19 @@ def target_linears(model: nn.Module, target_modules: str | Sequence[str]) -> dic
             )
         get_head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
         head = get_head()
-        return {n: m for n, m in linears.items() if m is not head}
-    found: dict[str, nn.Module] = {}
-    for target in target_modules:
-        hits = {n: m for n, m in linears.items() if n == target or n.endswith(f".{target}")}
-        if not hits:
-            raise ValueError(f"target_modules: {target!r} names no linear layer of the model")
-        found |= hits
-    return {n: m for n, m in linears.items() if n in found}
+        found = {n for n, m in linears.items() if m is not head}
+    else:
+        found = set().union(*(_named(linears, t, "target_modules") for t in target_modules))
+    excluded = set().union(*(_named(linears, t, "exclude_modules") for t in exclude_modules))
+    return {n: m for n, m in linears.items() if n in found and n not in excluded}
+
+
+def _named(linears: dict[str, nn.Module], target: str, argument: str) -> set[str]:
+    """The names that equal `target`, or end with it after a dot."""
+    hits = {n for n in linears if f".{n}".endswith(f".{target}")}
+    if not hits:
+        raise ValueError(f"{argument}: {target!r} names no linear layer of the model")
+    return hits
 
 
 def inject(
@@ -207,16 +298,22 @@ def inject(
     r: int = 8,
     lora_alpha: float = 16,
     target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
 ) -> list[str]:
     """Replaces the target layers of a model by MixedLoRALinear, in place, and freezes the rest.
 
+    A language model of transformers runs here on six tokens, in eval mode, to see what its layers
+    get: some flatten the tokens of a batch (OPT's fc1 and fc2, the shared experts of a mixture).
+
     Args:
         model: Any module; transformers models get PEFT's meaning of "all-linear".
         adapters: Names of the m adapters (the objectives), in the order of `weights`' columns.
-        r, lora_alpha: LoRA rank and alpha (PEFT's meaning), the same for all.
+        r, lora_alpha: LoRA rank (at most 4096) and alpha (at most 1e6), the same for all, in PEFT's
+            meaning.
         target_modules: "all-linear", or names matched as PEFT matches a list.
+        exclude_modules: Names of targets to leave out, matched in the same way.
         dtype: Of the adapters' parameters: float32, or the base layers'.
         generator: Source of the start values; the global one if None.
 
@@ -224,14 +321,18 @@ def inject(
         The names of the replaced modules. At the start B = 0: every row gives the base model.
 
     Raises:
-        ValueError: bad r, lora_alpha or names, a target that matches nothing, a model injected
-            before, or a quantised layer.
+        ValueError: bad r, lora_alpha or names, a name that matches nothing, a model injected
+            before, or a target that cannot be steered, with what to leave out: a layer whose forward
+            is not `nn.Linear`'s (routers, quantised layers), that has hooks or whose weight is read
+            by the module around it; an expert that gets the tokens that are routed to it.
     """
-    if type(r) is not int or r < 1:
-        raise ValueError(f"r must be a positive integer, got {r!r}")
-    if not (math.isfinite(lora_alpha) and lora_alpha > 0):
-        raise ValueError(f"lora_alpha must be finite and positive, got {lora_alpha}")
-    targets = target_linears(model, target_modules)
+    if type(r) is not int or not 1 <= r <= MAX_RANK:
+        raise ValueError(f"r must be an integer in [1, {MAX_RANK}], got {r!r}")
+    if not 0 < lora_alpha <= MAX_ALPHA:
+        raise ValueError(f"lora_alpha must be a number in (0, {MAX_ALPHA}], got {lora_alpha}")
+    if isinstance(exclude_modules, str):
+        raise ValueError(f"exclude_modules must be a list of names, got {exclude_modules!r}")
+    targets = target_linears(model, target_modules, exclude_modules)
     ranks = {name: [r] * len(adapters) for name in targets}
     alphas = {name: [float(lora_alpha)] * len(adapters) for name in targets}
     for layer in replace_linears(model, adapters, ranks, alphas, dtype).values():
@@ -255,9 +356,10 @@ def replace_linears(
     if all_steered(model):
         raise ValueError("model has adapters already; inject or load_adapters works once a model")
     if not ranks:
-        raise ValueError("target_modules matches no linear layer of the model")
+        raise ValueError("target_modules matches no linear layer of the model, or all are excluded")
     if dtype not in checks.FLOATS:
         raise ValueError(f"dtype must be a floating dtype, got {dtype}")
+    _refuse_bypassed(model, list(ranks))
     for name in ranks:
         weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
         if weight.dtype not in checks.FLOATS or weight.dim() != 2:
@@ -265,6 +367,7 @@ def replace_linears(
                              "quantised layers are not supported")  # fmt: skip
         if dtype not in (torch.float32, weight.dtype):
             raise ValueError(f"dtype must be float32 or {name}'s {weight.dtype}, got {dtype}")
+    flattened = _flattened(model, list(ranks))
     model.requires_grad_(False)
     steering, layers = Steering(), {}
     # A layer that the model holds under several names is steered under each.
@@ -283,7 +386,50 @@ def replace_linears(
         for place in [n for n, module in places if module is layer]:
             parent, _, child = place.rpartition(".")
             setattr(model.get_submodule(parent), child, layers[name])
+        layers[name].flattened = name in flattened
+    for module in dict.fromkeys(flattened.values()):
+        guard = OneExamplePerWeights(steering)
+        module.register_forward_pre_hook(guard, with_kwargs=True)
     return layers
+
+
+def _refuse_bypassed(model: nn.Module, names: list[str]) -> None:
+    """ValueError for targets whose own computation would be left out."""
+    faults = {}
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        fault = why_not_linear(model.get_submodule(name)) or _why_not_called(parent)
+        if fault:
+            faults[name] = fault
+    if faults:
+        name = next(iter(faults))
+        raise ValueError(
+            f"{name} {faults[name]}: adapters would leave out what it computes; "
+            f"{_leave_out(list(faults), names)}"
+        )
+
+
+def _flattened(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The targets that see flattened tokens, with the modules around them (clp_kernels.probe)."""
+    if not can_probe(model):
+        return {}
+    found = layout(model, names)
+    if odd := found.unsteerable:
+        raise ValueError(
+            f"{odd[0]} does not get one entry per example of the batch (an expert, for instance, "
+            "gets the tokens that are routed to it), so that no weights belong to its inputs; "
+            f"{_leave_out(odd, names)}"
+        )
+    return found.flattened
+
+
+def _leave_out(odd: list[str], names: list[str]) -> str:
+    """What to write to leave these targets out: their last names where no other target has one."""
+    last = dict.fromkeys(name.rpartition(".")[2] for name in odd)
+    kept = {name.rpartition(".")[2] for name in names if name not in set(odd)}
+    shown = list(last) if kept.isdisjoint(last) else odd
+    more = f" and {len(shown) - 20} more" if len(shown) > 20 else ""
+    return f"leave out of target_modules: exclude_modules={shown[:20]}{more}"
 
 
 def _dtype_of(model: nn.Module, name: str) -> torch.dtype:

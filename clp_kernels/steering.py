@@ -49,6 +49,10 @@ class SteeredLayer(nn.Module):
     def mixed_parameter(self) -> Tensor:
         """One of the parameters that are mixed: the rows go to its device, in its accumulator."""
 
+    def fault(self) -> str | None:
+        """What has happened to the layer since it was made, so that it no longer computes right."""
+        return None
+
     def active_rows(self, x: Tensor, feature_axes: int, broadcast: bool = False) -> _Rows:
         """The rows for an input whose last `feature_axes` axes belong to one token.
 
@@ -75,12 +79,17 @@ class SteeredLayer(nn.Module):
                     f"layer got {list(x.shape)}"
                 )
         elif x.shape[0] != weights.shape[0] and not (broadcast and x.shape[0] == 1):
-            raise ValueError(
-                f"the batch has {x.shape[0]} examples, weights has {weights.shape[0]} rows; repeat "
-                "the rows (weights.repeat_interleave(n, 0) for n sequences a prompt), or pass "
-                "example_ids to steer for flattened tokens"
-            )
+            raise wrong_batch(x.shape[0], weights.shape[0])
         return rows
+
+
+def wrong_batch(examples: int, rows: int) -> ValueError:
+    """The error of a batch that has another number of examples than there are rows of weights."""
+    return ValueError(
+        f"the batch has {examples} examples, weights has {rows} rows; repeat the rows "
+        "(weights.repeat_interleave(n, 0) for n sequences per prompt), or pass example_ids to "
+        "steer for a module that sees flattened tokens"
+    )
 
 
 def _refuse_foreign_recompute(rows: _Rows) -> None:
@@ -146,7 +155,8 @@ class steer:
 
     Raises:
         ValueError: wrong shape, NaN or infinity (rows on a GPU are read once here), no steered
-            layer, None for a model without a base.
+            layer, None for a model without a base, hooks or another forward on a base layer, which
+            would not run.
     """
 
     def __init__(
@@ -170,6 +180,10 @@ class steer:
                     f"({', '.join(names)}) has no base model"
                 )
             return
+        for layer in layers:
+            if fault := layer.fault():
+                name = next(n for n, module in model.named_modules() if module is layer)
+                raise ValueError(f"{name}: {fault}")
         parameter = layers[0].mixed_parameter()
         acc = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         rows = torch.as_tensor(weights).to(parameter.device, acc)

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clp_kernels.experts import MixedEmbedding, MixedLinear, MixedModule, is_linear, weight_of
+from clp_kernels.experts import MixedEmbedding, MixedLinear, MixedModule, weight_of
+from clp_kernels.layers import is_linear, why_not_linear, why_not_plain
 from clp_kernels.steering import Steering, all_steered, distinct_names
 
 # Attributes of a module that say nothing about what it computes in a forward.
@@ -41,7 +43,8 @@ def mix_models(
 
     Raises:
         ValueError: names what differs first between the models, or the module that cannot be
-            mixed. All checks come before the first change.
+            mixed: one with another kind of parameters, a forward of its own, or hooks, which would
+            no longer run. All checks come before the first change.
     """
     if conditioning not in ("full", "attention", "head"):
         raise ValueError(
@@ -58,6 +61,15 @@ def mix_models(
     for name, model in zip(names[1:], models[1:], strict=True):
         _refuse_other_architecture(models[0], model, f"{names[0]} and {name}")
     targets = _conditioned(models[0], conditioning)
+    for name, module in targets.items():
+        _refuse_bypassed(module, f"{name} of {names[0]}")
+    for who, model in zip(names[1:], models[1:], strict=True):
+        for name, module in model.named_modules():
+            # Of these models nothing is kept but the parameters.
+            if fault := why_not_plain(module):
+                raise ValueError(f"models must be plain, {name or 'the model'} of {who} {fault}")
+            if name in targets:
+                _refuse_bypassed(module, f"{name} of {who}")
     mixed = {id(p) for module in targets.values() for p in module.parameters(recurse=False)}
     for name, model in zip(names[1:], models[1:], strict=True):
         _refuse_other_values(models[0], model, mixed, f"{names[0]} and {name}", conditioning)
@@ -175,10 +187,31 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_embedding(module: nn.Module) -> bool:
-    """Whether this is an embedding: a plain one, or one times a constant (Gemma, Bart)."""
-    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+    """Whether this is an embedding of a plain lookup, perhaps times a constant (Gemma, Bart)."""
+    return isinstance(module, nn.Embedding) and module.max_norm is None
+
+
+def _refuse_bypassed(module: nn.Module, name: str) -> None:
+    """ValueError where a mixed layer would leave out what the module computes."""
+    fault = why_not_linear(module) if is_linear(module) else why_not_plain(module)
+    if fault is None and isinstance(module, nn.Embedding) and not _looks_up(module):
+        fault = f"is a {type(module).__name__}, which has a forward of its own"
+    if fault:
+        raise ValueError(f"models must be plain where parameters are mixed, {name} {fault}")
+
+
+def _looks_up(module: nn.Embedding) -> bool:
+    """Whether an embedding looks up its table, times its `embed_scale` if it has one."""
+    if type(module).forward is nn.Embedding.forward:
+        return True
+    scale = getattr(module, "embed_scale", None)
+    if scale is None:
         return False
-    return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    ids = torch.arange(min(3, module.num_embeddings), device=module.weight.device)
+    found: Tensor = F.embedding(ids, module.weight)
+    found = found * (scale.to(found.dtype) if isinstance(scale, Tensor) else scale)
+    with torch.no_grad():
+        return torch.equal(module(ids), found)
 
 
 def _refuse_other_values(

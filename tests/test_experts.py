@@ -723,7 +723,10 @@ def test_bad_models_are_refused_and_left_as_they_are(case: str) -> None:
             ),
             r"bias: \[True, False\]",
         ),
-        (lambda: MixedLinear.from_layers([nn.LayerNorm(2)], ["a"]), "linear layers, got LayerNorm"),
+        (
+            lambda: MixedLinear.from_layers([nn.LayerNorm(2)], ["a"]),
+            "linear layers, got one that is a LayerNorm",
+        ),
         (lambda: MixedEmbedding(torch.ones(2, 5, 4), NAMES), r"\[3, V, d\], got \[2, 5, 4\]"),
         (lambda: MixedModule([nn.LayerNorm(2)], NAMES), "must be 3 modules, got 1"),
         (lambda: MixedModule([nn.Tanh()], ["a"]), "parameters, Tanh has none"),
