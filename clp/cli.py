@@ -132,14 +132,13 @@ def export(argv: Sequence[str]) -> None:
     """clp export RUN FOLDER --weights "joy=0.7,brief=0.3": one PEFT adapter."""
     command = tyro.cli(ExportCommand, prog="clp export", args=argv)
     import clp_kernels
-    from clp.policy import Policy
+    from clp.policy import Policy, model_path
     from clp.weights import parse_weights
 
     policy = Policy.load(command.run, base_model=command.base_model)
     row = parse_weights(command.weights, policy.objectives, simplex=command.simplex)
-    folder = clp_kernels.export_adapter(
-        policy.model, row, command.output, base_model=policy.base_model
-    )
+    base = model_path(policy.base_model)
+    folder = clp_kernels.export_adapter(policy.model, row, command.output, base_model=base)
     print(f"PEFT adapter of rank {sum(_ranks(policy.model))}: {folder}")
 
 

@@ -35,6 +35,8 @@ class CLPConfig:
     """LoRA alpha; the update is scaled by lora_alpha / r."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Modules that carry adapters: "all-linear", or names as in PEFT."""
+    exclude_modules: list[str] = field(default_factory=list)
+    """Names of target modules that carry none, such as routers."""
 
     # Parameters that control the weights and the objective
     alpha: float = 0.12
@@ -148,8 +150,14 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             options = ", ".join(map(repr, typing.get_args(hint)))
             raise ValueError(f"{name} must be one of {options}, got {value!r}")
     elif origin is list:
-        if not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
-            raise ValueError(f"{name} must be a non-empty list of strings, got {value!r}")
+        may_be_empty = name == "exclude_modules"
+        if not (
+            isinstance(value, list)
+            and (value or may_be_empty)
+            and all(isinstance(v, str) for v in value)
+        ):
+            expected = "list" if may_be_empty else "non-empty list"
+            raise ValueError(f"{name} must be a {expected} of strings, got {value!r}")
     elif hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
             raise ValueError(f"{name} must be a number, got {value!r}")

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import clp_kernels
 from clp.decoder import Network
 from clp_kernels.layers import steered_layers
+from clp_kernels.probe import check_start
 from clp_kernels.steering import SteeredLayer
 
 TINY = Path(__file__).parent / "tiny"
@@ -63,17 +64,25 @@ class Policy:
         r: int = 8,
         lora_alpha: float = 16,
         target_modules: str | Sequence[str] = "all-linear",
+        exclude_modules: Sequence[str] = (),
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         seed: int = 0,
     ) -> "Policy":
-        """A policy that equals its base model for every weight row (LoRA's B starts at zero)."""
+        """A policy that equals its base model for every weight row (LoRA's B starts at zero).
+
+        That is checked bit for bit on six tokens.
+
+        Raises: ValueError for a base that cannot be loaded, or that `clp_kernels.inject` or the
+            check refuses.
+        """
         model, tokenizer = load_base(base_model, dtype)
         generator = torch.Generator().manual_seed(seed)
         clp_kernels.inject(
             model, objectives, r=r, lora_alpha=lora_alpha, target_modules=target_modules,
-            generator=generator,
+            exclude_modules=exclude_modules, generator=generator,
         )  # fmt: skip
+        check_start(model)
         return cls(model.to(device), tokenizer, objectives, base_model, rewards)
 
     @classmethod
@@ -158,7 +167,8 @@ class Policy:
                 "save those, and load them with Policy.from_models"
             )
         directory = Path(directory)
-        clp_kernels.save_adapters(self.model, directory / "adapters", base_model=self.base_model)
+        base = model_path(self.base_model)
+        clp_kernels.save_adapters(self.model, directory / "adapters", base_model=base)
         card = {
             "format": 1,
             "base_model": self.base_model,
@@ -316,6 +326,11 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def model_path(name: str) -> str:
+    """What transformers and PEFT load: the name itself (a path or hub name), or "tiny"'s folder."""
+    return str(TINY) if name == "tiny" else name
+
+
 def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The frozen base model in eval mode, and its tokenizer (with a padding token).
 
@@ -324,7 +339,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
     Raises: ValueError where it is not a transformers causal LM with its tokenizer.
     """
-    path = str(TINY) if name == "tiny" else name
+    path = model_path(name)
     if not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
         raise ValueError(f"model {name!r} is neither a folder nor a hub name such as org/model")
     if (Path(path) / "adapter_config.json").exists():

@@ -90,6 +90,7 @@ class CLPTrainer:
                 rewards=args.rewards if reward_funcs is None else (),
                 lora_alpha=args.lora_alpha, dtype=dtype, device=device, seed=args.seed,
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
+                exclude_modules=args.exclude_modules,
             )  # fmt: skip
             self.step = 0
         else:

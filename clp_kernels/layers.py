@@ -15,7 +15,7 @@ from clp_kernels.functional import apply_mixed_lora, mixed_lora
 from clp_kernels.probe import OneExamplePerWeights, can_probe, layout
 from clp_kernels.steering import SteeredLayer, Steering, all_steered, distinct_names
 
-# What an adapter's file may hold (clp_kernels.peft_read), so that every adapter can be loaded again.
+# What an adapter's file may hold (clp_kernels.peft_read): what is made can be loaded again.
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 
 # What a call of a module runs besides the forward of its class.
@@ -322,9 +322,9 @@ def inject(
 
     Raises:
         ValueError: bad r, lora_alpha or names, a name that matches nothing, a model injected
-            before, or a target that cannot be steered, with what to leave out: a layer whose forward
-            is not `nn.Linear`'s (routers, quantised layers), that has hooks or whose weight is read
-            by the module around it; an expert that gets the tokens that are routed to it.
+            before, or a target that cannot be steered, with what to leave out: a layer that has
+            hooks or a forward of its own (routers, quantised layers), whose weight is read by the
+            module around it, or that gets tokens gathered from the batch (experts).
     """
     if type(r) is not int or not 1 <= r <= MAX_RANK:
         raise ValueError(f"r must be an integer in [1, {MAX_RANK}], got {r!r}")

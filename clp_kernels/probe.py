@@ -6,6 +6,7 @@ Used when adapters are put into a model of transformers, which says by itself ho
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +97,9 @@ def _inputs(model: nn.Module, modules: dict[str, nn.Module], ids: Tensor) -> dic
         module.register_forward_pre_hook(look(name), prepend=True, with_kwargs=True)
         for name, module in modules.items()
     ]
-    _run(model, ids, handles)
+    # A forward that draws random numbers draws the same ones in both runs of `layout`.
+    with _generators_kept(ids):
+        _run(model, ids, handles)
     return calls
 
 
@@ -122,16 +125,19 @@ def _run(model: nn.Module, ids: Tensor, handles: Sequence[RemovableHandle]) -> N
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     if network.config.is_encoder_decoder:
         options["decoder_input_ids"] = ids
-    devices = [ids.device] if ids.device.type == "cuda" else []
     try:
         network.eval()
-        with torch.random.fork_rng(devices):
-            network(input_ids=ids, **options)
+        network(input_ids=ids, **options)
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
+
+
+def _generators_kept(ids: Tensor) -> AbstractContextManager[None]:
+    """PyTorch's generators are afterwards as they were before."""
+    return torch.random.fork_rng([ids.device] if ids.is_cuda else [])
 
 
 def _token_ids(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -246,7 +252,8 @@ def check_start(model: nn.Module) -> None:
         with steer(model, rows):
             return _outputs(model, layers, ids)
 
-    base, again, steered = run(None), run(None), run(weights)
+    with _generators_kept(ids):
+        base, again, steered = run(None), run(None), run(weights)
     if name := _first_difference(base, again):
         raise ValueError(
             f"model must be deterministic, the outputs of {name} differ between two runs of the "

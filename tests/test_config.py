@@ -54,6 +54,7 @@ def test_yaml_cannot_name_code(tmp_path):
         ("scale_rewards", "all", "must be one of 'none', 'batch', 'group'"),
         ("rewards", "sentiment", "list of strings"),
         ("rewards", [], "list of strings"),
+        ("exclude_modules", "router", "exclude_modules must be a list of strings"),
         ("resume", 1, "resume must be bool"),
         ("prompts", 3, "prompts must be"),
         ("model", None, "model must be"),

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from clp_kernels import MixedLoRALinear, adapter_names, inject, steer
 from clp_kernels.layers import is_transposed, steered_layers
@@ -44,7 +51,17 @@ def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).to(dtype).eval()
 
 
-MODELS = {"llama": llama, "gpt2": gpt2}
+def opt(dtype: torch.dtype = torch.float32) -> OPTForCausalLM:
+    """Its fc1 and fc2 get the tokens of the batch in one axis."""
+    config = OPTConfig(
+        vocab_size=60, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.0, bos_token_id=None,
+        eos_token_id=None, pad_token_id=59, init_std=0.2,
+    )  # fmt: skip
+    return OPTForCausalLM(config).to(dtype).eval()
+
+
+MODELS = {"llama": llama, "gpt2": gpt2, "opt": opt}
 
 
 def steered(model: nn.Module, names: list[str] = NAMES) -> nn.Module:
@@ -84,7 +101,7 @@ def test_at_the_start_every_row_gives_the_base_model(name: str) -> None:
     with torch.no_grad():
         base = model(IDS).logits
     replaced = inject(model, NAMES)
-    assert len(replaced) == {"llama": 14, "gpt2": 8}[name]
+    assert len(replaced) == {"llama": 14, "gpt2": 8, "opt": 12}[name]
     for kind in WEIGHT_KINDS:
         assert torch.equal(logits_of(model, IDS, weight_rows(kind, 11, 2)), base)
 

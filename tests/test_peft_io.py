@@ -20,7 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from clp_kernels import export_adapter, inject, load_adapters, save_adapters, steer
@@ -42,6 +51,23 @@ def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=16)
     return GPT2LMHeadModel(config).eval()
+
+
+def opt() -> OPTForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    # As OPT-350m: norms behind the blocks, and a narrower embedding.
+    kind = {"do_layer_norm_before": False, "word_embed_proj_dim": 16, "num_attention_heads": 4}
+    return OPTForCausalLM(OPTConfig(**sizes, **kind)).eval()
+
+
+def qwen2_moe() -> Qwen2MoeForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}
+    experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+    config = Qwen2MoeConfig(**sizes, **heads, **experts, num_experts_per_tok=2)
+    return Qwen2MoeForCausalLM(config).eval()
 
 
 class Net(nn.Module):
@@ -131,6 +157,16 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]]
         {"r": 2, "lora_alpha": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True},
         {"r": 5, "lora_alpha": 7, "target_modules": ["c_fc", "c_proj"], "fan_in_fan_out": True},
     ),
+    "opt": (
+        opt,
+        {"r": 4, "lora_alpha": 8, "target_modules": ["fc1", "fc2"]},
+        {"r": 3, "lora_alpha": 16, "target_modules": "all-linear"},
+    ),
+    "qwen2_moe": (
+        qwen2_moe,
+        {"r": 4, "lora_alpha": 8, "target_modules": ["shared_expert.up_proj", "q_proj"]},
+        {"r": 3, "lora_alpha": 16, "target_modules": "all-linear"},
+    ),
     "rslora": (
         llama,
         {"r": 8, "lora_alpha": 5, "use_rslora": True, "target_modules": ["o_proj", "up_proj"]},
@@ -174,7 +210,7 @@ def test_rows_equal_pefts_cat(kind: str, tmp_path: Path) -> None:
     both = peft.PeftModel.from_pretrained(copy.deepcopy(base), a, adapter_name="a").eval()
     both.load_adapter(b, "b")
     for i, row in enumerate(rows):
-        if kind in ("llama", "gpt2"):
+        if kind in ("llama", "gpt2", "opt", "qwen2_moe"):
             both.add_weighted_adapter(["a", "b"], row, f"mix{i}", combination_type="cat")
             both.set_adapter(f"mix{i}")
             torch.testing.assert_close(mixed[i], logits(both)[i], rtol=0, atol=1e-4)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 from transformers import (
@@ -15,6 +16,8 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+import clp_kernels
+from clp import cli
 from clp.policy import TINY, Policy, load_base
 from clp.weights import weight_grid
 from clp_kernels.layers import steered_layers
@@ -47,6 +50,36 @@ def test_a_new_policy_is_its_base_for_every_row_bit_for_bit():
         wanted = base(IDS).logits
     assert torch.equal(logits(policy, [[1.0, 0, 0], [0.2, 0.3, 0.5]]), wanted)
     assert torch.equal(logits(policy, [[0.0, 0, 0], [0.0, 0, 0]]), wanted)
+
+
+def test_a_base_that_a_new_policy_does_not_equal_is_refused(monkeypatch):
+    """Here because of a kernel that adds one unit in the last place where B is zero."""
+    op = clp_kernels.layers.mixed_lora
+    monkeypatch.setattr("clp_kernels.layers.mixed_lora", lambda *a, **k: op(*a, **k) * (1 + 2e-7))
+    with pytest.raises(ValueError, match=r"the outputs of model\.layers\.0\..*q_proj differ"):
+        Policy.create("tiny", ["a", "b"])
+
+
+def test_modules_are_left_out():
+    policy = Policy.create("tiny", ["a"], exclude_modules=["q_proj", "model.layers.0.mlp.up_proj"])
+    names = list(steered_layers(policy.model))
+    assert not any(name.endswith("q_proj") for name in names)
+    assert sum(name.endswith("up_proj") for name in names) == len(policy.model.model.layers) - 1
+
+
+def test_adapters_of_the_embedded_model_name_a_folder_that_peft_loads(tmp_path):
+    """The card keeps "tiny", which is found wherever the package is."""
+    policy = randomised()
+    policy.save(tmp_path / "p")
+    assert json.loads((tmp_path / "p" / "clp.json").read_text())["base_model"] == "tiny"
+    rows = torch.tensor([[1.0, 0.0]] * 2)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "p/adapters/joy").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, logits(policy, rows.tolist()))
+    cli.export([str(tmp_path / "p"), str(tmp_path / "out"), "--weights", "joy=1,brief=0"])
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(IDS).logits, logits(policy, rows.tolist()))
 
 
 def test_zero_rows_give_the_base_bit_for_bit_beside_other_rows():

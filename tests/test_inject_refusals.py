@@ -1,0 +1,459 @@
+"""What inject, load_adapters and steer refuse: layers whose own computation would be left out, and
+layers whose inputs are not one entry per example."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
+
+from clp_kernels import MixedLinear, MixedLoRALinear, inject, mix_models, steer
+from clp_kernels.layers import steered_layers
+from clp_kernels.probe import check_start
+from clp_kernels.steering import Steering
+
+NAMES = ["joy", "brief"]
+IDS = torch.arange(12).view(4, 3) % 60
+SIZES = {
+    "vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": 59,
+}  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype).eval()
+
+
+def opt(dtype: torch.dtype = torch.float32) -> OPTForCausalLM:
+    config = OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, init_std=0.2)
+    return OPTForCausalLM(config).to(dtype).eval()
+
+
+def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
+    config = GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def family(model_type: str, **options: int) -> nn.Module:
+    config = AutoConfig.for_model(model_type, **SIZES, **options)
+    config._experts_implementation = "eager"
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    """What a refusal must leave alone."""
+    return {
+        "modules": {n: (id(m), m.training) for n, m in model.named_modules()},
+        "hooks": {n: len(m._forward_pre_hooks) for n, m in model.named_modules()},
+        "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters()},
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+# A computation of its own.
+
+
+class Doubled(nn.Linear):
+    """A subclass as routers and quantised layers are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Named(nn.Linear):
+    """A subclass that computes what nn.Linear does."""
+
+
+class DoubledConv1D(Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Scaled(Tensor):
+    """A tensor that means something else than its numbers, as quantised weights do."""
+
+
+def layer_of(kind: str) -> nn.Module:
+    layer: nn.Module = nn.Linear(6, 6)
+    if kind == "a subclass":
+        return Doubled(6, 6)
+    if kind == "a subclass of Conv1D":
+        return DoubledConv1D(6, 6)
+    if kind == "a patched forward":
+        layer.forward = lambda x: x  # type: ignore[method-assign]
+    elif kind == "a forward hook":
+        layer.register_forward_hook(lambda _, args, y: 2 * y)
+    elif kind == "a forward pre-hook":
+        layer.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    elif kind == "a backward hook":
+        layer.register_full_backward_hook(lambda *_: None)
+    elif kind == "a backward pre-hook":
+        layer.register_full_backward_pre_hook(lambda *_: None)
+    elif kind == "an old weight norm":
+        torch.nn.utils.spectral_norm(layer)
+    elif kind == "a tensor subclass":
+        weight = layer.weight.detach().as_subclass(Scaled)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+OWN = {
+    "a subclass": "is a Doubled, which has a forward of its own",
+    "a subclass of Conv1D": "is a DoubledConv1D, which has a forward of its own",
+    "a patched forward": "is a Linear with a replaced forward",
+    "a forward hook": "is a Linear with forward hooks",
+    "a forward pre-hook": "is a Linear with forward pre hooks",
+    "a backward hook": "is a Linear with backward hooks",
+    "a backward pre-hook": "is a Linear with backward pre hooks",
+    "an old weight norm": "is a Linear with forward pre hooks",
+    "a tensor subclass": "is a Linear whose weight is a Scaled",
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_layer_with_a_computation_of_its_own_is_refused_by_name(kind: str) -> None:
+    model = nn.ModuleDict({"good": nn.Linear(6, 6), "odd": layer_of(kind)})
+    before = state(model)
+    with pytest.raises(ValueError, match=rf"odd {OWN[kind]}.*exclude_modules=\['odd'\]"):
+        inject(model, NAMES)
+    assert state(model) == before
+    assert inject(model, NAMES, exclude_modules=["odd"]) == ["good"]
+    with pytest.raises(ValueError, match=f"plain linear layer, got one that {OWN[kind]}"):
+        MixedLoRALinear(layer_of(kind), NAMES, ranks=[2, 2], lora_alpha=[1, 1], steering=Steering())
+    with pytest.raises(ValueError, match=f"plain linear layers, got one that {OWN[kind]}"):
+        MixedLinear.from_layers([nn.Linear(6, 6), layer_of(kind)], NAMES)
+    for place in range(2):
+        models = [nn.Sequential(nn.Linear(6, 6)), nn.Sequential(nn.Linear(6, 6))]
+        models[place][0] = layer_of(kind)
+        if kind not in ("a tensor subclass", "a patched forward") and "hook" not in kind:
+            # Another architecture otherwise.
+            models[1 - place][0] = layer_of(kind)
+        with pytest.raises(ValueError, match=rf"models must be.* 0 of \w+ {OWN[kind]}"):
+            mix_models(models, NAMES)
+
+
+def test_hooks_of_the_models_that_are_dropped_are_refused_everywhere() -> None:
+    models = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in NAMES]
+    models[1][1].register_forward_hook(lambda _, args, y: 2 * y)
+    with pytest.raises(ValueError, match="1 of brief is a Tanh with forward hooks"):
+        mix_models(models, NAMES)
+    models[1][1], models[0][1] = models[0][1], models[1][1]
+    y = mix_models(models, NAMES)
+    with steer(y, [[1.0, 0.0]]):
+        assert torch.equal(y(torch.ones(1, 6)), 2 * y[0](torch.ones(1, 6)).tanh())
+
+
+class Shifted(nn.Embedding):
+    """Has the attribute that scaled embeddings have, and does something else with it."""
+
+    embed_scale = 2.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) + self.embed_scale
+
+
+class Multiplied(nn.Embedding):
+    """As Bart's."""
+
+    embed_scale = 27.7
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_embeddings_are_mixed_where_they_look_up_their_table(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="0 of joy is a Shifted, which has a forward of its own"):
+        mix_models([nn.Sequential(Shifted(5, 6).to(dtype)) for _ in NAMES], NAMES)
+    models = [nn.Sequential(Multiplied(5, 6).to(dtype)) for _ in NAMES]
+    ids, wanted = torch.tensor([[0, 1], [4, 2]]), copy.deepcopy(models[1])
+    with steer(mix_models(models, NAMES), [[0.0, 1.0]] * 2):
+        assert torch.equal(models[0](ids), wanted(ids))
+
+
+def test_layers_that_the_module_around_them_does_not_call_are_refused() -> None:
+    """PyTorch's own attention and its encoder layer's fast path read the weights."""
+    attention = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "out_proj": nn.Linear(8, 8)})
+    wanted = r"a.out_proj is read by MultiheadAttention.*exclude_modules=\['a.out_proj'\]"
+    with pytest.raises(ValueError, match=wanted):
+        inject(attention, NAMES)
+    assert inject(attention, NAMES, exclude_modules=["a.out_proj"]) == ["out_proj"]
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"0.self_attn.out_proj .*'linear1', 'linear2'\]"):
+        inject(encoder, NAMES)
+
+
+def test_a_subclass_and_a_parametrized_layer_that_compute_the_same_are_steered() -> None:
+    model, x = nn.Sequential(Named(6, 6), nn.Linear(6, 6)), torch.randn(3, 6)
+    torch.nn.utils.parametrizations.weight_norm(model[1])
+    with torch.no_grad():
+        base = model(x)
+    assert inject(model, NAMES) == ["0", "1"]
+    assert parametrize.is_parametrized(model[1].base_layer)
+    with torch.no_grad(), steer(model, torch.ones(3, 2)):
+        assert torch.equal(model(x), base)
+        model[1].base_layer.parametrizations.weight.original0 *= 2
+        assert not torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("kind", ["a forward hook", "a forward pre-hook", "a patched forward"])
+def test_what_is_put_on_a_wrapped_layer_later_is_refused_by_steer(kind: str) -> None:
+    """It would run for the base model alone. On the layer around it, it runs."""
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(3, 6)
+    inject(model, NAMES)
+    for name, value in vars(layer_of(kind)).items():
+        if name in ("forward", "_forward_hooks", "_forward_pre_hooks"):
+            setattr(model[0].base_layer, name, value)
+    with pytest.raises(ValueError, match=r"0: its base_layer has got .*put it on this MixedLoRA"):
+        steer(model, torch.ones(3, 2))
+    model = nn.Sequential(nn.Linear(6, 6))
+    inject(model, NAMES)
+    model[0].register_forward_hook(lambda _, args, y: 2 * y)
+    with steer(model, torch.ones(3, 2)):
+        assert torch.equal(model(x), 2 * model[0].base_layer(x))
+
+
+def test_routers_are_named_and_can_be_left_out() -> None:
+    model = family("phimoe", num_local_experts=4, num_experts_per_tok=2)
+    wanted = r"layers.0.mlp.router is a PhimoeTopKRouter.*exclude_modules=\['router'\]"
+    with pytest.raises(ValueError, match=wanted):
+        inject(model, NAMES)
+    assert not any("router" in n for n in inject(model, NAMES, exclude_modules=["router"]))
+
+
+@pytest.mark.parametrize(
+    "excluded, error",
+    [
+        (["q_prj"], "exclude_modules: 'q_prj' names no linear layer of the model"),
+        ("q_proj", "exclude_modules must be a list of names, got 'q_proj'"),
+        ([f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")], "all are excluded"),
+    ],
+)
+def test_exclude_modules_are_names_of_targets(excluded: object, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        inject(llama(), NAMES, exclude_modules=excluded)
+
+
+# What the layers get.
+
+
+class Experts(nn.Module):
+    """A mixture whose experts are linear layers and get the tokens that are routed to them."""
+
+    def __init__(self, count: int = 4, biased: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, count, bias=False)
+        self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(count)])
+        if biased:  # all tokens go to the first: what it gets in six tokens looks like all tokens
+            nn.init.zeros_(self.gate.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, 16)
+        chosen, y = self.gate(flat).argmax(-1), torch.zeros_like(flat)
+        for i, expert in enumerate(self.experts):
+            here = chosen == i
+            if here.any():
+                y[here] = expert(flat[here])
+        return y.view(x.shape)
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+class Positions(nn.Module):
+    """A layer whose input all examples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.table = nn.Linear(16, 16), nn.Parameter(torch.randn(6, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.table)[: x.shape[1]]
+
+
+def with_block(make: Callable[[], nn.Module]) -> LlamaForCausalLM:
+    model = llama()
+    for layer in model.model.layers:
+        layer.mlp = make()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, odd",
+    [
+        (Experts, "experts.0"),
+        (lambda: Experts(2), "experts.0"),
+        (lambda: Experts(biased=True), "experts.0"),
+        (SequenceFirst, "inner"),
+        (Positions, "inner"),
+    ],
+    ids=["experts", "two experts", "one busy expert", "sequence first", "shared input"],
+)
+def test_layers_that_get_no_entry_per_example_are_refused_by_name(
+    make: Callable[[], nn.Module], odd: str
+) -> None:
+    model = with_block(make).train()
+    before = state(model)
+    wanted = rf"model.layers.0.mlp.{odd} does not get one entry per example.*exclude_modules=\['"
+    with pytest.raises(ValueError, match=wanted) as caught:
+        inject(model, NAMES)
+    assert state(model) == before
+    excluded = eval(str(caught.value).rpartition("exclude_modules=")[2])
+    replaced = inject(model, NAMES, exclude_modules=excluded)
+    assert not any(odd.split(".")[0] in name for name in replaced)
+    assert [n for n in replaced if "gate" in n] == [
+        n for n in steered_layers(model) if "gate" in n and steered_layers(model)[n].flattened
+    ]
+
+
+@pytest.mark.parametrize(
+    "model_type, options, flattened",
+    [
+        ("opt", {"ffn_dim": 24, "word_embed_proj_dim": 16}, {"fc1", "fc2"}),
+        (
+            "qwen2_moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+             "shared_expert_intermediate_size": 16},
+            {"shared_expert_gate", "gate_proj", "up_proj", "down_proj"},
+        ),
+        (
+            "ernie4_5_moe",
+            {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8,
+             "moe_num_shared_experts": 1, "moe_layer_start_index": 0},
+            {"gate_proj", "up_proj", "down_proj"},
+        ),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, set()),
+        ("gpt_neox", {}, set()),
+        ("llama", {}, set()),
+    ],
+)  # fmt: skip
+def test_which_layers_see_flattened_tokens(
+    model_type: str, options: dict[str, int], flattened: set[str]
+) -> None:
+    """And each example runs under its own weights, whichever stand beside it."""
+    model = family(model_type, **options).double()
+    inject(model, NAMES)
+    layers = steered_layers(model)
+    assert {n.rpartition(".")[2] for n, m in layers.items() if m.flattened} == flattened
+    for layer in layers.values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    rows = torch.randn(4, 2, dtype=torch.float64)
+    with torch.no_grad(), steer(model, rows):
+        together = model(IDS).logits
+    for b in range(4):
+        with torch.no_grad(), steer(model, rows[b : b + 1]):
+            torch.testing.assert_close(model(IDS[b : b + 1]).logits[0], together[b])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 12])
+def test_another_number_of_rows_is_refused_where_only_flattened_layers_are_steered(
+    rows: int,
+) -> None:
+    """The twelve tokens of four examples divide by each of these."""
+    model = opt()
+    inject(model, NAMES, target_modules=["fc1", "fc2"])
+    for forward in (model, model.model, lambda ids: model.model.decoder(input_ids=ids)):
+        with pytest.raises(ValueError, match=f"4 examples, weights has {rows} rows"), \
+                steer(model, torch.ones(rows, 2)):  # fmt: skip
+            forward(IDS)
+    with steer(model, torch.ones(4, 2)):
+        model(IDS)
+    with steer(model, None):
+        model(IDS)
+    with pytest.raises(RuntimeError, match="without weights"):
+        model(IDS)
+
+
+def test_a_copy_checks_its_own_rows() -> None:
+    model = opt()
+    inject(model, NAMES, target_modules=["fc1", "fc2"])
+    other = copy.deepcopy(model)
+    with steer(model, torch.ones(2, 2)), steer(other, torch.ones(4, 2)):
+        other(IDS)
+
+
+def test_compiled_flattened_layers_do_not_recompile_for_other_weights() -> None:
+    torch._dynamo.reset()
+    model = opt()
+    inject(model, NAMES)
+    for layer in steered_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+
+    def run(rows: Tensor, function: nn.Module) -> Tensor:
+        with torch.no_grad(), steer(model, rows):
+            return function(IDS, use_cache=False).logits
+
+    run(torch.randn(4, 2), compiled)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        rows = torch.randn(4, 2)
+        torch.testing.assert_close(run(rows, compiled), run(rows, model))
+
+
+# The start.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("make", [llama, gpt2, opt])
+def test_the_start_is_the_base_bit_for_bit(
+    make: Callable[..., nn.Module], backend: str, dtype: torch.dtype
+) -> None:
+    """Also where gradients are wanted, and nothing is left behind."""
+    model = make(dtype)
+    inject(model, NAMES)
+    for layer in steered_layers(model).values():
+        layer.backend = backend
+    model.train()
+    before = state(model)
+    check_start(model)
+    assert state(model) == before
+    model.eval()
+    with steer(model, None):
+        base = model(IDS).logits
+    with steer(model, torch.tensor([[0.5, -2.0]] * 4)):
+        logits = model(IDS).logits
+    assert logits.requires_grad
+    assert torch.equal(logits, base)
+
+
+def test_a_start_that_is_not_the_base_is_named() -> None:
+    model = llama()
+    inject(model, NAMES)
+    layer = model.model.layers[1].mlp.up_proj
+    layer.lora_B.data[1, 0, 0] = 1e-3
+    with pytest.raises(ValueError, match=r"equal its base .*model.layers.1.mlp.up_proj differ"):
+        check_start(model)
+
+
+def test_a_model_that_is_not_deterministic_is_named() -> None:
+    model = llama()
+    model.model.layers[1].input_layernorm.register_forward_hook(
+        lambda _, args, y: y + torch.rand_like(y)
+    )
+    inject(model, NAMES)
+    wanted = "deterministic, the outputs of model.layers.1.self_attn.q_proj differ between two"
+    with pytest.raises(ValueError, match=wanted):
+        check_start(model)
