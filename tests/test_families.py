@@ -59,13 +59,26 @@ SERVED = {
     "olmo2": ("olmo2", SIZES),
     "granite": ("granite", SIZES | {"attention_multiplier": 0.3, "logits_scaling": 2.0}),
     "deepseek_v3, values narrower than keys": ("deepseek_v3", SIZES | LATENT),
+    "opt, which flattens tokens in its blocks": (
+        "opt",
+        SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2},
+    ),
+    "qwen2_moe, which flattens tokens for its shared expert": (
+        "qwen2_moe",
+        SIZES | EXPERTS | {"shared_expert_intermediate_size": 16},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        SIZES | EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
+    ),
     "modernbert-decoder": (
         "modernbert-decoder",
         SIZES | {"layer_types": MIXED, "local_attention": 2 * WINDOW},
     ),
 }
 # Values decide which experts run: their step is no list of calls (clp/recording.py).
-UNRECORDED = {"qwen3_moe", "mixtral", "deepseek_v3, values narrower than keys"}
+UNRECORDED = {"qwen3_moe", "mixtral", "deepseek_v3, values narrower than keys", "ernie4_5_moe",
+              "qwen2_moe, which flattens tokens for its shared expert"}  # fmt: skip
 # name: (model_type, sizes and options, what the refusal says)
 REFUSED = {
     "gemma2": ("gemma2", SIZES, "softcap"),
@@ -87,8 +100,6 @@ REFUSED = {
     "mpt, ALiBi": (
         "mpt", {"vocab_size": 1024, "d_model": 32, "n_heads": 4, "n_layers": 3}, "MptFor"
     ),
-    "falcon": ("falcon", {"vocab_size": 1024, "hidden_size": 32, "num_attention_heads": 4,
-                          "num_hidden_layers": 2}, "FalconFor"),
     "gptj": ("gptj", SMALL_GPT | {"rotary_dim": 8}, "its logits differ"),
     "stablelm": ("stablelm", SIZES, "does not pass keyword arguments"),
     "doge, a learned mask": ("doge", SIZES, "a mask of its own"),
@@ -101,16 +112,10 @@ REFUSED = {
     "phimoe, a window in its masks alone": (
         "phimoe", SIZES | EXPERTS | {"sliding_window": WINDOW}, "its window of 6 tokens"
     ),
-    "opt, which flattens the batch": (
-        "opt",
-        SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32},
-        "the batch has 5 examples",
-    ),
     "rwkv": ("rwkv", SIZES | {"attention_hidden_size": 32}, "RwkvFor"),
 }  # fmt: skip
-# Where steering every linear layer fails in the model as it is, the attention alone is steered.
-ATTENTION_ONLY = {"llama4", "qwen3_next", "qwen2_moe, a window in its masks alone",
-                  "phimoe, a window in its masks alone"}  # fmt: skip
+# Its routers have a forward of their own: the attention alone is steered.
+ATTENTION_ONLY = {"phimoe, a window in its masks alone"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 LENGTHS = [1, 4, 23, 50]
 ROWS = [[0.0, 0.0], [0.5, 0.5], [1.0, 0.0], [-0.5, 2.0]]
@@ -196,6 +201,13 @@ def test_a_family_is_refused_when_the_sampler_is_made(name):
     assert str(caught.value).startswith(refusal)
     # Nothing is left behind: the model is as it was.
     assert policy.model.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_a_family_whose_linear_layers_are_its_own_is_refused_by_inject():
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_attention_heads": 4}
+    model = made("falcon", sizes | {"num_hidden_layers": 2}, torch.float32)
+    with pytest.raises(ValueError, match="query_key_value is a FalconLinear, which has a forward"):
+        policy_of(model)
 
 
 def test_an_encoder_is_refused():
