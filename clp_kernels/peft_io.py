@@ -21,7 +21,13 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from clp_kernels.layers import MixedLoRALinear, is_transposed, replace_linears, steered_layers
+from clp_kernels.layers import (
+    MAX_RANK,
+    MixedLoRALinear,
+    is_transposed,
+    replace_linears,
+    steered_layers,
+)
 from clp_kernels.peft_read import CONFIG, TENSORS, Adapter, Factors, read_adapter, tensor_keys
 from clp_kernels.steering import adapter_names, all_steered
 
@@ -40,7 +46,9 @@ def load_adapters(
     Ranks, alphas (with use_rslora, rank_pattern, alpha_pattern) and target modules may differ; an
     adapter without a module adds nothing there. `fan_in_fan_out` is taken from the layers: a flag
     that fits none of them is warned about, as in PEFT, and so are unknown fields. `lora_dropout`
-    is not used. All checks come before the model is touched.
+    is not used. A regex in target_modules or exclude_modules is not run: the modules are then those
+    that the tensors name. All checks come before the model is touched; a language model runs on six
+    tokens, as in `inject`.
 
     Args:
         model: A model without adapters. Everything but the adapters is frozen.
@@ -54,8 +62,9 @@ def load_adapters(
     Raises:
         ValueError: names the file, the key or field, what was expected and what came: a missing,
             malformed or truncated file; a tensor that is not lora_A [r, in] or lora_B [out, r] of
-            a target module, or one of them missing; a target that the model lacks; NaN or
-            infinity; a regex; a field that is not implemented (DoRA, modules_to_save, ...).
+            a target module, or one of them missing; a target that the model lacks, or that cannot
+            be steered (see `inject`); NaN or infinity; a regex in another field; a field that is
+            not implemented (DoRA, modules_to_save, ...).
     """
     if isinstance(folders, str | Path):
         raise ValueError(f"folders must be a list of folders, got {str(folders)!r}")
@@ -144,14 +153,19 @@ def export_adapter(
         The folder.
 
     Raises:
-        ValueError: wrong length, unknown name, NaN or infinity, or a directory in use. OSError:
-            nothing was written.
+        ValueError: wrong length, unknown name, NaN or infinity, R above 4096 (`load_adapters` reads
+            no more), or a directory in use. OSError: nothing was written.
     """
     model, directory = _unwrapped(model), Path(directory)
     layers, row = _layers(model), _weight_row(weights, adapter_names(model))
     if directory.is_dir() and any(directory.iterdir()):
         raise ValueError(f"directory must be missing or empty, got {directory}")
     widths = [max(layer.ranks[i] for layer in layers.values()) for i in range(len(row))]
+    if sum(widths) > MAX_RANK:
+        raise ValueError(
+            f"an export has rank {sum(widths)} here, the sum of the adapters' ranks "
+            f"({' and '.join(map(str, widths))}); it must be at most {MAX_RANK} to be loaded again"
+        )
     adapter: Adapter = {}
     for name, layer in layers.items():
         dtype = torch.promote_types(layer.lora_A.dtype, torch.float32)

@@ -76,6 +76,11 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class DoubledCall(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
 class Named(nn.Linear):
     """A subclass that computes what nn.Linear does."""
 
@@ -93,6 +98,8 @@ def layer_of(kind: str) -> nn.Module:
     layer: nn.Module = nn.Linear(6, 6)
     if kind == "a subclass":
         return Doubled(6, 6)
+    if kind == "a subclass with another call":
+        return DoubledCall(6, 6)
     if kind == "a subclass of Conv1D":
         return DoubledConv1D(6, 6)
     if kind == "a patched forward":
@@ -115,6 +122,7 @@ def layer_of(kind: str) -> nn.Module:
 
 OWN = {
     "a subclass": "is a Doubled, which has a forward of its own",
+    "a subclass with another call": "is a DoubledCall, which has a forward of its own",
     "a subclass of Conv1D": "is a DoubledConv1D, which has a forward of its own",
     "a patched forward": "is a Linear with a replaced forward",
     "a forward hook": "is a Linear with forward hooks",

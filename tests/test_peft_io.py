@@ -316,6 +316,79 @@ def test_names_inside_wrappers_are_the_models_own(tmp_path: Path) -> None:
         assert plain.read_bytes() == wrapped.read_bytes()
 
 
+CHOSEN: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "a regex": (llama, {"target_modules": r".*\.(q|v)_proj"}),
+    "a regex of one layer": (llama, {"target_modules": r"model\.layers\.1\..*(up|down)_proj"}),
+    "one name": (llama, {"target_modules": "model.layers.1.self_attn.o_proj"}),
+    "an excluded regex": (
+        llama,
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.layers\.0\.mlp.*"},
+    ),
+    "one layer": (llama, {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1}),
+    "layers of a list": (
+        gpt2,
+        {"target_modules": ["c_attn"], "layers_to_transform": [1], "layers_pattern": "h",
+         "fan_in_fan_out": True},
+    ),
+    "layers of two lists": (
+        llama,
+        {"target_modules": ["q_proj"], "layers_to_transform": [0],
+         "layers_pattern": ["h", "layers"]},
+    ),
+    "layers and a full name": (
+        llama,
+        {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1]},
+    ),
+    "layers and experts": (
+        qwen2_moe, {"target_modules": ["up_proj", "k_proj"], "layers_to_transform": [1]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHOSEN)
+def test_modules_chosen_in_pefts_other_ways(kind: str, tmp_path: Path) -> None:
+    """Regexes and layer numbers, as PEFT writes them: the same modules and logits here."""
+    make, chosen = CHOSEN[kind]
+    base = make()
+    folder = peft_folder(base, tmp_path / "a", 1, r=4, lora_alpha=8, **chosen)
+    model = copy.deepcopy(base)
+    replaced = load_adapters(model, [folder])
+    keys = load_file(folder / TENSORS)
+    assert {f"base_model.model.{n}.lora_{x}.weight" for n in replaced for x in "AB"} == set(keys)
+    expected = logits(peft_loaded(base, folder))
+    torch.testing.assert_close(logits(model, [[1.0]] * 4), expected, rtol=0, atol=1e-5)
+    assert (expected - logits(base)).abs().max() > 1e-3
+    (saved,) = save_adapters(model, tmp_path / "saved")
+    torch.testing.assert_close(logits(peft_loaded(base, saved)), expected, rtol=0, atol=1e-5)
+
+
+def test_a_regex_is_not_run(tmp_path: Path) -> None:
+    """This one would take 2^40 steps for this name."""
+    name = "a" * 40 + "b"
+    model = nn.ModuleDict({name: nn.Linear(6, 6)})
+    folder = peft_folder(model, tmp_path / "a", target_modules=[name], r=2)
+    fields(target_modules="(a+)+$", exclude_modules="(a+)+$")(folder)
+    assert load_adapters(model, [folder]) == [name]
+
+
+def test_saved_embeddings_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    base = llama()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    nn.init.normal_(model.get_submodule("base_model.model.lm_head.lora_B.default").weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it saves the embedding
+        model.save_pretrained(tmp_path / "a")
+        model.save_pretrained(tmp_path / "b", save_embedding_layers=False)
+    with pytest.raises(
+        ValueError, match=r"lm_head\.base_layer\.weight.*save_embedding_layers=False"
+    ):
+        load_adapters(copy.deepcopy(base), [tmp_path / "a"])
+    loaded = copy.deepcopy(base)
+    assert "lm_head" in load_adapters(loaded, [tmp_path / "b"])
+    torch.testing.assert_close(logits(loaded, [[1.0]] * 4), logits(model), rtol=0, atol=1e-5)
+
+
 # --- export ---
 
 
@@ -381,6 +454,18 @@ def test_export_refuses_other_weights(weights: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"weights must be 2 finite numbers \(joy, brief\), got"):
         export_adapter(model, weights, tmp_path / "out")
     assert not os.listdir(tmp_path)
+
+
+def test_what_is_written_can_be_loaded(tmp_path: Path) -> None:
+    """Ranks add up in an export."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject(model, ["joy", "brief"], r=2049, lora_alpha=1_000_000)
+    folders = save_adapters(model, tmp_path)
+    load_adapters(nn.Sequential(nn.Linear(4, 4)), folders)
+    wanted = "rank 4098 .* the sum of the adapters' ranks .*2049 and 2049.* at most 4096"
+    with pytest.raises(ValueError, match=wanted):
+        export_adapter(model, [0.5, 0.5], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_refuses_a_directory_in_use(tmp_path: Path) -> None:
@@ -493,8 +578,26 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "layer_replication": (fields(layer_replication=[[0, 2]]), "layer_replication must be unset"),
     "aLoRA": (fields(alora_invocation_tokens=[1]), "alora_invocation_tokens must be unset"),
     "tokens": (fields(trainable_token_indices=[1]), "trainable_token_indices must be unset"),
-    "layers": (fields(layers_to_transform=[0]), "layers_to_transform must be unset"),
-    "layers int": (fields(layers_to_transform=1), "layers_to_transform must be unset"),
+    "layers": (fields(layers_to_transform=[0]), r"key '.*layers\.1\..*A.weight' must be lora_A"),
+    "layers int": (fields(layers_to_transform=1), r"key '.*layers\.0\..*A.weight' must be lora_A"),
+    "layers absent": (
+        fields(layers_to_transform=[7]),
+        "must be the names of linear layers.*'base_",
+    ),
+    "layers odd": (fields(layers_to_transform=[True]), "layers_to_transform must be an integer or"),
+    "layers text": (fields(layers_to_transform="0"), "layers_to_transform must be an integer or"),
+    "layers and regex": (
+        fields(layers_to_transform=0, target_modules=".*q_proj"),
+        "layers_to_transform must be unset where target_modules is a str, got 0",
+    ),
+    "layers of a regex": (
+        fields(layers_to_transform=0, layers_pattern="(a+)+"),
+        "layers_pattern must be names",
+    ),
+    "layers of another list": (
+        fields(layers_to_transform=[0, 1], layers_pattern="h"),
+        "must be the names of linear layers",
+    ),
     "layers_pattern": (fields(layers_pattern="h"), "layers_pattern must be unset"),
     "megatron": (fields(megatron_config={"x": 1}), "megatron_config must be unset"),
     "bdlora": (fields(use_bdlora={"nblocks": 2}), "use_bdlora must be unset"),
@@ -506,15 +609,43 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "pissa": (fields(init_lora_weights="pissa_niter_4"), "init_lora_weights must be"),
     "olora": (fields(init_lora_weights="olora"), "init_lora_weights must be"),
     "init list": (fields(init_lora_weights=[1]), "init_lora_weights must be"),
-    "regex": (fields(target_modules="(a+)+$"), r"target_modules .*regexes are not read.*'\(a\+"),
     "no targets": (fields(target_modules=None), "target_modules must be .*, got None"),
     "empty targets": (fields(target_modules=[]), r"target_modules must be .*, got \[\]"),
     "odd targets": (fields(target_modules=["q_proj", 3]), "target_modules must be .*3"),
-    "foreign target": (fields(target_modules=["q_proj", "w_q"]), "'w_q' names no linear layer"),
+    "foreign target": (
+        fields(target_modules=["q_proj", "w_q"]),
+        r"'w_q' names no linear layer .*first key is '.*q_proj.lora_A.weight', the model's first "
+        r"linear layer is 'model\.layers\.0\.self_attn\.q_proj'",
+    ),
+    "another wrapper": (
+        tensors(
+            lambda stored: [
+                rename(k, k.replace(".layers", ".language_model.layers"))(stored)
+                for k in list(stored)
+            ]
+        ),
+        r"first key is 'base_model\.model\.model\.language_model\.layers\.0\..*, the model's first "
+        r"linear layer is 'model\.layers\.0\.self_attn\.q_proj'",
+    ),
+    "another wrapper, regex": (
+        lambda folder: (HOSTILE["another wrapper"][0](folder), fields(target_modules=".*")(folder)),
+        r"first key is 'base_model\.model\.model\.language_model.*first linear layer is 'model",
+    ),
+    "regex without a pair": (
+        lambda folder: (tensors(drop(B))(folder), fields(target_modules=".*q_proj")(folder)),
+        "q_proj.lora_B.weight must be a tensor .*, got 'no such key'",
+    ),
+    "regex and a foreign key": (
+        lambda folder: (
+            tensors(put(CLASSIC, torch.zeros(64, 32)))(folder),
+            fields(target_modules=".*q_proj")(folder),
+        ),
+        f"key '{CLASSIC}' must be lora_A",
+    ),
     "not linear": (fields(target_modules=["q_proj", "norm"]), "'norm' names no linear layer"),
     "no weights": (fields(target_modules=["q_proj", "v_proj"]), "v_proj.lora_A.*no such key"),
     "all excluded": (fields(exclude_modules=["q_proj"]), "target_modules must be the names of"),
-    "exclude regex": (fields(exclude_modules=".*"), "exclude_modules must be a list"),
+    "exclude object": (fields(exclude_modules={"a": 1}), "exclude_modules must be a list"),
     "exclude odd": (fields(exclude_modules=[""]), "exclude_modules must be a list"),
     "pattern list": (fields(rank_pattern=[1]), "rank_pattern must be an object"),
     "pattern regex": (fields(rank_pattern={"(a+)+": 4}), r"rank_pattern .*no regexes.*'\(a\+\)\+'"),
