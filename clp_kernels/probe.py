@@ -200,10 +200,12 @@ def _kind_of_call(a: Tensor | None, b: Tensor | None) -> str:
     flat = a.dim() == 2 and len(a) == _EXAMPLES * _TOKENS
     if not flat and len(a) != _EXAMPLES:
         return "other"
-    change = (a - b).abs().flatten(1).amax(1).chunk(2)
-    # The first example's may change in the last bits: its experts multiply other tokens with it.
-    apart = float(change[0].max()) <= 0.1 * float(change[1].min()) and float(change[1].min()) > 0
-    return ("flattened" if flat else "entries") if apart else "other"
+    # Relative to each number, so that a large one which is rounded otherwise does not count more:
+    # the experts of a mixture multiply the first example's tokens with other ones the second time.
+    size = (a.abs() + b.abs()).flatten(1)
+    change = ((a - b).abs().flatten(1) / size).nan_to_num(0).sum(1) / (size > 0).sum(1).clamp(min=1)
+    kept, changed = (float(part) for part in (change.chunk(2)[0].max(), change.chunk(2)[1].min()))
+    return ("flattened" if flat else "entries") if kept <= 0.3 * changed > 0 else "other"
 
 
 def _gathered(kinds: set[str]) -> bool:

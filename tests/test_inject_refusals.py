@@ -228,7 +228,7 @@ def test_what_is_put_on_a_wrapped_layer_later_is_refused_by_steer(kind: str) -> 
     for name, value in vars(layer_of(kind)).items():
         if name in ("forward", "_forward_hooks", "_forward_pre_hooks"):
             setattr(model[0].base_layer, name, value)
-    with pytest.raises(ValueError, match=r"0: its base_layer has got .*put it on this MixedLoRA"):
+    with pytest.raises(ValueError, match=r"0: its base_layer has got .*put that on this Mixed"):
         steer(model, torch.ones(3, 2))
     model = nn.Sequential(nn.Linear(6, 6))
     inject(model, NAMES)
