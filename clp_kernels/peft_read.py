@@ -124,7 +124,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _targets(
-    config: dict[str, Any], file: Path, model: nn.Module, keys: Collection[str]
+    config: dict[str, Any], file: Path, model: nn.Module, keys: frozenset[str]
 ) -> dict[str, nn.Module]:
     """The layers that the config names, matched as PEFT matches them.
 
@@ -136,9 +136,8 @@ def _targets(
         wanted = list(dict.fromkeys(wanted))
     elif not isinstance(wanted, str) or not wanted:
         raise _error(file, "target_modules", '"all-linear", a list of names or a regex', wanted)
-    if isinstance(excluded, list) and not all(isinstance(n, str) and n for n in excluded):
-        raise _error(file, "exclude_modules", "a list of names or a regex", excluded)
-    if not isinstance(excluded, list | str):
+    names = [excluded] if isinstance(excluded, str) else excluded
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
         raise _error(file, "exclude_modules", "a list of names or a regex", excluded)
     linears = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
     if regex:
@@ -155,8 +154,8 @@ def _targets(
     if regex or isinstance(excluded, str):
         targets = {n: m for n, m in targets.items() if not keys.isdisjoint(tensor_keys(n))}
     if not targets:
-        error = _error(file, "target_modules", "the names of linear layers of the model", wanted)
-        raise ValueError(f"{error}{_compared(keys, linears)}")
+        none = _error(file, "target_modules", "the names of linear layers of the model", wanted)
+        raise ValueError(f"{none}{_compared(keys, linears)}")
     return targets
 
 

@@ -151,9 +151,9 @@ def _token_ids(model: nn.Module) -> tuple[Tensor, Tensor]:
     count, size = _EXAMPLES * _TOKENS, len(plain)
     places = [i * max(1, size // count) for i in range(count)]
     moved = places[:_TOKENS] + [place + max(1, size // (2 * count)) for place in places[_TOKENS:]]
-    first, second = ([plain[i % size] for i in where] for where in (places, moved))
-    shape = (_EXAMPLES, _TOKENS)
-    return tuple(torch.tensor(i, device=table.device).view(shape) for i in (first, second))
+    both = torch.tensor([[plain[i % size] for i in where] for where in (places, moved)])
+    first, second = both.to(table.device).view(2, _EXAMPLES, _TOKENS)
+    return first, second
 
 
 def _network(model: nn.Module) -> Any:
@@ -232,8 +232,9 @@ class OneExamplePerWeights:
         rows, x = self.steering.rows, first_tensor(args, kwargs)
         if rows is None or rows.weights is None or rows.example_ids is not None:
             return
-        if x is None or x.shape[0] != rows.weights.shape[0]:
-            raise wrong_batch("?" if x is None else x.shape[0], rows.weights.shape[0])
+        examples = 0 if x is None else x.shape[0]
+        if examples != rows.weights.shape[0]:
+            raise wrong_batch(examples, rows.weights.shape[0])
 
 
 def check_start(model: nn.Module) -> None:
@@ -246,7 +247,9 @@ def check_start(model: nn.Module) -> None:
             (it is not deterministic) or between it and the steered model.
     """
     ids, _ = _token_ids(model)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, SteeredLayer)}
+    layers: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, SteeredLayer)
+    }
     count = len(adapter_names(model))
     weights = torch.tensor([[1.0] * count, [-0.5] * count])
 
