@@ -293,3 +293,9 @@ def test_training_steers(tmp_path):
     assert joy_end[0] > brief_end[0] + 0.02
     assert brief_end[1] > joy_end[1] + 0.1
     assert front.hypervolume > 1.1 * front.base_hypervolume
+
+
+def test_excluded_modules_carry_no_adapter(tmp_path):
+    trainer = CLPTrainer(args=config(tmp_path / "a", exclude_modules=["q_proj"]))
+    assert any("k_proj" in name for name in trainer.parameters)
+    assert not any("q_proj" in name for name in trainer.parameters)
