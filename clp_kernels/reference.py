@@ -152,14 +152,14 @@ def mixed_linear(
     example_ids: Tensor | None,
     invariant: bool,
 ) -> Tensor:
-    """y = sum_i omega_i (x W_i^T + bias_i), accumulated in order i = 0, 1, ..."""
+    """y = sum_i omega_i (x W_i^T + bias_i), accumulated in order i = 0, 1, ..., rounded once."""
     acc, linear = accumulator(x.dtype), _linear(invariant)
     omega = _rows_for(x, weights, example_ids).to(acc)
-    y = x.new_zeros(*x.shape[:-1], expert_weight.shape[1], dtype=acc)
+    y, x = x.new_zeros(*x.shape[:-1], expert_weight.shape[1], dtype=acc), x.to(acc)
     for i, expert in enumerate(expert_weight):
-        product = linear(x, expert).to(acc)
+        product = linear(x, expert.to(acc))
         y = y + omega[..., i : i + 1] * (product if bias is None else product + bias[i].to(acc))
-    return y.to(x.dtype)
+    return y.to(expert_weight.dtype)
 
 
 def mixed_linear_backward(
