@@ -1,8 +1,9 @@
 """Experts one unit in the last place apart: a change of weights moves the output by what it should.
 
-The judge is float64. `gain` is the length of the output's step along the true step, relative to it:
-0 where the step is lost, 1.67 where 0.6 of a step became a whole one. A mixture that is rounded to the
-dtype before the last rounding (a merged matrix, or the experts' products) lies on one of the experts.
+The judge is float64. `gain` is the length of the output's step along the true step, relative to
+it: 0 where the step is lost, 1.67 where 0.6 of a step became a whole one. A mixture that is rounded
+to the dtype before the last rounding (a merged matrix, or the experts' products) lies on one of the
+experts.
 """
 
 import importlib
