@@ -1,7 +1,7 @@
-"""What the filters of `sample` compare: numbers as they were given, on every backend, in bounded time.
+"""What the filters of `sample` compare: numbers as they were given, on every backend.
 
-A token's `logprobs - filtered_logprobs` is the logarithm of the mass that is kept, so one draw shows
-which ids stay.
+A token's `logprobs - filtered_logprobs` is the logarithm of the mass that is kept, so one draw
+shows which ids stay.
 """
 
 import importlib
@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from decoding_alone import new_spread_policy
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from clp.sampler import Sampler, SamplingParams
 from clp_kernels import cpu_sample, linear_logprob, native, reference, sample
 
 NO_CPU = native.cpu_missing()
@@ -209,7 +211,20 @@ def test_temperature_of_linear_logprob_in_float64() -> None:
 
 
 def test_masks_of_the_reference_compare_logits() -> None:
-    z = torch.tensor([[1.0, 1.0 - 1e-17, 0.5]], dtype=F64)
-    assert reference._top_p_mask(z, torch.tensor([0.3], dtype=F64)).tolist() == [
-        [True, True, False]
-    ]
+    z, p = torch.tensor([[0.0, -1e-17, -0.5]], dtype=F64), torch.tensor([0.3], dtype=F64)
+    assert reference._top_p_mask(z, p).tolist() == [[True, False, False]]
+
+
+def test_a_sampler_keeps_the_numbers_of_its_requests() -> None:
+    """Beside requests with other filters they are tensors by slot, and still not rounded."""
+    sampler = Sampler(new_spread_policy(), max_batch_size=4)
+    asked = [(0.7, 0.8, 0.1), (0.9, 0.95, 1e-300)]
+    for temperature, top_p, min_p in asked:
+        params = SamplingParams(
+            max_tokens=3, ignore_eos=True, temperature=temperature, top_p=top_p, min_p=min_p
+        )
+        sampler.submit([5, 6, 7], [0.5, 0.5], params)
+    sampler.step()
+    slots = sampler._decoder
+    kept = torch.stack([slots.temperature, slots.top_p, slots.min_p])[:, :2]
+    assert kept.t().tolist() == [list(numbers) for numbers in asked]
