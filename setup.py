@@ -5,7 +5,7 @@ without the compiled ones and a line on stderr says so (pip shows it with -v); a
 an error. Environment:
     CXX                     the C++ compiler (default: c++, g++ or clang++ on the path)
     CUDACXX, CUDA_HOME      where nvcc is (default: on the path, then /usr/local/cuda)
-    CLP_KERNELS_SKIP_CUDA   1: do not build clp_kernels._cuda
+    CLP_KERNELS_SKIP_CUDA   1: do not build clp_kernels._cuda; 0 or empty: as if it were not set
 """
 
 import importlib.util
@@ -66,7 +66,10 @@ def find_pybind11() -> str:
 
 
 def find_nvcc() -> str:
-    if os.environ.get("CLP_KERNELS_SKIP_CUDA") == "1":
+    skip = os.environ.get("CLP_KERNELS_SKIP_CUDA", "")
+    if skip not in ("", "0", "1"):
+        raise SystemExit(f"clp-steer: CLP_KERNELS_SKIP_CUDA must be 0 or 1, got {skip!r}")
+    if skip == "1":
         raise MissingTool("CLP_KERNELS_SKIP_CUDA=1")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     places = [f"{home}/bin/nvcc" for home in homes if home]

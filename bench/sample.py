@@ -238,7 +238,9 @@ def _gates(data: Inputs) -> tuple[Callable[[Draw], float], Callable[[Draw], floa
     wanted, _ = _draw(data, "reference")()
     kept = logp64.exp() > 0
     if data.top_p < 1:
-        kept = reference._top_p_mask(logp64, torch.full((len(logp64),), data.top_p))
+        kept = reference._top_p_mask(
+            logp64, torch.full((len(logp64),), data.top_p, dtype=torch.float64)
+        )
 
     def logprobs_right(draw: Draw) -> float:
         tokens, logprobs = draw

@@ -99,7 +99,8 @@ class Decoder:
         double = self.networks[0].model.dtype == torch.float64
         ints = torch.zeros(6, max_batch_size, dtype=torch.int64, device=device)
         self.token, self.length, self.drawn, self.seed, self.top_k, self.alive = ints
-        floats = torch.ones(3, max_batch_size, device=device)
+        # Not rounded: a request's filters do not depend on whether others ask for the same.
+        floats = torch.ones(3, max_batch_size, dtype=torch.float64, device=device)
         self.temperature, self.top_p, self.min_p = floats
         self._ints, self._floats = ints, floats
         self.weights = torch.zeros(
@@ -175,7 +176,7 @@ class Decoder:
         ]
         floats = [(p.temperature, p.top_p, p.min_p) for p in params]
         self._ints[:, here] = torch.tensor(ints, dtype=torch.int64).t().to(device)
-        self._floats[:, here] = torch.tensor(floats).t().to(device)
+        self._floats[:, here] = torch.tensor(floats, dtype=torch.float64).t().to(device)
         weights = torch.stack([row.request.weights for row in rows])
         self.weights[here] = weights.to(device, self.weights.dtype)
 

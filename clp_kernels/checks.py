@@ -154,17 +154,19 @@ def scaling(value: object, m: int, like: Tensor) -> None:
 
 
 def broadcast_temperature(value: object, shape: torch.Size, like: Tensor) -> Tensor:
-    """A finite number > 0, or a tensor of them that broadcasts to `shape`, as float32 `shape`."""
+    """A finite number > 0, or a tensor of them that broadcasts to `shape`, of this shape: float32,
+    or float64 beside a float64 `like`."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"temperature must be a number or a tensor, got {type(value).__name__}")
-        value = torch.full((), float(value), device=like.device)
+        value = torch.full((), float(value), dtype=dtype, device=like.device)
     same_device("temperature", value, like)
     sizes = tuple(value.shape)
     pairs = zip(reversed(sizes), reversed(shape), strict=False)
     if len(sizes) > len(shape) or any(have not in (1, want) for have, want in pairs):
         raise ValueError(f"temperature must broadcast to {list(shape)}, got {list(sizes)}")
-    rows = value.to(torch.float32)
+    rows = value.to(dtype)
     if readable(rows) and not bool(_RANGES["finite and > 0"](rows).all()):
         raise ValueError(f"temperature must be finite and > 0, got {rows.min().item()}")
     return rows.expand(shape)

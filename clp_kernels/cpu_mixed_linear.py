@@ -1,9 +1,12 @@
 """`mixed_linear` on the CPU.
 
-Few rows: csrc/mixed_linear.cpp reads each matrix once and scales the products in registers. Many
-rows: PyTorch's products, one expert at a time into one float32 sum; where all rows of the batch are
-equal, the matrices are merged once and there is one product. In batch_invariant() always the C++
-kernel, whose rows do not depend on one another.
+Few tokens: csrc/mixed_linear.cpp reads each matrix once and scales the products in registers. Many
+tokens in float32: PyTorch's products, one expert at a time into one sum; if all weights of the
+batch are equal, the matrices are merged once and there is one product. In 16 bits always the C++
+kernel, which sums in float32 and rounds once. PyTorch's products and a merged matrix would be
+rounded to 16 bits before that, and a mixture of experts that are one unit in the last place apart
+would be one of them (docs/decisions.md, 2026-11-29). In batch_invariant() always the C++ kernel,
+whose rows do not depend on one another.
 """
 
 import torch
@@ -43,17 +46,16 @@ def mixed_linear(
     y: Tensor
     if tokens * out_features == 0:
         y = x.new_zeros(tokens, out_features)
-    elif invariant or tokens <= NATIVE_ROWS or not _has_gemm(x, out_features):
+    elif invariant or tokens <= NATIVE_ROWS or x.dtype != torch.float32:
         y = mix_products(rows, expert_weight, weights, bias, example_ids)
     elif bool((weights == weights[:1]).all()):
         y = _merged(rows, expert_weight, weights[0], bias)
     else:
         per_token = token_weights(weights, example_ids, tokens)
-        total = torch.zeros(tokens, out_features)
+        y = torch.zeros(tokens, out_features)
         for i, expert in enumerate(expert_weight):
             product = F.linear(rows, expert, None if bias is None else bias[i])
-            total.addcmul_(product.float(), per_token[:, i, None])
-        y = total.to(x.dtype)
+            y.addcmul_(product, per_token[:, i, None])
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -109,12 +111,11 @@ def mix_products(
 
 
 def _merged(x: Tensor, expert_weight: Tensor, row: Tensor, bias: Tensor | None) -> Tensor:
-    """One product with sum_i row[i] W_i, for a batch whose rows are all equal."""
+    """One product with sum_i row[i] W_i in float32, for a batch whose weights are all equal."""
     weight = torch.zeros(expert_weight.shape[1:])
     for w, expert in zip(row, expert_weight, strict=True):
-        weight.addcmul_(expert.float(), w)
-    merged_bias = None if bias is None else (row @ bias.float()).to(x.dtype)
-    return F.linear(x, weight.to(x.dtype), merged_bias)
+        weight.addcmul_(expert, w)
+    return F.linear(x, weight, None if bias is None else row @ bias)
 
 
 def mixed_linear_backward(
@@ -147,7 +148,8 @@ def mixed_linear_backward(
     for i, expert in enumerate(expert_weight):
         expert, column = expert.to(gemm_dtype), per_token[:, i, None]
         if needs[0]:
-            total.addcmul_((dy_rows @ expert).float(), column)
+            # In float32, for the reason that the forward has.
+            total.addcmul_(dy_rows.float() @ expert.float(), column)
         if needs[2]:
             product = _product(rows, expert, None if bias is None else bias[i].to(gemm_dtype))
             dots[:, i] = (product * dy_rows).sum(-1)

@@ -34,8 +34,8 @@ def sample(
             last axis is not contiguous.
         weights: [B, m] float32, or None when m is 1.
         mode: "geometric" or "probability".
-        temperature: [B] float32, finite and >= 0; 0 is greedy.
-        top_k int64, top_p and min_p float32: [B] or None.
+        temperature: [B] float64 (or float32), finite and >= 0; 0 is greedy.
+        top_k int64, top_p and min_p as temperature: [B] or None.
         seed, position: [B] int64.
         isa: an instruction set for this call (see native.isa); "" for the one in use.
 

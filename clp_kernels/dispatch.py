@@ -26,6 +26,7 @@ from clp_kernels import (
     cuda_mixed_linear,
     cuda_mixed_lora,
     cuda_sample,
+    native,
     reference,
 )
 
@@ -88,6 +89,23 @@ def _triton(module: str, op: str) -> Backend:
     return Backend("triton", lambda *args: getattr(load(), op)(*args), why_not)
 
 
+def missing(backend: str) -> str | None:
+    """Why a backend of the table runs nothing on this machine and in this build, or None.
+
+    What one call lacks (a device, a dtype, a size) `Backend.why_not` says.
+    """
+    if backend == "cpu":
+        return native.cpu_missing()
+    if backend == "cuda":
+        return native.cuda_missing()
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if not torch.cuda.is_available() and not _interpreting():
+            return "PyTorch sees no GPU, and Triton's interpreter (TRITON_INTERPRET=1) is off"
+    return None
+
+
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "mixed_lora": (
         Backend("cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not, cpu_mixed_lora.at_once),
@@ -145,7 +163,7 @@ def requested(backend: str) -> str:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
     if backend != "auto":
         return backend
-    chosen = os.environ.get("CLP_KERNELS_BACKEND", "auto")
+    chosen = os.environ.get("CLP_KERNELS_BACKEND") or "auto"  # an empty value is as none
     if chosen not in NAMES:
         raise ValueError(f"CLP_KERNELS_BACKEND must be one of {', '.join(NAMES)}, got {chosen!r}")
     return chosen

@@ -295,8 +295,12 @@ def sample(
     Args:
         logits: [B, V], or [m, B, V] with `weights`.
         weights: [B, m]; see `mix_logits`.
-        temperature: >= 0; 0 is greedy. A number or [B], like all that follow.
-        top_k: 0 is off. top_p: in (0, 1], 1 is off. min_p: in [0, 1], 0 is off.
+        temperature: >= 0; 0 is greedy, and what is below 1e-30 counts as 1e-30. A number or [B],
+            like all that follow.
+        top_k: 0 is off. top_p: in (0, 1], 1 is off; an id stays if the ids that are more likely
+            hold less than top_p. min_p: in [0, 1], 0 is off; an id stays if it is at least min_p
+            times as likely as the likeliest. Temperature, top_p and min_p are compared in float64:
+            a number is not rounded, and a tensor is what its own dtype holds.
         seed, position: int64; position is the index of the token in its sequence.
         backend: see `mixed_lora`.
 
@@ -334,17 +338,18 @@ def sample(
     batch = stacked.shape[1]
     integer = "an integer"
     rows = checks.per_row
-    f32, i64 = torch.float32, torch.int64
+    # float64, so that a number is compared as it was given.
+    f64, i64 = torch.float64, torch.int64
     outputs = ops.call(
         "sample",
         stacked,
         weights,
         mode,
-        rows("temperature", temperature, batch, logits, f32, "finite and >= 0"),
+        rows("temperature", temperature, batch, logits, f64, "finite and >= 0"),
         # A filter that is switched off by a plain number costs nothing; a tensor is never read.
         None if _is(top_k, 0) else rows("top_k", top_k, batch, logits, i64, "0 (off) or positive"),
-        None if _is(top_p, 1) else rows("top_p", top_p, batch, logits, f32, "in (0, 1]"),
-        None if _is(min_p, 0) else rows("min_p", min_p, batch, logits, f32, "in [0, 1]"),
+        None if _is(top_p, 1) else rows("top_p", top_p, batch, logits, f64, "in (0, 1]"),
+        None if _is(min_p, 0) else rows("min_p", min_p, batch, logits, f64, "in [0, 1]"),
         rows("seed", seed, batch, logits, i64, integer),
         rows("position", position, batch, logits, i64, integer),
         backend,

@@ -1,5 +1,7 @@
-"""`python -m clp_kernels.info [--json]`: versions, devices, and each backend with its reason."""
+"""`python -m clp_kernels.info [--json]`: versions, devices, the backends that run here and why the
+others do not."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -21,6 +23,7 @@ def collect() -> dict[str, Any]:
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
             gpus.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    absent = {name: reason for name in dispatch.NAMES[1:] if (reason := _missing(name))}
     return {
         "clp_kernels": clp_kernels.__version__,
         "python": platform.python_version(),
@@ -29,28 +32,31 @@ def collect() -> dict[str, Any]:
         "nvcc": shutil.which("nvcc") or "not found",
         "gpus": gpus or ["none"],
         "threads": torch.get_num_threads(),
-        "CLP_KERNELS_BACKEND": os.environ.get("CLP_KERNELS_BACKEND", "not set (auto)"),
+        "CLP_KERNELS_BACKEND": _backend_of_the_environment(),
         "modules": {
-            "_cpu": _cpu_module(),
-            "_cuda": native.cuda_missing() or "loaded",
+            "_cpu": _loaded("cpu"),
+            "_cuda": _loaded("cuda"),
         },
         "backends": {
-            op: [entry.name for entry in table]
+            op: [entry.name for entry in table if entry.name not in absent]
             for op, table in dispatch.BACKENDS.items()
             if not op.endswith("_backward")
         },
+        "backends not here": absent or "none",
         "verified GPU kernels": [f"{op}/{name} on sm_{a}{b}" for op, name, (a, b) in
                                  sorted(dispatch.VERIFIED)] or ["none yet"],
     }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the report, as text or with --json."""
-    import sys
-
-    argv = sys.argv[1:] if argv is None else argv
+    """Prints the report, as text or with --json; another argument ends with exit code 2."""
+    parser = argparse.ArgumentParser(prog="info", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.exit(2, f"info takes no argument but --json, got {unknown[0]!r}\n")
     report = collect()
-    if "--json" in argv:
+    if options.json:
         print(json.dumps(report, indent=2))
         return
     for key, value in report.items():
@@ -63,11 +69,30 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
 
 
-def _cpu_module() -> str:
+def _missing(backend: str) -> str | None:
+    """dispatch.missing, in a wrong environment too."""
     try:
-        return native.cpu_missing() or f"loaded, instruction set {native.isa()}"
+        return dispatch.missing(backend)
     except ValueError as error:  # CLP_KERNELS_CPU_ISA names what this machine lacks
         return str(error)
+
+
+def _loaded(backend: str) -> str:
+    if reason := _missing(backend):
+        return reason
+    return f"loaded, instruction set {native.isa()}" if backend == "cpu" else "loaded"
+
+
+def _backend_of_the_environment() -> str:
+    value = os.environ.get("CLP_KERNELS_BACKEND")
+    if value is None:
+        return "not set (auto)"
+    if value == "":
+        return "empty, as if it were not set (auto)"
+    try:
+        return dispatch.requested("auto")
+    except ValueError as error:
+        return f"{error}; every call of an op raises this"
 
 
 def _version(name: str) -> str:

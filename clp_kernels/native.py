@@ -35,9 +35,9 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 def _torch_objects() -> dict[str, Any]:
     """What csrc/at_once.cpp uses of PyTorch."""
-    names = ("Tensor", "get_num_threads", "is_grad_enabled", "is_autocast_enabled", "int64")
+    names = ("Tensor", "get_num_threads", "is_grad_enabled", "is_autocast_enabled")
     return {
-        **{name: getattr(torch, name) for name in names},
+        **{name: getattr(torch, name) for name in (*names, "int64", "float64")},
         **{str(dtype).removeprefix("torch."): dtype for dtype in DTYPES},
         "Parameter": torch.nn.Parameter,
         "linear": torch.nn.functional.linear,
@@ -131,7 +131,8 @@ def sample_arguments(
     """What the launchers of `sample` pass on, as functional.sample has checked it.
 
     logits [m, B, V] of any strides for m and B; weights float32 [B, m], or None when m is 1; rows:
-    the other arguments, [B] each or None, in the order of the C++ function.
+    the other arguments, [B] each or None, floating (read as float64) and int64, in the order of the
+    C++ function.
 
     Returns:
         The outputs: tokens int64, logprobs and filtered_logprobs float32, [B]; the C++ function's
@@ -140,7 +141,8 @@ def sample_arguments(
     m, batch, vocab_size = logits.shape
     if vocab_size > 1 and logits.stride(2) != 1:
         logits = logits.contiguous()
-    held: list[Tensor | None] = [None if t is None else t.contiguous() for t in (weights, *rows)]
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in rows]
+    held: list[Tensor | None] = [None if t is None else t.contiguous() for t in (weights, *wide)]
     first, *rest = [0 if t is None else t.data_ptr() for t in held]
     sizes = (m, batch, vocab_size, logits.stride(0), logits.stride(1))
     head = (logits.data_ptr(), DTYPES[logits.dtype], *sizes, first, mode == "probability")

@@ -152,14 +152,14 @@ def mixed_linear(
     example_ids: Tensor | None,
     invariant: bool,
 ) -> Tensor:
-    """y = sum_i omega_i (x W_i^T + bias_i), accumulated in order i = 0, 1, ..."""
+    """y = sum_i omega_i (x W_i^T + bias_i), accumulated in order i = 0, 1, ..., rounded once."""
     acc, linear = accumulator(x.dtype), _linear(invariant)
     omega = _rows_for(x, weights, example_ids).to(acc)
-    y = x.new_zeros(*x.shape[:-1], expert_weight.shape[1], dtype=acc)
+    y, x = x.new_zeros(*x.shape[:-1], expert_weight.shape[1], dtype=acc), x.to(acc)
     for i, expert in enumerate(expert_weight):
-        product = linear(x, expert).to(acc)
+        product = linear(x, expert.to(acc))
         y = y + omega[..., i : i + 1] * (product if bias is None else product + bias[i].to(acc))
-    return y.to(x.dtype)
+    return y.to(expert_weight.dtype)
 
 
 def mixed_linear_backward(
@@ -299,20 +299,23 @@ def sample(
     seed: Tensor,
     position: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [m, B, V] -> tokens int64, logprobs, filtered_logprobs [B]; token -1 on a bad row."""
+    """logits [m, B, V] -> tokens int64, logprobs, filtered_logprobs [B]; token -1 on a bad row.
+
+    temperature, top_p, min_p float64; a temperature below 1e-30 counts as 1e-30, but for 0.
+    """
     z = logits[0].to(accumulator(logits.dtype)) if weights is None else _mix(logits, weights, mode)
     z = z.double()
     greedy = temperature == 0
-    scaled = z / torch.where(greedy, 1.0, temperature.double())[:, None]
+    tau = torch.where(greedy, 1.0, temperature.double().clamp(min=1e-30))[:, None]
+    scaled = z / tau
     logp = torch.log_softmax(scaled, dim=-1)
     kept = torch.ones_like(logp, dtype=torch.bool)
     if top_k is not None:
-        kept &= _top_k_mask(logp, top_k)
+        kept &= _top_k_mask(z, top_k)
     if top_p is not None:
-        kept &= _top_p_mask(logp.masked_fill(~kept, -torch.inf), top_p)
+        kept &= _top_p_mask(scaled.masked_fill(~kept, -torch.inf), top_p)
     if min_p is not None:
-        best = logp.amax(-1, keepdim=True)
-        kept &= logp >= best + min_p.double().log()[:, None]
+        kept &= (z - z.amax(-1, keepdim=True)) / tau >= min_p.double().log()[:, None]
     filtered = torch.log_softmax(logp.masked_fill(~kept, -torch.inf), dim=-1)
     perturbed = scaled + gumbel(philox_uniform(seed, position, z.shape[-1]))
     score = torch.where(greedy[:, None], z, perturbed.masked_fill(~kept, -torch.inf))
@@ -328,20 +331,23 @@ def sample(
     )
 
 
-def _top_k_mask(logp: Tensor, top_k: Tensor) -> Tensor:
+def _top_k_mask(z: Tensor, top_k: Tensor) -> Tensor:
     """The k largest and whatever ties with the k-th; k = 0 keeps all."""
-    ordered = logp.sort(-1, descending=True).values
-    k = torch.where(top_k == 0, logp.shape[-1], top_k.long().clamp(max=logp.shape[-1]))
-    return logp >= ordered.gather(-1, k[:, None] - 1)
+    ordered = z.sort(-1, descending=True).values
+    k = torch.where(top_k == 0, z.shape[-1], top_k.long().clamp(max=z.shape[-1]))
+    return z >= ordered.gather(-1, k[:, None] - 1)
 
 
-def _top_p_mask(logp: Tensor, top_p: Tensor) -> Tensor:
-    """Every token whose strictly more probable tokens hold less than top_p of the mass."""
-    p = torch.softmax(logp, dim=-1)
-    ordered = p.sort(-1, descending=True).values
-    above = ordered.cumsum(-1) - ordered
+def _top_p_mask(z: Tensor, top_p: Tensor) -> Tensor:
+    """Every token of which the tokens of larger z hold less than top_p of the mass softmax(z).
+
+    Logits are compared, not probabilities: two of them may round to one probability.
+    """
+    ordered = z.sort(-1, descending=True).values
+    p = torch.softmax(ordered, dim=-1)
+    above = p.cumsum(-1) - p
     count = (above < top_p.double()[:, None]).sum(-1, keepdim=True).clamp(min=1)
-    return (p >= ordered.gather(-1, count - 1)) | (top_p >= 1)[:, None]
+    return (z >= ordered.gather(-1, count - 1)) | (top_p >= 1)[:, None]
 
 
 def _head_logits(

@@ -68,8 +68,8 @@ def sample(
         z = mixture of logits [m, B, V], or logits[0];  s = z / temperature
         token = argmax over the kept v of s_v - log(-log u_v)
 
-    logits float32, bfloat16 or float16 with any strides; weights [B, m], temperature, top_p and
-    min_p [B] float32; top_k, seed and position [B] int64, all read on the device only. u_v is
+    logits float32, bfloat16 or float16 with any strides; weights [B, m] float32; temperature, top_p
+    and min_p [B] float64; top_k, seed and position [B] int64, all read on the device only. u_v is
     Philox4x32-10 keyed by (seed, position, v). A row with NaN, +inf or nothing finite, or with a
     temperature that is negative or not finite, gives token -1 and NaN. Deterministic, each row by
     itself. Allocates by shape alone, so a CUDA graph may capture it.
@@ -200,7 +200,7 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
     """Every kernel variant that `sample` launches and mix_logits does not, on any GPU."""
     fp32, fp64, i64 = "*fp32", "*fp64", "*i64"
     found = []
-    race = {"temperature": fp32, "parts": fp64}
+    race = {"temperature": fp64, "parts": fp64}
     noise = {"seed": i64, "position": i64}
     for kind in KINDS.values():
         for types in ({}, {"weights": fp32}):
@@ -212,17 +212,17 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
             found.append(variant(mix_kernel, BLOCK, OPTIONS, **mix, log_norms=fp32))
     race["logits"] = fp32
     found.append(variant(kernels.race_kernel, BLOCK, OPTIONS, **race))
-    for types in ({"least": i64}, {"min_p": fp32}, {"least": i64, "min_p": fp32}):
+    for types in ({"least": i64}, {"min_p": fp64}, {"least": i64, "min_p": fp64}):
         kept = {**race, **noise, "rows": fp64, **types}
         found.append(variant(kernels.race_kernel, BLOCK, OPTIONS, **kept))
-    settle = {"parts": fp64, "temperature": fp32}
+    settle = {"parts": fp64, "temperature": fp64}
     drawn = {**settle, "tokens": i64, "logprobs": fp32, "filtered": fp32}
     for types in (drawn, {**drawn, "rows": fp64}, {**settle, "rows": fp64}):
         found.append(variant(kernels.settle_kernel, COMBINE_BLOCK, OPTIONS, **types))
     narrow = {
-        "z": fp32, "temperature": fp32, "rows": fp64, "prefix": i64, "amounts": fp64, "parts": fp64,
+        "z": fp32, "temperature": fp64, "rows": fp64, "prefix": i64, "amounts": fp64, "parts": fp64,
     }  # fmt: skip
-    for types in ({"top_k": i64}, {"top_p": fp32}, {"top_p": fp32, "least": i64}):
+    for types in ({"top_k": i64}, {"top_p": fp64}, {"top_p": fp64, "least": i64}):
         one = variant(kernels.narrow_kernel, NARROW_BLOCK, NARROW_OPTIONS, **narrow, **types)
         one[2]["TILES"], one[3]["TILES"] = "constexpr", TILES
         found.append(one)

@@ -20,8 +20,8 @@ _CHUNK = tl.constexpr(32)
 
 @triton.jit
 def _divisor(temperature):
-    """What logits are divided by, in float64: 1 where the row is greedy."""
-    return tl.where(temperature == 0, 1.0, temperature).to(tl.float64)
+    """What logits are divided by, in float64: 1 where the row is greedy, else at least 1e-30."""
+    return tl.where(temperature == 0, 1.0, tl.maximum(temperature.to(tl.float64), 1e-30))
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def race_kernel(
         min_p = tl.load(min_p_ptr + b).to(tl.float64)
         off = min_p <= 0
         log_min_p = tl.where(off, float("-inf"), tl.log(tl.where(off, 1.0, min_p)))
-        kept = kept & (scaled - tl.load(rows_ptr + b) / divisor >= log_min_p)
+        kept = kept & ((z.to(tl.float64) - tl.load(rows_ptr + b)) / divisor >= log_min_p)
 
     maximum = tl.max(z, axis=0)
     finite = tl.abs(maximum) < float("inf")

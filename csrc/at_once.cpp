@@ -18,6 +18,7 @@ void uses(const py::dict& given) {
            keep("dispatch_modes"),
            keep("interpreter"),
            keep("int64"),
+           keep("float64"),
            {keep("float32"), keep("bfloat16"), keep("float16")},
            PyUnicode_InternFromString("cpu"),
            PyUnicode_InternFromString("shape"),
@@ -76,7 +77,8 @@ bool dense(PyObject* object, bool recording, View* out) {
 
 bool nobody_watches(bool any_backend) {
   const char* named = any_backend ? std::getenv("CLP_KERNELS_BACKEND") : nullptr;
-  if (named && std::strcmp(named, "auto") != 0 && std::strcmp(named, "cpu") != 0) return false;
+  // An empty value is as none.
+  if (named && *named && std::strcmp(named, "auto") != 0 && std::strcmp(named, "cpu") != 0) return false;
   const py::object modes = call(torch.dispatch_modes);
   return PyLong_AsLong(modes.ptr()) == 0 && call(torch.interpreter).is_none() &&
          owned(PyObject_CallOneArg(torch.autocast_enabled, torch.cpu)).ptr() == Py_False;

@@ -22,7 +22,7 @@ constexpr int kMaxDims = 8;
 // PyTorch's objects, as clp_kernels/native.py hands them over, and the names of attributes.
 struct Torch {
   PyObject *tensor, *parameter, *linear, *num_threads, *grad_enabled, *autocast_enabled,
-      *dispatch_modes, *interpreter, *int64;
+      *dispatch_modes, *interpreter, *int64, *float64;
   PyObject* dtypes[3];  // in the order of clp::DType
   PyObject *cpu, *shape, *dtype, *is_cpu, *requires_grad, *is_contiguous, *data_ptr, *new_empty;
 };

@@ -25,12 +25,12 @@ constexpr int64_t kSerialWork = 1 << 18;
 struct Row {
   int64_t num_terms = 0;
   bool valid = true;
-  float temperature = 0.0f;
+  double temperature = 0;
   int64_t top_k = 0;
   double top_p = 1, min_p = 0;
   // A greedy token is the largest, and stays in every filter.
   bool filtered() const {
-    return temperature > 0.0f && (top_k > 0 || top_p < 1 || min_p > 0);
+    return temperature > 0 && (top_k > 0 || top_p < 1 || min_p > 0);
   }
 };
 
@@ -44,12 +44,12 @@ Row read_row(const SampleArgs& a, int64_t b, SampleTerm* terms) {
     const int64_t offset = (i * a.stride_m + b * a.stride_b) * element_size(a.dtype);
     terms[row.num_terms++] = {logits + offset, weight};
   }
-  const float t = a.temperature[b];
-  if (!(t >= 0.0f && std::isfinite(t))) row.valid = false;
-  row.temperature = t > 0.0f && t < kMinTemperature ? kMinTemperature : t;
+  const double t = a.temperature[b];
+  if (!(t >= 0 && std::isfinite(t))) row.valid = false;
+  row.temperature = t > 0 && t < kMinTemperature ? kMinTemperature : t;
   if (a.top_k && a.top_k[b] < a.V) row.top_k = a.top_k[b];
-  if (a.top_p) row.top_p = double(a.top_p[b]);
-  if (a.min_p) row.min_p = double(a.min_p[b]);
+  if (a.top_p) row.top_p = a.top_p[b];
+  if (a.min_p) row.min_p = a.min_p[b];
   return row;
 }
 
@@ -86,14 +86,14 @@ const SamplePartial& winner(const SamplePartial* partials, int64_t slices) {
 void finish_row(const SampleArgs& a, int64_t b, const Row& row, const SamplePartial* partials,
                 int64_t slices) {
   if (!row.valid) return;
-  const double temperature = row.temperature == 0.0f ? 1.0 : double(row.temperature);
+  const double temperature = row.temperature == 0 ? 1.0 : row.temperature;
   const Total total = combine(partials, slices, temperature);
   if (std::isnan(total.sum)) return;
   const SamplePartial& best = winner(partials, slices);
   a.tokens[b] = best.token;
   const double scaled = (double(best.logit) - total.maximum) / temperature;
   a.logprobs[b] = float(scaled - std::log(total.sum));
-  a.filtered_logprobs[b] = row.temperature == 0.0f ? 0.0f : a.logprobs[b];
+  a.filtered_logprobs[b] = row.temperature == 0 ? 0.0f : a.logprobs[b];
 }
 
 // What one row with filters needs while it is worked on.
@@ -131,7 +131,7 @@ void filtered_row(const SampleArgs& a, const SampleKernels& kernels, int64_t b, 
                   const SampleTerm* terms, const Team& team, FilterRoom& room) {
   const int64_t slices = int64_t(room.maxima.size());
   const Range mine = team.part(slices);
-  const double temperature = double(row.temperature);
+  const double temperature = row.temperature;
   const auto task = [&](int64_t slice) {
     const int64_t first = slice * kSampleSlice;
     return SampleTask{terms,     row.num_terms,   a.dtype, row.temperature,

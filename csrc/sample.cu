@@ -16,8 +16,7 @@ namespace clp {
 namespace {
 
 constexpr int kCombineRows = 4;  // rows a block of the second kernel, one warp each
-// log2(e) in two floats: one alone shifts every exponent by 3e-8 in the same direction.
-constexpr float kLog2EHigh = 1.44269502f, kLog2ELow = 1.92596303e-8f;
+constexpr double kLog2E = 1.4426950408889634;
 // exp(kGumbelMin - kGumbelMax): an id this far below the slice's largest logit cannot win.
 constexpr float kNegligible = 4.8e-12f;
 
@@ -93,7 +92,7 @@ __device__ __forceinline__ unsigned contenders(const SampleArgs& a, int64_t b, i
   // noise is lost in the float64 sum.
   const float room = fminf(fabsf(float(top)) * 0x1p-49f + 1e-3f, 60.0f);
   bound = reduce_block(bound, scratch, [](float x, float y) { return fminf(x, y); });
-  bound *= exp2_approx(room * kLog2EHigh);
+  bound *= exp2_approx(room * float(kLog2E));
   unsigned found = 0;
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) found |= unsigned(low[k] <= bound) << k;
@@ -122,12 +121,13 @@ __global__ void __launch_bounds__(kThreads, 4)
     return;
   }
 
-  const float temperature = a.temperature[b];
-  const bool greedy = !(temperature > 0.0f);
-  const float t = greedy ? 1.0f : fmaxf(temperature, kMinTemperature);
-  const float high = __fdiv_rn(kLog2EHigh, t);
-  const float low = __fdiv_rn(__fmaf_rn(-high, t, kLog2EHigh) + kLog2ELow, t);
-  const float floor = fmaxf(-125.5f * t * 0.693147f, -3e38f);
+  const double temperature = a.temperature[b];
+  const bool greedy = !(temperature > 0.0);
+  const double t = greedy ? 1.0 : fmax(temperature, kMinTemperature);
+  // Two floats for log2(e)/t: one alone shifts every exponent by 3e-8 in the same direction.
+  const double scale = kLog2E / t;
+  const float high = float(scale), low = float(scale - double(high));
+  const float floor = float(fmax(-87.0 * t, -3e38));
   float e[kPerThread];
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) found |= unsigned(z[k] == peak) << k;
   } else {
-    found = contenders<T>(a, b, first, e, double(peak) / double(t), scratch[2]);
+    found = contenders<T>(a, b, first, e, double(peak) / t, scratch[2]);
   }
   Drawn best = {-INFINITY, 0.0f, kSlice};
   for (unsigned rest = found; rest != 0; rest &= rest - 1) {
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       const Philox4 words = philox_block(a.seed[b], a.position[b], uint32_t(v / 4));
       const uint32_t pair = v & 1 ? words.x[1] : words.x[0];
       const uint32_t word = v & 2 ? (v & 1 ? words.x[3] : words.x[2]) : pair;
-      one.score = one.score / double(t) + philox_gumbel(word);
+      one.score = one.score / t + philox_gumbel(word);
     }
     if (beats(one, best)) best = one;
   }
@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(32 * kCombineRows)
   if (b >= a.B || filtered(a, b)) return;
   const unsigned lane = threadIdx.x % 32;
   const Partial* row = partials + b * slices;
-  const float given = a.temperature[b];
-  const double t = given > 0.0f ? double(fmaxf(given, kMinTemperature)) : 1.0;
+  const double given = a.temperature[b];
+  const double t = given > 0.0 ? fmax(given, kMinTemperature) : 1.0;
 
   float peak = -INFINITY, logit = 0.0f;
   double score = -INFINITY;
@@ -223,11 +223,11 @@ __global__ void __launch_bounds__(32 * kCombineRows)
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
   if (lane != 0) return;
-  const bool bad = fabsf(peak) == INFINITY || !(given >= 0.0f && given < INFINITY);
+  const bool bad = fabsf(peak) == INFINITY || !(given >= 0.0 && given < INFINITY);
   a.tokens[b] = bad ? -1 : token;
   const float logprob = bad ? NAN : float((double(logit) - double(peak)) / t - log(sum));
   a.logprobs[b] = logprob;
-  a.filtered_logprobs[b] = !bad && given == 0.0f ? 0.0f : logprob;
+  a.filtered_logprobs[b] = !bad && given == 0.0 ? 0.0f : logprob;
 }
 
 // The parts of the scratch memory, each a multiple of 16 bytes long.

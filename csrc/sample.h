@@ -20,6 +20,9 @@
 
 namespace clp {
 
+// Scores z / temperature stay far inside float64 from here on.
+constexpr double kMinTemperature = 1e-30;
+
 struct SampleArgs {
   const void* logits;  // [m, B, V], last axis contiguous, strides in elements
   DType dtype;
@@ -27,12 +30,12 @@ struct SampleArgs {
   int64_t stride_m, stride_b;
   const float* weights;      // [B, m], or null for m = 1 and weight 1
   bool probability;          // the mixing mode
-  const float* temperature;  // [B]
+  const double* temperature;  // [B]; below kMinTemperature, but for 0, that
   const int64_t* seed;       // [B]
   const int64_t* position;   // [B]
   const int64_t* top_k;      // [B], or null; 0 keeps all. The same for the next two
-  const float* top_p;        // [B], 1 keeps all
-  const float* min_p;        // [B], 0 keeps all
+  const double* top_p;       // [B], 1 keeps all
+  const double* min_p;       // [B], 0 keeps all
   int64_t* tokens;           // [B]
   float* logprobs;           // [B]
   float* filtered_logprobs;  // [B]

@@ -11,7 +11,7 @@ using namespace at_once;
 
 namespace {
 
-// An argument for each row: a number, or a tensor [B].
+// An argument for each row: a number, or a tensor [B] of int64, or of float64 or float32.
 template <class T>
 class PerRow {
  public:
@@ -29,10 +29,16 @@ class PerRow {
       return good(value);
     }
     View view;
-    PyObject* const dtype = std::is_floating_point_v<T> ? torch.dtypes[0] : torch.int64;
-    if (!dense(object, false, &view) || view.dtype != dtype) return false;
-    if (view.dims != 1 || view.size[0] != B) return false;
-    data = reinterpret_cast<const T*>(view.data);
+    if (!dense(object, false, &view) || view.dims != 1 || view.size[0] != B) return false;
+    if (std::is_floating_point_v<T> && view.dtype == torch.dtypes[0]) {
+      const float* const narrow = reinterpret_cast<const float*>(view.data);
+      store_.assign(narrow, narrow + B);
+      data = store_.data();
+    } else if (view.dtype == (std::is_floating_point_v<T> ? torch.float64 : torch.int64)) {
+      data = reinterpret_cast<const T*>(view.data);
+    } else {
+      return false;
+    }
     for (int64_t b = 0; b < B; ++b) {
       if (!good(data[b])) return false;
     }
@@ -87,15 +93,15 @@ py::object sample_at_once(py::handle logits, py::handle weights, py::handle mode
       if (!std::isfinite(rows[i]) || (probability && rows[i] < 0.0f)) return py::none();
     }
   }
-  PerRow<float> t, p, least;
+  PerRow<double> t, p, least;
   PerRow<int64_t> k, s, at;
   const int64_t no_k = 0;
-  const float no_p = 1, no_least = 0;
+  const double no_p = 1, no_least = 0;
   const auto any = [](int64_t) { return true; };
-  if (!t.read(temperature.ptr(), B, nullptr, [](float x) { return x >= 0 && x < INFINITY; }) ||
+  if (!t.read(temperature.ptr(), B, nullptr, [](double x) { return x >= 0 && x < INFINITY; }) ||
       !k.read(top_k.ptr(), B, &no_k, [](int64_t x) { return x >= 0; }) ||
-      !p.read(top_p.ptr(), B, &no_p, [](float x) { return x > 0 && x <= 1; }) ||
-      !least.read(min_p.ptr(), B, &no_least, [](float x) { return x >= 0 && x <= 1; }) ||
+      !p.read(top_p.ptr(), B, &no_p, [](double x) { return x > 0 && x <= 1; }) ||
+      !least.read(min_p.ptr(), B, &no_least, [](double x) { return x >= 0 && x <= 1; }) ||
       !s.read(seed.ptr(), B, nullptr, any) || !at.read(position.ptr(), B, nullptr, any)) {
     return py::none();
   }

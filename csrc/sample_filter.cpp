@@ -4,6 +4,7 @@
 #include <array>
 #include <cfloat>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 
 #include "philox.h"
@@ -37,17 +38,36 @@ float last_below(SampleCandidate* c, int64_t count, double above, double need) {
   return least;
 }
 
-// The least z that is at least min_p times as likely as the largest, by the rounding of the
-// definition: log p >= log p_max + log min_p.
-float least_likely(const FilterRow& row, double total) {
-  const double t = row.temperature, top = double(row.maximum) / t, log_total = std::log(total);
-  const double least = -log_total + std::log(row.min_p);
-  const auto stays = [&](float z) { return double(z) / t - top - log_total >= least; };
-  const double guess = double(row.maximum) + std::log(row.min_p) * t;
-  float z = guess > -FLT_MAX ? float(guess) : -FLT_MAX;
-  while (z > -FLT_MAX && stays(z)) z = std::nextafterf(z, -INFINITY);
-  while (!stays(z)) z = std::nextafterf(z, INFINITY);
+// Finite floats as integers of the same order; both zeros are 0.
+int64_t key_of(float z) {
+  uint32_t bits;
+  memcpy(&bits, &z, sizeof(bits));
+  const int64_t magnitude = bits & 0x7fffffffu;
+  return bits >> 31 ? -magnitude : magnitude;
+}
+
+float value_of(int64_t key) {
+  const uint32_t bits = key < 0 ? uint32_t(-key) | 0x80000000u : uint32_t(key);
+  float z;
+  memcpy(&z, &bits, sizeof(z));
   return z;
+}
+
+// The least z that is at least min_p times as likely as the largest, by the rounding of the
+// definition: (z - z_max) / temperature >= log min_p. At most 32 steps: near zero there are a billion
+// floats that do not differ in it.
+float least_likely(const FilterRow& row) {
+  const double log_min_p = std::log(row.min_p);
+  int64_t low = key_of(-FLT_MAX), high = key_of(row.maximum);
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if ((double(value_of(middle)) - double(row.maximum)) / row.temperature >= log_min_p) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return value_of(low);
 }
 
 }  // namespace
@@ -113,7 +133,7 @@ FilterResult filter(const FilterRow& row, const SampleKernels& kernels, const fl
     if (left > 0) cut(last_below(room, left, above, need));
   }
   if (row.min_p > 0) {
-    const float least = least_likely(row, total);
+    const float least = least_likely(row);
     if (least > result.least) {
       // As the kernels place an id.
       const double steps = (double(row.maximum) - double(least)) * (16 / row.temperature);

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
 
   double sum = 0.0;
   if (fabsf(peak) < INFINITY) {
-    const double t = double(fmaxf(a.temperature[b], kMinTemperature));
+    const double t = fmax(a.temperature[b], kMinTemperature);
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) sum += exp((double(z[k]) - double(peak)) / t);
   }
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(const FilterA
   row.quads = f.slices * unsigned(kSlice / 4);
   row.begin = rank * kSelectThreads + threadIdx.x;
   row.step = f.ranks * kSelectThreads;
-  row.temperature = double(fmaxf(a.temperature[b], kMinTemperature));
+  row.temperature = fmax(a.temperature[b], kMinTemperature);
   if (threadIdx.x < 32) {
     // Lane i takes partials i, i + 32, ... in order, then a fixed tree over the lanes.
     const FilterPartial* partials = f.partials + b * f.slices;
@@ -213,18 +213,18 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(const FilterA
   }
   // A power of two, so that a single id of the largest z has exactly the mass it is.
   row.scale = scalbn(1.0, kUnitBits - ilogb(row.total));
-  row.slope = __fdiv_rn(kBinsPerUnit, fmaxf(a.temperature[b], kMinTemperature));
+  row.slope = float(kBinsPerUnit / row.temperature);
 
   uint32_t least = key_of(-FLT_MAX);
   const int64_t top_k = a.top_k ? a.top_k[b] : 0;
   if (top_k > 0 && top_k < a.V) {
     least = threshold<false>(row, s.select, f.ranks, least, uint64_t(top_k), 0.0);
   }
-  const float top_p = a.top_p ? a.top_p[b] : 1.0f;
-  if (top_p < 1.0f) least = threshold<true>(row, s.select, f.ranks, least, 0, double(top_p));
-  if (a.min_p && a.min_p[b] > 0.0f) {
+  const double top_p = a.top_p ? a.top_p[b] : 1.0;
+  if (top_p < 1.0) least = threshold<true>(row, s.select, f.ranks, least, 0, top_p);
+  if (a.min_p && a.min_p[b] > 0.0) {
     if (threadIdx.x == 0) {
-      const double lowest = log(double(a.min_p[b]));
+      const double lowest = log(a.min_p[b]);
       const auto stays = [&](float z) {
         return (double(z) - double(row.peak)) / row.temperature >= lowest;
       };

@@ -118,8 +118,8 @@ static void reduce(const SampleTask& task, double to_beat, const float* z, Sampl
   if (peak == -INFINITY) out->sum = has_nan(z, task.count) ? double(NAN) : 0.0;
   if (peak == INFINITY) out->sum = double(NAN);
   if (fabsf(peak) == INFINITY) return;
-  const bool greedy = task.temperature == 0.0f;
-  const double temperature = greedy ? 1.0 : double(task.temperature);
+  const bool greedy = task.temperature == 0;
+  const double temperature = greedy ? 1.0 : task.temperature;
   const double top = double(peak) / temperature;
   if (greedy || top + kGumbelMax < to_beat) {
     out->sum = sum_slice<false>(z, task.count, peak, temperature, nullptr, nullptr);
@@ -270,7 +270,7 @@ static void draw(const SampleTask& task, double to_beat, float maximum, float pe
                  const float* z, SamplePartial* out) {
   *out = {peak, 0.0f, 0.0, -INFINITY, -1};
   if (!(peak >= least)) return;
-  const double temperature = double(task.temperature);
+  const double temperature = task.temperature;
   Race race{z, task.first, maximum, temperature, to_beat, -INFINITY, -1, 0.0f, 0.0f};
   if (to_beat < double(peak) / temperature + kGumbelMin) {
     // Without a good score to beat everything would pass: start from the largest logit.

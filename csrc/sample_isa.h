@@ -22,13 +22,10 @@ struct SampleTask {
   const SampleTerm* terms;
   int64_t num_terms;
   DType dtype;
-  float temperature;  // 0: greedy; else at least kMinTemperature
+  double temperature;  // 0: greedy; else at least kMinTemperature
   int64_t seed, position;
   int64_t first, count;  // the slice; first is a multiple of kSampleSlice
 };
-
-// Below this, 1 / temperature leaves float32; distinct logits are 1e-28 apart there or greedy.
-constexpr float kMinTemperature = 1e-30f;
 
 struct SamplePartial {
   float maximum;  // of z

@@ -17,7 +17,6 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kPerThread = 8;  // two quads of ids, each of which takes one Philox call
 constexpr int kSlice = kThreads * kPerThread;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr float kMinTemperature = 1e-30f;
 
 // How a row's z comes from its source rows: the one row itself, a weighted sum, or
 // log sum_i w_i softmax(l_i).
@@ -61,10 +60,10 @@ void with_types(const SampleArgs& a, F f) {
 // that a row's bits do not depend on what the other rows ask for.
 __device__ __forceinline__ bool filtered(const SampleArgs& a, int64_t b) {
   if (!a.top_k && !a.top_p && !a.min_p) return false;
-  const float temperature = a.temperature[b];
-  if (!(temperature > 0.0f && temperature < INFINITY)) return false;
-  return (a.top_k && a.top_k[b] > 0 && a.top_k[b] < a.V) || (a.top_p && a.top_p[b] < 1.0f) ||
-         (a.min_p && a.min_p[b] > 0.0f);
+  const double temperature = a.temperature[b];
+  if (!(temperature > 0.0 && temperature < INFINITY)) return false;
+  return (a.top_k && a.top_k[b] > 0 && a.top_k[b] < a.V) || (a.top_p && a.top_p[b] < 1.0) ||
+         (a.min_p && a.min_p[b] > 0.0);
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }

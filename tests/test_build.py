@@ -90,6 +90,15 @@ def test_setup_with_a_broken_compiler(tmp_path: Path) -> None:
     assert "clp-steer: this command failed, see above" in output
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+@pytest.mark.parametrize("value", ["yes", "true", "2"])
+def test_setup_with_an_unknown_wish(tmp_path: Path, value: str) -> None:
+    """Before minutes of nvcc that were not wanted."""
+    status, output, built = build(tmp_path, CLP_KERNELS_SKIP_CUDA=value)
+    assert status != 0 and built == []
+    assert f"clp-steer: CLP_KERNELS_SKIP_CUDA must be 0 or 1, got '{value}'" in output
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
 def test_setup_without_nvcc(tmp_path: Path) -> None:

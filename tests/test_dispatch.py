@@ -129,9 +129,21 @@ def test_a_named_backend_never_falls_back(op: str, backend: str) -> None:
 def test_unknown_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu"):
         select("mixed_lora", name, *LORA)
+    if name == "":
+        return  # in the environment it is no name: see the next test
     monkeypatch.setenv("CLP_KERNELS_BACKEND", name)
     with pytest.raises(ValueError, match="CLP_KERNELS_BACKEND must be one of auto, reference"):
         mixed_lora(X, W, A, B, ROWS)
+
+
+def test_an_empty_environment_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = sample(torch.zeros(3, 7), seed=0, position=0)
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "")
+    assert dispatch.requested("auto") == "auto"
+    assert torch.equal(sample(torch.zeros(3, 7), seed=0, position=0).tokens, wanted.tokens)
+    if (at_once := dispatch.BACKENDS["sample"][0].at_once()) is not None:
+        options = (None, "geometric", 1.0, 0, 1.0, 0.0, 0, 0, "auto")
+        assert at_once(torch.zeros(3, 7), *options) is not None
 
 
 @pytest.mark.usefixtures("built")

@@ -6,31 +6,102 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from clp_kernels import dispatch, native
+from clp_kernels import info as module
+
+OPS = {"mixed_lora", "mixed_linear", "mix_logits", "sample", "linear_logprob"}
 
 
-def info(*argv, **environment):
-    done = subprocess.run(
+def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-m", "clp_kernels.info", *argv],
-        env=os.environ | environment, capture_output=True, text=True,
-    )  # fmt: skip
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def info(*argv: str, **environment: str) -> str:
+    done = run(*argv, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_json_lists_every_op_and_its_backends():
+def test_json_lists_the_backends_that_run_here_and_why_the_others_do_not() -> None:
     report = json.loads(info("--json"))
-    assert report["backends"]["sample"] == ["cpu", "cuda", "triton", "reference"]
-    assert report["backends"]["mixed_lora"][-1] == "reference"
-    assert set(report["backends"]) == {
-        "mixed_lora", "mixed_linear", "mix_logits", "sample", "linear_logprob",
-    }  # fmt: skip
+    absent = {name: dispatch.missing(name) for name in ("cpu", "cuda")}
+    if not torch.cuda.is_available():
+        absent["triton"] = (
+            "PyTorch sees no GPU, and Triton's interpreter (TRITON_INTERPRET=1) is off"
+        )
+        assert absent["cuda"] == "PyTorch sees no CUDA device"
+    here = {name: reason for name, reason in absent.items() if reason}
+    assert report["backends not here"] == (here or "none")
+    assert set(report["backends"]) == OPS
+    for op, names in report["backends"].items():
+        assert names == [e.name for e in dispatch.BACKENDS[op] if e.name not in here]
+        assert names[-1] == "reference"
     assert report["versions"]["torch"]
 
 
-def test_text_gives_the_reason_for_a_missing_module():
-    assert "_cuda" in info()
+def test_the_interpreter_makes_triton_a_backend_that_exists() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    report = json.loads(info("--json", TRITON_INTERPRET="1"))
+    assert "triton" in report["backends"]["sample"]
+    assert "triton" not in report["backends not here"]
 
 
-@pytest.mark.parametrize("name", ["CLP_KERNELS_CPU_ISA", "CLP_KERNELS_BACKEND"])
-def test_a_wrong_environment_is_reported_not_fatal(name):
-    assert "nonsense" in info(**{name: "nonsense"})
+def test_text_gives_the_reason_for_a_missing_module(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(native, "cpu_missing", lambda: "clp_kernels._cpu has not been built")
+    module.main([])
+    text = capsys.readouterr().out
+    assert text.count("clp_kernels._cpu has not been built") == 2  # the module, and the backend
+    shown = {line.split()[0]: line.split()[1:] for line in text.splitlines() if ">" in line}
+    assert not any("cpu" in names for names in shown.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("nonsense", "must be one of auto, reference, cpu, triton, cuda, got 'nonsense'; every"),
+        ("", "empty, as if it were not set (auto)"),
+        ("reference", "reference"),
+        ("auto", "auto"),
+    ],
+)
+def test_the_backend_of_the_environment_is_reported(value, shown, monkeypatch) -> None:
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", value)
+    assert shown in module.collect()["CLP_KERNELS_BACKEND"]
+
+
+def test_without_the_environment(monkeypatch) -> None:
+    monkeypatch.delenv("CLP_KERNELS_BACKEND", raising=False)
+    assert module.collect()["CLP_KERNELS_BACKEND"] == "not set (auto)"
+
+
+@pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
+def test_the_instruction_set_of_the_environment_is_reported() -> None:
+    report = json.loads(info("--json", CLP_KERNELS_CPU_ISA="nonsense"))
+    assert (
+        "must be one of scalar, avx2, avx512, avx512_bf16, got 'nonsense'"
+        in (report["modules"]["_cpu"])
+    )
+    assert report["backends not here"]["cpu"] == report["modules"]["_cpu"]
+    assert "cpu" not in report["backends"]["sample"]
+    report = json.loads(info("--json", CLP_KERNELS_CPU_ISA=""))
+    assert report["modules"]["_cpu"] == f"loaded, instruction set {native.isa()}"
+
+
+@pytest.mark.parametrize("argv", [["--jso"], ["--js"], ["--json", "sample"]])
+def test_an_unknown_argument_is_an_error(argv) -> None:
+    done = run(*argv)
+    assert (done.returncode, done.stdout) == (2, "")
+    wrong = next(a for a in argv if a != "--json")
+    assert done.stderr == f"info takes no argument but --json, got {wrong!r}\n"
+
+
+def test_help() -> None:
+    assert "--json" in info("--help")

@@ -78,10 +78,10 @@ def arguments(case: Case) -> Arguments:
         "logits": logits,
         "weights": weights,
         "mode": case.mode,
-        "temperature": torch.full((case.batch,), case.temperature),
+        "temperature": torch.full((case.batch,), case.temperature, dtype=torch.float64),
         "top_k": rows(TOP_K, torch.int64) if given["top_k"] else None,
-        "top_p": rows(TOP_P, torch.float32) if given["top_p"] else None,
-        "min_p": rows(MIN_P, torch.float32) if given["min_p"] else None,
+        "top_p": rows(TOP_P, torch.float64) if given["top_p"] else None,
+        "min_p": rows(MIN_P, torch.float64) if given["min_p"] else None,
         "seed": torch.randint(-(2**63), 2**63 - 1, (case.batch,), generator=g),
         "position": torch.randint(0, 2**40, (case.batch,), generator=g),
     }
@@ -139,7 +139,7 @@ def call(logits: Tensor, **changes: Any) -> Arguments:
         "logits": logits[None],
         "weights": None,
         "mode": "geometric",
-        "temperature": torch.ones(batch),
+        "temperature": torch.ones(batch, dtype=torch.float64),
         "top_k": None,
         "top_p": None,
         "min_p": None,
@@ -388,7 +388,8 @@ def test_every_launch_is_a_listed_variant(monkeypatch: pytest.MonkeyPatch) -> No
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Witness(getattr(module, name), seen))
     filters = {
-        "top_k": torch.ones(2, dtype=torch.int64), "top_p": torch.ones(2), "min_p": torch.ones(2)
+        "top_k": torch.ones(2, dtype=torch.int64), "top_p": torch.ones(2).double(),
+        "min_p": torch.ones(2).double(),
     }  # fmt: skip
     names = [set(c) for n in range(4) for c in itertools.combinations(filters, n)]
     for dtype, mode, chosen in itertools.product(DTYPES, ("geometric", "probability"), names):

@@ -1,0 +1,132 @@
+"""Experts one unit in the last place apart: a change of weights moves the output by what it should.
+
+The judge is float64. `gain` is the length of the output's step along the true step, relative to
+it: 0 where the step is lost, 1.67 where 0.6 of a step became a whole one. A mixture that is rounded
+to the dtype before the last rounding (a merged matrix, or the experts' products) lies on one of the
+experts.
+"""
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from clp_kernels import batch_invariant, cpu_mixed_linear, mixed_linear, native, reference
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+NO_CPU = native.cpu_missing()
+BACKENDS = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(NO_CPU is not None, reason=str(NO_CPU))),
+]
+# From the first expert alone to a mixture on either side of the middle.
+STEPS = [(0.7, 0.3), (0.4, 0.6)]
+
+
+@pytest.fixture(params=[False, True], ids=["slow 16 bits", "fast 16 bits"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if PyTorch multiplied matrices in 16 bits at full speed here, and not."""
+    monkeypatch.setattr(cpu_mixed_linear, "has_native_gemm", lambda _: request.param)
+
+
+def experts(out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """[2, out, in]; the second is the next larger number everywhere, by one step of one size."""
+    first = ((1 + torch.rand(out_features, in_features)) / 16).to(dtype)
+    integers = torch.int32 if dtype == F32 else torch.int16
+    return torch.stack([first, (first.view(integers) + 1).view(dtype)])
+
+
+def rows(weights: tuple[float, float], tokens: int, equal: bool) -> Tensor:
+    """Weights of all tokens; not equal: those of the first one differ from the others'."""
+    every = torch.tensor([weights]).repeat(tokens, 1)
+    if not equal:
+        every[0] = torch.tensor([0.5, 0.5])
+    return every
+
+
+def gain(step: Tensor, true: Tensor) -> float:
+    return float((step * true).sum() / true.square().sum())
+
+
+def forward_gain(
+    backend: str, dtype: torch.dtype, tokens: int, weights: tuple[float, float], equal: bool
+) -> float:
+    # 16 thousand outputs and more, whose rounding then averages out to 0.01.
+    out_features = max(2**14 // tokens, 512)
+    x, E = (0.5 + torch.rand(tokens, 64)).to(dtype), experts(out_features, 64, dtype)
+    before, after = (rows(w, tokens, equal) for w in ((1.0, 0.0), weights))
+    step = mixed_linear(x, E, after, backend=backend).double()
+    step -= mixed_linear(x, E, before, backend=backend).double()
+    exact = (x.double(), E.double())
+    true = mixed_linear(*exact, after, backend="reference")
+    true -= mixed_linear(*exact, before, backend="reference")
+    return gain(step[1:], true[1:])
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("weights", STEPS, ids=str)
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
+@pytest.mark.parametrize("tokens", [8, 16, 32, 64])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_between_experts_arrives_whole(
+    backend: str, dtype: torch.dtype, tokens: int, equal: bool, weights: tuple[float, float]
+) -> None:
+    assert forward_gain(backend, dtype, tokens, weights, equal) == pytest.approx(1, abs=0.03)
+
+
+def test_a_step_between_experts_in_triton() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    if not importlib.import_module("clp_kernels.triton_mixed_linear").INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 was not set at import")
+    for equal, weights in ((True, STEPS[0]), (False, STEPS[1])):
+        assert forward_gain("triton", F16, 32, weights, equal) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("weights", STEPS, ids=str)
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_of_the_gradient_of_x(
+    backend: str, dtype: torch.dtype, equal: bool, weights: tuple[float, float]
+) -> None:
+    x, E = torch.zeros(64, 512, dtype=dtype), experts(64, 512, dtype)
+    dy = (0.5 + torch.rand(64, 64)).to(dtype)
+
+    def gradient(w: tuple[float, float], kind: torch.dtype, name: str) -> Tensor:
+        leaf = x.to(kind).requires_grad_()
+        y = mixed_linear(leaf, E.to(kind), rows(w, 64, equal), backend=name)
+        return torch.autograd.grad(y, leaf, dy.to(kind))[0].double()
+
+    step = gradient(weights, dtype, backend) - gradient((1.0, 0.0), dtype, backend)
+    exact = (torch.float64, "reference")
+    true = gradient(weights, *exact) - gradient((1.0, 0.0), *exact)
+    assert gain(step[1:], true[1:]) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.skipif(NO_CPU is not None, reason=str(NO_CPU))
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_decoding_and_prefill_agree(dtype: torch.dtype) -> None:
+    """A token's bits are the same alone, among equal weights, among others, and invariant."""
+    x, E, c = torch.randn(70, 96).to(dtype), torch.randn(3, 50, 96).to(dtype), torch.randn(3, 50)
+    c, w = c.to(dtype), torch.tensor([[0.2, 0.5, 0.3]])
+    alone = torch.cat([mixed_linear(t[None], E, w, bias=c, backend="cpu") for t in x])
+    for tokens in (16, 17, 33, 70):
+        equal = w.repeat(tokens, 1)
+        mixed = torch.cat([equal[:-1], torch.rand(1, 3)])
+        for weights, same in ((equal, tokens), (mixed, tokens - 1)):
+            y = mixed_linear(x[:tokens], E, weights, bias=c, backend="cpu")
+            assert torch.equal(y[:same], alone[:same])
+    with batch_invariant():
+        assert torch.equal(mixed_linear(x, E, w.repeat(70, 1), bias=c, backend="cpu"), alone)
+
+
+def test_the_reference_rounds_once() -> None:
+    """The definition itself: float32 to the end."""
+    x, E, w = torch.randn(9, 40).bfloat16(), torch.randn(2, 7, 40).bfloat16(), torch.rand(9, 2)
+    y = reference.mixed_linear(x, E, w, None, None, False)
+    wide = reference.mixed_linear(x.float(), E.float(), w, None, None, False)
+    assert torch.equal(y, wide.bfloat16())

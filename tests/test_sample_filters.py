@@ -1,0 +1,230 @@
+"""What the filters of `sample` compare: numbers as they were given, on every backend.
+
+A token's `logprobs - filtered_logprobs` is the logarithm of the mass that is kept, so one draw
+shows which ids stay.
+"""
+
+import importlib
+import itertools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from decoding_alone import new_spread_policy
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clp.sampler import Sampler, SamplingParams
+from clp_kernels import cpu_sample, linear_logprob, native, reference, sample
+
+NO_CPU = native.cpu_missing()
+ISAS: list[str] = [] if NO_CPU else native.cpu().isas()
+F64 = torch.float64
+INF = math.inf
+
+
+def public(backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    def run(z: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return sample(z, **({"seed": 3, "position": 5} | options), backend=backend)
+
+    return run
+
+
+def compiled(isa: str) -> Callable[..., tuple[Tensor, ...]]:
+    """csrc/sample.cpp of one instruction set; without the short way from Python."""
+
+    def run(z: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return cpu_sample.sample(z[None], None, "geometric", *by_row(z, options), isa=isa)
+
+    return run
+
+
+def triton(z: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    result: tuple[Tensor, ...] = importlib.import_module("clp_kernels.triton_sample").sample(
+        z[None], None, "geometric", *by_row(z, options)
+    )
+    return result
+
+
+def by_row(z: Tensor, options: dict[str, Any]) -> list[Tensor | None]:
+    """temperature, top_k, top_p, min_p, seed and position as the backends take them."""
+
+    def rows(value: Any) -> Tensor | None:
+        if value is None or isinstance(value, Tensor):
+            return value
+        dtype = torch.int64 if isinstance(value, int) else F64
+        return torch.full((len(z),), value, dtype=dtype)
+
+    given = {"temperature": 1.0, "seed": 3, "position": 5} | options
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
+    return [rows(given.get(name)) for name in names]
+
+
+def in_triton() -> bool:
+    try:
+        return bool(importlib.import_module("clp_kernels.triton_sample").INTERPRETED)
+    except ModuleNotFoundError:
+        return False
+
+
+DRAWS = [
+    pytest.param(public("reference"), id="reference"),
+    *([] if NO_CPU else [pytest.param(public("cpu"), id="cpu")]),
+    *(pytest.param(compiled(isa), id=isa) for isa in ISAS),
+    pytest.param(
+        triton, id="triton", marks=pytest.mark.skipif(not in_triton(), reason="no interpreter")
+    ),
+]
+each_draw = pytest.mark.parametrize("draw", DRAWS)
+
+
+def kept_mass(drawn: tuple[Tensor, ...]) -> list[float]:
+    """The probability that the filters leave, by row."""
+    return (drawn[1].double() - drawn[2].double()).exp().tolist()
+
+
+@each_draw
+def test_top_p_is_not_rounded(draw: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Above the 0.1s lie 0.800000004, which is less than the float32 next to 0.8, not than 0.8."""
+    z = torch.tensor([[0.3, 0.1, 0.1, 0.5]]).log()
+    exact = torch.tensor([0.8], dtype=F64)
+    assert kept_mass(draw(z, top_p=0.8)) == pytest.approx([0.8])
+    assert kept_mass(draw(z, top_p=exact)) == pytest.approx([0.8])
+    assert kept_mass(draw(z, top_p=exact.float())) == pytest.approx([1.0])
+    # What is below 1 is a filter, also where float32 has nothing between.
+    z = torch.tensor([[0.0, -25.0]])
+    token, _, left = draw(z, top_p=1 - 1e-10)
+    assert token.item() == 0 and left.item() == 0
+
+
+@each_draw
+def test_min_p_is_not_rounded(draw: Callable[..., tuple[Tensor, ...]]) -> None:
+    """The second id's ratio to the first lies between the number and the float32 next to it."""
+    z = torch.tensor([[0.0, -0.7]])
+    ratio = math.exp(z[0, 1].item())
+    alone = 1 / (1 + ratio)
+    above = torch.tensor([ratio * (1 + 1e-12)], dtype=F64)
+    assert kept_mass(draw(z, min_p=ratio * (1 - 1e-12))) == pytest.approx([1.0], abs=1e-6)
+    assert kept_mass(draw(z, min_p=above.item())) == pytest.approx([alone], abs=1e-6)
+    assert kept_mass(draw(z, min_p=above)) == pytest.approx([alone], abs=1e-6)
+    # A float32 tensor is what it is: here below the ratio.
+    assert above.float().item() < ratio
+    assert kept_mass(draw(z, min_p=above.float())) == pytest.approx([1.0], abs=1e-6)
+
+
+@each_draw
+def test_temperature_is_not_rounded(draw: Callable[..., tuple[Tensor, ...]]) -> None:
+    """It decides where the logits are so large that float32's rounding of it moves z / t."""
+    z = torch.tensor([[0.0, -1000.0 * math.log(2)]])
+    t = 1000.0 * (1 + 2e-8)  # 1000 in float32
+    ratio = math.exp(z[0, 1].item() / t)
+    assert kept_mass(draw(z, temperature=t, min_p=ratio * (1 - 1e-10))) == pytest.approx([1.0])
+    left = 1 / (1 + ratio)
+    assert kept_mass(draw(z, temperature=t, min_p=ratio * (1 + 1e-10))) == pytest.approx([left])
+
+
+@each_draw
+def test_rows_keep_their_own_numbers(draw: Callable[..., tuple[Tensor, ...]]) -> None:
+    """A row's filter is the same alone and beside rows with other filters."""
+    z = torch.tensor([[0.3, 0.1, 0.1, 0.5]]).log().expand(3, 4).contiguous()
+    rows = torch.tensor([0.8, 0.95, 0.5], dtype=F64)
+    assert kept_mass(draw(z, top_p=rows)) == pytest.approx([0.8, 1.0, 0.5])
+    assert kept_mass(draw(z[:1], top_p=0.8)) == pytest.approx([0.8])
+
+
+# Values about which floats are dense or end.
+TINY = [0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-38, 1e-30, -1e-17, 3e-8, -3e-8]
+LARGE = [1.0, -1.0, 5.5, -90.0, 1e4, -1e10, 3.4e38, -3.4e38, -INF]
+TEMPERATURES = [5e-324, 1e-45, 1e-30, 1e-12, 0.01, 0.7, 1.0, 3.0, 1e6, 1e38, 1e39, 1e250]
+MIN_PS = [1.0, 1 - 2**-53, 1 - 1e-9, 0.5, 0.1, 1e-17, 1e-45, 1e-300, 5e-324]
+
+
+def assert_as_defined(draw: Callable[..., tuple[Tensor, ...]], z: Tensor, **options: Any) -> None:
+    wanted = public("reference")(z, **options)
+    got = draw(z, **options)
+    assert torch.equal(got[0], wanted[0])
+    for a, b in zip(got[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@each_draw
+def test_min_p_takes_a_bounded_number_of_steps(draw: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Stepping through the floats about zero took 3 to 6 seconds a row: here 10 minutes."""
+    tops, min_ps, temperatures = TINY, (1.0, 1 - 2**-53, 0.5), (1e-12, 1.0, 1e6, 1e39)
+    rows = torch.tensor(list(itertools.product(tops, min_ps, temperatures)), dtype=F64)
+    if draw is triton:  # which takes no steps, and 0.1 s for a row in its interpreter
+        rows = rows[::11]
+    z = torch.tensor([[0.0, -1.0, -2.0, -1e-3]]).repeat(len(rows), 1)
+    z[:, 0] = rows[:, 0].float()
+    seed, position = torch.arange(len(rows)), torch.arange(len(rows))
+    options = {"min_p": rows[:, 1], "temperature": rows[:, 2], "seed": seed, "position": position}
+    assert_as_defined(draw, z, **options)
+
+
+@pytest.mark.skipif(NO_CPU is not None, reason=str(NO_CPU))
+@given(
+    st.lists(st.sampled_from(TINY + LARGE), min_size=1, max_size=6),
+    st.sampled_from([*TINY, 2.0]),
+    st.one_of(st.sampled_from(MIN_PS), st.floats(5e-324, 1.0)),
+    st.one_of(st.sampled_from(TEMPERATURES), st.floats(1e-30, 1e300)),
+    st.sampled_from([0, 0, 1, 2, 5]),
+)
+def test_filters_at_the_ends_of_the_floats(
+    others: list[float], first: float, min_p: float, temperature: float, top_k: int
+) -> None:
+    z = torch.tensor([[first, *others]])
+    for draw in (public("cpu"), *(compiled(isa) for isa in ISAS)):
+        assert_as_defined(draw, z, min_p=min_p, temperature=temperature, top_k=top_k)
+
+
+@each_draw
+def test_what_differs_is_no_tie(draw: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Logits are compared: probabilities of logits 1e-17 apart are one float64."""
+    z = torch.tensor([[-1e-17, 0.0], [-0.0, 0.0]])  # two numbers, and one
+    for option in ({"top_k": 1}, {"top_p": 0.5}, {"min_p": 1.0}):
+        drawn = draw(z, **option)
+        assert drawn[0][0].item() == 1 and drawn[2][0].item() == 0, option
+        assert kept_mass(drawn)[1] == 1, option
+
+
+def test_tiny_temperatures_are_finite() -> None:
+    """z / temperature stays in float64; the reference says what every backend gives."""
+    z = torch.tensor([[3e38, 2e38, -3e38]])
+    for temperature in (5e-324, 1e-300, sys.float_info.min):
+        token, full, left = sample(
+            z, temperature=temperature, seed=1, position=2, backend="reference"
+        )
+        assert (token.item(), full.item(), left.item()) == (0, 0.0, 0.0)
+
+
+def test_temperature_of_linear_logprob_in_float64() -> None:
+    """A number is not rounded to float32 beside float64 inputs."""
+    h, W = torch.randn(5, 7, dtype=F64), torch.randn(11, 7, dtype=F64)
+    y = torch.arange(5)
+    got = linear_logprob(h, W, y, temperature=0.7).logprobs
+    wanted = torch.log_softmax(h @ W.t() / 0.7, -1)[torch.arange(5), y]
+    torch.testing.assert_close(got, wanted, rtol=1e-13, atol=1e-13)
+
+
+def test_masks_of_the_reference_compare_logits() -> None:
+    z, p = torch.tensor([[0.0, -1e-17, -0.5]], dtype=F64), torch.tensor([0.3], dtype=F64)
+    assert reference._top_p_mask(z, p).tolist() == [[True, False, False]]
+
+
+def test_a_sampler_keeps_the_numbers_of_its_requests() -> None:
+    """Beside requests with other filters they are tensors by slot, and still not rounded."""
+    sampler = Sampler(new_spread_policy(), max_batch_size=4)
+    asked = [(0.7, 0.8, 0.1), (0.9, 0.95, 1e-300)]
+    for temperature, top_p, min_p in asked:
+        params = SamplingParams(
+            max_tokens=3, ignore_eos=True, temperature=temperature, top_p=top_p, min_p=min_p
+        )
+        sampler.submit([5, 6, 7], [0.5, 0.5], params)
+    sampler.step()
+    slots = sampler._decoder
+    kept = torch.stack([slots.temperature, slots.top_p, slots.min_p])[:, :2]
+    assert kept.t().tolist() == [list(numbers) for numbers in asked]
