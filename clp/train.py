@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, TrainerState
 from clp.checkpoint import checkpoints, load_optimizer, load_step, save_checkpoint
 from clp.config import CLPConfig, load_config
 from clp.conversation import prompt_text
+from clp.gradient_checkpointing import checkpointed_layers, checkpointing
 from clp.losses import policy_loss, rloo_advantages, scale_rewards
 from clp.metrics import metric_names, rollout_metrics
 from clp.policy import Policy
@@ -96,10 +98,7 @@ class CLPTrainer:
             self.policy = Policy.load(checkpoint, dtype=dtype, device=device)
             self.step = load_step(checkpoint)
         if args.gradient_checkpointing:
-            network = self.policy.model
-            # transformers renamed it in 5.23.
-            enable = getattr(network, "activation_checkpointing_enable", None)
-            (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
+            checkpointed_layers(self.policy.model)
         self.parameters = self.policy.adapter_parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
@@ -236,6 +235,11 @@ class CLPTrainer:
             chosen.append(self.rows[int(torch.randperm(size, generator=generator)[place])])
         return chosen
 
+    def _checkpointing(self) -> AbstractContextManager[None]:
+        return (
+            checkpointing(self.policy.model) if self.args.gradient_checkpointing else nullcontext()
+        )
+
     def _accumulate_gradients(self, rollout: Rollout, weights: Tensor) -> tuple[float, TokenStats]:
         """Backward over micro-batches of whole groups; the loss and the detached token stats."""
         args, k = self.args, self.args.num_generations
@@ -245,7 +249,8 @@ class CLPTrainer:
         for first in range(0, args.num_prompts, groups):
             chosen = slice(first, first + groups)
             batch = rollout.batch.rows(slice(first * k, (first + groups) * k))
-            stats = token_stats(self.policy, batch, self.head, args.temperature)
+            with self._checkpointing():
+                stats = token_stats(self.policy, batch, self.head, args.temperature)
             kl = stats.kl.sum(1)
             advantages = rloo_advantages(
                 rewards[chosen], weights[chosen].to(kl.device), kl.detach().view(-1, k), args.alpha
