@@ -9,6 +9,7 @@ seeds come from generators made anew, so a run resumed from a checkpoint repeats
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerState
 
-from clp.checkpoint import checkpoints, load_optimizer, load_step, save_checkpoint
+from clp.checkpoint import Progress, checkpoints, load_optimizer, load_progress, save_checkpoint
 from clp.config import CLPConfig, load_config
 from clp.conversation import prompt_text
 from clp.gradient_checkpointing import checkpointed_layers, checkpointing
@@ -40,6 +41,9 @@ from clp.weights import draw_weights
 
 # A resumed run must be the same run; where it lives and how often it saves may change.
 _MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device"}
+# Each step draws other prompts, weights and completions. Where half of the draws give no finite
+# gradient, one run of ten in 1,000 is all skipped; a policy that has diverged loses ten steps.
+MOST_SKIPPED = 10
 
 
 class CLPTrainer:
@@ -90,13 +94,13 @@ class CLPTrainer:
                 # Functions given in Python cannot be named in a file; clp eval then asks for them.
                 args.model, list(self.reward_funcs), r=args.r,
                 rewards=args.rewards if reward_funcs is None else (),
-                lora_alpha=args.lora_alpha, dtype=dtype, device=device, seed=args.seed,
+                lora_alpha=args.lora_alpha, dtype=dtype, device=device, seed=_seed(args.seed),
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
             )  # fmt: skip
-            self.step = 0
+            self.progress = Progress()
         else:
             self.policy = Policy.load(checkpoint, dtype=dtype, device=device)
-            self.step = load_step(checkpoint)
+            self.progress = load_progress(checkpoint)
         if args.gradient_checkpointing:
             checkpointed_layers(self.policy.model)
         self.parameters = self.policy.adapter_parameters()
@@ -110,7 +114,6 @@ class CLPTrainer:
         self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
         lines = _lines_until(self.run / "metrics.jsonl", self.step)
         self.log_history: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        self.num_tokens = self.log_history[-1]["num_tokens"] if self.log_history else 0
         for i, row in enumerate(self.rows):
             prompt_text(row["prompt"], self.policy.tokenizer, f"train_dataset[{i}]")
         dry_call(
@@ -120,7 +123,14 @@ class CLPTrainer:
         _claim_run(self.run, args)
 
     def train(self) -> Policy:
-        """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy."""
+        """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy.
+
+        A number that is not finite is null in metrics.jsonl.
+
+        Raises:
+            FloatingPointError: MOST_SKIPPED steps in a row had a loss or a gradient that is not
+                finite. The message names the last checkpoint.
+        """
         args = self.args
         for name in ("metrics.jsonl", "completions.jsonl"):
             _cut_lines(self.run / name, self.step)
@@ -134,8 +144,10 @@ class CLPTrainer:
                 metrics = self.train_step()
                 metrics_file.write(json.dumps(metrics, allow_nan=False) + "\n")
                 metrics_file.flush()
-                bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.3f}")
+                shown = {k: v for k in ("reward", "kl") if (v := metrics[k]) is not None}
+                bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
                 bar.update()
+                self._check_progress()
                 if self.step % args.save_steps == 0 or self.step == args.max_steps:
                     # The metrics of a step reach the disk before a checkpoint that follows it.
                     os.fsync(metrics_file.fileno())
@@ -143,10 +155,15 @@ class CLPTrainer:
         self.policy.save(self.run)
         return self.policy
 
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
+
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
         return save_checkpoint(
-            self.run, self.step, self.policy, self.optimizer, self.args.save_total_limit
+            self.run, self.progress, self.policy, self.optimizer, self.args.save_total_limit
         )
 
     @property
@@ -161,14 +178,18 @@ class CLPTrainer:
         return TrainerState(
             epoch=self.step * epochs, global_step=self.step, max_steps=args.max_steps,
             num_train_epochs=math.ceil(args.max_steps * epochs), logging_steps=1,
-            save_steps=args.save_steps, num_input_tokens_seen=self.num_tokens,
+            save_steps=args.save_steps, num_input_tokens_seen=self.progress.num_tokens,
             log_history=list(self.log_history),
         )  # fmt: skip
 
     def train_step(self) -> dict[str, float | None]:
-        """One step: draw, sample, score, one gradient step. Returns the step's metrics."""
+        """One step: draw, sample, score, one gradient step. Returns the step's metrics.
+
+        If the loss or the gradient is not finite, parameters and optimizer stay as they are, and
+        `skipped_steps` counts the step. A metric that is not finite is None.
+        """
         start, args, step = time.perf_counter(), self.args, self.step
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(_seed(args.seed * 1_000_003 + step))
         weights = draw_weights(
             args.num_prompts, len(self.reward_funcs), args.dirichlet, args.corner_probability,
             generator,
@@ -192,21 +213,24 @@ class CLPTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss, stats = self._accumulate_gradients(rollout, weights)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.max_grad_norm)
-        if not bool(norm.isfinite()):
-            raise RuntimeError(
-                f"the gradient of step {step + 1} is not finite; lower learning_rate"
-            )
-        self.optimizer.step()
-        self.step += 1
-        self.num_tokens += int(rollout.batch.attention_mask.sum())
+        progress = self.progress
+        progress.step += 1
+        progress.num_tokens += int(rollout.batch.attention_mask.sum())
+        if math.isfinite(loss) and bool(norm.isfinite()):
+            self.optimizer.step()
+            progress.skipped_in_a_row = 0
+        else:
+            progress.skipped_steps += 1
+            progress.skipped_in_a_row += 1
         if rollout.log.extra:
             self._write_completions(rollout, rows)
-        metrics = {
-            "step": self.step, "loss": loss, "grad_norm": float(norm), "learning_rate": lr,
-            "num_tokens": self.num_tokens,
+        found = {
+            "step": progress.step, "loss": loss, "grad_norm": float(norm), "learning_rate": lr,
+            "num_tokens": progress.num_tokens, "skipped_steps": progress.skipped_steps,
             **rollout_metrics(rollout, weights, stats, self.policy.objectives),
             "step_time": time.perf_counter() - start,
         }  # fmt: skip
+        metrics = {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
         self.log_history.append(metrics)
         return metrics
 
@@ -229,11 +253,25 @@ class CLPTrainer:
     def _prompts_of(self, step: int) -> list[dict[str, Any]]:
         """The step's prompts: epochs of the data, each in an order of its own."""
         size, chosen = len(self.rows), []
+        orders: dict[int, Tensor] = {}
         for i in range(step * self.args.num_prompts, (step + 1) * self.args.num_prompts):
             epoch, place = divmod(i, size)
-            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + 500_000 + epoch)
-            chosen.append(self.rows[int(torch.randperm(size, generator=generator)[place])])
+            if epoch not in orders:
+                seed = _seed(self.args.seed * 1_000_003 + 500_000 + epoch)
+                generator = torch.Generator().manual_seed(seed)
+                orders[epoch] = torch.randperm(size, generator=generator)
+            chosen.append(self.rows[int(orders[epoch][place])])
         return chosen
+
+    def _check_progress(self) -> None:
+        if self.progress.skipped_in_a_row < MOST_SKIPPED:
+            return
+        found = checkpoints(self.run)
+        last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"the loss or the gradient was not finite in {MOST_SKIPPED} steps in a row, up to step "
+            f"{self.step}; {last}. A lower learning_rate, or dtype float32, may help a new run"
+        )
 
     def _checkpointing(self) -> AbstractContextManager[None]:
         return (
@@ -333,25 +371,32 @@ def _claim_run(run: Path, args: CLPConfig) -> None:
     temporary.replace(config_file)
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The lines up to `step`, without a last line that a kill has cut short."""
-    kept: list[str] = []
+def _seed(number: int) -> int:
+    """A seed that PyTorch takes (below 2^64): the number itself, or 64 bits of its SHA-256."""
+    if number < 2**64:
+        return number
+    return int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big")
+
+
+def _lines_until(path: Path, step: int) -> list[bytes]:
+    """The lines up to `step`, without one that a kill has cut short."""
+    kept: list[bytes] = []
     if not path.exists():
         return kept
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_bytes().split(b"\n"):
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, KeyError):
+            continue
     return kept
 
 
 def _cut_lines(path: Path, step: int) -> None:
-    """Drops the lines after `step`, and a last line that a kill has cut short."""
+    """Drops the lines after `step`, and one that a kill has cut short."""
     if path.exists():
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_lines_until(path, step)), encoding="utf-8")
+        temporary.write_bytes(b"".join(_lines_until(path, step)))
         temporary.replace(path)
 
 
