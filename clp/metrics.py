@@ -11,7 +11,8 @@ _NAMES = (
     "step", "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std",
     "kl", "entropy", "completions/mean_length", "completions/min_length", "completions/max_length",
     "completions/clipped_ratio", "completions/mean_terminated_length",
-    "completions/min_terminated_length", "completions/max_terminated_length", "num_tokens", "skipped_steps",
+    "completions/min_terminated_length", "completions/max_terminated_length", "num_tokens",
+    "skipped_steps",
     "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "step_time",
 )  # fmt: skip
 _OF_OBJECTIVE = ("rewards/{}/mean", "rewards/{}/std", "reward_weights/{}")

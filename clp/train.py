@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerState
 
 from clp.checkpoint import Progress, checkpoints, load_optimizer, load_progress, save_checkpoint
-from clp.config import CLPConfig, load_config
+from clp.config import CLPConfig
 from clp.conversation import prompt_text
 from clp.gradient_checkpointing import checkpointed_layers, checkpointing
 from clp.losses import policy_loss, rloo_advantages, scale_rewards
@@ -35,12 +35,19 @@ from clp.policy import Policy
 from clp.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.rewards import RewardFunc, load_rewards
 from clp.rollout import Rollout, TokenStats, roll_out, token_stats
+from clp.run_folder import (
+    Inputs,
+    RunLock,
+    check_free,
+    check_resumed,
+    claim,
+    cut_lines,
+    lines_until,
+)
 from clp.sampler import Sampler, SamplingParams
 from clp.scoring import dry_call, numbers_or_none
 from clp.weights import draw_weights
 
-# A resumed run must be the same run; where it lives and how often it saves may change.
-_MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device"}
 # Each step draws other prompts, weights and completions. Where half of the draws give no finite
 # gradient, one run of ten in 1,000 is all skipped; a policy that has diverged loses ten steps.
 MOST_SKIPPED = 10
@@ -48,6 +55,13 @@ MOST_SKIPPED = 10
 
 class CLPTrainer:
     """Trains one policy for every trade-off between m rewards.
+
+    To resume, give CLPConfig.of_run(folder), and what cannot be read from there: reward functions
+    and prompts given in Python. Objectives are known by their names; the order is the run's.
+    max_steps may grow; save_steps, save_total_limit, device, eval_prompts and
+    gradient_checkpointing may change.
+
+    The folder is locked from here until `train` ends, or this object or the process does.
 
     Args:
         model: Path, hub name or "tiny"; None takes args.model.
@@ -62,8 +76,9 @@ class CLPTrainer:
 
     Raises:
         ValueError: bad configuration, prompts, rewards or model; an output folder that holds
-            another run; a run to resume whose configuration differs. TypeError: a reward function
-            that returns what is no number. What a reward function raises passes through.
+            another run or is in use; a run to resume whose settings, objectives, rewards or prompts
+            differ. TypeError: a reward function that returns what is no number. What a reward
+            function raises passes through. The folder is then as it was before.
     """
 
     def __init__(
@@ -76,14 +91,33 @@ class CLPTrainer:
         args = args or CLPConfig()
         if model is not None:
             args.model = model
-        self.args = args
-        self.reward_funcs = _named(reward_funcs, args)
+        named = _named(reward_funcs, args)
         rows = (
             load_prompts(args.prompts or TRAIN_PROMPTS) if train_dataset is None else train_dataset
         )
         self.rows = check_prompts(rows)
+        specs = args.rewards if reward_funcs is None else None
+        inputs = Inputs.of(named, specs, self.rows)
         self.run = Path(args.output_dir)
-        checkpoint = _open_run(self.run, args)
+        self.lock, checkpoint = RunLock(self.run), None
+        new = not (args.resume and (self.run / "config.yaml").is_file())
+        with ExitStack() as undo:
+            undo.callback(self.lock.release)
+            if new:
+                check_free(self.run)
+            else:
+                self.lock.acquire()
+                args, inputs, checkpoint = check_resumed(self.run, args, inputs)
+            self.args = args
+            self.reward_funcs = {name: named[name] for name in inputs.rewards}
+            self._prepare(checkpoint, args.rewards if reward_funcs is None else ())
+            # Last, so that a start that fails leaves the folder as it was.
+            claim(self.lock, args, inputs, new=new)
+            undo.pop_all()
+
+    def _prepare(self, checkpoint: Path | None, rewards: Sequence[str]) -> None:
+        """Policy, optimizer and sampler, from a checkpoint or new."""
+        args = self.args
         device = args.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,8 +127,8 @@ class CLPTrainer:
             self.policy = Policy.create(
                 # Functions given in Python cannot be named in a file; clp eval then asks for them.
                 args.model, list(self.reward_funcs), r=args.r,
-                rewards=args.rewards if reward_funcs is None else (),
-                lora_alpha=args.lora_alpha, dtype=dtype, device=device, seed=_seed(args.seed),
+                rewards=rewards, lora_alpha=args.lora_alpha, dtype=dtype, device=device,
+                seed=_seed(args.seed),
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
             )  # fmt: skip
             self.progress = Progress()
@@ -112,7 +146,7 @@ class CLPTrainer:
         self.head = self.policy.head()
         # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
         self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
-        lines = _lines_until(self.run / "metrics.jsonl", self.step)
+        lines = lines_until(self.run / "metrics.jsonl", self.step)
         self.log_history: list[dict[str, Any]] = [json.loads(line) for line in lines]
         for i, row in enumerate(self.rows):
             prompt_text(row["prompt"], self.policy.tokenizer, f"train_dataset[{i}]")
@@ -120,7 +154,6 @@ class CLPTrainer:
             self.reward_funcs, self.rows, self.policy.tokenizer, self.state,
             metric_names(self.policy.objectives),
         )  # fmt: skip
-        _claim_run(self.run, args)
 
     def train(self) -> Policy:
         """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy.
@@ -131,9 +164,17 @@ class CLPTrainer:
             FloatingPointError: MOST_SKIPPED steps in a row had a loss or a gradient that is not
                 finite. The message names the last checkpoint.
         """
+        with self.lock:
+            self._train()
+        return self.policy
+
+    def _train(self) -> None:
         args = self.args
+        found = checkpoints(self.run)
+        if found and load_progress(found[-1]).step > self.step:
+            raise ValueError(f"{self.run} has been trained further, to {found[-1].name}: resume it")
         for name in ("metrics.jsonl", "completions.jsonl"):
-            _cut_lines(self.run / name, self.step)
+            cut_lines(self.run / name, self.step)
         interval = 0.5 if sys.stderr.isatty() else 10
         bar = tqdm(
             total=args.max_steps, initial=self.step, desc="training", unit="step",
@@ -153,7 +194,6 @@ class CLPTrainer:
                     os.fsync(metrics_file.fileno())
                     self.save()
         self.policy.save(self.run)
-        return self.policy
 
     @property
     def step(self) -> int:
@@ -337,67 +377,11 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _open_run(run: Path, args: CLPConfig) -> Path | None:
-    """Refuses a folder that holds another run; returns the checkpoint to resume from, if any."""
-    marks = ["config.yaml", "metrics.jsonl", "clp.json"]
-    config_file = run / "config.yaml"
-    if args.resume and config_file.is_file():
-        saved = load_config(config_file)
-        for name in CLPConfig.__dataclass_fields__:
-            before, now = getattr(saved, name), getattr(args, name)
-            if name not in _MAY_CHANGE and before != now:
-                raise ValueError(f"{run} was run with {name}={before!r}; resume asks for {now!r}")
-        found = checkpoints(run)
-        return found[-1] if found else None
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"output_dir {run} is not a folder")
-    held = [m for m in marks if (run / m).exists()] + [p.name for p in checkpoints(run)]
-    if held:
-        raise ValueError(
-            f"output_dir {run} holds another run ({held[0]}); choose another folder, or "
-            "resume=True (--resume) to continue it"
-        )
-    return None
-
-
-def _claim_run(run: Path, args: CLPConfig) -> None:
-    """Writes config.yaml, unless the run resumes one."""
-    config_file = run / "config.yaml"
-    if args.resume and config_file.is_file():
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    temporary = run / ".config.yaml.tmp"
-    temporary.write_text(args.to_yaml(), encoding="utf-8")
-    temporary.replace(config_file)
-
-
 def _seed(number: int) -> int:
     """A seed that PyTorch takes (below 2^64): the number itself, or 64 bits of its SHA-256."""
     if number < 2**64:
         return number
     return int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big")
-
-
-def _lines_until(path: Path, step: int) -> list[bytes]:
-    """The lines up to `step`, without one that a kill has cut short."""
-    kept: list[bytes] = []
-    if not path.exists():
-        return kept
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-        except (ValueError, TypeError, KeyError):
-            continue
-    return kept
-
-
-def _cut_lines(path: Path, step: int) -> None:
-    """Drops the lines after `step`, and one that a kill has cut short."""
-    if path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(_lines_until(path, step)))
-        temporary.replace(path)
 
 
 def _lr_factor(step: int, args: CLPConfig) -> float:
