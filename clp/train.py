@@ -27,11 +27,11 @@ from transformers import PreTrainedModel, TrainerState
 
 from clp.checkpoint import Progress, checkpoints, load_optimizer, load_progress, save_checkpoint
 from clp.config import CLPConfig
-from clp.conversation import prompt_text
 from clp.gradient_checkpointing import checkpointed_layers, checkpointing
 from clp.losses import policy_loss, rloo_advantages, scale_rewards
 from clp.metrics import metric_names, rollout_metrics
 from clp.policy import Policy
+from clp.prompt_lengths import fitting_rows
 from clp.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.rewards import RewardFunc, load_rewards
 from clp.rollout import Rollout, TokenStats, roll_out, token_stats
@@ -92,10 +92,11 @@ class CLPTrainer:
         if model is not None:
             args.model = model
         named = _named(reward_funcs, args)
-        rows = (
-            load_prompts(args.prompts or TRAIN_PROMPTS) if train_dataset is None else train_dataset
-        )
-        self.rows = check_prompts(rows)
+        path = None
+        if train_dataset is None:
+            path = args.prompts or TRAIN_PROMPTS
+            train_dataset = load_prompts(path)
+        self.rows = check_prompts(train_dataset)
         specs = args.rewards if reward_funcs is None else None
         inputs = Inputs.of(named, specs, self.rows)
         self.run = Path(args.output_dir)
@@ -110,13 +111,15 @@ class CLPTrainer:
                 args, inputs, checkpoint = check_resumed(self.run, args, inputs)
             self.args = args
             self.reward_funcs = {name: named[name] for name in inputs.rewards}
-            self._prepare(checkpoint, args.rewards if reward_funcs is None else ())
+            self._prepare(checkpoint, args.rewards if reward_funcs is None else (), path)
             # Last, so that a start that fails leaves the folder as it was.
             claim(self.lock, args, inputs, new=new)
             undo.pop_all()
 
-    def _prepare(self, checkpoint: Path | None, rewards: Sequence[str]) -> None:
-        """Policy, optimizer and sampler, from a checkpoint or new."""
+    def _prepare(
+        self, checkpoint: Path | None, rewards: Sequence[str], prompts: str | Path | None
+    ) -> None:
+        """Policy, optimizer and sampler, from a checkpoint or new; checks prompts and rewards."""
         args = self.args
         device = args.device
         if device == "auto":
@@ -148,8 +151,10 @@ class CLPTrainer:
         self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
         lines = lines_until(self.run / "metrics.jsonl", self.step)
         self.log_history: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        for i, row in enumerate(self.rows):
-            prompt_text(row["prompt"], self.policy.tokenizer, f"train_dataset[{i}]")
+        self.rows = fitting_rows(
+            self.rows, self.policy, self.sampler, args.max_completion_length,
+            args.max_prompt_length, prompts,
+        )  # fmt: skip
         dry_call(
             self.reward_funcs, self.rows, self.policy.tokenizer, self.state,
             metric_names(self.policy.objectives),
