@@ -201,6 +201,17 @@ def test_max_steps_may_grow_and_nothing_is_lost(finished, stopped):
     assert (saved.max_steps, saved.save_steps) == (6, 3)
 
 
+def test_what_changes_no_bit_may_change(finished, stopped):
+    args = CLPConfig.of_run(
+        stopped / "specs", gradient_checkpointing=True, eval_prompts="held.jsonl", save_steps=1,
+        save_total_limit=5, device="cpu",
+    )  # fmt: skip
+    CLPTrainer(args=args).train()
+    assert rows_of(stopped / "specs") == rows_of(finished / "specs")
+    with pytest.raises(ValueError, match="micro_batch_size=128; resume asks for 2"):
+        CLPTrainer(args=CLPConfig.of_run(stopped / "specs", micro_batch_size=2))
+
+
 def files(folder):
     return {
         str(p.relative_to(folder)): p.read_bytes()
