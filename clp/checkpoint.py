@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -13,19 +14,38 @@ from torch import Tensor, nn
 
 from clp.policy import Policy
 
-_PREFIX = "checkpoint-"
+_NAME = re.compile("checkpoint-([0-9]+)")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """The numbers of a training that are not parameters: state.json.
+
+    Attributes:
+        step: Steps done.
+        num_tokens: Tokens of their prompts and completions.
+        skipped_steps: Those among them whose gradient was not finite.
+        skipped_in_a_row: The last of them, up to `step`; 0 if that one was not skipped.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 def save_checkpoint(
-    run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int
+    run: Path, progress: Progress, policy: Policy, optimizer: torch.optim.Optimizer, keep: int
 ) -> Path:
     """Writes run/checkpoint-<step>: the policy, optimizer.safetensors and state.json.
 
     Files and folder are flushed to disk before the rename, so that a folder of that name is
     complete whenever the machine stops. On an error (disk full) the partial folder is removed and
-    the earlier checkpoints stay. Afterwards only the newest `keep` remain.
+    the earlier checkpoints stay. Afterwards only the newest `keep` remain; folders with other
+    names than checkpoint-<number> are none of them.
     """
-    final = run / f"{_PREFIX}{step:06d}"
+    final = run / f"checkpoint-{progress.step:06d}"
     partial = run / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -33,7 +53,7 @@ def save_checkpoint(
         policy.save(partial)
         tensors = _optimizer_tensors(policy.adapter_parameters(), optimizer)
         (partial / "optimizer.safetensors").write_bytes(safetensors.torch.save(tensors))
-        (partial / "state.json").write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        (partial / "state.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -48,17 +68,33 @@ def save_checkpoint(
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [p for p in run.glob(f"{_PREFIX}*") if (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)))
+    found = {
+        path: int(name[1])
+        for path in run.glob("checkpoint-*")
+        if (name := _NAME.fullmatch(path.name)) and (path / "state.json").is_file()
+    }
+    return sorted(found, key=found.__getitem__)
 
 
-def load_step(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
+def load_progress(checkpoint: Path) -> Progress:
+    """What a checkpoint was written after; numbers that an older one lacks are 0.
+
+    Raises: ValueError if state.json cannot be read or holds anything else.
+    """
+    path = checkpoint / "state.json"
     try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        return int(state["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {checkpoint} has no readable state.json: {error}") from error
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    known = Progress.__dataclass_fields__
+    if (
+        not isinstance(values, dict)
+        or "step" not in values
+        or not set(values) <= set(known)
+        or not all(type(value) is int and value >= 0 for value in values.values())
+    ):
+        raise ValueError(f"{path} must hold {', '.join(known)}, got {values!r:.200}")
+    return Progress(**values)
 
 
 def load_optimizer(
@@ -73,12 +109,12 @@ def load_optimizer(
         tensors = safetensors.torch.load(path.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    wanted = {f"{n}.{key}" for n in parameters for key in ("step", "exp_avg", "exp_avg_sq")}
+    wanted = {f"{name}.{key}" for name in parameters for key in _MOMENTS}
     if set(tensors) != wanted:
         odd = sorted(set(tensors) ^ wanted)[:3]
         raise ValueError(f"{path} does not belong to these parameters: {', '.join(odd)}")
     for name, parameter in parameters.items():
-        state = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        state = {key: tensors[f"{name}.{key}"] for key in _MOMENTS}
         if state["exp_avg"].shape != parameter.shape:
             raise ValueError(f"{path}: {name} has shape {list(state['exp_avg'].shape)}, expected "
                              f"{list(parameter.shape)}")  # fmt: skip
@@ -94,8 +130,12 @@ def _optimizer_tensors(
 ) -> dict[str, Tensor]:
     tensors = {}
     for name, parameter in parameters.items():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            tensors[f"{name}.{key}"] = optimizer.state[parameter][key].detach().cpu().contiguous()
+        # AdamW makes the state of a parameter at its first gradient (that of an idle expert may
+        # never come), and what it then makes is zeros.
+        nothing = (torch.zeros(()), torch.zeros_like(parameter), torch.zeros_like(parameter))
+        state = optimizer.state.get(parameter) or dict(zip(_MOMENTS, nothing, strict=True))
+        for key in _MOMENTS:
+            tensors[f"{name}.{key}"] = state[key].detach().cpu().contiguous()
     return tensors
 
 

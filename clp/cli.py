@@ -65,25 +65,35 @@ class ExportCommand:
 
 def train(argv: Sequence[str]) -> None:
     """clp train [--config FILE] [--option ...]: train one policy for every trade-off."""
-    argv, config = list(argv), CLPConfig()
-    if "--config" in argv:
+    argv, config, given = list(argv), CLPConfig(), "--config" in argv
+    if given:
         at = argv.index("--config")
         if at + 1 == len(argv):
             raise ValueError("--config needs the path of a YAML file")
         config = load_config(argv[at + 1])
         del argv[at : at + 2]
-    config = tyro.cli(
-        CLPConfig,
-        prog="clp train",
-        args=argv,
-        default=config,
-        description="Train one policy for every trade-off between the rewards. --config FILE "
-        "reads the same options from YAML; options on the command line win.",
-    )
+
+    def parsed(default: CLPConfig) -> CLPConfig:
+        return tyro.cli(
+            CLPConfig,
+            prog="clp train",
+            args=argv,
+            default=default,
+            description="Train one policy for every trade-off between the rewards. --config FILE "
+            "reads the same options from YAML; options on the command line win. With --resume "
+            "and without --config they are those of the run; only what is given may differ.",
+        )
+
+    config = parsed(config)
+    if config.resume and not given and (Path(config.output_dir) / "config.yaml").is_file():
+        config = parsed(CLPConfig.of_run(config.output_dir))
     from clp.train import CLPTrainer
 
     trainer = CLPTrainer(args=config)
-    trainer.train()
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from error
     tqdm.write(f"policy, metrics and adapters: {config.output_dir}")
 
 

@@ -1,12 +1,16 @@
 """CLPConfig: every setting of a training run; YAML and command line; unknown keys are errors."""
 
 import difflib
+import re
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+# What clp_kernels.load_adapters reads: a larger adapter could be trained, but not loaded.
+LARGEST_R, LARGEST_LORA_ALPHA = 4096, 1_000_000
 
 
 @dataclass
@@ -23,16 +27,21 @@ class CLPConfig:
     story openings."""
     eval_prompts: str | None = None
     """JSONL of held-out prompts for `clp eval`; default: the embedded held-out story openings."""
+    max_prompt_length: int | None = None
+    """Leave out prompts of more tokens than this, and say how many. By default a prompt that does
+    not fit the model's context together with max_completion_length is an error."""
     output_dir: str = "runs/train"
     """Folder of this run; one that holds another run is refused."""
     resume: bool = False
-    """Continue the run in output_dir from its last complete checkpoint."""
+    """Continue the run in output_dir from its last complete checkpoint, with the settings in its
+    config.yaml. A larger max_steps trains on; from there the learning rate is what it would be at
+    that step of a run of so many steps."""
 
     # Parameters that control the adapters
     r: int = 8
-    """LoRA rank of each objective's adapter."""
+    """LoRA rank of each objective's adapter, at most 4096."""
     lora_alpha: float = 16.0
-    """LoRA alpha; the update is scaled by lora_alpha / r."""
+    """LoRA alpha, at most 1,000,000; the update is scaled by lora_alpha / r."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Modules that carry adapters: "all-linear", or names as in PEFT."""
     exclude_modules: list[str] = field(default_factory=list)
@@ -62,7 +71,7 @@ class CLPConfig:
 
     # Parameters that control optimisation
     max_steps: int = 150
-    """Optimiser steps."""
+    """Optimiser steps. One whose gradient is not finite changes nothing but counts."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -88,17 +97,27 @@ class CLPConfig:
     save_total_limit: int = 2
     """Checkpoints kept; older ones are deleted."""
     seed: int = 0
-    """Seed of adapters, prompt order, weights and sampling."""
+    """Seed of adapters, prompt order, weights and sampling: an integer of any size from 0 on."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
             _check_type(item.name, getattr(self, item.name), _HINTS[item.name])
+            if item.type is float:
+                setattr(self, item.name, _as_float(item.name, getattr(self, item.name)))
         at_least = {"r": 1, "num_prompts": 1, "num_generations": 2, "max_completion_length": 1,
                     "max_steps": 1, "warmup_steps": 0, "micro_batch_size": 1, "save_steps": 1,
                     "save_total_limit": 1, "seed": 0}  # fmt: skip
+        if self.max_prompt_length is not None:
+            at_least["max_prompt_length"] = 1
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name, high in (("r", LARGEST_R), ("lora_alpha", LARGEST_LORA_ALPHA)):
+            if getattr(self, name) > high:
+                raise ValueError(
+                    f"{name} must be at most {high}, got {getattr(self, name):g}: what is larger "
+                    "cannot be loaded again"
+                )
         for name in ("lora_alpha", "dirichlet", "temperature", "learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and positive, got {getattr(self, name)}")
@@ -108,6 +127,21 @@ class CLPConfig:
             raise ValueError(f"corner_probability must be in [0, 1], got {self.corner_probability}")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay must be finite and >= 0, got {self.weight_decay}")
+
+    @classmethod
+    def of_run(cls, output_dir: str | Path, **changes: Any) -> "CLPConfig":
+        """The configuration that continues the run in output_dir: its config.yaml with resume=True.
+
+        Args:
+            output_dir: The run's folder.
+            **changes: Settings that are to differ. CLPTrainer says which may.
+
+        Raises:
+            ValueError: no readable config.yaml there, or a change that CLPConfig refuses.
+        """
+        path = Path(output_dir) / "config.yaml"
+        own = {"output_dir": str(output_dir), "resume": True}
+        return config_from(asdict(load_config(path)) | own | changes)
 
     def to_yaml(self) -> str:
         """The configuration as YAML, in the order of the fields."""
@@ -124,13 +158,44 @@ def load_config(path: str | Path) -> CLPConfig:
         ValueError: the file is missing or not YAML, an unknown key (with the closest match), or a
             value of the wrong type or range.
     """
+    return config_from(read_yaml(path), source=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, with values as they stand there.
+
+    Raises: ValueError: the file is missing or not YAML, has a key twice, or holds no mapping.
+    """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        # A subclass of SafeLoader: no tag can name code.
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except RecursionError:
+        raise ValueError(f"config file {path} is nested too deeply") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"config file {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config file {path} must hold a mapping, got {type(values).__name__}")
-    return config_from(values, source=str(path))
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are those of version 1.2, where 1e-3 is one, and whose keys differ."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands there twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
 
 
 def config_from(values: dict[str, Any], source: str = "config") -> CLPConfig:
@@ -164,5 +229,12 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     elif hint is int or hint is bool:
         if type(value) is not hint:
             raise ValueError(f"{name} must be {hint.__name__}, got {value!r}")
-    elif not isinstance(value, hint):
+    elif isinstance(value, bool) or not isinstance(value, hint):
         raise ValueError(f"{name} must be {hint}, got {value!r}")
+
+
+def _as_float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number in the range of a float") from None

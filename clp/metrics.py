@@ -12,6 +12,7 @@ _NAMES = (
     "kl", "entropy", "completions/mean_length", "completions/min_length", "completions/max_length",
     "completions/clipped_ratio", "completions/mean_terminated_length",
     "completions/min_terminated_length", "completions/max_terminated_length", "num_tokens",
+    "skipped_steps",
     "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "step_time",
 )  # fmt: skip
 _OF_OBJECTIVE = ("rewards/{}/mean", "rewards/{}/std", "reward_weights/{}")

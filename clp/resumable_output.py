@@ -6,7 +6,6 @@ those of the lines are made. Lines are written in the order of the input, a grou
 of an input line) at once.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from clp.files import hold, write_whole
 from clp.sample_lines import Group, Line, Source, read_lines
 
 FORMAT = 1
@@ -93,10 +93,8 @@ def open_output(path: Path, run: Run, start: Start) -> Iterator[BinaryIO]:
     """
     handle = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"output {path} is being written by another process") from None
+        if not hold(handle.fileno()):
+            raise ValueError(f"output {path} is being written by another process")
         if os.fstat(handle.fileno()).st_size != start.size:
             raise ValueError(f"output {path} has been changed by another process")
         if not start.size:
@@ -115,16 +113,7 @@ def write_group(handle: BinaryIO, group: Group) -> None:
 
 def _write_sidecar(path: Path, run: Run, base_seed: int) -> None:
     text = json.dumps({"format": FORMAT, **run._asdict(), "base_seed": base_seed}, indent=2)
-    final = sidecar(path)
-    temporary = final.with_name(f".{final.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(final)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(sidecar(path), f"{text}\n".encode())
 
 
 def _recorded_seed(path: Path, run: Run) -> int:

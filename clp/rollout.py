@@ -118,6 +118,15 @@ def token_stats(
     )
 
 
+def row_ids(policy: Policy, row: Mapping[str, Any]) -> list[int]:
+    """The token ids that the completions of a row's prompt continue.
+
+    Raises: ValueError for a conversation that is none, or that the tokenizer has no template for.
+    """
+    text = prompt_text(row["prompt"], policy.tokenizer)
+    return list(policy.tokenizer(text)["input_ids"])
+
+
 def roll_out(
     policy: Policy,
     sampler: Sampler,
@@ -137,8 +146,7 @@ def roll_out(
     """
     repeated = [row for row in rows for _ in range(num_generations)]
     row_weights = weights.repeat_interleave(num_generations, 0)
-    texts = [prompt_text(row["prompt"], policy.tokenizer) for row in rows]
-    ids = [policy.tokenizer(text)["input_ids"] for text in texts]
+    ids = [row_ids(policy, row) for row in rows]
     prompt_ids = [p for p in ids for _ in range(num_generations)]
     seeds = torch.randint(2**62, (len(repeated),), generator=generator).tolist()
     completions = sampler.generate(prompt_ids, row_weights, with_seeds(params, seeds))

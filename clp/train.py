@@ -9,12 +9,14 @@ seeds come from generators made anew, so a run resumed from a checkpoint repeats
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +25,43 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerState
 
-from clp.checkpoint import checkpoints, load_optimizer, load_step, save_checkpoint
-from clp.config import CLPConfig, load_config
-from clp.conversation import prompt_text
+from clp.checkpoint import Progress, checkpoints, load_optimizer, load_progress, save_checkpoint
+from clp.config import CLPConfig
+from clp.gradient_checkpointing import checkpointed_layers, checkpointing
 from clp.losses import policy_loss, rloo_advantages, scale_rewards
 from clp.metrics import metric_names, rollout_metrics
 from clp.policy import Policy
+from clp.prompt_lengths import fitting_rows
 from clp.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.rewards import RewardFunc, load_rewards
 from clp.rollout import Rollout, TokenStats, roll_out, token_stats
+from clp.run_folder import (
+    Inputs,
+    RunLock,
+    check_free,
+    check_resumed,
+    claim,
+    cut_lines,
+    lines_until,
+)
 from clp.sampler import Sampler, SamplingParams
 from clp.scoring import dry_call, numbers_or_none
 from clp.weights import draw_weights
 
-# A resumed run must be the same run; where it lives and how often it saves may change.
-_MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device"}
+# Each step draws other prompts, weights and completions. Where half of the draws give no finite
+# gradient, one run of ten in 1,000 is all skipped; a policy that has diverged loses ten steps.
+MOST_SKIPPED = 10
 
 
 class CLPTrainer:
     """Trains one policy for every trade-off between m rewards.
+
+    To resume, give CLPConfig.of_run(folder), and what cannot be read from there: reward functions
+    and prompts given in Python. Objectives are known by their names; the order is the run's.
+    max_steps may grow; save_steps, save_total_limit, device, eval_prompts and
+    gradient_checkpointing may change.
+
+    The folder is locked from here until `train` ends, or this object or the process does.
 
     Args:
         model: Path, hub name or "tiny"; None takes args.model.
@@ -56,8 +76,9 @@ class CLPTrainer:
 
     Raises:
         ValueError: bad configuration, prompts, rewards or model; an output folder that holds
-            another run; a run to resume whose configuration differs. TypeError: a reward function
-            that returns what is no number. What a reward function raises passes through.
+            another run or is in use; a run to resume whose settings, objectives, rewards or prompts
+            differ. TypeError: a reward function that returns what is no number. What a reward
+            function raises passes through. The folder is then as it was before.
     """
 
     def __init__(
@@ -70,14 +91,36 @@ class CLPTrainer:
         args = args or CLPConfig()
         if model is not None:
             args.model = model
-        self.args = args
-        self.reward_funcs = _named(reward_funcs, args)
-        rows = (
-            load_prompts(args.prompts or TRAIN_PROMPTS) if train_dataset is None else train_dataset
-        )
-        self.rows = check_prompts(rows)
+        named = _named(reward_funcs, args)
+        path = None
+        if train_dataset is None:
+            path = args.prompts or TRAIN_PROMPTS
+            train_dataset = load_prompts(path)
+        self.rows = check_prompts(train_dataset)
+        specs = args.rewards if reward_funcs is None else None
+        inputs = Inputs.of(named, specs, self.rows)
         self.run = Path(args.output_dir)
-        checkpoint = _open_run(self.run, args)
+        self.lock, checkpoint = RunLock(self.run), None
+        new = not (args.resume and (self.run / "config.yaml").is_file())
+        with ExitStack() as undo:
+            undo.callback(self.lock.release)
+            if new:
+                check_free(self.run)
+            else:
+                self.lock.acquire()
+                args, inputs, checkpoint = check_resumed(self.run, args, inputs)
+            self.args = args
+            self.reward_funcs = {name: named[name] for name in inputs.rewards}
+            self._prepare(checkpoint, args.rewards if reward_funcs is None else (), path)
+            # Last, so that a start that fails leaves the folder as it was.
+            claim(self.lock, args, inputs, new=new)
+            undo.pop_all()
+
+    def _prepare(
+        self, checkpoint: Path | None, rewards: Sequence[str], prompts: str | Path | None
+    ) -> None:
+        """Policy, optimizer and sampler, from a checkpoint or new; checks prompts and rewards."""
+        args = self.args
         device = args.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,20 +130,17 @@ class CLPTrainer:
             self.policy = Policy.create(
                 # Functions given in Python cannot be named in a file; clp eval then asks for them.
                 args.model, list(self.reward_funcs), r=args.r,
-                rewards=args.rewards if reward_funcs is None else (),
-                lora_alpha=args.lora_alpha, dtype=dtype, device=device, seed=args.seed,
+                rewards=rewards, lora_alpha=args.lora_alpha, dtype=dtype, device=device,
+                seed=_seed(args.seed),
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
                 exclude_modules=args.exclude_modules,
             )  # fmt: skip
-            self.step = 0
+            self.progress = Progress()
         else:
             self.policy = Policy.load(checkpoint, dtype=dtype, device=device)
-            self.step = load_step(checkpoint)
+            self.progress = load_progress(checkpoint)
         if args.gradient_checkpointing:
-            network = self.policy.model
-            # transformers renamed it in 5.23.
-            enable = getattr(network, "activation_checkpointing_enable", None)
-            (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
+            checkpointed_layers(self.policy.model)
         self.parameters = self.policy.adapter_parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
@@ -110,22 +150,37 @@ class CLPTrainer:
         self.head = self.policy.head()
         # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
         self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
-        lines = _lines_until(self.run / "metrics.jsonl", self.step)
+        lines = lines_until(self.run / "metrics.jsonl", self.step)
         self.log_history: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        self.num_tokens = self.log_history[-1]["num_tokens"] if self.log_history else 0
-        for i, row in enumerate(self.rows):
-            prompt_text(row["prompt"], self.policy.tokenizer, f"train_dataset[{i}]")
+        self.rows = fitting_rows(
+            self.rows, self.policy, self.sampler, args.max_completion_length,
+            args.max_prompt_length, prompts,
+        )  # fmt: skip
         dry_call(
             self.reward_funcs, self.rows, self.policy.tokenizer, self.state,
             metric_names(self.policy.objectives),
         )  # fmt: skip
-        _claim_run(self.run, args)
 
     def train(self) -> Policy:
-        """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy."""
+        """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy.
+
+        A number that is not finite is null in metrics.jsonl.
+
+        Raises:
+            FloatingPointError: MOST_SKIPPED steps in a row had a loss or a gradient that is not
+                finite. The message names the last checkpoint.
+        """
+        with self.lock:
+            self._train()
+        return self.policy
+
+    def _train(self) -> None:
         args = self.args
+        found = checkpoints(self.run)
+        if found and load_progress(found[-1]).step > self.step:
+            raise ValueError(f"{self.run} has been trained further, to {found[-1].name}: resume it")
         for name in ("metrics.jsonl", "completions.jsonl"):
-            _cut_lines(self.run / name, self.step)
+            cut_lines(self.run / name, self.step)
         interval = 0.5 if sys.stderr.isatty() else 10
         bar = tqdm(
             total=args.max_steps, initial=self.step, desc="training", unit="step",
@@ -136,19 +191,25 @@ class CLPTrainer:
                 metrics = self.train_step()
                 metrics_file.write(json.dumps(metrics, allow_nan=False) + "\n")
                 metrics_file.flush()
-                bar.set_postfix(reward=f"{metrics['reward']:.3f}", kl=f"{metrics['kl']:.3f}")
+                shown = {k: v for k in ("reward", "kl") if (v := metrics[k]) is not None}
+                bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
                 bar.update()
+                self._check_progress()
                 if self.step % args.save_steps == 0 or self.step == args.max_steps:
                     # The metrics of a step reach the disk before a checkpoint that follows it.
                     os.fsync(metrics_file.fileno())
                     self.save()
         self.policy.save(self.run)
-        return self.policy
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
 
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
         return save_checkpoint(
-            self.run, self.step, self.policy, self.optimizer, self.args.save_total_limit
+            self.run, self.progress, self.policy, self.optimizer, self.args.save_total_limit
         )
 
     @property
@@ -163,14 +224,18 @@ class CLPTrainer:
         return TrainerState(
             epoch=self.step * epochs, global_step=self.step, max_steps=args.max_steps,
             num_train_epochs=math.ceil(args.max_steps * epochs), logging_steps=1,
-            save_steps=args.save_steps, num_input_tokens_seen=self.num_tokens,
+            save_steps=args.save_steps, num_input_tokens_seen=self.progress.num_tokens,
             log_history=list(self.log_history),
         )  # fmt: skip
 
     def train_step(self) -> dict[str, float | None]:
-        """One step: draw, sample, score, one gradient step. Returns the step's metrics."""
+        """One step: draw, sample, score, one gradient step. Returns the step's metrics.
+
+        If the loss or the gradient is not finite, parameters and optimizer stay as they are, and
+        `skipped_steps` counts the step. A metric that is not finite is None.
+        """
         start, args, step = time.perf_counter(), self.args, self.step
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(_seed(args.seed * 1_000_003 + step))
         weights = draw_weights(
             args.num_prompts, len(self.reward_funcs), args.dirichlet, args.corner_probability,
             generator,
@@ -194,21 +259,24 @@ class CLPTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss, stats = self._accumulate_gradients(rollout, weights)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.max_grad_norm)
-        if not bool(norm.isfinite()):
-            raise RuntimeError(
-                f"the gradient of step {step + 1} is not finite; lower learning_rate"
-            )
-        self.optimizer.step()
-        self.step += 1
-        self.num_tokens += int(rollout.batch.attention_mask.sum())
+        progress = self.progress
+        progress.step += 1
+        progress.num_tokens += int(rollout.batch.attention_mask.sum())
+        if math.isfinite(loss) and bool(norm.isfinite()):
+            self.optimizer.step()
+            progress.skipped_in_a_row = 0
+        else:
+            progress.skipped_steps += 1
+            progress.skipped_in_a_row += 1
         if rollout.log.extra:
             self._write_completions(rollout, rows)
-        metrics = {
-            "step": self.step, "loss": loss, "grad_norm": float(norm), "learning_rate": lr,
-            "num_tokens": self.num_tokens,
+        found = {
+            "step": progress.step, "loss": loss, "grad_norm": float(norm), "learning_rate": lr,
+            "num_tokens": progress.num_tokens, "skipped_steps": progress.skipped_steps,
             **rollout_metrics(rollout, weights, stats, self.policy.objectives),
             "step_time": time.perf_counter() - start,
         }  # fmt: skip
+        metrics = {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
         self.log_history.append(metrics)
         return metrics
 
@@ -231,11 +299,30 @@ class CLPTrainer:
     def _prompts_of(self, step: int) -> list[dict[str, Any]]:
         """The step's prompts: epochs of the data, each in an order of its own."""
         size, chosen = len(self.rows), []
+        orders: dict[int, Tensor] = {}
         for i in range(step * self.args.num_prompts, (step + 1) * self.args.num_prompts):
             epoch, place = divmod(i, size)
-            generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + 500_000 + epoch)
-            chosen.append(self.rows[int(torch.randperm(size, generator=generator)[place])])
+            if epoch not in orders:
+                seed = _seed(self.args.seed * 1_000_003 + 500_000 + epoch)
+                generator = torch.Generator().manual_seed(seed)
+                orders[epoch] = torch.randperm(size, generator=generator)
+            chosen.append(self.rows[int(orders[epoch][place])])
         return chosen
+
+    def _check_progress(self) -> None:
+        if self.progress.skipped_in_a_row < MOST_SKIPPED:
+            return
+        found = checkpoints(self.run)
+        last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"the loss or the gradient was not finite in {MOST_SKIPPED} steps in a row, up to step "
+            f"{self.step}; {last}. A lower learning_rate, or dtype float32, may help a new run"
+        )
+
+    def _checkpointing(self) -> AbstractContextManager[None]:
+        return (
+            checkpointing(self.policy.model) if self.args.gradient_checkpointing else nullcontext()
+        )
 
     def _accumulate_gradients(self, rollout: Rollout, weights: Tensor) -> tuple[float, TokenStats]:
         """Backward over micro-batches of whole groups; the loss and the detached token stats."""
@@ -246,7 +333,8 @@ class CLPTrainer:
         for first in range(0, args.num_prompts, groups):
             chosen = slice(first, first + groups)
             batch = rollout.batch.rows(slice(first * k, (first + groups) * k))
-            stats = token_stats(self.policy, batch, self.head, args.temperature)
+            with self._checkpointing():
+                stats = token_stats(self.policy, batch, self.head, args.temperature)
             kl = stats.kl.sum(1)
             advantages = rloo_advantages(
                 rewards[chosen], weights[chosen].to(kl.device), kl.detach().view(-1, k), args.alpha
@@ -295,60 +383,11 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _open_run(run: Path, args: CLPConfig) -> Path | None:
-    """Refuses a folder that holds another run; returns the checkpoint to resume from, if any."""
-    marks = ["config.yaml", "metrics.jsonl", "clp.json"]
-    config_file = run / "config.yaml"
-    if args.resume and config_file.is_file():
-        saved = load_config(config_file)
-        for name in CLPConfig.__dataclass_fields__:
-            before, now = getattr(saved, name), getattr(args, name)
-            if name not in _MAY_CHANGE and before != now:
-                raise ValueError(f"{run} was run with {name}={before!r}; resume asks for {now!r}")
-        found = checkpoints(run)
-        return found[-1] if found else None
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"output_dir {run} is not a folder")
-    held = [m for m in marks if (run / m).exists()] + [p.name for p in checkpoints(run)]
-    if held:
-        raise ValueError(
-            f"output_dir {run} holds another run ({held[0]}); choose another folder, or "
-            "resume=True (--resume) to continue it"
-        )
-    return None
-
-
-def _claim_run(run: Path, args: CLPConfig) -> None:
-    """Writes config.yaml, unless the run resumes one."""
-    config_file = run / "config.yaml"
-    if args.resume and config_file.is_file():
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    temporary = run / ".config.yaml.tmp"
-    temporary.write_text(args.to_yaml(), encoding="utf-8")
-    temporary.replace(config_file)
-
-
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The lines up to `step`, without a last line that a kill has cut short."""
-    kept: list[str] = []
-    if not path.exists():
-        return kept
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    return kept
-
-
-def _cut_lines(path: Path, step: int) -> None:
-    """Drops the lines after `step`, and a last line that a kill has cut short."""
-    if path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_lines_until(path, step)), encoding="utf-8")
-        temporary.replace(path)
+def _seed(number: int) -> int:
+    """A seed that PyTorch takes (below 2^64): the number itself, or 64 bits of its SHA-256."""
+    if number < 2**64:
+        return number
+    return int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big")
 
 
 def _lr_factor(step: int, args: CLPConfig) -> float:

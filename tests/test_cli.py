@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from clp import cli
+from clp.config import load_config
 
 SMALL = [
     "--num-prompts", "2", "--num-generations", "2", "--max-completion-length", "6",
@@ -34,6 +35,43 @@ def test_train_with_a_file_and_options(monkeypatch, tmp_path):
         "--output-dir", tmp_path / "r")  # fmt: skip
     saved = (tmp_path / "r/config.yaml").read_text()
     assert "alpha: 0.4" in saved and "r: 3" in saved and "seed: 5" in saved
+
+
+def test_resume_needs_the_folder_alone(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "r"
+    options = [*SMALL, "--alpha", "0.3", "--seed", "7", "--rewards", "brevity", "joy=sentiment"]
+    run(monkeypatch, "train", "--output-dir", folder, *options)
+    first = (folder / "metrics.jsonl").read_text()
+    folder = folder.rename(tmp_path / "moved")
+    run(monkeypatch, "train", "--output-dir", folder, "--resume")
+    assert (folder / "metrics.jsonl").read_text() == first
+    run(monkeypatch, "train", "--output-dir", folder, "--resume", "--max-steps", "2")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert lines[0] == first and len(lines) == 2
+    saved = load_config(folder / "config.yaml")
+    assert (saved.alpha, saved.seed, saved.max_steps) == (0.3, 7, 2)
+    assert saved.rewards == ["brevity", "joy=sentiment"]
+    # An option that is typed counts, even one that has its default.
+    for option, message in [
+        (["--alpha", "0.12"], "alpha=0.3; resume asks for 0.12"),
+        (["--max-steps", "1"], "max_steps=2; resume asks for 1"),
+        (["--rewards", "joy=brevity", "brevity=sentiment"], "as the reward of brevity"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, "train", "--output-dir", folder, "--resume", *option)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and message in error
+
+
+def test_a_training_that_diverges_ends_with_one_line(monkeypatch, capsys, tmp_path):
+    def diverge(self):
+        raise FloatingPointError("the last checkpoint is x")
+
+    monkeypatch.setattr("clp.train.CLPTrainer.train", diverge)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "train", "--output-dir", tmp_path / "r", *SMALL)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error == "clp train: error: the last checkpoint is x"
 
 
 def test_sample_from_prompts(monkeypatch, capsys, trained):

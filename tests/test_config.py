@@ -2,7 +2,8 @@
 
 import pytest
 
-from clp.config import CLPConfig, config_from, load_config
+from clp.config import LARGEST_LORA_ALPHA, LARGEST_R, CLPConfig, config_from, load_config
+from clp_kernels import peft_read
 
 
 def test_yaml_round_trip(tmp_path):
@@ -18,7 +19,19 @@ def test_unknown_key_names_the_closest_match(tmp_path):
         load_config(tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize("text", ["- 1\n", "a: [", "", "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- 1\n",
+        "a: [",
+        "",
+        "\x00",
+        "r: 2\nalpha: 0.1\nr: 3\n",
+        "model: " + "[" * 5000,
+        "seed: " + "9" * 5000,
+        "{[1]: 2}",
+    ],
+)
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"c\.yaml"):
@@ -58,6 +71,13 @@ def test_yaml_cannot_name_code(tmp_path):
         ("resume", 1, "resume must be bool"),
         ("prompts", 3, "prompts must be"),
         ("model", None, "model must be"),
+        ("max_prompt_length", 0, "max_prompt_length must be at least 1"),
+        ("max_prompt_length", True, "max_prompt_length must be int"),
+        ("max_prompt_length", 2.0, "max_prompt_length must be int"),
+        ("r", 4097, "r must be at most 4096, got 4097"),
+        ("lora_alpha", 1_000_001, "lora_alpha must be at most 1000000"),
+        ("learning_rate", 10**400, "range of a float"),
+        ("max_grad_norm", float("inf"), "finite and positive"),
     ],
 )
 def test_bad_values_are_refused(key, value, message):
@@ -66,4 +86,48 @@ def test_bad_values_are_refused(key, value, message):
 
 
 def test_an_integer_is_a_number():
-    assert config_from({"learning_rate": 1}).learning_rate == 1
+    value = config_from({"learning_rate": 1}).learning_rate
+    assert value == 1 and type(value) is float
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "0.1e-2", "10e-4", ".001", "1.0e-3", "+1e-3"])
+def test_numbers_are_those_of_yaml_1_2(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(f"learning_rate: {text}\n")
+    assert load_config(tmp_path / "c.yaml").learning_rate == 1e-3
+
+
+def test_text_that_looks_like_a_number_elsewhere_stays_text(tmp_path):
+    (tmp_path / "c.yaml").write_text('model: "1e-3"\noutput_dir: runs/1e-3\n')
+    config = load_config(tmp_path / "c.yaml")
+    assert (config.model, config.output_dir) == ("1e-3", "runs/1e-3")
+
+
+def test_a_float_is_no_number_of_steps(tmp_path):
+    (tmp_path / "c.yaml").write_text("max_steps: 1e3\n")
+    with pytest.raises(ValueError, match=r"max_steps must be int, got 1000\.0"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_key_that_stands_there_twice_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("r: 2\nalpha: 0.1\nr: 3\n")
+    with pytest.raises(ValueError, match="'r' stands there twice"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_the_bounds_are_those_of_the_loader():
+    assert (LARGEST_R, LARGEST_LORA_ALPHA) == (peft_read._MAX_RANK, peft_read._MAX_ALPHA)
+    CLPConfig(r=LARGEST_R, lora_alpha=LARGEST_LORA_ALPHA)
+
+
+def test_seeds_of_any_size():
+    assert CLPConfig(seed=10**40).seed == 10**40
+
+
+def test_of_run_is_the_runs_configuration(tmp_path):
+    (tmp_path / "config.yaml").write_text(CLPConfig(alpha=0.25, output_dir="moved").to_yaml())
+    config = CLPConfig.of_run(tmp_path, max_steps=300)
+    assert config == CLPConfig(alpha=0.25, output_dir=str(tmp_path), resume=True, max_steps=300)
+    with pytest.raises(ValueError, match="did you mean 'max_steps'"):
+        CLPConfig.of_run(tmp_path, max_step=300)
+    with pytest.raises(ValueError, match=r"config.yaml cannot be read"):
+        CLPConfig.of_run(tmp_path / "none")

@@ -1,5 +1,6 @@
 """The trainer: it learns, resumes exactly, survives kills and full disks, refuses bad input."""
 
+import copy
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from clp.config import CLPConfig
 from clp.evaluate import evaluate
 from clp.policy import Policy
 from clp.rewards import brevity, sentiment
+from clp.run_folder import cut_lines
 from clp.sampler import SamplingParams
 from clp.train import CLPTrainer
 from clp_kernels import dispatch
@@ -47,7 +49,7 @@ def test_metrics_have_trls_names(whole):
     rows = metrics(whole)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert set(rows[0]) == {
-        "step", "loss", "grad_norm", "learning_rate", "reward", "reward_std",
+        "step", "loss", "grad_norm", "learning_rate", "skipped_steps", "reward", "reward_std",
         "frac_reward_zero_std", "kl", "entropy", "completions/mean_length",
         "completions/min_length", "completions/max_length", "completions/clipped_ratio",
         "completions/mean_terminated_length", "completions/min_terminated_length",
@@ -63,8 +65,8 @@ def test_metrics_have_trls_names(whole):
 
 def test_the_run_folder_holds_policy_checkpoints_and_config(whole):
     assert sorted(p.name for p in whole.iterdir()) == [
-        "adapters", "checkpoint-000004", "checkpoint-000006", "clp.json", "config.yaml",
-        "metrics.jsonl",
+        ".lock", "adapters", "checkpoint-000004", "checkpoint-000006", "clp.json", "config.yaml",
+        "metrics.jsonl", "run.json",
     ]  # fmt: skip
     final, last = Policy.load(whole), Policy.load(whole / "checkpoint-000006")
     for a, b in zip(final.adapter_parameters().values(), last.adapter_parameters().values(),
@@ -184,6 +186,91 @@ def test_resume_of_another_configuration_is_refused(whole):
         CLPTrainer(args=config(whole, resume=True, alpha=0.77))
 
 
+def broken(trainer, bad_steps, value=float("nan")):
+    """Makes the gradient of one parameter wrong in these steps (from 1)."""
+    real = trainer._accumulate_gradients
+
+    def accumulate(rollout, weights):
+        result = real(rollout, weights)
+        if trainer.step + 1 in bad_steps:
+            next(iter(trainer.parameters.values())).grad.view(-1)[0] = value
+        return result
+
+    trainer._accumulate_gradients = accumulate
+    return trainer
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, value):
+    trainer = broken(CLPTrainer(args=config(tmp_path / "r")), {2, 3}, value)
+    trainer.train_step()
+    parameters = [p.clone() for p in trainer.parameters.values()]
+    moments = copy.deepcopy(trainer.optimizer.state_dict()["state"])
+    counts = [trainer.train_step()["skipped_steps"] for _ in range(2)]
+    assert counts == [1, 2] and trainer.progress.skipped_in_a_row == 2
+    assert all(map(torch.equal, parameters, trainer.parameters.values()))
+    after = trainer.optimizer.state_dict()["state"]
+    assert all(torch.equal(moments[i][k], after[i][k]) for i in moments for k in moments[i])
+    row = trainer.train_step()
+    assert row["skipped_steps"] == 2 and trainer.progress.skipped_in_a_row == 0
+    assert not all(map(torch.equal, parameters, trainer.parameters.values()))
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(tmp_path):
+    trainer = CLPTrainer(args=config(tmp_path / "r"))
+    real = trainer._accumulate_gradients
+    trainer._accumulate_gradients = lambda *a: (float("nan"), real(*a)[1])
+    before = [p.clone() for p in trainer.parameters.values()]
+    assert trainer.train_step()["skipped_steps"] == 1
+    assert all(map(torch.equal, before, trainer.parameters.values()))
+
+
+def test_skipped_steps_are_resumed_exactly_and_their_metrics_are_json(tmp_path):
+    broken(CLPTrainer(args=config(tmp_path / "a")), {2, 3, 5}).train()
+    cut = broken(CLPTrainer(args=config(tmp_path / "b")), {2, 3, 5})
+    real, done = cut.train_step, []
+
+    def stopping():
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real()
+
+    cut.train_step = stopping
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    broken(CLPTrainer(args=config(tmp_path / "b", resume=True)), {2, 3, 5}).train()
+    rows = metrics(tmp_path / "a")
+    assert metrics(tmp_path / "b") == rows
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 2, 2, 3, 3]
+    assert rows[1]["grad_norm"] is None and "NaN" not in (tmp_path / "a/metrics.jsonl").read_text()
+
+
+def test_many_skipped_steps_in_a_row_end_the_run_and_name_the_checkpoint(tmp_path):
+    args = config(tmp_path / "r", max_steps=30, num_prompts=1, num_generations=2)
+    trainer = broken(CLPTrainer(args=args), set(range(4, 31)))
+    with pytest.raises(FloatingPointError, match=r"10 steps in a row.*step 13.*checkpoint-000012"):
+        trainer.train()
+    assert len(metrics(tmp_path / "r")) == 13
+    Policy.load(tmp_path / "r/checkpoint-000012")
+
+
+def test_seeds_of_any_size(tmp_path):
+    rows = []
+    for seed in (2**70, 2**70 + 1, 2**70 + 2**64):
+        trainer = CLPTrainer(args=config(tmp_path / str(seed), seed=seed, max_steps=1))
+        rows.append(trainer.train_step()["reward"])
+    assert len(set(rows)) == 3
+
+
+def test_the_metrics_of_a_run_are_cut_at_newlines_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1, "a": "x\u2028y"}', "5", "[1]", '{"a": 1}', '{"step": 2}', '{"step": 3}']
+    path.write_text("\n".join(lines) + '\n{"step": 2, "lo')
+    cut_lines(path, 2)
+    assert path.read_text() == '{"step": 1, "a": "x\u2028y"}\n{"step": 2}\n'
+
+
 @pytest.mark.parametrize("mark", ["config.yaml", "metrics.jsonl", "clp.json"])
 def test_a_folder_that_holds_another_run_is_refused_and_untouched(tmp_path, mark):
     (tmp_path / mark).write_text("precious")
@@ -262,9 +349,7 @@ def test_python_interface_with_functions_and_columns(tmp_path):
 def test_bad_arguments_leave_no_run_behind(tmp_path, keywords, message):
     with pytest.raises(ValueError, match=message):
         CLPTrainer(args=config(tmp_path / "x"), **keywords)
-    assert not (tmp_path / "x" / "metrics.jsonl").exists()
-    if "model" not in keywords:
-        assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x").exists()
 
 
 def test_training_steers(tmp_path):

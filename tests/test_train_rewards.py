@@ -246,7 +246,9 @@ def test_conversations(tmp_path, chat_model):
 
 
 def test_conversations_without_a_template_leave_no_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"train_dataset\[0\] is a conversation, .* no chat templ"):
+    with pytest.raises(
+        ValueError, match=r"train_dataset\[0\]: prompt is a conversation, .* no chat t"
+    ):
         make(tmp_path / "r", [brevity], conversations(ROWS))
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,65 @@
+"""Gradient checkpointing of a model in eval mode.
+
+transformers checkpoints a layer only while `layer.training` is True, and then the layer's own
+dropout is on as well (OPT's reads `self.training`). A policy's model stays in eval mode, so that
+its log-probabilities are those that the sampler drew with; here its layers checkpoint in that mode.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch.utils.checkpoint
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that `checkpointing` is about: those that transformers would checkpoint.
+
+    Raises: ValueError if the model has none.
+    """
+    layers: list[nn.Module] = [
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
+    if not layers:
+        raise ValueError(
+            f"gradient_checkpointing: {type(model).__name__} has no layers that transformers can "
+            "checkpoint"
+        )
+    return layers
+
+
+@contextmanager
+def checkpointing(model: nn.Module) -> Iterator[None]:
+    """Context in which each layer saves its inputs alone and runs again in the backward.
+
+    Enter it outside `steer`: that makes the recomputation run with the weights of its forward, also
+    after both contexts have ended. Gradients have the bits of those without it. No layer changes
+    its mode, and afterwards the model is as it was before.
+    """
+    layers = checkpointed_layers(model)
+    # No random number is drawn in eval mode, so that there is no state to keep.
+    checkpoint = partial(
+        torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False
+    )
+    names = ("forward", "_gradient_checkpointing_func")
+    before = [{n: m.__dict__[n] for n in names if n in m.__dict__} for m in layers]
+    try:
+        for layer in layers:
+            # By this name `steer` finds the function and hands it the rows.
+            layer._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]
+            layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer, attributes in zip(layers, before, strict=True):
+            for name in names:
+                layer.__dict__.pop(name, None)
+            layer.__dict__.update(attributes)
+
+
+def _forward(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)

@@ -1,0 +1,98 @@
+"""The lengths of a training's prompts, looked at before it begins."""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from clp.policy import Policy
+from clp.rollout import row_ids
+from clp.sampler import Sampler, SamplingParams
+
+
+def fitting_rows(
+    rows: Sequence[dict[str, Any]],
+    policy: Policy,
+    sampler: Sampler,
+    max_completion_length: int,
+    max_prompt_length: int | None = None,
+    path: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """The rows whose prompts fit the model's context together with a completion.
+
+    Args:
+        rows: The prompts and their columns.
+        policy, sampler: What will sample from them.
+        max_completion_length: Tokens of a completion at most.
+        max_prompt_length: Leaves out prompts of more tokens and says on standard error how many;
+            None: a prompt that is too long is an error.
+        path: The file that the rows are from, for messages; None for rows given in Python.
+
+    Raises:
+        ValueError: a prompt that is too long for the context or for the sampler's cache, without
+            tokens, or refused by the chat template, with its file and line; a max_prompt_length
+            that is larger than what fits; no prompt that is left.
+    """
+    most = policy.context_length - max_completion_length
+    context = (
+        f"the model's context of {policy.context_length} tokens less "
+        f"max_completion_length={max_completion_length}"
+    )
+    if most < 1:
+        raise ValueError(f"max_completion_length leaves no room for a prompt: {context} is {most}")
+    if max_prompt_length is not None and max_prompt_length > most:
+        raise ValueError(
+            f"max_prompt_length must be at most {most} ({context}), got {max_prompt_length}"
+        )
+    # Shown only if it takes long.
+    shown = tqdm(rows, desc="prompt lengths", unit="prompt", delay=2, leave=False)
+    lengths: list[int] = []
+    for i, row in enumerate(shown):
+        try:
+            lengths.append(len(row_ids(policy, row)))
+        except ValueError as error:
+            raise ValueError(f"{_place(i, path)}: {error}") from error
+    if 0 in lengths:
+        raise ValueError(f"{_place(lengths.index(0), path)}: the prompt has no tokens")
+    limit = most if max_prompt_length is None else max_prompt_length
+    fits = [length <= limit for length in lengths]
+    dropped = fits.count(False)
+    if dropped and max_prompt_length is None:
+        first = fits.index(False)
+        raise ValueError(
+            f"{_place(first, path)}: the prompt has {lengths[first]} tokens, at most {most} fit "
+            f"({context}); {dropped} of {len(rows)} prompts are too long, and max_prompt_length "
+            "(--max-prompt-length) leaves them out"
+        )
+    if dropped == len(rows):
+        raise ValueError(f"all {len(rows)} prompts have more than {limit} tokens")
+    if dropped:
+        text = f"left out {dropped} of {len(rows)} prompts: they have more than {limit} tokens"
+        tqdm.write(text, file=sys.stderr)
+    longest = max((length, i) for i, length in enumerate(lengths) if fits[i])[1]
+    _try(policy, sampler, rows[longest], max_completion_length, _place(longest, path))
+    return [row for row, fit in zip(rows, fits, strict=True) if fit]
+
+
+def _try(policy: Policy, sampler: Sampler, row: Any, max_tokens: int, place: str) -> None:
+    """Submits the longest prompt, to see that its keys and values fit the cache."""
+    count = len(policy.objectives)
+    try:
+        request = sampler.submit(
+            row_ids(policy, row), [1 / count] * count, SamplingParams(max_tokens=max_tokens)
+        )
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    sampler.cancel(request)
+
+
+def _place(index: int, path: str | Path | None) -> str:
+    """Where a row is: the file and the line of the index-th object in it."""
+    if path is None:
+        return f"train_dataset[{index}]"
+    lines = enumerate(Path(path).read_bytes().split(b"\n"), start=1)
+    filled = (number for number, line in lines if line.strip())
+    return f"{path}:{next(itertools.islice(filled, index, None))}"

@@ -1,0 +1,268 @@
+"""The folder of a run: who may use it, and whether a run to resume is the same one.
+
+config.yaml has the run's settings. run.json has what they do not say and what must not change
+either: the order of the objectives, what each reward is, and the content of the prompts. While a
+training uses the folder it holds .lock, which says who that is.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from clp.checkpoint import checkpoints
+from clp.config import CLPConfig, load_config
+from clp.files import hold, write_whole
+from clp.policy import read_card
+from clp.rewards import BUILTIN, RewardFunc
+
+_FORMAT = 1
+# What a resumed run may have otherwise: where it lives, how often it saves, and what does not
+# change a bit of the result.
+_MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device", "eval_prompts",
+               "gradient_checkpointing"}  # fmt: skip
+# Compared by their content.
+_IN_RUN_JSON = {"rewards", "prompts"}
+# What transformers reads of a model's folder.
+_MODEL_FILES = {".json", ".safetensors", ".txt", ".model"}
+
+
+class RunLock:
+    """The lock of a run's folder; released by `release`, with the object, or with the process."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._close: weakref.finalize[..., RunLock] | None = None
+
+    def acquire(self) -> None:
+        """Takes the lock, unless it is held by this object; the folder must exist.
+
+        Raises: ValueError if another one holds it, with its process, host and time.
+        """
+        if self._close is not None and self._close.alive:
+            return
+        handle = os.open(self.run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        if not hold(handle):
+            holder = os.pread(handle, 1000, 0).decode("utf-8", "replace").strip()
+            os.close(handle)
+            raise ValueError(f"output_dir {self.run} is in use by another training ({holder})")
+        self._close = weakref.finalize(self, os.close, handle)
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        os.ftruncate(handle, 0)
+        os.write(
+            handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode()
+        )
+
+    def release(self) -> None:
+        """Gives the lock back; does nothing if it is not held."""
+        if self._close is not None:
+            self._close()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run learns from.
+
+    Attributes:
+        rewards: For each objective, in the order of the weights' columns, the built-in's name,
+            "classifier:SHA-256#label" with that of the folder's files, or None for a function given
+            in Python, of which the name is all that can be compared.
+        prompts: SHA-256 of the prompts and their other columns, in order; None if unknown.
+    """
+
+    rewards: dict[str, str | None]
+    prompts: str | None
+
+    @classmethod
+    def of(
+        cls,
+        reward_funcs: Mapping[str, RewardFunc],
+        specs: Sequence[str] | None,
+        rows: Sequence[dict[str, Any]],
+    ) -> "Inputs":
+        """Those of functions, the specifications they come from (None: given in Python), prompts.
+
+        Arrays in the prompts' columns count as lists, and of other values that JSON does not have
+        the type alone counts.
+        """
+        rewards: dict[str, str | None] = {}
+        if specs is None:
+            for name, function in reward_funcs.items():
+                found = (known for known, builtin in BUILTIN.items() if builtin is function)
+                rewards[name] = next(found, None)
+        else:
+            rewards |= _rewards_of(specs)
+        digest = hashlib.sha256()
+        for row in rows:
+            columns = [[name, row[name]] for name in sorted(row)]
+            text = json.dumps(columns, skipkeys=True, default=_plain)
+            digest.update(text.encode() + b"\n")
+        return cls(rewards, digest.hexdigest())
+
+
+def check_free(run: Path) -> None:
+    """Raises: ValueError if the folder holds a run, or is none."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"output_dir {run} is not a folder")
+    marks = ["config.yaml", "metrics.jsonl", "clp.json"]
+    held = [m for m in marks if (run / m).exists()] + [p.name for p in checkpoints(run)]
+    if held:
+        raise ValueError(
+            f"output_dir {run} holds another run ({held[0]}); choose another folder, or "
+            "resume=True (--resume) to continue it"
+        )
+
+
+def claim(lock: RunLock, args: CLPConfig, inputs: Inputs, *, new: bool) -> None:
+    """Takes the folder for a run, or writes what a resumed run has otherwise than before.
+
+    Raises: ValueError if it is in use, or a new run finds one there; OSError if it cannot be
+        written. Then it is as it was, but for the folder itself.
+    """
+    run = lock.run
+    run.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+    if new:
+        check_free(run)
+    record = {"format": _FORMAT, "rewards": inputs.rewards, "prompts_sha256": inputs.prompts}
+    write_whole(run / "run.json", (json.dumps(record, indent=2) + "\n").encode())
+    # The last file: without it there is no run in the folder.
+    write_whole(run / "config.yaml", replace(args, resume=False).to_yaml().encode())
+
+
+def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, Inputs, Path | None]:
+    """The settings and the inputs of the run in a folder, if args and `now` are to continue it.
+
+    Returns: args with the rewards in the run's order, the run's inputs, and its last checkpoint.
+
+    Raises: ValueError if the run is another one, naming what differs.
+    """
+    saved, then, found = load_config(run / "config.yaml"), _read_inputs(run), checkpoints(run)
+    card = read_card(found[-1]) if found else None
+    if then is None:
+        then = _older_inputs(run, saved, now, card)
+    if card is not None and card["objectives"] != list(then.rewards):
+        own, recorded = ", ".join(card["objectives"]), ", ".join(then.rewards)
+        raise ValueError(f"{found[-1]} has the objectives {own}; {run / 'run.json'} has {recorded}")
+    skipped = _MAY_CHANGE | _IN_RUN_JSON if then.prompts else _MAY_CHANGE | {"rewards"}
+    for name in (field.name for field in fields(CLPConfig)):
+        before, asked = getattr(saved, name), getattr(args, name)
+        if name in skipped or before == asked or (name == "max_steps" and before < asked):
+            continue
+        grow = ", and max_steps may only grow" if name == "max_steps" else ""
+        raise ValueError(
+            f"{run} was run with {name}={before!r}; resume asks for {asked!r}{grow} (in Python, "
+            "CLPConfig.of_run has the settings of a run)"
+        )
+    if then.rewards.keys() != now.rewards.keys():
+        raise ValueError(
+            f"{run} was run with the objectives {', '.join(then.rewards)}; resume gives "
+            f"{', '.join(now.rewards)}"
+        )
+    for name, reward in then.rewards.items():
+        if reward != now.rewards[name]:
+            raise ValueError(
+                f"{run} was run with {_shown(reward)} as the reward of {name}; resume gives "
+                f"{_shown(now.rewards[name])}"
+            )
+    if then.prompts not in (None, now.prompts):
+        raise ValueError(f"{run} was run with other prompts: the content differs")
+    inputs = Inputs(then.rewards, now.prompts)
+    return replace(args, rewards=saved.rewards), inputs, found[-1] if found else None
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
+
+
+def _shown(reward: str | None) -> str:
+    return "a Python function" if reward is None else reward
+
+
+def _rewards_of(specs: Sequence[str]) -> dict[str, str]:
+    """Objective -> what its reward is, of specifications that load_rewards takes."""
+    found = {}
+    for spec in specs:
+        name, _, reward = spec.partition("=")
+        kind, _, target = (reward or name).partition(":")
+        if kind == "classifier":
+            path, mark, label = target.rpartition("#")
+            folder = Path(path if mark else target).expanduser()
+            kind = f"classifier:{_digest(folder)}{mark}{label if mark else ''}"
+        found[name] = kind
+    return found
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of the files of a model's folder: 0.5 to 2 s for each gigabyte."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in _MODEL_FILES):
+        with path.open("rb") as handle:
+            content = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_inputs(run: Path) -> Inputs | None:
+    path = run / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        raise ValueError(f"{path} must be an object with format {_FORMAT}")
+    rewards, prompts = record.get("rewards"), record.get("prompts_sha256")
+    if (
+        not isinstance(rewards, dict)
+        or not all(isinstance(value, str | None) for value in rewards.values())
+        or not isinstance(prompts, str)
+    ):
+        raise ValueError(f"{path} must hold rewards and prompts_sha256")
+    return Inputs(rewards, prompts)
+
+
+def _older_inputs(run: Path, saved: CLPConfig, now: Inputs, card: dict[str, Any] | None) -> Inputs:
+    """What is known of a run that was begun before run.json was written."""
+    if card is None:  # nothing has been learned from them
+        return replace(now, prompts=None)
+    warnings.warn(
+        f"{run} has no run.json: whether the prompts are those of before cannot be checked",
+        stacklevel=4,
+    )
+    specs = _rewards_of(saved.rewards) if card["rewards"] else now.rewards
+    return Inputs({name: specs.get(name) for name in card["objectives"]}, None)
+
+
+def lines_until(path: Path, step: int) -> list[bytes]:
+    """The lines of a JSON Lines file up to `step`, without one that a kill has cut short."""
+    kept: list[bytes] = []
+    if not path.exists():
+        return kept
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, KeyError):
+            continue
+    return kept
+
+
+def cut_lines(path: Path, step: int) -> None:
+    """Drops the lines after `step`, and one that a kill has cut short."""
+    if path.exists():
+        write_whole(path, b"".join(lines_until(path, step)))

@@ -1,0 +1,81 @@
+"""Checkpoints: what they hold, which folders are some, and parameters without a gradient."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from clp.checkpoint import (
+    Progress,
+    checkpoints,
+    load_optimizer,
+    load_progress,
+    save_checkpoint,
+)
+
+
+class Adapters:
+    """Stands for a policy: `used` gets a gradient at every step, `idle` at none or later."""
+
+    def __init__(self):
+        values = torch.Generator().manual_seed(0)
+        self.used, self.idle = (nn.Parameter(torch.randn(3, 2, generator=values)) for _ in range(2))
+        self.optimizer = torch.optim.AdamW([self.used, self.idle], lr=0.1, weight_decay=0.1)
+
+    def adapter_parameters(self):
+        return {"used": self.used, "idle": self.idle}
+
+    def save(self, folder):
+        self.saved = self.used.data.clone(), self.idle.data.clone()
+
+    def step(self, number, idle):
+        self.optimizer.zero_grad(set_to_none=True)
+        generator = torch.Generator().manual_seed(number)
+        for parameter in (self.used, self.idle) if idle else (self.used,):
+            parameter.grad = torch.randn(3, 2, generator=generator)
+        self.optimizer.step()
+
+
+def test_a_parameter_without_a_gradient_is_saved_and_resumed_exactly(tmp_path):
+    whole = Adapters()
+    for number in range(2):
+        whole.step(number, idle=False)
+    folder = save_checkpoint(tmp_path, Progress(2), whole, whole.optimizer, keep=2)
+    resumed = Adapters()
+    resumed.used.data, resumed.idle.data = whole.saved
+    load_optimizer(folder, resumed.adapter_parameters(), resumed.optimizer)
+    for number in range(2, 6):
+        for one in (whole, resumed):
+            one.step(number, idle=number > 3)
+        assert torch.equal(whole.used, resumed.used) and torch.equal(whole.idle, resumed.idle)
+
+
+def test_folders_with_other_names_are_no_checkpoints_and_stay(tmp_path):
+    odd = ["checkpoint-best", "checkpoint-", "checkpoint-3x", "checkpoint--1", "checkpoint-\u0663"]
+    for name in odd:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("mine")
+    (tmp_path / "checkpoint-9").mkdir()  # without state.json
+    (tmp_path / "checkpoint-8").write_text("a file")
+    adapters = Adapters()
+    adapters.step(0, idle=True)
+    for step in (9_999_999, 10_000_000, 5):
+        save_checkpoint(tmp_path, Progress(step), adapters, adapters.optimizer, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9999999", "checkpoint-10000000"]
+    assert all((tmp_path / name).exists() for name in [*odd, "checkpoint-8", "checkpoint-9"])
+
+
+def test_state(tmp_path):
+    (tmp_path / "state.json").write_text(json.dumps({"step": 3}))
+    assert load_progress(tmp_path) == Progress(3, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "[]", "{}", '{"step": "3"}', '{"step": true}', '{"step": -1}',
+             '{"step": 1, "stop": 2}', "\\xff"]
+)  # fmt: skip
+def test_a_damaged_state_is_refused_by_name(tmp_path, text):
+    (tmp_path / "state.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"state\.json"):
+        load_progress(tmp_path)

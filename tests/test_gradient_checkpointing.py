@@ -1,0 +1,160 @@
+"""Gradient checkpointing: layers recompute in eval mode, with the bits of the plain gradients."""
+
+import pytest
+import torch
+import torch.utils.checkpoint
+import transformers
+from torch.autograd.graph import saved_tensors_hooks
+
+import clp_kernels
+from clp.config import CLPConfig
+from clp.gradient_checkpointing import checkpointing
+from clp.policy import Policy
+from clp.rollout import Batch, token_stats
+from clp.train import CLPTrainer
+
+LAYERS = 3
+COMMON = {"vocab_size": 64, "max_position_embeddings": 64}
+WIDE = COMMON | {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+}  # fmt: skip
+# Dropouts are set where the architecture has them: they must stay off.
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**WIDE, attention_dropout=0.5),
+    "qwen3": transformers.Qwen3Config(**WIDE, attention_dropout=0.5),
+    "gemma3": transformers.Gemma3TextConfig(**WIDE, attention_dropout=0.5, sliding_window=4),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=64, n_positions=64, n_embd=32, n_layer=LAYERS, n_head=2, attn_pdrop=0.5,
+        resid_pdrop=0.5, embd_pdrop=0.5,
+    ),
+    "gpt_neox": transformers.GPTNeoXConfig(
+        **COMMON, hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS,
+        num_attention_heads=2, attention_dropout=0.5, hidden_dropout=0.5,
+    ),
+    "phi3": transformers.Phi3Config(
+        **WIDE, resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5, pad_token_id=0,
+    ),
+    "opt": transformers.OPTConfig(
+        **COMMON, hidden_size=32, ffn_dim=64, num_hidden_layers=LAYERS, num_attention_heads=2,
+        dropout=0.5, attention_dropout=0.5, layerdrop=0.5,
+    ),
+    "biogpt": transformers.BioGptConfig(
+        **COMMON, hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS,
+        num_attention_heads=2, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5,
+        activation_dropout=0.5, layerdrop=0.5,
+    ),
+}  # fmt: skip
+
+
+def make_policy(name):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
+    model.requires_grad_(False).eval()
+    targets = ["q_proj", "v_proj"] if name == "opt" else "all-linear"
+    generator = torch.Generator().manual_seed(0)
+    clp_kernels.inject(model, ["a", "b"], r=2, target_modules=targets, generator=generator)
+    policy = Policy(model, None, ["a", "b"], name)
+    for parameter in policy.adapter_parameters().values():
+        parameter.data.normal_(std=0.1)
+    return policy
+
+
+def batch():
+    ids = torch.randint(1, 64, (4, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    weights = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.5, 0.5], [0.0, 1.0]])
+    return Batch(ids, mask, torch.ones(4, 6, dtype=torch.bool), weights)
+
+
+def gradients(policy, recompute):
+    """Gradients by name, and the bytes that autograd holds between forward and backward."""
+    held = {}
+
+    def note(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    parameters = policy.adapter_parameters()
+    for parameter in policy.model.parameters():
+        parameter.grad = None
+    fixed = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        if recompute:
+            with checkpointing(policy.model):
+                stats = token_stats(policy, batch(), policy.head(), 1.0)
+        else:
+            stats = token_stats(policy, batch(), policy.head(), 1.0)
+    size = sum(n for place, n in held.items() if place not in fixed)
+    # Both contexts have ended, and other weights are set: the rows of the forward must return.
+    with policy.steer(torch.full((4, 2), 9.0)):
+        (stats.kl - stats.logprobs).sum().backward()
+    return {n: p.grad.clone() for n, p in parameters.items()}, size
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_are_the_plain_ones_to_the_bit_and_less_is_saved(name, monkeypatch):
+    policy = make_policy(name)
+    calls, real = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
+    before = [(set(vars(m)), m.training) for m in policy.model.modules()]
+    plain, plain_size = gradients(policy, False)
+    assert not calls
+    again, size = gradients(policy, True)
+    assert len(calls) == LAYERS
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[n], again[n]) for n in plain)
+    assert max(float(g.abs().max()) for g in plain.values()) > 0
+    # What is left: each layer's input, and what stands outside the layers.
+    assert size < 0.6 * plain_size
+    assert [(set(vars(m)), m.training) for m in policy.model.modules()] == before
+
+
+def test_the_dropout_of_these_models_is_not_zero():
+    """In train mode the same forward gives other values: the test above could fail."""
+    for name in ("gpt2", "gpt_neox", "opt", "biogpt"):
+        policy = make_policy(name)
+        with torch.no_grad(), policy.steer(batch().weights):
+            quiet = policy.hidden_states(batch().input_ids, batch().attention_mask)
+            policy.model.train()
+            assert not torch.equal(
+                quiet, policy.hidden_states(batch().input_ids, batch().attention_mask)
+            )
+
+
+def test_an_error_inside_leaves_the_model_as_it_was():
+    policy = make_policy("llama")
+    layer = policy.model.model.layers[0]
+    layer.forward = own = layer.forward  # such as accelerate's hooks put there
+    with pytest.raises(RuntimeError, match="halt"), checkpointing(policy.model):
+        assert layer.forward is not own
+        raise RuntimeError("halt")
+    assert layer.forward is own
+    assert not hasattr(layer, "_gradient_checkpointing_func")
+
+
+def test_a_model_without_such_layers_is_refused():
+    refused = pytest.raises(ValueError, match="gradient_checkpointing: Linear has no layers")
+    with refused, checkpointing(torch.nn.Linear(1, 1)):
+        pass
+
+
+def test_the_trainer_checkpoints_its_own_forwards_alone(tmp_path, monkeypatch):
+    calls, real = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
+    small = {"num_prompts": 4, "num_generations": 2, "max_completion_length": 6, "max_steps": 2,
+             "r": 2, "micro_batch_size": 4}  # fmt: skip
+    losses = []
+    for on in (False, True):
+        args = CLPConfig(output_dir=str(tmp_path / str(on)), gradient_checkpointing=on, **small)
+        trainer = CLPTrainer(args=args)
+        losses.append([trainer.train_step() for _ in range(2)])
+    layers = trainer.policy.model.config.num_hidden_layers
+    assert len(calls) == 2 * 2 * layers  # two steps of two micro-batches
+    for plain, own in zip(*losses, strict=True):
+        assert plain | {"step_time": 0} == own | {"step_time": 0}

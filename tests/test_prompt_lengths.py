@@ -1,0 +1,97 @@
+"""Prompts that are too long are found before a training begins."""
+
+import json
+
+import pytest
+
+from clp.config import CLPConfig
+from clp.policy import Policy
+from clp.prompt_lengths import fitting_rows
+from clp.sampler import Sampler
+from clp.train import CLPTrainer
+
+SMALL = {"num_prompts": 2, "num_generations": 2, "max_completion_length": 4, "max_steps": 1,
+         "r": 2}  # fmt: skip
+LONG = "Tom had a red kite. " * 200
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy.create("tiny", ["joy", "brief"], r=2)
+
+
+@pytest.fixture(scope="module")
+def length(policy):
+    return lambda text: len(policy.tokenizer(text)["input_ids"])
+
+
+def write(path, *prompts):
+    """With a blank line between the prompts."""
+    path.write_text("\n\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    return str(path)
+
+
+def test_a_prompt_that_is_too_long_is_named_by_file_and_line(tmp_path):
+    path = write(tmp_path / "p.jsonl", "Tom had a kite", LONG, "Mia was sad", LONG + "More")
+    args = CLPConfig(output_dir=str(tmp_path / "r"), prompts=path, **SMALL)
+    message = r"p\.jsonl:3: the prompt has \d+ tokens, at most \d+ fit .* 2 of 4 prompts"
+    with pytest.raises(ValueError, match=message):
+        CLPTrainer(args=args)
+    assert not (tmp_path / "r").exists()
+
+
+def test_rows_given_in_python_are_named_by_index(tmp_path):
+    args = CLPConfig(output_dir=str(tmp_path / "r"), **SMALL)
+    with pytest.raises(ValueError, match=r"train_dataset\[1\]: the prompt has"):
+        CLPTrainer(args=args, train_dataset=[{"prompt": "Tom"}, {"prompt": LONG}])
+
+
+def test_max_prompt_length_leaves_out_and_says_how_many(tmp_path, capsys, length):
+    short = ["Tom had a kite.", "Mia was sad."]
+    limit = max(map(length, short))
+    rows = [{"prompt": p} for p in (LONG, short[0], LONG, short[1], short[0] + " So")]
+    args = CLPConfig(output_dir=str(tmp_path / "r"), max_prompt_length=limit, **SMALL)
+    trainer = CLPTrainer(args=args, train_dataset=rows)
+    assert f"left out 3 of 5 prompts: they have more than {limit} tokens" in capsys.readouterr().err
+    assert [row["prompt"] for row in trainer.rows] == short
+    trainer.train()
+    # The prompts that were left out are part of what a resumed run is compared with.
+    again = CLPConfig.of_run(tmp_path / "r", max_steps=2)
+    trainer.lock.release()
+    with pytest.raises(ValueError, match="other prompts"):
+        CLPTrainer(args=again, train_dataset=[r for r in rows if r["prompt"] != LONG])
+    CLPTrainer(args=again, train_dataset=rows).train()
+
+
+def test_the_longest_prompt_that_fits_is_trained_on(tmp_path, policy, length):
+    """One token more is refused, in the sampler too."""
+    words = policy.context_length - 4 - length("Tom")
+    fitting = "Tom" + " a" * words
+    assert length(fitting) == policy.context_length - 4
+    args = CLPConfig(output_dir=str(tmp_path / "r"), **SMALL)
+    CLPTrainer(args=args, train_dataset=[{"prompt": fitting}]).train()
+    with pytest.raises(ValueError, match=r"train_dataset\[0\]: the prompt has"):
+        fitting_rows([{"prompt": fitting + " a"}], policy, Sampler(policy), 4)
+
+
+def test_a_prompt_that_does_not_fit_the_cache_is_refused(policy):
+    rows = [{"prompt": "Tom"}, {"prompt": "Tom had a red kite. " * 10}]
+    sampler = Sampler(policy, cache_gib=1e-4)
+    with pytest.raises(ValueError, match=r"train_dataset\[1\]: .*cache"):
+        fitting_rows(rows, policy, sampler, 4)
+    assert sampler.unfinished == 0
+
+
+def test_lengths_that_cannot_be_are_refused(policy, length, monkeypatch):
+    sampler, rows = Sampler(policy), [{"prompt": "Tom"}, {"prompt": "Tom had"}]
+    context = policy.context_length
+    with pytest.raises(ValueError, match="max_completion_length leaves no room for a prompt"):
+        fitting_rows(rows, policy, sampler, context)
+    with pytest.raises(ValueError, match=f"max_prompt_length must be at most {context - 4}"):
+        fitting_rows(rows, policy, sampler, 4, context - 3)
+    with pytest.raises(ValueError, match="all 2 prompts have more than"):
+        fitting_rows([{"prompt": LONG}] * 2, policy, sampler, 4, 3)
+    monkeypatch.setattr("clp.prompt_lengths.row_ids", lambda policy, row: [])
+    with pytest.raises(ValueError, match=r"train_dataset\[0\]: the prompt has no tokens"):
+        fitting_rows(rows, policy, sampler, 4)
+    assert sampler.unfinished == 0

@@ -1,0 +1,329 @@
+"""A run's folder: one training at a time, and a resumed run is the same run or refused."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clp.config import CLPConfig
+from clp.prompts import TRAIN_PROMPTS
+from clp.rewards import brevity, sentiment
+from clp.run_folder import Inputs, RunLock
+from clp.train import CLPTrainer
+
+SMALL = {
+    "num_prompts": 2, "num_generations": 2, "max_completion_length": 4, "max_steps": 4,
+    "save_steps": 2, "r": 2, "warmup_steps": 1,
+}  # fmt: skip
+ROWS = [{"prompt": f"Tom had {i} red kites.", "mood": i} for i in range(5)]
+
+
+def mood(prompts, completions, mood, **columns):
+    return [float(value) for value in mood]
+
+
+def config(folder, **changes):
+    return CLPConfig(output_dir=str(folder), **(SMALL | changes))
+
+
+def rows_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "step_time"} for line in lines]
+
+
+def cut(folder, *, step=2):
+    """Makes a finished run one that was stopped after its first checkpoint."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if checkpoint.name != f"checkpoint-{step:06d}":
+            shutil.rmtree(checkpoint)
+    (folder / "clp.json").unlink()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the default rewards, and one of Python functions, each with its metrics."""
+    root = tmp_path_factory.mktemp("finished")
+    CLPTrainer(args=config(root / "specs")).train()
+    CLPTrainer(
+        reward_funcs={"tone": sentiment, "mood": mood}, args=config(root / "python"),
+        train_dataset=ROWS,
+    ).train()  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """Copies of the two runs, stopped at step 2."""
+    shutil.copytree(finished, tmp_path / "runs")
+    for name in ("specs", "python"):
+        cut(tmp_path / "runs" / name)
+    return tmp_path / "runs"
+
+
+def test_reward_functions_in_another_order_go_to_their_own_adapters(finished, stopped):
+    trainer = CLPTrainer(
+        reward_funcs={"mood": mood, "tone": sentiment},
+        args=CLPConfig.of_run(stopped / "python"), train_dataset=ROWS,
+    )  # fmt: skip
+    assert list(trainer.reward_funcs) == list(trainer.policy.objectives) == ["tone", "mood"]
+    trainer.train()
+    assert rows_of(stopped / "python") == rows_of(finished / "python")
+
+
+def test_rewards_in_another_order_go_to_their_own_adapters(finished, stopped):
+    specs = ["brief=brevity", "joy=sentiment"]
+    trainer = CLPTrainer(args=CLPConfig.of_run(stopped / "specs", rewards=specs))
+    assert list(trainer.reward_funcs) == ["joy", "brief"]
+    trainer.train()
+    assert rows_of(stopped / "specs") == rows_of(finished / "specs")
+    again = CLPConfig.of_run(stopped / "specs")
+    assert again.rewards == specs[::-1]
+
+
+def test_built_in_functions_given_in_python_are_the_specifications(finished, stopped):
+    functions = {"brief": brevity, "joy": sentiment}
+    CLPTrainer(reward_funcs=functions, args=CLPConfig.of_run(stopped / "specs")).train()
+    assert rows_of(stopped / "specs") == rows_of(finished / "specs")
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["joy=sentiment", "short=brevity"],
+         "run with the objectives joy, brief; resume gives joy, short"),
+        (["joy=sentiment"], "run with the objectives joy, brief; resume gives joy"),
+        (["joy=brevity", "brief=sentiment"],
+         "run with sentiment as the reward of joy; resume gives brevity"),
+        (["joy=sentiment", "brief=readability"],
+         "run with brevity as the reward of brief; resume gives readability"),
+    ],
+)  # fmt: skip
+def test_other_rewards_are_refused(stopped, specs, message):
+    before = files(stopped)
+    with pytest.raises(ValueError, match=message):
+        CLPTrainer(args=CLPConfig.of_run(stopped / "specs", rewards=specs))
+    assert files(stopped) == before
+
+
+def test_other_functions_are_refused(stopped):
+    args = CLPConfig.of_run(stopped / "python")
+    refused = "objectives tone, mood; resume gives tone, brevity"
+    with pytest.raises(ValueError, match=refused):
+        CLPTrainer(reward_funcs={"tone": sentiment, "brevity": brevity}, args=args,
+                   train_dataset=ROWS)  # fmt: skip
+    with pytest.raises(ValueError, match=r"a Python function as the reward of mood; .* brevity"):
+        CLPTrainer(reward_funcs={"tone": sentiment, "mood": brevity}, args=args,
+                   train_dataset=ROWS)  # fmt: skip
+
+
+def test_prompts_are_compared_by_content(finished, stopped, tmp_path):
+    functions = {"tone": sentiment, "mood": mood}
+    args = CLPConfig.of_run(stopped / "python")
+    changed = [ROWS[0] | {"mood": 9}, *ROWS[1:]]
+    for rows in (changed, ROWS[::-1], ROWS[1:], [r | {"more": 1} for r in ROWS]):
+        with pytest.raises(ValueError, match="other prompts"):
+            CLPTrainer(reward_funcs=functions, args=args, train_dataset=rows)
+    # From a file, with another order of the columns: the same content.
+    lines = [json.dumps({"mood": r["mood"], "prompt": r["prompt"]}) + "\n" for r in ROWS]
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    args = CLPConfig.of_run(stopped / "python", prompts=str(tmp_path / "p.jsonl"))
+    CLPTrainer(reward_funcs=functions, args=args).train()
+    assert rows_of(stopped / "python") == rows_of(finished / "python")
+    # A file that changes under the same name.
+    (tmp_path / "p.jsonl").write_text("".join(lines).replace("kites", "boats"))
+    with pytest.raises(ValueError, match="other prompts"):
+        CLPTrainer(reward_funcs=functions, args=CLPConfig.of_run(stopped / "python"))
+
+
+def test_a_classifiers_files_are_part_of_the_reward(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"1")
+        (tmp_path / name / "config.json").write_bytes(b"{}")
+        (tmp_path / name / "README.md").write_bytes(name.encode())
+
+    def of(*specs):
+        return Inputs.of({}, specs, ROWS).rewards
+
+    first = of(f"x=classifier:{tmp_path / 'a'}#1", "brevity")
+    assert re.fullmatch("classifier:[0-9a-f]{64}#1", first["x"]) and first["brevity"] == "brevity"
+    assert of(f"x=classifier:{tmp_path / 'b'}#1", "brevity=brevity") == first
+    assert of(f"x=classifier:{tmp_path / 'a'}#2") != of(f"x=classifier:{tmp_path / 'a'}#1")
+    (tmp_path / "a/model.safetensors").write_bytes(b"2")
+    assert of(f"x=classifier:{tmp_path / 'a'}#1", "brevity") != first
+
+
+def test_values_that_json_lacks_do_not_stop_a_training():
+    np = pytest.importorskip("numpy")
+    rows = [{"prompt": "a", "x": object(), "y": np.arange(3), "z": {(1, 2): 3, None: {1}}}]
+    same = [{"z": {None: {2}}, "prompt": "a", "x": object(), "y": [0, 1, 2]}]
+    assert Inputs.of({}, [], rows) == Inputs.of({}, [], same)
+    assert Inputs.of({}, [], rows) != Inputs.of({}, [], [rows[0] | {"y": np.arange(1, 4)}])
+
+
+def test_a_run_that_is_older_than_run_json_is_resumed_with_a_warning(finished, stopped):
+    for name in ("specs", "python"):
+        (stopped / name / "run.json").unlink()
+    args = CLPConfig.of_run(stopped / "python")
+    functions = {"mood": mood, "tone": sentiment}
+    with pytest.warns(UserWarning, match=r"no run\.json"):
+        CLPTrainer(reward_funcs=functions, args=args, train_dataset=ROWS).train()
+    assert rows_of(stopped / "python") == rows_of(finished / "python")
+    specs = stopped / "specs"
+    for rewards, message in [
+        (["joy=brevity", "brief=sentiment"], "run with sentiment as the reward of joy"),
+        (["joy=sentiment", "short=brevity"], "objectives joy, brief; resume gives joy, short"),
+    ]:
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match=message):
+            CLPTrainer(args=CLPConfig.of_run(specs, rewards=rewards))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="run with prompts=None"):
+        CLPTrainer(args=CLPConfig.of_run(specs, prompts=str(TRAIN_PROMPTS)))
+
+
+def test_max_steps_may_grow_and_nothing_is_lost(finished, stopped):
+    specs = stopped / "specs"
+    with pytest.raises(ValueError, match="max_steps=4; resume asks for 3, and max_steps may only"):
+        CLPTrainer(args=CLPConfig.of_run(specs, max_steps=3))
+    CLPTrainer(args=CLPConfig.of_run(specs)).train()
+    CLPTrainer(args=CLPConfig.of_run(specs, max_steps=6, save_steps=3)).train()
+    rows = rows_of(specs)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[:4] == rows_of(finished / "specs")
+    # A linear decay to zero over six steps, the first of which warms up.
+    assert rows[4]["learning_rate"] == pytest.approx(2e-3 * (1 - 3 / 5))
+    saved = CLPConfig.of_run(specs)
+    assert (saved.max_steps, saved.save_steps) == (6, 3)
+
+
+def test_what_changes_no_bit_may_change(finished, stopped):
+    args = CLPConfig.of_run(
+        stopped / "specs", gradient_checkpointing=True, eval_prompts="held.jsonl", save_steps=1,
+        save_total_limit=5, device="cpu",
+    )  # fmt: skip
+    CLPTrainer(args=args).train()
+    assert rows_of(stopped / "specs") == rows_of(finished / "specs")
+    with pytest.raises(ValueError, match="micro_batch_size=128; resume asks for 2"):
+        CLPTrainer(args=CLPConfig.of_run(stopped / "specs", micro_batch_size=2))
+
+
+def files(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": "no/such/model"}, {"device": "nope"}, {"rewards": ["nope"]},
+     {"prompts": "none.jsonl"}, {"target_modules": ["nope"]}],
+)  # fmt: skip
+def test_a_start_that_fails_leaves_the_folder_as_it_was(tmp_path, changes):
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder in (tmp_path / "new", tmp_path):
+        with pytest.raises((ValueError, RuntimeError)):
+            CLPTrainer(args=config(folder, **changes))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    CLPTrainer(args=config(tmp_path))
+
+
+def test_a_resume_that_fails_leaves_the_folder_free_and_as_it_was(stopped):
+    before = files(stopped)
+    shutil.move(stopped / "specs/checkpoint-000002/adapters/joy", stopped / "joy")
+    for _ in range(2):  # and the lock is free again
+        with pytest.raises(ValueError, match="joy"):
+            CLPTrainer(args=CLPConfig.of_run(stopped / "specs"))
+    shutil.move(stopped / "joy", stopped / "specs/checkpoint-000002/adapters/joy")
+    assert files(stopped) == before
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_no_run(tmp_path, monkeypatch):
+    real = os.replace
+    for failing in ("run.json", "config.yaml"):
+
+        def full(self, target, failing=failing):
+            if Path(target).name == failing:
+                raise OSError(28, "No space left on device")
+            real(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", full)
+            with pytest.raises(OSError, match="No space"):
+                CLPTrainer(args=config(tmp_path / "r"))
+        assert not (tmp_path / "r/config.yaml").exists()
+        assert not list((tmp_path / "r").glob("*.tmp")) + list((tmp_path / "r").glob(".*.tmp"))
+    CLPTrainer(args=config(tmp_path / "r"))
+
+
+def test_two_trainings_in_one_folder(tmp_path):
+    first = CLPTrainer(args=config(tmp_path / "r", max_steps=1))
+    refused = rf"in use by another training \(process {os.getpid()} on .* since 20"
+    with pytest.raises(ValueError, match=refused):
+        CLPTrainer(args=CLPConfig.of_run(tmp_path / "r"))
+    first.train()
+    second = CLPTrainer(args=CLPConfig.of_run(tmp_path / "r", max_steps=2))
+    with pytest.raises(ValueError, match="in use by another training"):
+        first.train()
+    second.train()
+    with pytest.raises(ValueError, match="trained further, to checkpoint-000002"):
+        first.train()
+    assert [row["step"] for row in rows_of(tmp_path / "r")] == [1, 2]
+
+
+def test_of_two_new_trainings_one_gets_the_folder(tmp_path, monkeypatch):
+    """Both find it free, and load their models; the second to be ready is refused."""
+    real = CLPTrainer._prepare
+    won = []
+
+    def prepare(self, *args):
+        real(self, *args)
+        if not won:
+            won.append(1)
+            won.append(CLPTrainer(args=config(tmp_path / "r")))
+
+    monkeypatch.setattr(CLPTrainer, "_prepare", prepare)
+    with pytest.raises(ValueError, match="in use by another training"):
+        CLPTrainer(args=config(tmp_path / "r"))
+    won.pop().lock.release()
+    with pytest.raises(ValueError, match="holds another run"):
+        CLPTrainer(args=config(tmp_path / "r"))
+
+
+def test_a_lock_ends_with_its_process_however_it_ends(tmp_path):
+    script = f"""
+from pathlib import Path
+from clp.run_folder import RunLock
+lock = RunLock(Path({str(tmp_path)!r}))
+lock.acquire()
+print("held", flush=True)
+input()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    lock = RunLock(tmp_path)
+    with pytest.raises(ValueError, match=f"process {process.pid} on"):
+        lock.acquire()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with lock:
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+        with pytest.raises(ValueError, match="in use"):
+            RunLock(tmp_path).acquire()
+    RunLock(tmp_path).acquire()  # and with its object
+    RunLock(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "rewards": [1]}'])
+def test_a_damaged_run_json_is_refused_by_name(stopped, text):
+    (stopped / "specs/run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json"):
+        CLPTrainer(args=CLPConfig.of_run(stopped / "specs"))
