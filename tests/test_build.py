@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -102,8 +103,9 @@ def test_setup_without_nvcc(tmp_path: Path) -> None:
     assert "warning:" not in output
 
 
-def test_source_distribution(tmp_path: Path) -> None:
-    """It holds all that a build needs, and nothing that a build or a run has left behind."""
+def test_distributions(tmp_path: Path) -> None:
+    """The source distribution holds all that a build needs, the wheel all that runs, and neither
+    what a build or a run has left behind. Whether it compiles is tests/newcomer.sh's question."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md",
@@ -118,14 +120,18 @@ def test_source_distribution(tmp_path: Path) -> None:
                  "clp/__pycache__/cli.cpython-311.pyc", "csrc/__pycache__/left.pyc"):  # fmt: skip
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_bytes(b"")
-    hook = "from setuptools import build_meta; build_meta.build_sdist('dist')"
-    subprocess.run([sys.executable, "-c", hook], cwd=copy, check=True, capture_output=True)
-    (archive,) = (copy / "dist").iterdir()
-    with tarfile.open(archive) as opened:
-        members = [m.name.partition("/")[2] for m in opened.getmembers() if m.isfile()]
-    extra = {"PKG-INFO", "setup.cfg"}
-    packed = {m for m in members if not m.startswith("clp_steer.egg-info/")}
-    assert packed == sources | extra
+    hook = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
+    environment = {**os.environ, "CXX": "/nonexistent/compiler"}
+    subprocess.run(
+        [sys.executable, "-c", hook], cwd=copy, env=environment, check=True, capture_output=True
+    )
+    with tarfile.open(next((copy / "dist").glob("*.tar.gz"))) as archive:
+        members = [m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()]
+    packed = {name for name in members if not name.startswith("clp_steer.egg-info/")}
+    assert packed == sources | {"PKG-INFO", "setup.cfg"}
+    with zipfile.ZipFile(next((copy / "dist").glob("*.whl"))) as wheel:
+        installed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert installed == {name for name in sources if name.startswith(("clp/", "clp_kernels/"))}
 
 
 # A Python that answers as another version does, and that makes an environment like itself.
