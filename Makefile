@@ -20,7 +20,7 @@ endif
 
 .venv/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) $(ANEW)
 ifdef ANEW
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clp needs Python 3.11 or later, $(PYTHON) is Python %d.%d: name another one, as in make dev PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "clp needs Python 3.11 to 3.14, $(PYTHON) is Python %d.%d: name another one, as in make dev PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv --clear .venv
 endif
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'

@@ -162,8 +162,8 @@ class TestMakeDev:
         for name in ("pyproject.toml", "constraints.txt", "setup.py", "CMakeLists.txt"):
             (self.folder / name).write_text("")
             os.utime(self.folder / name, (0, 0))
-        for name, version in (("python3", "3.9"), ("python3.12", "3.12"), ("python3.13", "3.13")):
-            program = tmp_path / name
+        for version in ("3.9", "3.12", "3.13", "3.15"):
+            program = tmp_path / ("python3" if version == "3.9" else f"python{version}")
             minor = version.replace(".", ", ")
             program.write_text(
                 FAKE_PYTHON.format(real=sys.executable, version=version, minor=minor)
@@ -190,10 +190,13 @@ class TestMakeDev:
         assert status == 2
         assert ran == []
         assert errors[0] == (
-            "clp needs Python 3.11 or later, python3 is Python 3.9: name another one, as in "
+            "clp needs Python 3.11 to 3.14, python3 is Python 3.9: name another one, as in "
             "make dev PYTHON=python3.12"
         )
         assert not (self.folder / ".venv").exists()
+        status, ran, errors = self.make("PYTHON=python3.15")
+        assert (status, ran) == (2, [])
+        assert errors[0].startswith("clp needs Python 3.11 to 3.14, python3.15 is Python 3.15:")
         # The next one starts over, and what it made is kept whatever python3 is.
         built = ["3.12 -m venv", "3.12 -m pip"]
         assert self.make("PYTHON=python3.12") == (0, built, [])

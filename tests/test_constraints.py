@@ -50,11 +50,13 @@ def resolve(python: str, platform: str) -> set[str]:
 
 
 def test_pythons() -> None:
-    """The classifiers name at least the oldest Python that is allowed, and all up to the newest."""
+    """The classifiers name the Pythons that `make dev` takes, from the oldest allowed on."""
     oldest = PROJECT["project"]["requires-python"].removeprefix(">=")
     minors = [int(version.removeprefix("3.")) for version in PYTHONS]
     assert PYTHONS[0] == oldest
-    assert minors == list(range(minors[0], minors[0] + len(minors)))
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    taken = f"(3, {minors[0]}) <= sys.version_info < (3, {minors[-1] + 1})"
+    assert taken in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
