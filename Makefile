@@ -2,15 +2,28 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: help dev demo test gate check tiny-model bench gpu clean
+.PHONY: help anew dev demo test gate check tiny-model bench gpu clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / — /'
 
-# Built once, and again when what it is built from changes.
-.venv/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
-	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/pip install -e '.[dev]'
+# Built once, and again if what it is built from changes. It is made anew if none is complete, or if
+# PYTHON= names another Python than its own; without PYTHON= it keeps its own.
+ITS_VERSION := -c 'import sys; print(sys.version)'
+ifeq ($(wildcard .venv/.ready),)
+ANEW := anew
+else ifneq ($(origin PYTHON),file)
+ifneq ($(shell $(PYTHON) $(ITS_VERSION)),$(shell $(BIN)/python $(ITS_VERSION)))
+ANEW := anew
+endif
+endif
+
+.venv/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) $(ANEW)
+ifdef ANEW
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "clp needs Python 3.11 to 3.14, $(PYTHON) is Python %d.%d: name another one, as in make dev PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear .venv
+endif
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
 dev: .venv/.ready  ## the environment: .venv with everything installed and the kernels built
@@ -27,11 +40,12 @@ test: .venv/.ready  ## the whole CPU test suite
 gate: .venv/.ready  ## compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU (4 minutes)
 	$(BIN)/python -m pytest -m gate tests/test_compile_gate.py
 
-check: .venv/.ready  ## ruff, mypy, import directions, README commands
+check: .venv/.ready  ## ruff, mypy, imports, README commands, pins against the package index
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_readme.py::test_commands_exist
+	$(BIN)/python -m pytest -m index tests/test_constraints.py
 
 tiny-model: .venv/.ready  ## make the embedded model again (about ten minutes)
 	$(BIN)/python scripts/tiny_model.py
@@ -47,4 +61,4 @@ gpu:             ## on a machine with a GPU: build in place, GPU tests, sanitize
 	$(PYTHON) -m bench.gpu
 
 clean:           ## remove what the other targets have made
-	rm -rf .venv build runs *.egg-info clp_kernels/*.so
+	rm -rf .venv build dist runs *.egg-info clp_kernels/*.so

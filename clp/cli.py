@@ -1,5 +1,6 @@
 """The command line: clp train | sample | eval | export | info."""
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -186,7 +187,11 @@ def main() -> None:
         print("clp: one policy for every trade-off between objectives\n")
         for run in COMMANDS.values():
             print(f"  {(run.__doc__ or '').splitlines()[0]}")
-        print("\nOptions of a command: clp COMMAND --help")
+        print("\nOptions of a command: clp COMMAND --help; the version: clp --version")
+        return
+    if name == "--version":
+        # Of what is installed: clp_kernels.__version__ would import torch.
+        print(f"clp {importlib.metadata.version('clp-steer')}")
         return
     if name not in COMMANDS:
         print(f"clp: unknown command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)

@@ -1,10 +1,13 @@
-"""Building: the CUDA source for every target without spills, and setup.py without a compiler."""
+"""Building: the CUDA source for every target without spills, setup.py without a compiler, the
+source distribution, and the environment of `make dev`."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -107,3 +110,134 @@ def test_setup_without_nvcc(tmp_path: Path) -> None:
     assert built == ["_cpu"]
     assert "CLP_KERNELS_SKIP_CUDA=1. Skipping clp_kernels._cuda" in output
     assert "warning:" not in output
+
+
+def test_distributions(tmp_path: Path) -> None:
+    """The source distribution holds all that a build needs, the wheel all that runs, and neither
+    what a build or a run has left behind. Whether it compiles is tests/newcomer.sh's question."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in", "README.md",
+                 "LICENSE", "CHANGELOG.md", "constraints.txt"):  # fmt: skip
+        shutil.copy(ROOT / name, copy)
+    # Bytecode and compiled modules stay behind here, so that those below are all there are.
+    made = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("clp", "clp_kernels", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, ignore=made)
+    sources = {f"{p.relative_to(copy)}" for p in copy.rglob("*") if p.is_file()}
+    for name in ("clp_kernels/_cpu.cpython-311-x86_64-linux-gnu.so", "csrc/left.so",
+                 "clp/__pycache__/cli.cpython-311.pyc", "csrc/__pycache__/left.pyc"):  # fmt: skip
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"")
+    hook = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
+    environment = {**os.environ, "CXX": "/nonexistent/compiler"}
+    subprocess.run(
+        [sys.executable, "-c", hook], cwd=copy, env=environment, check=True, capture_output=True
+    )
+    with tarfile.open(next((copy / "dist").glob("*.tar.gz"))) as archive:
+        members = [m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()]
+    packed = {name for name in members if not name.startswith("clp_steer.egg-info/")}
+    assert packed == sources | {"PKG-INFO", "setup.cfg"}
+    with zipfile.ZipFile(next((copy / "dist").glob("*.whl"))) as wheel:
+        installed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert installed == {name for name in sources if name.startswith(("clp/", "clp_kernels/"))}
+
+
+# A Python that answers as another version does, and that makes an environment like itself.
+FAKE_PYTHON = """#!/bin/sh
+case "$1 $2" in
+    -c*) exec {real} -c 'import sys
+sys.version_info, sys.version = ({minor},), "{version}"
+exec(sys.argv[1])' "$2" ;;
+    "-m venv")
+        for folder; do :; done
+        case "$*" in *--clear*) rm -rf "$folder" ;; esac
+        mkdir -p "$folder/bin" && cp "$0" "$folder/bin/python" ;;
+    "-m pip") [ ! -e offline ] || exit 1 ;;
+esac
+echo "{version} $*" >> log
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not on this machine")
+class TestMakeDev:
+    """`make dev` with fake Pythons, in a folder with a space in its name."""
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = tmp_path / "a folder"
+        self.folder.mkdir()
+        shutil.copy(ROOT / "Makefile", self.folder)
+        for name in ("pyproject.toml", "constraints.txt", "setup.py", "CMakeLists.txt"):
+            (self.folder / name).write_text("")
+            os.utime(self.folder / name, (0, 0))
+        for version in ("3.9", "3.12", "3.13", "3.15"):
+            program = tmp_path / ("python3" if version == "3.9" else f"python{version}")
+            minor = version.replace(".", ", ")
+            program.write_text(
+                FAKE_PYTHON.format(real=sys.executable, version=version, minor=minor)
+            )
+            program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        # What `make test PYTHON=...` hands to the make of a test.
+        for name in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "PYTHON"):
+            monkeypatch.delenv(name, raising=False)
+
+    def make(self, *arguments: str) -> tuple[int, list[str], list[str]]:
+        """Exit status, what ran (who made an environment or installed), lines of stderr."""
+        log = self.folder / "log"
+        log.unlink(missing_ok=True)
+        done = subprocess.run(
+            ["make", "dev", *arguments], cwd=self.folder, capture_output=True, text=True
+        )
+        lines = log.read_text().splitlines() if log.is_file() else []
+        steps = [" ".join(line.split()[:3]) for line in lines if "clp_kernels.info" not in line]
+        return done.returncode, steps, done.stderr.splitlines()
+
+    def test_an_unsupported_python_is_refused_before_anything_is_made(self) -> None:
+        status, ran, errors = self.make()
+        assert status == 2
+        assert ran == []
+        assert errors[0] == (
+            "clp needs Python 3.11 to 3.14, python3 is Python 3.9: name another one, as in "
+            "make dev PYTHON=python3.12"
+        )
+        assert not (self.folder / ".venv").exists()
+        status, ran, errors = self.make("PYTHON=python3.15")
+        assert (status, ran) == (2, [])
+        assert errors[0].startswith("clp needs Python 3.11 to 3.14, python3.15 is Python 3.15:")
+        # The next one starts over, and what it made is kept whatever python3 is.
+        built = ["3.12 -m venv", "3.12 -m pip"]
+        assert self.make("PYTHON=python3.12") == (0, built, [])
+        assert self.make() == (0, [], [])
+
+    def test_a_python_that_does_not_exist(self) -> None:
+        status, ran, errors = self.make("PYTHON=python3.99")
+        assert (status, ran) == (2, [])
+        assert re.search("python3.99: (not found|No such file)", errors[0])
+        assert not (self.folder / ".venv").exists()
+
+    def test_another_python_starts_over(self) -> None:
+        assert self.make("PYTHON=python3.12")[0] == 0
+        (self.folder / ".venv" / "of 3.12").touch()
+        assert self.make("PYTHON=python3.12") == (0, [], [])
+        assert self.make("PYTHON=python3.13") == (0, ["3.13 -m venv", "3.13 -m pip"], [])
+        assert not (self.folder / ".venv" / "of 3.12").exists()
+        # One that cannot be used leaves what there is.
+        assert self.make("PYTHON=python3")[:2] == (2, [])
+        assert self.make() == (0, [], [])
+
+    def test_an_interrupted_run_starts_over(self) -> None:
+        (self.folder / "offline").touch()
+        assert self.make("PYTHON=python3.12")[:2] == (2, ["3.12 -m venv"])
+        (self.folder / ".venv" / "half").touch()
+        (self.folder / "offline").unlink()
+        assert self.make("PYTHON=python3.13") == (0, ["3.13 -m venv", "3.13 -m pip"], [])
+        assert not (self.folder / ".venv" / "half").exists()
+
+    def test_a_change_of_what_it_is_made_from_installs_again(self) -> None:
+        assert self.make("PYTHON=python3.12")[0] == 0
+        os.utime(self.folder / ".venv" / ".ready", (1, 1))
+        os.utime(self.folder / "constraints.txt", (2, 2))
+        assert self.make() == (0, ["3.12 -m pip"], [])
+        assert self.make() == (0, [], [])

@@ -213,7 +213,7 @@ def test_info_prints_the_backends(monkeypatch, capsys):
 def test_help_lists_the_commands(monkeypatch, capsys):
     run(monkeypatch, "--help")
     out = capsys.readouterr().out
-    assert all(f"clp {name}" in out for name in cli.COMMANDS)
+    assert all(f"clp {name}" in out for name in [*cli.COMMANDS, "--version"])
 
 
 @pytest.mark.parametrize(
@@ -267,3 +267,12 @@ def test_help_is_immediate():
     code = "import sys, clp.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_version_is_immediate():
+    import clp_kernels
+
+    code = "import sys; from clp import cli; cli.main(); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"clp {clp_kernels.__version__}", "False"]

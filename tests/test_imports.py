@@ -1,10 +1,11 @@
-"""Who may import whom, what `import clp_kernels` loads, and that the README's commands exist."""
+"""Who may import whom, what `import clp_kernels` loads, and that what is imported is declared."""
 
 import ast
+import importlib.metadata
 import re
-import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,42 @@ def test_testing_needs_only_torch_and_the_standard_library() -> None:
     assert names - sys.stdlib_module_names == {"torch"}
 
 
+def declared(*extras: str) -> set[str]:
+    """Names, normalised, of the distributions that pyproject.toml asks for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = [project["dependencies"], *(project["optional-dependencies"][e] for e in extras)]
+    return {normal(re.match(r"[\w.-]+", line)[0]) for names in lists for line in names}
+
+
+def normal(name: str) -> str:
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def imported(*packages: str) -> set[str]:
+    """Names, normalised, of the distributions that the packages import anywhere."""
+    providers = importlib.metadata.packages_distributions()
+    here = {*PACKAGES, *sys.stdlib_module_names, *(p.stem for p in python_files(*PACKAGES))}
+    modules = {
+        module.split(".")[0]
+        for path in python_files(*packages)
+        for module, _ in imports(
+            ast.parse(path.read_text(encoding="utf-8")), packages[0], at_import_time=False
+        )
+    }
+    return {normal(providers.get(module, [module])[0]) for module in modules - here}
+
+
+def test_what_is_imported_is_declared() -> None:
+    """And nothing else. The code asks whether triton is there, which PyTorch brings on Linux."""
+    assert imported("clp", "clp_kernels") - {"triton"} == declared()
+
+
+def test_what_the_tools_import_is_declared() -> None:
+    """`dev` also holds commands, plugins and stubs that nothing imports."""
+    peers = {"cut-cross-entropy", "flashinfer", "liger-kernel", "vllm"}  # bench asks for them first
+    assert imported(*PACKAGES) - peers <= declared("dev")
+
+
 def test_the_import_scan_sees_what_it_must() -> None:
     source = """
 import os
@@ -109,76 +146,3 @@ def test_import_is_light() -> None:
 def test_no_file_has_a_name_that_explains_nothing() -> None:
     nameless = re.compile(r"_?(utils?|common|helpers?|misc|base)\.py")
     assert not [p for p in python_files(*PACKAGES) if nameless.fullmatch(p.name)]
-
-
-# The README.
-
-
-def commands(markdown: str) -> list[list[str]]:
-    """Each command of the ```bash blocks as words, without prompts, comments and variables."""
-    found = []
-    for block in re.findall(r"^```bash\n(.*?)^```", markdown, flags=re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            lexer = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars=True)
-            lexer.whitespace_split, words = True, []
-            for token in [*lexer, ";"]:
-                if token and set(token) <= set("&|;()"):
-                    while words and re.fullmatch(r"\w+=.*", words[0]):
-                        words.pop(0)
-                    if words:
-                        found.append(words)
-                    words = []
-                else:
-                    words.append(token)
-    return found
-
-
-def unknown(words: list[str]) -> str | None:
-    """What a command names that is not there: a make target, a clp command or a module."""
-    from clp.cli import COMMANDS
-
-    program = words[0].rsplit("/", 1)[-1]
-    if program == "make":
-        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-        targets = set(re.findall(r"^([\w.-]+):(?!=)", makefile, flags=re.M))
-        asked = [w for w in words[1:] if "=" not in w and not w.startswith("-")]
-        return next((t for t in asked if t not in targets), None)
-    if program == "clp" and len(words) > 1 and not words[1].startswith("-"):
-        return None if words[1] in COMMANDS else words[1]
-    if program.startswith("python") and words[1:2] == ["-m"]:
-        path = ROOT / words[2].replace(".", "/")
-        if path.parts[len(ROOT.parts)] not in PACKAGES:
-            return None
-        here = path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
-        return None if here else words[2]
-    return None
-
-
-def test_readme_commands_exist() -> None:
-    readme = ROOT / "README.md"
-    if not readme.is_file():
-        pytest.skip("there is no README.md yet")
-    found = commands(readme.read_text(encoding="utf-8"))
-    assert found, "README.md shows no command in a ```bash block"
-    assert not [words for words in found if unknown(words)]
-
-
-def test_the_readme_scan_sees_what_it_must() -> None:
-    text = """
-```bash
-make dev           # the environment
-$ SEED=1 make demo RUN=runs/a && .venv/bin/clp sample runs/a "Once; a time" \\
-    --weights joy=1
-```
-```python
-make nothing
-```
-"""
-    sample = [".venv/bin/clp", "sample", "runs/a", "Once; a time", "--weights", "joy=1"]
-    assert commands(text) == [["make", "dev"], ["make", "demo", "RUN=runs/a"], sample]
-    assert [unknown(words) for words in commands(text)] == [None, None, None]
-    assert unknown(["make", "-s", "nothing"]) == "nothing"
-    assert unknown(["clp", "fly", "runs/a"]) == "fly"
-    assert unknown(["python", "-m", "clp_kernels.nothing"]) == "clp_kernels.nothing"
-    assert unknown(["python", "-m", "clp_kernels.info"]) is None
-    assert unknown(["python", "-m", "pip", "install", "."]) is None
