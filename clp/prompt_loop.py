@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from typing import Any, TextIO
 
+from clp.json_lines import parse_json
 from clp.requests import SamplingParams
-from clp.sample_lines import parse_json
 from clp.sampler import Sampler
 from clp.weights import parse_weights
 

@@ -1,43 +1,43 @@
 """Reading prompts: JSON Lines, one object with a "prompt" (a text or a conversation) a line."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from clp.conversation import check_conversation, is_conversation
+from clp.json_lines import read_lines
 from clp.policy import TINY
 
 TRAIN_PROMPTS = TINY / "prompts.jsonl"
 HELDOUT_PROMPTS = TINY / "heldout.jsonl"
+# What reward functions are given beside the columns: a column of that name would replace it.
+ARGUMENTS = (
+    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
+)  # fmt: skip
 
 
-def load_prompts(path: str | Path, *, same_columns: bool = True) -> list[dict[str, Any]]:
+def load_prompts(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file: objects with "prompt" (text) and any columns the rewards use.
 
-    Args:
-        path: The file.
-        same_columns: Whether every row must have the columns of the first.
-
     Raises:
-        ValueError: a missing or empty file; a line that is not an object with a non-empty string
-            "prompt", or that lacks a column of the first line; with file and line number.
+        ValueError: a missing or empty file; a line that clp.json_lines refuses, that is not an
+            object with a non-empty string "prompt", or that lacks a column of the first line; a
+            column in ARGUMENTS; with file and line number.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts file {path} cannot be read: {error}") from error
+    path = Path(path).expanduser()
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-        rows.append(row)
-        _check_row(row, rows[0] if same_columns else row, f"{path}:{number}")
+    try:
+        with path.open("rb") as stream:
+            for line in read_lines(stream, f"prompts file {path}"):
+                where = f"{path}:{line.number}"
+                try:
+                    row = line.parse()
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from error
+                rows.append(row)
+                _check_row(row, rows[0], where)
+    except OSError as error:
+        raise ValueError(f"prompts file {path} cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"prompts file {path} holds no prompt")
     return rows
@@ -69,6 +69,18 @@ def _check_row(row: Any, first: Any, where: str) -> None:
         )
     if isinstance(prompt, str) != isinstance(first["prompt"], str):
         raise ValueError(f'{where}: "prompt" must be a text or a conversation as in the first row')
+    try:
+        for text in [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]:
+            text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f'{where}: "prompt" holds half of a surrogate pair: {prompt!a}') from None
+    if odd := [name for name in row if not isinstance(name, str)]:
+        raise ValueError(f"{where}: columns must have names, got {odd[0]!r}")
+    if taken := sorted(set(ARGUMENTS) & set(row)):
+        raise ValueError(
+            f"{where}: the column {taken[0]!r} must have another name: reward functions are given "
+            f"{', '.join(ARGUMENTS)} under these names"
+        )
     if set(row) != set(first):
         odd = sorted(set(row) ^ set(first))
         raise ValueError(f"{where}: columns differ from the first row's in {', '.join(odd)}")

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from clp.files import hold, write_whole
-from clp.sample_lines import Group, Line, Source, read_lines
+from clp.json_lines import Line, parse_json, read_lines
+from clp.sample_lines import Group, Source, completions_of
 
 FORMAT = 1
 # How every record begins (clp/sample_lines.py): a bad line's has an error as its third key.
@@ -120,14 +121,14 @@ def _recorded_seed(path: Path, run: Run) -> int:
     """The base seed of the sidecar. Raises: ValueError where it is not this run's."""
     meta = sidecar(path)
     try:
-        found = json.loads(meta.read_text(encoding="utf-8"))
+        found = parse_json(meta.read_bytes())
     except FileNotFoundError:
         raise ValueError(
             f"output {path} exists, and no {meta.name} says that a run can go on with it; it is "
             "not overwritten"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{meta} is not JSON: {error}") from error
+        raise ValueError(f"{meta}: {error}") from error
     kinds = {"format": int, "input_sha256": str, "policy_sha256": str, "options": dict,
              "base_seed": int}  # fmt: skip
     if not isinstance(found, dict) or any(type(found.get(k)) is not t for k, t in kinds.items()):
@@ -177,7 +178,7 @@ def _walk(path: Path, written: BinaryIO, lines: Iterator[Line], base_seed: int, 
     at = Start(base_seed, size=size)
     records = _records(path, written)
     for line in lines:
-        count, failed, record = line.completions(n), False, None
+        count, failed, record = completions_of(line, n), False, None
         for index in range(count):
             record = next(records, None)
             if record is None:

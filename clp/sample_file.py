@@ -7,8 +7,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from clp.json_lines import read_lines
 from clp.resumable_output import Run, Start, find_start, open_output, write_group
-from clp.sample_lines import Defaults, Group, Source, read_lines, sample_lines
+from clp.sample_lines import Defaults, Group, Source, completions_of, sample_lines
 from clp.sampler import Sampler
 
 
@@ -41,7 +42,7 @@ def sample_file(
     """
     n = defaults.params.n
     with source.open() as stream:
-        total = sum(line.completions(n) for line in read_lines(stream))
+        total = sum(completions_of(line, n) for line in read_lines(stream, source.name))
     if not total:
         raise ValueError(f"{source.name} holds no prompt")
     options = asdict(defaults.params) | {

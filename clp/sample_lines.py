@@ -9,15 +9,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from clp.json_lines import Line
 from clp.requests import MOST_COMPLETIONS, Completion, Request, SamplingParams
 from clp.sampler import Sampler
 
-# A longer line is a bad one, and is not read into memory: 2^20 token ids are 8 MB of text.
-MOST_LINE_BYTES = 2**26
 # Requests that wait, run, or wait to be given out, in batches: enough that a free slot finds one.
 QUEUED_BATCHES = 4
 
@@ -56,73 +55,15 @@ class Source(NamedTuple):
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-class Line(NamedTuple):
-    """A line that is not blank; of one beyond MOST_LINE_BYTES only the beginning."""
-
-    number: int  # from 1, blank ones counted
-    raw: bytes
-
-    def completions(self, n: int) -> int:
-        """Completions that it asks for: its own "n", else `n` (for a bad line too)."""
-        if b'"n"' not in self.raw:
-            return n
-        try:
-            own = self.parse().get("n")
-        except ValueError:
-            return n
-        return own if type(own) is int and 1 <= own <= MOST_COMPLETIONS else n
-
-    def parse(self) -> dict[str, Any]:
-        """The object. Raises: ValueError where it is none."""
-        if len(self.raw) > MOST_LINE_BYTES:
-            raise ValueError(f"longer than {MOST_LINE_BYTES} bytes")
-        try:
-            # A byte order mark is the encoding's, not the text's.
-            text = self.raw.decode("utf-8-sig" if self.number == 1 else "utf-8")
-            found = parse_json(text)
-        except ValueError as error:
-            raise ValueError(f"not JSON: {error}") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"expected an object, got {type(found).__name__}")
-        return found
-
-
-def read_lines(stream: BinaryIO) -> Iterator[Line]:
-    """The lines that are not blank, one at a time."""
-    number = 0
-    while raw := stream.readline(MOST_LINE_BYTES + 1):
-        number += 1
-        rest = raw
-        while not rest.endswith(b"\n") and (rest := stream.readline(2**20)):
-            pass
-        if raw.strip():
-            yield Line(number, raw)
-
-
-def parse_json(text: str) -> Any:
-    """Strict JSON: ValueError for NaN, Infinity, a key that is given twice, or deep nesting."""
+def completions_of(line: Line, n: int) -> int:
+    """Completions that a line asks for: its own "n", else `n` (for a bad line too)."""
+    if b'"n"' not in line.raw:
+        return n
     try:
-        return json.loads(
-            text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_distinct
-        )
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
-    return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is given twice")
-    return found
+        own = line.parse().get("n")
+    except ValueError:
+        return n
+    return own if type(own) is int and 1 <= own <= MOST_COMPLETIONS else n
 
 
 class Defaults(NamedTuple):
@@ -271,5 +212,5 @@ def _submit(sampler: Sampler, line: Line, defaults: Defaults, base_seed: int) ->
             row["weights"] = defaults.weights
         request = sampler.submit(row["prompt"], row["weights"], params, simplex=defaults.simplex)
     except (ValueError, TypeError) as error:
-        return _Pending(line, line.completions(defaults.params.n), row, None, str(error))
+        return _Pending(line, completions_of(line, defaults.params.n), row, None, str(error))
     return _Pending(line, params.n, row, request)

@@ -25,12 +25,8 @@ from torch import nn
 from transformers import TrainerState
 
 from clp.conversation import Messages, is_conversation
-from clp.prompts import columns
+from clp.prompts import ARGUMENTS, columns
 from clp.rewards import RewardFunc
-
-ARGUMENTS = (
-    "prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric",
-)  # fmt: skip
 
 
 @dataclass

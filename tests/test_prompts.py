@@ -1,8 +1,17 @@
 """Prompt files: rows and errors with line numbers."""
 
+import gzip
+
 import pytest
 
-from clp.prompts import HELDOUT_PROMPTS, TRAIN_PROMPTS, check_prompts, columns, load_prompts
+from clp.prompts import (
+    ARGUMENTS,
+    HELDOUT_PROMPTS,
+    TRAIN_PROMPTS,
+    check_prompts,
+    columns,
+    load_prompts,
+)
 
 
 def write(tmp_path, text):
@@ -31,6 +40,13 @@ def test_rows_and_columns(tmp_path):
         ('{"prompt": 3}', r'p\.jsonl:1: "prompt" must be'),
         ('{"prompt": "a", "x": 1}\n{"prompt": "b"}', r"p\.jsonl:2: columns differ .* in x"),
         ("\n\n", "holds no prompt"),
+        ('{"prompt": "a", "completions": 1}', r"p\.jsonl:1: the column 'completions' must have"),
+        ('{"prompt": "a", "x": NaN}', r"p\.jsonl:1: NaN is not a finite"),
+        ('{"prompt": "a", "x": 1e999}', r"p\.jsonl:1: 1e999 is not a finite"),
+        ('{"prompt": "a", "prompt": "b"}', r"p\.jsonl:1: 'prompt' is given twice"),
+        ('{"prompt": "a"}\n{"prompt": "\\ud800"}', r"p\.jsonl:2: .* half of a surrogate pair"),
+        ("[" * 200_000, r"p\.jsonl:1: nested too deeply"),
+        ('{"prompt": "a", "x": %s}' % ("1" * 5000), r"p\.jsonl:1: .*5000 digits"),
     ],
 )
 def test_malformed_lines_name_file_and_line(tmp_path, text, message):
@@ -38,12 +54,31 @@ def test_malformed_lines_name_file_and_line(tmp_path, text, message):
         load_prompts(write(tmp_path, text))
 
 
-def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_prompts(tmp_path / "none.jsonl")
+def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_prompts(tmp_path / "b.jsonl")
+    (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}'))
+    for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "b.jsonl", tmp_path / "z.jsonl.gz"):
+        with pytest.raises(ValueError, match=rf"prompts file {path} cannot be read"):
+            load_prompts(path)
+
+
+def test_line_ends_of_a_text_are_characters(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes('\ufeff{"prompt": "a\u2028b"}\r\n\r\n{"prompt": "c\u0085"}'.encode())
+    assert [r["prompt"] for r in load_prompts(path)] == ["a\u2028b", "c\x85"]
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    write(tmp_path, '{"prompt": "a"}')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_prompts("~/p.jsonl") == [{"prompt": "a"}]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_columns_that_reward_functions_are_given_anyway_are_refused(name):
+    with pytest.raises(ValueError, match=rf"train_dataset\[0\]: the column '{name}' must have"):
+        check_prompts([{"prompt": "a", name: 1}])
+    check_prompts([{"prompt": "a", "completion": 1, "reference": "x"}])
 
 
 def test_rows_given_in_python_are_checked_too():
@@ -51,6 +86,10 @@ def test_rows_given_in_python_are_checked_too():
         check_prompts([{"prompt": "a"}, {"prompt": None}])
     with pytest.raises(ValueError, match="holds no prompt"):
         check_prompts([])
+    with pytest.raises(ValueError, match=r"train_dataset\[0\]: columns must have names, got 3"):
+        check_prompts([{"prompt": "a", 3: 1}])
+    with pytest.raises(ValueError, match=r"train_dataset\[0\]: .* half of a surrogate pair"):
+        check_prompts([{"prompt": "a\udcff"}])
 
 
 def test_the_embedded_prompts_are_disjoint():

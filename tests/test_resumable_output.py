@@ -111,7 +111,7 @@ def test_an_output_without_sidecar_is_refused(path, source):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}'])
 def test_a_sidecar_that_is_none(path, source, whole, text):
     sidecar(path).write_text(text)
-    with pytest.raises(ValueError, match=r"meta\.json (is not JSON|must be an object)"):
+    with pytest.raises(ValueError, match=r"meta\.json(: not JSON| must be an object)"):
         find_start(path, RUN, source, 1)
 
 

@@ -6,16 +6,14 @@ import json
 import pytest
 from tqdm import tqdm
 
-from clp import sample_lines as module
+from clp.json_lines import Line, read_lines
 from clp.policy import Policy
 from clp.sample_lines import (
     Defaults,
-    Line,
     Source,
     check_defaults,
+    completions_of,
     line_seed,
-    parse_json,
-    read_lines,
     sample_lines,
 )
 from clp.sampler import Sampler, SamplingParams
@@ -43,46 +41,6 @@ def sampled(sampler, *rows, defaults=DEFAULTS, base_seed=1):
         return list(sample_lines(sampler, lines(*rows), defaults, base_seed, bar))
 
 
-def test_read_lines_counts_blank_lines_and_gives_the_others():
-    found = list(read_lines(io.BytesIO(b'{"a": 1}\n\n  \r\n{"a": 2}')))
-    assert [(line.number, line.parse()) for line in found] == [(1, {"a": 1}), (4, {"a": 2})]
-
-
-def test_a_byte_order_mark_is_no_error_in_the_first_line_only():
-    mark = "\ufeff".encode()
-    first, second = read_lines(io.BytesIO(mark + b'{"a": 1}\n' + mark + b'{"a": 2}\n'))
-    assert first.parse() == {"a": 1}
-    with pytest.raises(ValueError, match="not JSON"):
-        second.parse()
-
-
-def test_an_endless_line_is_cut_and_the_next_one_is_read(monkeypatch):
-    monkeypatch.setattr(module, "MOST_LINE_BYTES", 100)
-    big = json.dumps({"prompt": "x" * 3_000_000})
-    found = list(lines(big, {"prompt": "y"}))
-    assert [line.number for line in found] == [1, 2] and len(found[0].raw) == 101
-    with pytest.raises(ValueError, match="longer than 100 bytes"):
-        found[0].parse()
-    assert found[1].parse() == {"prompt": "y"}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("NaN", "NaN is not a finite"),
-        ("[-Infinity]", "-Infinity is not a finite"),
-        ("1e999", "1e999 is not a finite"),
-        ('{"a": 1, "b": 2, "a": 1}', "'a' is given twice"),
-        ("[" * 200_000, "nested too deeply"),
-        ("1" * 5000, "limit"),
-        ("", "Expecting value"),
-    ],
-)
-def test_json_is_strict(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_json(text)
-
-
 @pytest.mark.parametrize(
     ("raw", "count"),
     [
@@ -96,7 +54,7 @@ def test_json_is_strict(text, message):
     ],
 )
 def test_completions_of_a_line(raw, count):
-    assert Line(1, raw).completions(3) == count
+    assert completions_of(Line(1, raw), 3) == count
 
 
 def test_records_of_good_lines(sampler):

@@ -1,0 +1,122 @@
+"""JSON and JSON Lines from people's files: one strict reader for prompts, inputs and cards.
+
+A line ends at "\\n" (or "\\r\\n") and nowhere else: U+2028, U+0085 and the like are characters of a
+text. Files are UTF-8, with or without a byte order mark.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+# A longer line is a bad one, and is not read into memory: 2^20 token ids are 8 MB of text.
+MOST_LINE_BYTES = 2**26
+# Python itself nests a few hundred values, but not in every place: writing one back, or showing it
+# in a message, has less of the stack left than reading it had.
+MOST_NESTING = 100
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What files begin with that are no UTF-8 text.
+_OTHERS = {
+    b"\x1f\x8b": "compressed by gzip", b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"BZh": "compressed by bzip2", b"\xfd7zXZ\x00": "compressed by xz", b"PK\x03\x04": "a zip file",
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}  # fmt: skip
+
+
+class Line(NamedTuple):
+    """A line that is not blank; of one beyond MOST_LINE_BYTES only the beginning."""
+
+    number: int  # from 1, blank ones counted
+    raw: bytes
+
+    def parse(self) -> dict[str, Any]:
+        """The object. Raises: ValueError if the line is none."""
+        if len(self.raw) > MOST_LINE_BYTES:
+            raise ValueError(f"longer than {MOST_LINE_BYTES} bytes")
+        found = parse_json(self.raw)
+        if not isinstance(found, dict):
+            raise ValueError(f"expected an object, got {type(found).__name__}")
+        return found
+
+
+def read_lines(stream: BinaryIO, name: str = "the input") -> Iterator[Line]:
+    """The lines that are not blank, one at a time.
+
+    Raises: ValueError with the name if the stream is compressed or UTF-16.
+    """
+    number = 0
+    while raw := stream.readline(MOST_LINE_BYTES + 1):
+        number += 1
+        rest = raw
+        while not rest.endswith(b"\n") and (rest := stream.readline(2**20)):
+            pass
+        if number == 1:
+            for beginning, what in _OTHERS.items():
+                if raw.startswith(beginning):
+                    raise ValueError(f"{name} cannot be read: it is {what}, not UTF-8 text")
+            raw = raw.removeprefix(_BYTE_ORDER_MARK)
+        if raw.strip():
+            yield Line(number, raw)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A value in strict JSON, such as can be written back, shown and sent to a tokenizer.
+
+    Args:
+        text: Bytes are UTF-8.
+
+    Raises: ValueError for what is not JSON, NaN, Infinity, a number that is infinite as a float, a
+        key that is given twice, half of a surrogate pair, or values nested deeper than
+        MOST_NESTING.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        found = json.loads(
+            text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_distinct
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not JSON: byte {error.start + 1} is not UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"nested too deeply: more than {MOST_NESTING} levels") from None
+    # Most lines have neither, and are spared the walk: half a surrogate comes from an escape, or
+    # from a terminal whose bytes are no UTF-8.
+    if text.count("[") + text.count("{") > MOST_NESTING or "\\u" in text or not text.isascii():
+        _check_value(found)
+    return found
+
+
+def _check_value(value: Any) -> None:
+    waiting = [(value, 1)]
+    while waiting:
+        one, depth = waiting.pop()
+        if isinstance(one, str):
+            if not one.isascii():
+                try:
+                    one.encode()
+                except UnicodeEncodeError as error:
+                    half = f"\\u{ord(one[error.start]):04x}"
+                    raise ValueError(f"{half} is half of a surrogate pair") from None
+        elif isinstance(one, dict | list):
+            if depth > MOST_NESTING:
+                raise ValueError(f"nested too deeply: more than {MOST_NESTING} levels")
+            inner = [*one, *one.values()] if isinstance(one, dict) else one
+            waiting += [(item, depth + 1) for item in inner]
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice!r} is given twice")
+    return found
