@@ -16,6 +16,7 @@ from clp.policy import (
     end_ids,
     load_base,
     parameters_seen,
+    torch_device,
     vocab_size,
 )
 
@@ -101,8 +102,10 @@ class LogitMixture:
     ) -> "LogitMixture":
         """Reads the models, and the base, from folders or hub names.
 
-        Raises: ValueError as the constructor; one that cannot be loaded; different tokenizers.
+        Raises: ValueError as the constructor; one that cannot be loaded; different tokenizers; a
+            device that is not here.
         """
+        device = torch_device(device)
         loaded, tokenizer, first = {}, None, ""
         places = dict(models) | ({} if base is None else {"base": base})
         if base is not None and "base" in models:

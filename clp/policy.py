@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +16,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import clp_kernels
 from clp.decoder import Network
+from clp.json_lines import parse_json
+from clp.paths import model_location
 from clp_kernels.layers import steered_layers
 from clp_kernels.probe import check_start
 from clp_kernels.steering import SteeredLayer
 
 TINY = Path(__file__).parent / "tiny"
-# What transformers raises on a folder that is incomplete or damaged.
-LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError,
+# What transformers raises on a folder that is incomplete or damaged, or that needs a package which
+# is not here.
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError,
                safetensors.SafetensorError)  # fmt: skip
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+|[A-Za-z0-9][\w-]*")
 
 
 class Policy:
@@ -36,8 +37,8 @@ class Policy:
         tokenizer: Its tokenizer.
         objectives: Names, in the order of the columns of the weights.
         rewards: The reward specification of each objective, as given to training.
-        base_model: What the base was loaded from ("tiny", a path or a hub name); for a mixture of
-            whole models, what the first of them was.
+        base_model: What the base was loaded from ("tiny", an absolute path or a hub name); for a
+            mixture of whole models, what the first of them was.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class Policy:
 
         That is checked bit for bit on six tokens.
 
-        Raises: ValueError for a base that cannot be loaded, or that `clp_kernels.inject` or the
-            check refuses.
+        Raises: ValueError for a device that is not here (see torch_device), a base that cannot be
+            loaded, or that `clp_kernels.inject` or the check refuses.
         """
+        device, base_model = torch_device(device), model_location(base_model)
         model, tokenizer = load_base(base_model, dtype)
         generator = torch.Generator().manual_seed(seed)
         clp_kernels.inject(
@@ -102,16 +104,25 @@ class Policy:
 
         Raises:
             ValueError: no clp.json, a malformed one, an adapter that does not match its recorded
-                digest, or anything that clp_kernels.load_adapters refuses.
+                digest, a device that is not here, or anything that clp_kernels.load_adapters
+                refuses.
         """
-        directory = Path(directory)
+        directory, device = Path(directory), torch_device(device)
         card = read_card(directory)
         folders = [directory / "adapters" / name for name in card["objectives"]]
         for name, folder in zip(card["objectives"], folders, strict=True):
             found = _digest(folder)
             if found != card["adapters"].get(name):
                 raise ValueError(f"{folder} is not the adapter that {directory / 'clp.json'} names")
-        base = base_model or card["base_model"]
+        try:
+            base = model_location(base_model or card["base_model"])
+        except ValueError as error:
+            if base_model:
+                raise
+            raise ValueError(
+                f"{error}; {directory / 'clp.json'} names it, and base_model (--base-model) says "
+                "where it is now"
+            ) from error
         model, tokenizer = load_base(base, dtype)
         clp_kernels.load_adapters(model, folders)
         return cls(model.to(device), tokenizer, card["objectives"], base, card["rewards"])
@@ -135,10 +146,12 @@ class Policy:
 
         Raises:
             ValueError: no models, one that cannot be loaded, tokenizers with different
-                vocabularies, or anything that clp_kernels.mix_models refuses.
+                vocabularies, a device that is not here, or anything that clp_kernels.mix_models
+                refuses.
         """
         if not isinstance(models, Mapping) or not models:
             raise ValueError(f"models must map objectives to at least one model, got {models!r}")
+        device = torch_device(device)
         loaded = {name: load_base(source, dtype) for name, source in models.items()}
         first, *others = loaded
         vocabulary = loaded[first][1].get_vocab()
@@ -151,7 +164,7 @@ class Policy:
         model: Any = clp_kernels.mix_models(
             [model for model, _ in loaded.values()], list(loaded), conditioning=conditioning
         )
-        return cls(model.to(device), loaded[first][1], list(loaded), models[first])
+        return cls(model.to(device), loaded[first][1], list(loaded), model_location(models[first]))
 
     def save(self, directory: str | Path) -> None:
         """Writes adapters/<objective>/ as PEFT folders, then clp.json, which names their digests.
@@ -326,6 +339,32 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def torch_device(name: str | torch.device) -> torch.device:
+    """The device: "cpu", "cuda", "cuda:1" ..., or "auto": CUDA if there is one, else the CPU.
+
+    Raises: ValueError for a name that is none, or a device that PyTorch does not find here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        expected = '"auto", "cpu", "cuda" or "cuda:N"'
+        raise ValueError(f"device must be {expected}, got {name!r}") from None
+    if device.type == "cpu":
+        return device
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if here is None or here.type != device.type:
+        found = "none but the CPU" if here is None else f"the CPU and {here.type}"
+        raise ValueError(
+            f"device {str(device)!r} is not here: PyTorch {torch.__version__} finds {found}"
+        )
+    count = torch.accelerator.device_count()
+    if device.index is not None and device.index >= count:
+        raise ValueError(f"device {str(device)!r} is not here: there are {count}, counted from 0")
+    return device
+
+
 def model_path(name: str) -> str:
     """What transformers and PEFT load: the name itself (a path or hub name), or "tiny"'s folder."""
     return str(TINY) if name == "tiny" else name
@@ -335,13 +374,11 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The frozen base model in eval mode, and its tokenizer (with a padding token).
 
     Args:
-        name: "tiny" for the embedded model, else a path or hub name.
+        name: "tiny" for the embedded model, else a path or hub name (see clp.paths).
 
-    Raises: ValueError where it is not a transformers causal LM with its tokenizer.
+    Raises: ValueError if it is not a transformers causal LM with its tokenizer.
     """
-    path = model_path(name)
-    if not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
-        raise ValueError(f"model {name!r} is neither a folder nor a hub name such as org/model")
+    path = model_path(model_location(name))
     if (Path(path) / "adapter_config.json").exists():
         raise ValueError(f"model {name!r} is an adapter; give its base model, or a merged one")
     try:
@@ -384,17 +421,21 @@ def read_card(directory: Path) -> dict[str, Any]:
     """clp.json of a folder written by Policy.save. Raises: ValueError where it is malformed."""
     path = directory / "clp.json"
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        card = parse_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{directory} holds no policy: {path} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     want = {"base_model": str, "objectives": list, "rewards": list, "adapters": dict}
     if not isinstance(card, dict) or card.get("format") != 1:
         raise ValueError(f"{path} must be an object with format 1")
     for key, kind in want.items():
         if not isinstance(card.get(key), kind):
             raise ValueError(f"{path}: {key} must be a {kind.__name__}, got {card.get(key)!r}")
+    if not all(isinstance(spec, str) for spec in card["rewards"]):
+        raise ValueError(f"{path}: rewards must be a list of texts, got {card['rewards']!r}")
     names = card["objectives"]
     if not names or not all(isinstance(n, str) and n.isidentifier() for n in names):
         raise ValueError(f"{path}: objectives must be a list of names, got {names!r}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from clp.conversation import check_conversation, is_conversation
 from clp.json_lines import read_lines
+from clp.paths import home_expanded
 from clp.policy import TINY
 
 TRAIN_PROMPTS = TINY / "prompts.jsonl"
@@ -24,7 +25,7 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
             object with a non-empty string "prompt", or that lacks a column of the first line; a
             column in ARGUMENTS; with file and line number.
     """
-    path = Path(path).expanduser()
+    path = home_expanded(path)
     rows: list[dict[str, Any]] = []
     try:
         with path.open("rb") as stream:

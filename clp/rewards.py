@@ -20,6 +20,7 @@ import torch
 from rapidfuzz.distance import LCSseq
 
 from clp.conversation import Messages, is_conversation, message_text
+from clp.paths import classifier_source, home_expanded
 
 Texts = Sequence[str | Messages]
 RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -157,7 +158,7 @@ def classifier(
 
     from clp.policy import LOAD_ERRORS
 
-    folder = Path(path).expanduser()
+    folder = home_expanded(path)
     problem = f"{str(folder)!r} is not a folder with a sequence classifier: "
     if not (folder / "config.json").is_file():
         raise ValueError(f"{problem}it has no config.json")
@@ -234,7 +235,7 @@ BUILTIN: dict[str, RewardFunc] = {
 def load_rewards(specs: Sequence[str]) -> dict[str, RewardFunc]:
     """Objective name -> reward function, in the order of `specs`.
 
-    A spec is `[objective=]builtin` or `objective=classifier:PATH[#label]` (the last "#" counts);
+    A spec is `[objective=]builtin` or `objective=classifier:PATH[#label]` (see clp.paths);
     without `objective=` the name is the built-in's. Names become folders: `[A-Za-z_][A-Za-z0-9_]*`,
     at most 64 long, distinct even in lower case. ValueError names the faulty spec, and comes
     before any classifier is loaded.
@@ -251,7 +252,7 @@ def load_rewards(specs: Sequence[str]) -> dict[str, RewardFunc]:
         objective, reward = match.groups()
         kind, _, target = reward.partition(":")
         if kind == "classifier":
-            source = target.rsplit("#", 1)
+            source = [part for part in classifier_source(target) if part is not None]
             if objective is None or not all(source):
                 raise ValueError(f"reward {spec!r}: write objective=classifier:PATH[#label]")
             load = functools.partial(classifier, *source)

@@ -20,6 +20,7 @@ from typing import Any
 from clp.checkpoint import checkpoints
 from clp.config import CLPConfig, load_config
 from clp.files import hold, write_whole
+from clp.paths import classifier_source, home_expanded, located
 from clp.policy import read_card
 from clp.rewards import BUILTIN, RewardFunc
 
@@ -150,7 +151,8 @@ def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, I
 
     Raises: ValueError if the run is another one, naming what differs.
     """
-    saved, then, found = load_config(run / "config.yaml"), _read_inputs(run), checkpoints(run)
+    saved = located(load_config(run / "config.yaml"))
+    then, found = _read_inputs(run), checkpoints(run)
     card = read_card(found[-1]) if found else None
     if then is None:
         then = _older_inputs(run, saved, now, card)
@@ -199,9 +201,9 @@ def _rewards_of(specs: Sequence[str]) -> dict[str, str]:
         name, _, reward = spec.partition("=")
         kind, _, target = (reward or name).partition(":")
         if kind == "classifier":
-            path, mark, label = target.rpartition("#")
-            folder = Path(path if mark else target).expanduser()
-            kind = f"classifier:{_digest(folder)}{mark}{label if mark else ''}"
+            path, label = classifier_source(target)
+            kind = f"classifier:{_digest(home_expanded(path))}"
+            kind += "" if label is None else f"#{label}"
         found[name] = kind
     return found
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from clp.config import CLPConfig
 from clp.gradient_checkpointing import checkpointed_layers, checkpointing
 from clp.losses import policy_loss, rloo_advantages, scale_rewards
 from clp.metrics import metric_names, rollout_metrics
+from clp.paths import located
 from clp.policy import Policy
 from clp.prompt_lengths import fitting_rows
 from clp.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
@@ -90,7 +92,8 @@ class CLPTrainer:
     ) -> None:
         args = args or CLPConfig()
         if model is not None:
-            args.model = model
+            args = replace(args, model=model)
+        args = located(args)
         named = _named(reward_funcs, args)
         path = None
         if train_dataset is None:
@@ -121,23 +124,20 @@ class CLPTrainer:
     ) -> None:
         """Policy, optimizer and sampler, from a checkpoint or new; checks prompts and rewards."""
         args = self.args
-        device = args.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, args.dtype)
         if checkpoint is None:
             targets: str | list[str] = args.target_modules
             self.policy = Policy.create(
                 # Functions given in Python cannot be named in a file; clp eval then asks for them.
                 args.model, list(self.reward_funcs), r=args.r,
-                rewards=rewards, lora_alpha=args.lora_alpha, dtype=dtype, device=device,
+                rewards=rewards, lora_alpha=args.lora_alpha, dtype=dtype, device=args.device,
                 seed=_seed(args.seed),
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
                 exclude_modules=args.exclude_modules,
             )  # fmt: skip
             self.progress = Progress()
         else:
-            self.policy = Policy.load(checkpoint, dtype=dtype, device=device)
+            self.policy = Policy.load(checkpoint, dtype=dtype, device=args.device)
             self.progress = load_progress(checkpoint)
         if args.gradient_checkpointing:
             checkpointed_layers(self.policy.model)

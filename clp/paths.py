@@ -1,0 +1,82 @@
+"""Paths as they are recorded, to be found from any folder; what is a path and what a hub name."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from clp.config import CLPConfig
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*|[A-Za-z0-9][\w-]*", re.ASCII)
+
+
+def home_expanded(path: str | Path) -> Path:
+    """The path with "~" as the home folder: no shell expands it behind "=" or in a YAML file."""
+    return Path(os.path.expanduser(path))
+
+
+def absolute(path: str | Path) -> str:
+    """The path as it is found from any folder; an absolute one is kept, its links unresolved."""
+    expanded = home_expanded(path)
+    return str(expanded if expanded.is_absolute() else expanded.resolve())
+
+
+def model_location(name: str) -> str:
+    """How a base model is recorded: a folder by its absolute path, else the name itself.
+
+    Names are "tiny", which is the embedded model even if there is a folder of that name, and those
+    of a hub: "gpt2", "org/model". What looks like a path is never one of a hub: it begins with
+    ".", "~" or "/", it has more than one "/", it exists, or its first part is a folder here.
+
+    Raises: ValueError for what looks like a path and is no folder.
+    """
+    if name == "tiny":
+        return name
+    path = home_expanded(name)
+    if name and path.is_dir():
+        return absolute(path)
+    wrong = f"model {name!r} is neither a folder nor a hub name such as org/model"
+    first, slash, _ = name.partition("/")
+    if path.is_file():
+        raise ValueError(f"{wrong}: it is a file")
+    if slash and first and Path(first).is_dir():
+        raise ValueError(f"{wrong}: the folder {first!r} is here and does not hold it")
+    if not _HUB_NAME.fullmatch(name):
+        raise ValueError(wrong)
+    return name
+
+
+def classifier_source(target: str) -> tuple[str, str | None]:
+    """The folder and the label of `PATH[#label]`; a "#" in the name of a folder is part of it."""
+    path, mark, label = target.rpartition("#")
+    if not mark or home_expanded(target).is_dir():
+        return target, None
+    return path, label
+
+
+def reward_locations(specs: Sequence[str]) -> list[str]:
+    """Reward specifications with the folders of classifiers as absolute paths."""
+    found = []
+    for spec in specs:
+        objective, mark, target = spec.partition("=classifier:")
+        path, label = classifier_source(target)
+        if mark and path:
+            target = absolute(path) + ("" if label is None else f"#{label}")
+        found.append(objective + mark + target)
+    return found
+
+
+def located(config: CLPConfig) -> CLPConfig:
+    """The configuration with whatever it names as it is found from any folder.
+
+    Raises: ValueError as model_location.
+    """
+    return replace(
+        config,
+        model=model_location(config.model),
+        rewards=reward_locations(config.rewards),
+        prompts=config.prompts and absolute(config.prompts),
+        eval_prompts=config.eval_prompts and absolute(config.eval_prompts),
+        output_dir=str(home_expanded(config.output_dir)),
+    )

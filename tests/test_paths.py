@@ -1,0 +1,94 @@
+"""What is recorded is found from any folder; what looks like a path is no hub name."""
+
+from pathlib import Path
+
+import pytest
+
+from clp.config import CLPConfig
+from clp.paths import absolute, classifier_source, located, model_location, reward_locations
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    """A working folder with models/one, and a home folder with two."""
+    (tmp_path / "work/models/one").mkdir(parents=True)
+    (tmp_path / "home/two").mkdir(parents=True)
+    (tmp_path / "work/file").write_text("")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2", "org/model", "Org-1/model_2.5", "two"])
+def test_names_stay(name):
+    assert model_location(name) == name
+
+
+def test_folders_become_absolute(tmp_path):
+    one, two = str(tmp_path / "work/models/one"), str(tmp_path / "home/two")
+    for name in ("models/one", "./models/one", "models/one/", "../work/models/one", one):
+        assert model_location(name) == one
+    assert model_location("~/two") == two
+    # The links of an absolute path are the user's: they may be all that another machine shares.
+    (tmp_path / "link").symlink_to(one)
+    assert model_location(str(tmp_path / "link")) == str(tmp_path / "link")
+    (tmp_path / "work/tiny").mkdir()
+    assert model_location("tiny") == "tiny" and model_location("./tiny") == str(
+        tmp_path / "work/tiny"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "./none", "../none", "./gpt2", "../org/model", "/none", "/org/model", "~/none", "~nobody/x", "a/b/c",
+     "models/none", "file", "org/model/", "org//model", "org/..", "a b", "héllo/x"],
+)  # fmt: skip
+def test_paths_that_are_not_there_are_never_hub_names(name):
+    with pytest.raises(ValueError, match="is neither a folder nor a hub name"):
+        model_location(name)
+
+
+def test_what_is_there_instead_is_said():
+    with pytest.raises(ValueError, match=r"'file' .*: it is a file"):
+        model_location("file")
+    with pytest.raises(ValueError, match="the folder 'models' is here and does not hold it"):
+        model_location("models/none")
+
+
+def test_classifiers_of_rewards(tmp_path):
+    clf = f"{tmp_path}/work/clf"
+    assert reward_locations(
+        ["sentiment", "joy=brevity", "a=classifier:clf", "a=classifier:clf#toxic",
+         "a=classifier:~/x#1", f"a=classifier:{clf}#b"]
+    ) == ["sentiment", "joy=brevity", f"a=classifier:{clf}", f"a=classifier:{clf}#toxic",
+          f"a=classifier:{tmp_path}/home/x#1", f"a=classifier:{clf}#b"]  # fmt: skip
+    # Malformed ones stay, for load_rewards to name.
+    for spec in ("a=classifier:", "a=classifier:#b", "classifier:clf", "nonsense"):
+        assert reward_locations([spec]) == [spec]
+
+
+def test_a_folder_with_a_number_sign(tmp_path):
+    (tmp_path / "work/c#").mkdir()
+    assert classifier_source("c#") == ("c#", None)
+    assert classifier_source("c##pos") == ("c#", "pos")
+    assert classifier_source("clf#pos") == ("clf", "pos")
+    assert classifier_source("clf") == ("clf", None)
+
+
+def test_a_configuration(tmp_path, monkeypatch):
+    config = CLPConfig(
+        model="models/one", rewards=["a=classifier:clf#x"], prompts="p.jsonl",
+        eval_prompts="~/e.jsonl", output_dir="~/runs",
+    )  # fmt: skip
+    found = located(config)
+    assert found == CLPConfig(
+        model=f"{tmp_path}/work/models/one", rewards=[f"a=classifier:{tmp_path}/work/clf#x"],
+        prompts=f"{tmp_path}/work/p.jsonl", eval_prompts=f"{tmp_path}/home/e.jsonl",
+        output_dir=f"{tmp_path}/home/runs",
+    )  # fmt: skip
+    monkeypatch.chdir("/")
+    assert located(found) == found
+    assert located(CLPConfig()) == CLPConfig()
+
+
+def test_a_home_that_nobody_has():
+    assert absolute("~nobody-here/x") == str(Path("~nobody-here/x").resolve())
