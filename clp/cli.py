@@ -1,11 +1,12 @@
 """The command line: clp train | sample | eval | export | info."""
 
 import importlib.metadata
-import json
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from clp.config import CLPConfig, load_config
+from clp.paths import absolute, check_folder, home_expanded, reward_locations
 from clp.sample_command import sample
 
 # transformers, torch and matplotlib are imported inside the commands: `clp --help` is immediate.
@@ -23,7 +25,10 @@ class EvalCommand:
     """Sweep the weights on held-out prompts: frontier.json, samples.jsonl, pareto.png, a table."""
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run folder or checkpoint; the files are written into it."""
+    """Run folder, or a checkpoint of one."""
+    output_dir: str | None = None
+    """Folder of the files; default: that of the run or checkpoint. Those of an earlier evaluation
+    there are replaced."""
     prompts: str | None = None
     """JSONL of held-out prompts; default: the run's eval_prompts, else the embedded ones."""
     num_prompts: int = 128
@@ -66,13 +71,7 @@ class ExportCommand:
 
 def train(argv: Sequence[str]) -> None:
     """clp train [--config FILE] [--option ...]: train one policy for every trade-off."""
-    argv, config, given = list(argv), CLPConfig(), "--config" in argv
-    if given:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise ValueError("--config needs the path of a YAML file")
-        config = load_config(argv[at + 1])
-        del argv[at : at + 2]
+    argv, config = _take_config(argv)
 
     def parsed(default: CLPConfig) -> CLPConfig:
         return tyro.cli(
@@ -85,9 +84,10 @@ def train(argv: Sequence[str]) -> None:
             "and without --config they are those of the run; only what is given may differ.",
         )
 
-    config = parsed(config)
-    if config.resume and not given and (Path(config.output_dir) / "config.yaml").is_file():
-        config = parsed(CLPConfig.of_run(config.output_dir))
+    given, config = config is not None, parsed(config or CLPConfig())
+    run = home_expanded(config.output_dir)
+    if config.resume and not given and (run / "config.yaml").is_file():
+        config = parsed(CLPConfig.of_run(run))
     from clp.train import CLPTrainer
 
     trainer = CLPTrainer(args=config)
@@ -95,7 +95,25 @@ def train(argv: Sequence[str]) -> None:
         trainer.train()
     except FloatingPointError as error:
         raise ValueError(str(error)) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("--resume goes on from the last checkpoint") from None
     tqdm.write(f"policy, metrics and adapters: {config.output_dir}")
+
+
+def _take_config(argv: Sequence[str]) -> tuple[list[str], CLPConfig | None]:
+    """The arguments without --config FILE (or --config=FILE), and what the file holds."""
+    rest, files, arguments = [], [], iter(argv)
+    for argument in arguments:
+        option, given, value = argument.partition("=")
+        if option == "--config":
+            files.append(value if given else next(arguments, ""))
+        else:
+            rest.append(argument)
+    if not all(files):
+        raise ValueError("--config needs the path of a YAML file")
+    if len(files) > 1:
+        raise ValueError(f"--config must be given once, got {' and '.join(files)}")
+    return rest, load_config(home_expanded(files[0])) if files else None
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -103,53 +121,80 @@ def evaluate(argv: Sequence[str]) -> None:
     command = tyro.cli(EvalCommand, prog="clp eval", args=argv)
     from rich.console import Console
 
+    from clp.evaluate import check_reference_point
     from clp.evaluate import evaluate as sweep
-    from clp.policy import Policy
+    from clp.policy import Policy, read_card
     from clp.prompts import HELDOUT_PROMPTS, load_prompts
-    from clp.report import plot_frontier, print_frontier, print_samples
+    from clp.report import print_frontier, print_samples, save_evaluation
     from clp.requests import SamplingParams
     from clp.rewards import load_rewards
 
-    run = Path(command.run)
-    config_file = run / "config.yaml"
-    config = load_config(config_file) if config_file.is_file() else CLPConfig()
-    rows = load_prompts(command.prompts or config.eval_prompts or HELDOUT_PROMPTS)
+    for name in ("num_prompts", "max_batch_size"):
+        if getattr(command, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(command, name)}")
+    run = home_expanded(command.run)
+    output = run if command.output_dir is None else home_expanded(command.output_dir)
+    check_folder(output)
+    card, config = read_card(run), _config_of(run)
+    params = SamplingParams(
+        max_tokens=config.max_completion_length
+        if command.max_tokens is None
+        else command.max_tokens,
+        temperature=command.temperature,
+        top_p=command.top_p,
+    )
+    reference_point = check_reference_point(command.reference_point, len(card["objectives"]))
+    prompts = absolute(command.prompts or config.eval_prompts or HELDOUT_PROMPTS)
+    rows = load_prompts(prompts)[: command.num_prompts]
+    specs = reward_locations(card["rewards"] if command.rewards is None else command.rewards)
+    if not specs and command.rewards is None:
+        raise ValueError(
+            f"{run} was trained on functions given in Python: name them with --rewards"
+        )
+    rewards = load_rewards(specs)
+    if list(rewards) != card["objectives"]:
+        raise ValueError(f"rewards must be those of {card['objectives']}, got {list(rewards)}")
     policy = Policy.load(run, base_model=command.base_model, device=command.device)
     front, samples = sweep(
         policy,
-        load_rewards(command.rewards or policy.rewards),
-        rows[: command.num_prompts],
-        params=SamplingParams(
-            max_tokens=command.max_tokens or config.max_completion_length,
-            temperature=command.temperature,
-            top_p=command.top_p,
-        ),
+        rewards,
+        rows,
+        params=params,
         seed=command.seed,
-        reference_point=command.reference_point,
+        reference_point=reference_point,
         max_batch_size=command.max_batch_size,
         progress=True,
     )
-    front.save(run / "frontier.json")
-    text = "".join(json.dumps(sample) + "\n" for sample in samples)
-    (run / "samples.jsonl").write_text(text, encoding="utf-8")
-    plot_frontier(front, run / "pareto.png")
+    front = replace(front, run=absolute(run), reward_specs=specs, prompts_file=prompts)
+    save_evaluation(front, samples, output)
     console = Console(width=None if sys.stdout.isatty() else 140)
     print_frontier(front, console)
     print_samples(front, samples, console)
-    console.print(f"{run}/frontier.json, samples.jsonl, pareto.png")
+    console.print(f"{output}/frontier.json, samples.jsonl, pareto.png")
+
+
+def _config_of(run: Path) -> CLPConfig:
+    """The configuration of a run, also for one of its checkpoints; else the defaults."""
+    folders = [run]
+    if re.fullmatch(r"checkpoint-\d+", run.resolve().name):
+        folders.append(run.resolve().parent)
+    files = [folder / "config.yaml" for folder in folders]
+    return next((load_config(file) for file in files if file.is_file()), CLPConfig())
 
 
 def export(argv: Sequence[str]) -> None:
     """clp export RUN FOLDER --weights "joy=0.7,brief=0.3": one PEFT adapter."""
     command = tyro.cli(ExportCommand, prog="clp export", args=argv)
     import clp_kernels
-    from clp.policy import Policy, model_path
+    from clp.policy import Policy, model_path, read_card
     from clp.weights import parse_weights
 
-    policy = Policy.load(command.run, base_model=command.base_model)
-    row = parse_weights(command.weights, policy.objectives, simplex=command.simplex)
+    run, output = home_expanded(command.run), home_expanded(command.output)
+    row = parse_weights(command.weights, read_card(run)["objectives"], simplex=command.simplex)
+    check_folder(output, empty=True)
+    policy = Policy.load(run, base_model=command.base_model)
     base = model_path(policy.base_model)
-    folder = clp_kernels.export_adapter(policy.model, row, command.output, base_model=base)
+    folder = clp_kernels.export_adapter(policy.model, row, output, base_model=base)
     print(f"PEFT adapter of rank {sum(_ranks(policy.model))}: {folder}")
 
 
@@ -198,8 +243,19 @@ def main() -> None:
         raise SystemExit(2)
     try:
         COMMANDS[name](argv)
-    except (ValueError, OSError) as error:
-        print(f"clp {name}: error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+    except KeyboardInterrupt as stop:
+        hint = f"; {stop}" if str(stop) else ""
+        print(f"clp {name}: stopped{hint}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # What reads the output has gone (`| head`): nobody is left to be told. Without this the
+        # interpreter fails once more when it flushes the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except (ValueError, OSError, MemoryError) as error:
+        said = " ".join(str(error).split()) or "not enough memory"
+        print(f"clp {name}: error: {said}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

@@ -1,6 +1,7 @@
 """Evaluation: sweep the weight grid on held-out prompts, in mixed batches; numbers and a front."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,10 @@ from clp.sampler import Sampler, with_seeds
 from clp.scoring import RewardLog, dry_call, numbers_or_none, score
 from clp.weights import weight_grid
 
+# The sampling parameters that an evaluation depends on, as Frontier holds them.
+_RECORDED = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "stop_token_ids",
+             "ignore_eos")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Frontier:
@@ -38,10 +43,15 @@ class Frontier:
         spearman: objective -> rank correlation of its weight with its reward over the grid; None
             where a reward does not vary.
         hypervolume, base_hypervolume: area (volume) between the reference point and the rows
-            of `rewards`, or the base's point.
-        reference_point: [m]. pareto: [W], whether no other row dominates this one.
+            of `rewards`, or the base's point; 0 if none of them exceeds it in every objective.
+        reference_point: [m]. pareto: [W], whether no other row dominates this one; of rows with
+            equal rewards none dominates another.
         prompts, seed: how many prompts, and the seed of the completions.
+        max_tokens, temperature, top_k, top_p, min_p, stop, stop_token_ids, ignore_eos: how the
+            completions were sampled; see SamplingParams.
         metrics: name -> mean of what reward functions logged by log_metric.
+        run, reward_specs, prompts_file: what was evaluated, on what; None if it was given in
+            Python, where it has no name.
     """
 
     objectives: list[str]
@@ -60,13 +70,27 @@ class Frontier:
     pareto: list[bool]
     prompts: int
     seed: int
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    stop: list[str]
+    stop_token_ids: list[int]
+    ignore_eos: bool
     metrics: dict[str, float | None] = field(default_factory=dict)
+    run: str | None = None
+    reward_specs: list[str] | None = None
+    prompts_file: str | None = None
 
     def save(self, path: Path) -> None:
         """Writes the JSON (no NaN in it), replacing the file by a rename."""
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def evaluate(
@@ -87,10 +111,11 @@ def evaluate(
         policy, reward_funcs: Objectives must agree in name and order. Each function is called once
             on two short completions before anything is sampled.
         rows: Held-out prompts (texts or conversations) with the rewards' columns.
-        params: Sampling; its seed is ignored.
-        seed: Prompt i draws with the same seed at every row, so that rows differ by their
-            weights and not by luck.
+        params: Sampling; its seed is ignored, n must be 1.
+        seed: Any integer. Prompt i draws with the same seed at every row, so that rows differ by
+            their weights and not by luck.
         reference_point: Of the hypervolume; the origin if None, since built-in rewards are >= 0.
+        max_batch_size: Sequences decoded together.
         trainer_state: What reward functions get under that name, such as CLPTrainer's `state`; if
             None, one at step 0 of 0.
 
@@ -99,28 +124,33 @@ def evaluate(
         where an objective does not apply), and if reward functions log columns, "extra".
 
     Raises:
-        ValueError: objectives that differ, a reference point of the wrong length or one that the
-            base does not exceed; an objective that applies to no completion at some weights.
-            What clp.scoring.score raises.
+        ValueError: before anything is sampled, objectives that differ, no rows, n other than 1, a
+            reference point that is not m finite numbers, a head on which there is no exact KL,
+            prompts that do not fit, or what clp.scoring.score raises of two short completions.
+            Afterwards, what it raises of the sampled ones, or an objective that applies to no
+            completion at some weights.
     """
     trainer_state = TrainerState() if trainer_state is None else trainer_state
     if tuple(reward_funcs) != policy.objectives:
         raise ValueError(
             f"reward_funcs must be {list(policy.objectives)}, got {list(reward_funcs)}"
         )
+    if not rows:
+        raise ValueError("rows holds no prompt")
+    if params.n != 1:
+        raise ValueError(f"n must be 1 in an evaluation, got {params.n}")
     m = len(policy.objectives)
-    reference = [0.0] * m if reference_point is None else [float(v) for v in reference_point]
-    if len(reference) != m:
-        raise ValueError(f"reference_point must have {m} entries, got {len(reference)}")
+    reference = check_reference_point(reference_point, m)
+    head = policy.head()
     dry_call(reward_funcs, rows, policy.tokenizer, trainer_state)
     grid = weight_grid(m)
     # The base model is the all-zero row; it shares the batches.
     sweep = torch.cat([grid, torch.zeros(1, m)])
     everyone = [row for _ in sweep for row in rows]
     weights = sweep.repeat_interleave(len(rows), 0)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**64)
     seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist() * len(sweep)
-    sampler = Sampler(policy, max_batch_size=max_batch_size)
+    sampler = Sampler(policy, max_batch_size=min(max_batch_size, len(everyone)))
     prompts = [
         prompt_text(row["prompt"], policy.tokenizer, f"prompt {i}") for i, row in enumerate(rows)
     ]
@@ -142,14 +172,12 @@ def evaluate(
             f"reward {policy.objectives[i]!r} returned None for all {len(rows)} completions of "
             f"{where}; give prompts to which it applies"
         )
-    kl, tokens = _kl_sums(policy, ids, done, weights, params.temperature, max_batch_size, progress)
+    kl, tokens = _kl_sums(
+        policy, head, ids, done, weights, params.temperature, max_batch_size, progress
+    )
     kl_per_token = (kl.view(shape).sum(1) / tokens.view(shape).sum(1)).tolist()
     distinct = [distinct_2(texts[i : i + len(rows)]) for i in range(0, len(texts), len(rows))]
     length = tokens.view(shape).mean(1).tolist()
-    if not (means[-1] > reference).all():
-        raise ValueError(
-            f"reference_point {reference} must lie below the base's rewards {means[-1].tolist()}"
-        )
     front = Frontier(
         objectives=list(policy.objectives),
         weights=grid.double().numpy().round(6).tolist(),
@@ -167,9 +195,10 @@ def evaluate(
         hypervolume=_hypervolume(means[:-1], reference),
         base_hypervolume=_hypervolume(means[-1:], reference),
         reference_point=reference,
-        pareto=moocore.is_nondominated(means[:-1], maximise=True).tolist(),
+        pareto=pareto(means[:-1]),
         prompts=len(rows),
         seed=seed,
+        **{n: list(v) if isinstance(v := getattr(params, n), tuple) else v for n in _RECORDED},
         metrics=log.means(),
     )
     samples = [
@@ -185,8 +214,22 @@ def evaluate(
     return front, samples
 
 
+def check_reference_point(point: Sequence[float] | None, m: int) -> list[float]:
+    """The reference point [m] of the hypervolume; the origin if None.
+
+    Raises: ValueError unless it is m finite numbers.
+    """
+    found = [0.0] * m if point is None else [float(value) for value in point]
+    if len(found) != m:
+        raise ValueError(f"reference_point must have {m} entries, got {len(found)}")
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"reference_point must be finite, got {found}")
+    return found
+
+
 def _kl_sums(
     policy: Policy,
+    head: tuple[Tensor, Tensor | None, float],
     prompt_ids: Sequence[list[int]],
     done: Sequence[Completion],
     weights: Tensor,
@@ -195,7 +238,7 @@ def _kl_sums(
     progress: bool,
 ) -> tuple[Tensor, Tensor]:
     """KL to the base summed over each completion, and its number of tokens; float64 [N]."""
-    head, pad = policy.head(), policy.tokenizer.pad_token_id or 0
+    pad = policy.tokenizer.pad_token_id or 0
     # Greedy sampling has no distribution of its own; its KL is taken at temperature 1.
     tau = temperature or 1.0
     sums = []
@@ -212,6 +255,14 @@ def _spearman(weights: np.ndarray, rewards: np.ndarray) -> float | None:
     if len(weights) < 2 or np.ptp(rewards) == 0:
         return None
     return float(stats.spearmanr(weights, rewards).statistic)
+
+
+def pareto(points: np.ndarray) -> list[bool]:
+    """For each row of points [W, m] whether no other is as large everywhere and larger somewhere.
+
+    Equal rows do not dominate each other.
+    """
+    return moocore.is_nondominated(points, maximise=True, keep_weakly=True).tolist()  # type: ignore[no-any-return]
 
 
 def _hypervolume(points: np.ndarray, reference: Sequence[float]) -> float:

@@ -22,6 +22,20 @@ def absolute(path: str | Path) -> str:
     return str(expanded if expanded.is_absolute() else expanded.resolve())
 
 
+def check_folder(folder: Path, *, empty: bool = False) -> None:
+    """Whether files can be written into a folder that is there or can be made; makes nothing.
+
+    Raises: ValueError if they cannot, or if it must be empty and is not.
+    """
+    if empty and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"the folder {folder} must be missing or empty")
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ValueError(f"{folder} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written: no permission in {there}")
+
+
 def model_location(name: str) -> str:
     """How a base model is recorded: a folder by its absolute path, else the name itself.
 

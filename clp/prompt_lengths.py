@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clp.json_lines import read_lines
+from clp.paths import home_expanded
 from clp.policy import Policy
 from clp.rollout import row_ids
 from clp.sampler import Sampler, SamplingParams
@@ -93,6 +95,5 @@ def _place(index: int, path: str | Path | None) -> str:
     """Where a row is: the file and the line of the index-th object in it."""
     if path is None:
         return f"train_dataset[{index}]"
-    lines = enumerate(Path(path).read_bytes().split(b"\n"), start=1)
-    filled = (number for number, line in lines if line.strip())
-    return f"{path}:{next(itertools.islice(filled, index, None))}"
+    with home_expanded(path).open("rb") as stream:
+        return f"{path}:{next(itertools.islice(read_lines(stream), index, None)).number}"

@@ -1,5 +1,7 @@
 """What people look at after an evaluation: tables on the terminal and pareto.png."""
 
+import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,30 @@ def _figures(front: Frontier) -> str:
     rho = ", ".join(
         f"{n} {'-' if v is None else format(v, '.3f')}" for n, v in front.spearman.items()
     )
-    ratio = front.hypervolume / front.base_hypervolume
-    return f"Spearman: {rho}; hypervolume {front.hypervolume:.3f} ({ratio:.2f} x the base's)"
+    if front.base_hypervolume:
+        beside = f"{front.hypervolume / front.base_hypervolume:.2f} x the base's"
+    else:
+        beside = "the base's is 0"
+    return f"Spearman: {rho}; hypervolume {front.hypervolume:.3f} ({beside})"
+
+
+def save_evaluation(front: Frontier, samples: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Writes samples.jsonl, pareto.png and frontier.json, in place of those of an earlier one.
+
+    All are whole before the first of them takes its name; frontier.json, which says what the others
+    belong to, is the last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".evaluation-", dir=folder) as partial:
+        written = [
+            Path(partial) / name for name in ("samples.jsonl", "pareto.png", "frontier.json")
+        ]
+        text = "".join(json.dumps(sample) + "\n" for sample in samples)
+        written[0].write_text(text, encoding="utf-8")
+        plot_frontier(front, written[1])
+        front.save(written[2])
+        for path in written:
+            path.replace(folder / path.name)
 
 
 def print_samples(
@@ -91,9 +115,12 @@ def plot_frontier(front: Frontier, path: Path) -> None:
     cost.legend()
     figure.tight_layout()
     temporary = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, dpi=120)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        plt.close(figure)
 
 
 def _draw_front(axis: Any, front: Frontier) -> None:

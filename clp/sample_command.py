@@ -5,10 +5,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from clp.paths import home_expanded
 
 # transformers and torch are imported inside: `clp --help` is immediate.
 
@@ -77,9 +78,8 @@ def sample(argv: Sequence[str]) -> None:
     try:
         failed = _run(command)
     except KeyboardInterrupt:
-        going_on = "; the same command goes on from here" if command.output is not None else ""
-        print(f"clp sample: stopped{going_on}", file=sys.stderr)
-        raise SystemExit(130) from None
+        going_on = "the same command goes on from here" if command.output is not None else ""
+        raise KeyboardInterrupt(going_on) from None
     if failed:
         where = f': see "error" in {command.output}' if command.output is not None else ""
         print(f"clp sample: lines that failed: {failed}{where}", file=sys.stderr)
@@ -99,12 +99,13 @@ def _run(command: SampleCommand) -> int:
     names = [f.name for f in fields(SamplingParams)]
     params = SamplingParams(**{name: getattr(command, name) for name in names})
     defaults = Defaults(params, command.weights, command.simplex)
-    card = read_card(Path(command.run))
+    run = home_expanded(command.run)
+    card = read_card(run)
     if command.weights is not None:
         parse_weights(command.weights, card["objectives"], simplex=command.simplex)
 
     def make_sampler() -> Sampler:
-        policy = Policy.load(command.run, base_model=command.base_model, device=command.device)
+        policy = Policy.load(run, base_model=command.base_model, device=command.device)
         sampler = Sampler(
             policy, max_batch_size=command.max_batch_size, cache_gib=command.cache_gib
         )
@@ -115,14 +116,14 @@ def _run(command: SampleCommand) -> int:
         prompt_loop(make_sampler(), params, command.weights, simplex=command.simplex, read=input)
         return 0
     if command.input is not None:
-        source = Source.of_file(command.input)
+        source = Source.of_file(home_expanded(command.input))
     elif command.weights is None:
         raise ValueError("the prompts have no weights: give --weights")
     else:
         source = Source.of_prompts(command.prompts)
     return sample_file(
         source,
-        None if command.output is None else Path(command.output),
+        None if command.output is None else home_expanded(command.output),
         defaults,
         make_sampler,
         policy_sha256=hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest(),

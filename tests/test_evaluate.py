@@ -2,14 +2,19 @@
 
 import io
 import json
+from dataclasses import asdict
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from clp.evaluate import Frontier, evaluate
+from clp.evaluate import Frontier, evaluate, pareto
 from clp.policy import Policy
-from clp.report import plot_frontier, print_frontier, print_samples
+from clp.report import plot_frontier, print_frontier, print_samples, save_evaluation
 from clp.rewards import distinct_2, load_rewards
 from clp.sampler import SamplingParams
 from clp_kernels.layers import steered_layers
@@ -102,16 +107,108 @@ def test_json_plot_and_tables(two, tmp_path):
     assert "joy 0.50 brief 0.50" in text.getvalue() and "base" in text.getvalue()
 
 
+@pytest.fixture
+def no_sampler(monkeypatch):
+    """What is refused is refused before anything is sampled."""
+
+    def made(*args, **kwargs):
+        raise AssertionError("a sampler was made")
+
+    monkeypatch.setattr("clp.evaluate.Sampler", made)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"reference_point": [0.0]}, "2 entries"),
-        ({"reference_point": [0.0, 5.0]}, "must lie below"),
+        ({"reference_point": [0.0, float("nan")]}, "must be finite"),
+        ({"reference_point": [float("-inf"), 0]}, "must be finite"),
+        ({"params": SamplingParams(n=2)}, "n must be 1"),
+        ({"rows": []}, "rows holds no prompt"),
+        ({"rewards": ["joy=sentiment", "brief=rouge"]}, "rouge needs the column 'reference'"),
     ],
 )
-def test_bad_reference_points(changes, message):
+def test_bad_arguments_are_refused_before_anything_is_sampled(no_sampler, changes, message):
+    changes = {"params": SamplingParams(max_tokens=10), "rows": ROWS} | changes
+    rewards = load_rewards(changes.pop("rewards", ["joy=sentiment", "brief=brevity"]))
     with pytest.raises(ValueError, match=message):
-        sweep(["joy", "brief"], **changes)
+        evaluate(policy(["joy", "brief"]), rewards, changes.pop("rows"), **changes)
+
+
+def test_a_model_without_a_linear_head_is_refused_before_anything_is_sampled(
+    no_sampler, monkeypatch
+):
+    def soft_cap(self):
+        raise ValueError("a soft cap?")
+
+    monkeypatch.setattr(Policy, "head", soft_cap)
+    with pytest.raises(ValueError, match="soft cap"):
+        sweep(["joy", "brief"])
+
+
+@pytest.mark.parametrize("place", ["on", "above"])
+def test_a_base_on_or_below_the_reference_point_has_no_volume(two, place, tmp_path):
+    """The base's volume is 0, whatever it took to find that out: the evaluation is kept."""
+    point = two[0].base_rewards if place == "on" else [0.0, 5.0]
+    front, samples = sweep(["joy", "brief"], reference_point=point)
+    assert front.base_hypervolume == 0 and front.reference_point == point
+    best = [[max(0.0, v - p) for v, p in zip(r, point, strict=True)] for r in front.rewards]
+    assert max(x * y for x, y in best) <= front.hypervolume
+    assert (front.hypervolume > 0) is (place == "on")
+    save_evaluation(front, samples, tmp_path)
+    text = io.StringIO()
+    print_frontier(front, Console(file=text, width=140))
+    assert "(the base's is 0)" in " ".join(text.getvalue().split())
+
+
+def test_equal_rows_are_all_on_the_front():
+    fresh = Policy.create("tiny", ["joy", "brief"])
+    rewards = load_rewards(["joy=sentiment", "brief=brevity"])
+    front, _ = evaluate(fresh, rewards, ROWS, params=SamplingParams(max_tokens=4))
+    assert front.pareto == [True] * 11
+
+
+@given(st.integers(1, 5), st.data())
+def test_the_front_of_any_rows(m, data):
+    """Against the definition; moocore has other algorithms for more objectives."""
+    row = st.lists(st.integers(0, 3), min_size=m, max_size=m)
+    points = np.array(data.draw(st.lists(row, min_size=1, max_size=12)), dtype=float)
+    beaten = [any((q >= p).all() and (q > p).any() for q in points) for p in points]
+    assert pareto(points) == [not b for b in beaten]
+
+
+def test_an_evaluation_says_how_it_was_made(two):
+    front, _ = two
+    assert (front.max_tokens, front.temperature, front.top_p, front.seed) == (10, 1.0, 1.0, 0)
+    assert (front.run, front.reward_specs, front.prompts_file) == (None, None, None)
+    params = SamplingParams(max_tokens=3, temperature=0.5, top_k=5, top_p=0.9, min_p=0.01,
+                            stop=["."], stop_token_ids=[7], ignore_eos=True)  # fmt: skip
+    rewards = load_rewards(["joy=sentiment", "brief=brevity"])
+    front, _ = evaluate(policy(["joy", "brief"]), rewards, ROWS, params=params)
+    for name, value in asdict(params).items():
+        if name not in ("n", "seed", "logprobs"):
+            assert getattr(front, name) == (list(value) if isinstance(value, tuple) else value)
+
+
+@pytest.mark.parametrize("seed", [-1, 10**30])
+def test_seeds_of_any_size(seed):
+    front, _ = sweep(["joy", "brief"], seed=seed)
+    assert front.seed == seed
+
+
+def test_what_fails_while_it_is_written_leaves_the_earlier_evaluation(two, tmp_path, monkeypatch):
+    front, samples = two
+    save_evaluation(front, samples, tmp_path / "new/folder")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "new/folder").iterdir()}
+    assert sorted(before) == ["frontier.json", "pareto.png", "samples.jsonl"]
+    for place in ("clp.report.plot_frontier", "clp.evaluate.Frontier.save"):
+        for error in (OSError("disk full"), KeyboardInterrupt()):
+            with monkeypatch.context() as patch, pytest.raises(type(error)):
+                patch.setattr(place, Mock(side_effect=error))
+                save_evaluation(front, samples[:1], tmp_path / "new/folder")
+            assert {p.name: p.read_bytes() for p in (tmp_path / "new/folder").iterdir()} == before
+    save_evaluation(front, samples[:1], tmp_path / "new/folder")
+    assert len((tmp_path / "new/folder/samples.jsonl").read_text().splitlines()) == 1
 
 
 def test_rewards_must_be_those_of_the_policy():

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from clp.config import CLPConfig
-from clp.paths import absolute, classifier_source, located, model_location, reward_locations
+from clp.paths import (
+    absolute,
+    check_folder,
+    classifier_source,
+    located,
+    model_location,
+    reward_locations,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +46,9 @@ def test_folders_become_absolute(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "./none", "../none", "./gpt2", "../org/model", "/none", "/org/model", "~/none", "~nobody/x", "a/b/c",
-     "models/none", "file", "org/model/", "org//model", "org/..", "a b", "héllo/x"],
+    ["", "./none", "../none", "./gpt2", "../org/model", "/none", "/org/model", "~/none",
+     "~nobody/x", "a/b/c", "models/none", "file", "org/model/", "org//model", "org/..", "a b",
+     "héllo/x"],
 )  # fmt: skip
 def test_paths_that_are_not_there_are_never_hub_names(name):
     with pytest.raises(ValueError, match="is neither a folder nor a hub name"):
@@ -92,3 +100,21 @@ def test_a_configuration(tmp_path, monkeypatch):
 
 def test_a_home_that_nobody_has():
     assert absolute("~nobody-here/x") == str(Path("~nobody-here/x").resolve())
+
+
+def test_folders_to_write():
+    check_folder(Path("models"))
+    for folder in ("models/one", "new", "new/er", "models/one/new"):
+        check_folder(Path(folder), empty=True)
+    with pytest.raises(ValueError, match="models must be missing or empty"):
+        check_folder(Path("models"), empty=True)
+    for inside in ("file", "file/a/b"):
+        with pytest.raises(ValueError, match=rf"^{inside} cannot be a folder: .*file is a file"):
+            check_folder(Path(inside))
+    assert not Path("new").exists()
+
+
+def test_a_folder_that_may_not_be_written(monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ValueError, match="new cannot be written: no permission in"):
+        check_folder(Path("new"))
