@@ -134,8 +134,8 @@ def evaluate(argv: Sequence[str]) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(command, name)}")
     run = home_expanded(command.run)
     output = run if command.output_dir is None else home_expanded(command.output_dir)
-    check_folder(output)
     card, config = read_card(run), _config_of(run)
+    check_folder(output)
     params = SamplingParams(
         max_tokens=config.max_completion_length
         if command.max_tokens is None
@@ -144,7 +144,8 @@ def evaluate(argv: Sequence[str]) -> None:
         top_p=command.top_p,
     )
     reference_point = check_reference_point(command.reference_point, len(card["objectives"]))
-    prompts = absolute(command.prompts or config.eval_prompts or HELDOUT_PROMPTS)
+    given = config.eval_prompts if command.prompts is None else command.prompts
+    prompts = absolute(HELDOUT_PROMPTS if given is None else given)
     rows = load_prompts(prompts)[: command.num_prompts]
     specs = reward_locations(card["rewards"] if command.rewards is None else command.rewards)
     if not specs and command.rewards is None:

@@ -12,7 +12,12 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*|[A-Za-z0-9][\w-]*", re.ASC
 
 
 def home_expanded(path: str | Path) -> Path:
-    """The path with "~" as the home folder: no shell expands it behind "=" or in a YAML file."""
+    """The path with "~" as the home folder: no shell expands it behind "=" or in a YAML file.
+
+    Raises: ValueError for an empty text, which would be the current folder.
+    """
+    if path == "":
+        raise ValueError("a path is empty")
     return Path(os.path.expanduser(path))
 
 
@@ -47,17 +52,19 @@ def model_location(name: str) -> str:
     """
     if name == "tiny":
         return name
-    path = home_expanded(name)
-    if name and path.is_dir():
-        return absolute(path)
     wrong = f"model {name!r} is neither a folder nor a hub name such as org/model"
-    first, slash, _ = name.partition("/")
+    if not name:
+        raise ValueError(wrong)
+    path = home_expanded(name)
+    if path.is_dir():
+        return absolute(path)
     if path.is_file():
         raise ValueError(f"{wrong}: it is a file")
-    if slash and first and Path(first).is_dir():
-        raise ValueError(f"{wrong}: the folder {first!r} is here and does not hold it")
     if not _HUB_NAME.fullmatch(name):
         raise ValueError(wrong)
+    first, slash, _ = name.partition("/")
+    if slash and Path(first).is_dir():
+        raise ValueError(f"{wrong}: the folder {first!r} is here and does not hold it")
     return name
 
 
@@ -90,7 +97,7 @@ def located(config: CLPConfig) -> CLPConfig:
         config,
         model=model_location(config.model),
         rewards=reward_locations(config.rewards),
-        prompts=config.prompts and absolute(config.prompts),
-        eval_prompts=config.eval_prompts and absolute(config.eval_prompts),
+        prompts=None if config.prompts is None else absolute(config.prompts),
+        eval_prompts=None if config.eval_prompts is None else absolute(config.eval_prompts),
         output_dir=str(home_expanded(config.output_dir)),
     )

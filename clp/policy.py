@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.errors
 import safetensors
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,9 @@ from clp_kernels.steering import SteeredLayer
 TINY = Path(__file__).parent / "tiny"
 # What transformers raises on a folder that is incomplete or damaged, or that needs a package which
 # is not here.
-LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError,
-               safetensors.SafetensorError)  # fmt: skip
+LOAD_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+               AssertionError, RuntimeError, ImportError, safetensors.SafetensorError,
+               huggingface_hub.errors.StrictDataclassError)  # fmt: skip
 
 
 class Policy:
@@ -120,8 +122,8 @@ class Policy:
             if base_model:
                 raise
             raise ValueError(
-                f"{error}; {directory / 'clp.json'} names it, and base_model (--base-model) says "
-                "where it is now"
+                f"{error}; {directory / 'clp.json'} names it: if it has moved, base_model "
+                "(--base-model) says where it is"
             ) from error
         model, tokenizer = load_base(base, dtype)
         clp_kernels.load_adapters(model, folders)
@@ -370,6 +372,24 @@ def model_path(name: str) -> str:
     return str(TINY) if name == "tiny" else name
 
 
+class loading:
+    """Context in which what transformers raises on a bad folder is a ValueError with `problem`.
+
+    A class, because the library tokenizers raises Exception itself, which an except clause cannot
+    tell from everything else.
+    """
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if kind is Exception or isinstance(error, LOAD_ERRORS):
+            raise ValueError(f"{self.problem}: {error}") from error
+
+
 def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The frozen base model in eval mode, and its tokenizer (with a padding token).
 
@@ -381,18 +401,17 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     path = model_path(model_location(name))
     if (Path(path) / "adapter_config.json").exists():
         raise ValueError(f"model {name!r} is an adapter; give its base model, or a merged one")
-    try:
+    with loading(f"model {name!r} cannot be loaded"):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    causal = [a for a in config.architectures or [] if a in known]
+    named = config.architectures if isinstance(config.architectures, list) else []
+    causal = [a for a in named if isinstance(a, str) and a in known]
     if not causal:
-        shown = ", ".join(config.architectures or []) or config.model_type
+        shown = ", ".join(map(str, named)) or config.model_type
         raise ValueError(f"model {name!r} is not a causal LM: it holds {shown}")
     # Given explicitly because a config.json may name code to fetch in its place.
     attention = "sdpa" if getattr(transformers, causal[0])._supports_sdpa else "eager"
-    try:
+    with loading(f"model {name!r} cannot be loaded"):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -404,8 +423,6 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         )
         model, report = loaded
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
     # transformers makes an empty tokenizer where the files are missing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"model {name!r} comes without its tokenizer")
@@ -437,8 +454,9 @@ def read_card(directory: Path) -> dict[str, Any]:
     if not all(isinstance(spec, str) for spec in card["rewards"]):
         raise ValueError(f"{path}: rewards must be a list of texts, got {card['rewards']!r}")
     names = card["objectives"]
-    if not names or not all(isinstance(n, str) and n.isidentifier() for n in names):
-        raise ValueError(f"{path}: objectives must be a list of names, got {names!r}")
+    good = all(isinstance(n, str) and n.isidentifier() for n in names)
+    if not names or not good or len(set(names)) != len(names):
+        raise ValueError(f"{path}: objectives must be a list of distinct names, got {names!r}")
     return card
 
 

@@ -1,13 +1,17 @@
 """The command line as its user sees it."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from clp import cli
 from clp.config import load_config
+from clp.policy import TINY, torch_device
 
 SMALL = [
     "--num-prompts", "2", "--num-generations", "2", "--max-completion-length", "6",
@@ -18,6 +22,22 @@ SMALL = [
 def run(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["clp", *map(str, argv)])
     cli.main()
+
+
+def refused(monkeypatch, capsys, *argv):
+    """What a command says that ends with code 2."""
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *argv)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    lines = [line for line in said.splitlines() if line.startswith("clp ")]
+    assert len(lines) == 1 or "For full helptext" in said  # tyro's page about an option
+    return said
+
+
+def not_reached(*args, **kwargs):
+    raise AssertionError("a model was loaded")
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +218,78 @@ def test_eval_writes_its_three_files(monkeypatch, capsys, trained):
     assert "Spearman" in out and "joy 1.00 brief 0.00" in out
 
 
+def test_eval_into_another_folder_says_how_it_was_made(monkeypatch, trained, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Tom"}\n{"prompt": "Mia"}\n')
+    monkeypatch.chdir(tmp_path)
+    before = {p.name: p.stat().st_mtime_ns for p in trained.iterdir()}
+    run(monkeypatch, "eval", trained, "--output-dir", "new/er", "--prompts", "p.jsonl",
+        "--max-tokens", "3", "--temperature", "0.5", "--top-p", "0.9", "--seed", "7",
+        "--rewards", "joy=diversity", "brief=brevity", "--reference-point", "2", "2")  # fmt: skip
+    front = json.loads((tmp_path / "new/er/frontier.json").read_text())
+    wanted = {
+        "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "seed": 7, "prompts": 2,
+        "run": str(trained), "reward_specs": ["joy=diversity", "brief=brevity"],
+        "prompts_file": str(tmp_path / "p.jsonl"), "hypervolume": 0.0, "base_hypervolume": 0.0,
+    }  # fmt: skip
+    assert {name: front[name] for name in wanted} == wanted
+    assert len(list((tmp_path / "new/er").iterdir())) == 3
+    assert {p.name: p.stat().st_mtime_ns for p in trained.iterdir()} == before
+
+
+@pytest.mark.parametrize("how", ["path", "dot", "link"])
+def test_eval_of_a_checkpoint_takes_the_configuration_of_its_run(
+    monkeypatch, trained, tmp_path, how
+):
+    """Its prompts and length; from a copy of a checkpoint, that has no run, the defaults."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Tom"}\n{"prompt": "Mia"}\n')
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    config = load_config(copied / "config.yaml")
+    config = replace(config, eval_prompts=str(tmp_path / "p.jsonl"), max_completion_length=5)
+    (copied / "config.yaml").write_text(config.to_yaml())
+    checkpoint = copied / "checkpoint-000001"
+    if how == "dot":
+        monkeypatch.chdir(checkpoint)
+    (tmp_path / "latest").symlink_to(checkpoint)
+    run(monkeypatch, "eval", {"path": checkpoint, "dot": ".", "link": tmp_path / "latest"}[how])
+    front = json.loads((checkpoint / "frontier.json").read_text())
+    assert (front["prompts"], front["max_tokens"]) == (2, 5)
+
+
+def test_what_a_run_names_is_found_from_elsewhere(monkeypatch, tmp_path):
+    """A model, prompts and a configuration that are given relative to the working folder."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(TINY, tmp_path / "here/models/tiny")
+    for name in ("p.jsonl", "e.jsonl"):
+        (tmp_path / "here" / name).write_text('{"prompt": "Tom"}\n')
+    (tmp_path / "here/c.yaml").write_text("r: 1\n")
+    monkeypatch.chdir(tmp_path / "here")
+    run(monkeypatch, "train", *SMALL, "--config=c.yaml", "--model", "models/tiny", "--prompts",
+        "p.jsonl", "--eval-prompts", "e.jsonl", "--output-dir", "run")  # fmt: skip
+    model = str(tmp_path / "here/models/tiny")
+    assert json.loads((tmp_path / "here/run/clp.json").read_text())["base_model"] == model
+    adapter = json.loads((tmp_path / "here/run/adapters/joy/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == model
+    monkeypatch.chdir(tmp_path / "there")
+    run(monkeypatch, "eval", "../here/run", "--max-tokens", "2")
+    run(monkeypatch, "sample", "../here/run", "Tom", "--weights", "joy=1", "--max-tokens", "2")
+    run(monkeypatch, "export", "../here/run", "out", "--weights", "joy=1")
+    monkeypatch.chdir(tmp_path / "here")
+    run(monkeypatch, "train", *SMALL, "--config", "c.yaml", "--model", "./models/tiny", "--prompts",
+        "p.jsonl", "--eval-prompts", "e.jsonl", "--output-dir", "run", "--resume")  # fmt: skip
+
+
+def test_a_model_that_has_moved_is_named_again(monkeypatch, capsys, trained, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    card = json.loads((copied / "clp.json").read_text())
+    (copied / "clp.json").write_text(json.dumps(card | {"base_model": "/gone/away"}))
+    argv = ["sample", copied, "Tom", "--weights", "joy=1", "--max-tokens", "2"]
+    assert "if it has moved, base_model (--base-model)" in refused(monkeypatch, capsys, *argv)
+    run(monkeypatch, *argv, "--base-model", TINY)
+
+
 def test_export_writes_a_peft_folder(monkeypatch, capsys, trained, tmp_path):
     run(monkeypatch, "export", trained, tmp_path / "one", "--weights", "joy=0.5,brief=0.5")
     assert json.loads((tmp_path / "one/adapter_config.json").read_text())["r"] == 4
@@ -234,24 +326,122 @@ def test_help_lists_the_commands(monkeypatch, capsys):
         (["sample", "{run}", "--output", "{tmp}"], "give prompts, or a file of them with --input"),
         (["sample", "{run}", "--interactive", "--output", "{tmp}"], "not with --interactive"),
         (["sample", "{run}", "--input", "none.jsonl", "--weights", "joy=1"], "cannot be read"),
-        (["sample", "{run}", "Hi", "Ho " * 9999, "--weights", "joy=1"], "prompt 1: prompt has"),
         (["sample", "{run}", "Hi", "--weights", "joi=1"], "unknown objective 'joi'"),
         (["sample", "{run}", "Hi", "--weights", "0.2,0.3,0.5"], "2 entries"),
         (["sample", "{tmp}", "Hi", "--weights", "joy=1"], "clp.json is missing"),
         (["eval", "{run}", "--rewards", "sentiment"], "rewards must be those of"),
+        (["eval", "{run}", "--rewards"], "rewards is empty"),
+        (["eval", "{run}", "--num-prompts", "0"], "num_prompts must be at least 1, got 0"),
+        (["eval", "{run}", "--num-prompts", "-1"], "num_prompts must be at least 1, got -1"),
+        (["eval", "{run}", "--max-tokens", "0"], "max_tokens must be"),
+        (["eval", "{run}", "--max-batch-size", "0"], "max_batch_size must be at least 1"),
+        (["eval", "{run}", "--temperature", "nan"], "temperature must be"),
+        (["eval", "{run}", "--reference-point", "1"], "must have 2 entries"),
+        (["eval", "{run}", "--reference-point", "nan", "0"], "must be finite"),
+        (["eval", "{run}", "--output-dir", "{run}/config.yaml"], "config.yaml is a file"),
+        (["eval", "{run}", "--output-dir", ""], "a path is empty"),
+        (["eval", "{run}", "--device", "nope"], 'device must be "auto", "cpu"'),
+        (["eval", "{run}", "--device", "xpu:3"], "device 'xpu:3' is not here"),
+        (["train", "--device", "nope", "--output-dir", "{tmp}"], "device must be"),
+        (["sample", "{run}", "Hi", "--weights", "joy=1", "--device", "meta"], "'meta' is not here"),
+        (["sample", "{run}", "--input", "{run}", "--weights", "joy=1"], "it is no file"),
+        (["train", "--model", "runs/none/x", "--output-dir", "{tmp}"], "neither a folder nor"),
+        (["train", "--config="], "--config needs the path"),
+        (["train", "--config=a.yaml", "--config", "b.yaml"], "must be given once, got a.yaml and"),
+        (["export", "{run}", "{run}/config.yaml", "--weights", "joy=1"], "config.yaml is a file"),
         (["export", "{run}", "{run}", "--weights", "joy=1"], "must be missing or empty"),
     ],
 )
 def test_bad_input_is_said_and_ends_with_code_2(
     monkeypatch, capsys, trained, tmp_path, argv, message
 ):
+    monkeypatch.setattr("clp.policy.load_base", not_reached)
+    before = sorted(trained.iterdir())
     filled = [a.format(run=trained, tmp=tmp_path / "t") for a in argv]
+    assert message in refused(monkeypatch, capsys, *filled)
+    assert sorted(trained.iterdir()) == before and not (tmp_path / "t").exists()
+
+
+def test_a_prompt_that_is_too_long(monkeypatch, capsys, trained):
+    argv = ["sample", trained, "Hi", "Ho " * 9999, "--weights", "joy=1"]
+    assert "prompt 1: prompt has" in refused(monkeypatch, capsys, *argv)
+
+
+def test_cuda_where_there_is_none(monkeypatch, capsys, trained, tmp_path):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    for argv in (
+        ["train", "--output-dir", tmp_path / "t"],
+        ["eval", trained],
+        ["sample", trained, "Hi", "--weights", "joy=1"],
+    ):
+        error = refused(monkeypatch, capsys, *argv, "--device", "cuda")
+        assert "device 'cuda' is not here" in error
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_device_that_is_not_among_those_here(monkeypatch, capsys, trained):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    error = refused(monkeypatch, capsys, "eval", trained, "--device", "cuda:2")
+    assert "device 'cuda:2' is not here: there are 2, counted from 0" in error
+    assert torch_device("cuda:1") == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("config.json", {"quantization_config": {"quant_method": "hqq"}}, "HQQ version"),
+        ("config.json", {"hidden_size": "x"}, "Field 'hidden_size' expected int"),
+        ("config.json", {"num_attention_heads": 0}, "modulo by zero"),
+        ("config.json", {"pad_token_id": 10**9}, "Padding_idx"),
+        ("config.json", {"architectures": [3]}, "is not a causal LM: it holds 3"),
+        ("config.json", "[" * 200_000, "recursion"),
+        ("tokenizer.json", {"model": {"type": "none"}}, "ModelUntagged"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded(monkeypatch, capsys, tmp_path, name, value, message):
+    """The last one is what the library tokenizers says of files newer than itself."""
+    shutil.copytree(TINY, tmp_path / "model")
+    file = tmp_path / "model" / name
+    old = json.loads(file.read_text())
+    file.write_text(value if isinstance(value, str) else json.dumps(old | value))
+    error = refused(
+        monkeypatch, capsys, "train", "--model", tmp_path / "model", "--output-dir", tmp_path / "t"
+    )
+    assert "model '" in error and message in error
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "export", "sample"])
+def test_ctrl_c_is_one_line_and_code_130(monkeypatch, capsys, trained, tmp_path, command):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clp.sampler.Sampler.step", interrupted)
+    monkeypatch.setattr("clp_kernels.export_adapter", interrupted)
+    argv, hint = {
+        "train": (["--output-dir", tmp_path / "t"], "; --resume goes on from the last checkpoint"),
+        "eval": ([trained], ""),
+        "export": ([trained, tmp_path / "t", "--weights", "joy=1"], ""),
+        "sample": ([trained, "Tom", "--weights", "joy=1"], ""),
+    }[command]
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *filled)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert any(message in line for line in error)
-    assert "Traceback" not in "".join(error)
+        run(monkeypatch, command, *argv)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == f"clp {command}: stopped{hint}"
+
+
+def test_a_reader_that_goes_is_no_error():
+    """`| head`: the command ends as others do, without a word."""
+    code = "import sys; from clp import cli; sys.argv = ['clp', 'info']; cli.COMMANDS['info'] = {}"
+    prints = "lambda argv: [print('x' * 99) for _ in range(9999)]"
+    argv = [sys.executable, "-c", code.format(prints) + "; cli.main()"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        done.stdout.readline()
+        done.stdout.close()
+        error = done.stderr.read()
+    assert done.returncode == 141
+    assert error == ""
 
 
 def test_unknown_option_is_refused(monkeypatch, capsys, tmp_path):
