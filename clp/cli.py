@@ -1,6 +1,7 @@
 """The command line: clp train | sample | eval | export | info."""
 
 import importlib.metadata
+import io
 import os
 import re
 import signal
@@ -242,6 +243,9 @@ def main() -> None:
     if name not in COMMANDS:
         print(f"clp: unknown command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A completion may hold characters that the terminal's encoding does not have.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         COMMANDS[name](argv)
         sys.stdout.flush()

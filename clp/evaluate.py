@@ -178,6 +178,10 @@ def evaluate(
     kl_per_token = (kl.view(shape).sum(1) / tokens.view(shape).sum(1)).tolist()
     distinct = [distinct_2(texts[i : i + len(rows)]) for i in range(0, len(texts), len(rows))]
     length = tokens.view(shape).mean(1).tolist()
+    recorded: dict[str, Any] = {
+        name: list(value) if isinstance(value := getattr(params, name), tuple) else value
+        for name in _RECORDED
+    }
     front = Frontier(
         objectives=list(policy.objectives),
         weights=grid.double().numpy().round(6).tolist(),
@@ -198,7 +202,7 @@ def evaluate(
         pareto=pareto(means[:-1]),
         prompts=len(rows),
         seed=seed,
-        **{n: list(v) if isinstance(v := getattr(params, n), tuple) else v for n in _RECORDED},
+        **recorded,
         metrics=log.means(),
     )
     samples = [

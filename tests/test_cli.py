@@ -31,7 +31,7 @@ def refused(monkeypatch, capsys, *argv):
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
-    lines = [line for line in said.splitlines() if line.startswith("clp ")]
+    lines = [line for line in said.splitlines() if line.startswith("clp")]
     assert len(lines) == 1 or "For full helptext" in said  # tyro's page about an option
     return said
 
@@ -429,6 +429,14 @@ def test_ctrl_c_is_one_line_and_code_130(monkeypatch, capsys, trained, tmp_path,
         run(monkeypatch, command, *argv)
     assert stop.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1] == f"clp {command}: stopped{hint}"
+
+
+def test_a_terminal_without_the_characters(monkeypatch):
+    code = "import sys; from clp import cli; sys.argv = ['clp', 'info']; cli.COMMANDS['info'] = {}"
+    argv = [sys.executable, "-c", code.format("lambda argv: print('“é”')") + "; cli.main()"]
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\\u201c\\xe9\\u201d\n")
 
 
 def test_a_reader_that_goes_is_no_error():

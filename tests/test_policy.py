@@ -18,7 +18,8 @@ from transformers import (
 
 import clp_kernels
 from clp import cli
-from clp.policy import TINY, Policy, load_base
+from clp.mixture import LogitMixture
+from clp.policy import TINY, Policy, load_base, torch_device
 from clp.weights import weight_grid
 from clp_kernels.layers import steered_layers
 
@@ -243,3 +244,29 @@ def test_damaged_weights_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[:1000])
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["nope", "", "cuda:x", "meta"])
+def test_devices_are_checked_before_a_model_is_loaded(device, tmp_path, monkeypatch):
+    randomised().save(tmp_path)
+
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    for place in ("clp.policy.load_base", "clp.mixture.load_base"):
+        monkeypatch.setattr(place, load)
+    for make in (
+        lambda: Policy.create("tiny", ["joy"], device=device),
+        lambda: Policy.load(tmp_path, device=device),
+        lambda: Policy.from_models({"joy": "tiny"}, device=device),
+        lambda: LogitMixture.load({"joy": "tiny"}, device=device),
+    ):
+        with pytest.raises(ValueError, match=r"device (must be|'meta' is not here)"):
+            make()
+    assert torch_device(torch.device("cpu")) == torch_device("cpu") == torch.device("cpu")
+
+
+def test_auto_is_cuda_where_there_is_one(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert torch_device("auto") == torch.device("cpu")
+    assert Policy.create("tiny", ["joy"], r=1, device="auto").device == torch.device("cpu")
