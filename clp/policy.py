@@ -456,7 +456,9 @@ def read_card(directory: Path) -> dict[str, Any]:
     names = card["objectives"]
     good = all(isinstance(n, str) and n.isidentifier() for n in names)
     if not names or not good or len(set(names)) != len(names):
-        raise ValueError(f"{path}: objectives must be a list of distinct names, got {names!r}")
+        raise ValueError(
+            f"{path}: objectives must be a list of names, all different, got {names!r}"
+        )
     return card
 
 

@@ -201,12 +201,14 @@ def test_what_fails_while_it_is_written_leaves_the_earlier_evaluation(two, tmp_p
     save_evaluation(front, samples, tmp_path / "new/folder")
     before = {p.name: p.read_bytes() for p in (tmp_path / "new/folder").iterdir()}
     assert sorted(before) == ["frontier.json", "pareto.png", "samples.jsonl"]
-    for place in ("clp.report.plot_frontier", "clp.evaluate.Frontier.save"):
-        for error in (OSError("disk full"), KeyboardInterrupt()):
-            with monkeypatch.context() as patch, pytest.raises(type(error)):
-                patch.setattr(place, Mock(side_effect=error))
-                save_evaluation(front, samples[:1], tmp_path / "new/folder")
-            assert {p.name: p.read_bytes() for p in (tmp_path / "new/folder").iterdir()} == before
+    for place, error in {
+        "clp.report.plot_frontier": OSError("disk full"),
+        "clp.evaluate.Frontier.save": KeyboardInterrupt(),
+    }.items():
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(place, Mock(side_effect=error))
+            save_evaluation(front, samples[:1], tmp_path / "new/folder")
+        assert {p.name: p.read_bytes() for p in (tmp_path / "new/folder").iterdir()} == before
     save_evaluation(front, samples[:1], tmp_path / "new/folder")
     assert len((tmp_path / "new/folder/samples.jsonl").read_text().splitlines()) == 1
 

@@ -134,6 +134,28 @@ def test_load_refuses_a_tampered_adapter(tmp_path):
             },
             "list of names",
         ),
+        (
+            {
+                "format": 1,
+                "base_model": "tiny",
+                "objectives": ["a", "a"],
+                "rewards": [],
+                "adapters": {},
+            },
+            "all different",
+        ),
+        (
+            {
+                "format": 1,
+                "base_model": "tiny",
+                "objectives": ["a"],
+                "rewards": [3],
+                "adapters": {},
+            },
+            "rewards must be a list of texts",
+        ),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"format": 1, "format": 1}', "given twice"),
     ],
 )
 def test_load_refuses_a_malformed_card(tmp_path, card, message):
