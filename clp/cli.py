@@ -258,7 +258,12 @@ def main() -> None:
         # interpreter fails once more when it flushes the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
-    except (ValueError, OSError, MemoryError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        MemoryError,
+    ) as error:  # ValueError, TypeError: bad input
         said = " ".join(str(error).split()) or "not enough memory"
         print(f"clp {name}: error: {said}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -70,8 +70,9 @@ def _check_row(row: Any, first: Any, where: str) -> None:
         )
     if isinstance(prompt, str) != isinstance(first["prompt"], str):
         raise ValueError(f'{where}: "prompt" must be a text or a conversation as in the first row')
+    texts: list[str] = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt or ()]
     try:
-        for text in [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]:
+        for text in texts:
             text.encode()
     except UnicodeEncodeError:
         raise ValueError(f'{where}: "prompt" holds half of a surrogate pair: {prompt!a}') from None

@@ -412,6 +412,15 @@ def test_a_model_that_cannot_be_loaded(monkeypatch, capsys, tmp_path, name, valu
     assert "model '" in error and message in error
 
 
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_column_of_another_kind(monkeypatch, capsys, trained, tmp_path, command):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Tom", "reference": 3}\n')
+    where = [trained] if command == "eval" else ["--output-dir", tmp_path / "t"]
+    error = refused(monkeypatch, capsys, command, *where, "--prompts", tmp_path / "p.jsonl",
+                    "--rewards", "joy=rouge", "brief=brevity")  # fmt: skip
+    assert "column 'reference', row 0: expected a string" in error
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "export", "sample"])
 def test_ctrl_c_is_one_line_and_code_130(monkeypatch, capsys, trained, tmp_path, command):
     def interrupted(*args, **kwargs):

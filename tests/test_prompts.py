@@ -90,6 +90,8 @@ def test_rows_given_in_python_are_checked_too():
         check_prompts([{"prompt": "a", 3: 1}])
     with pytest.raises(ValueError, match=r"train_dataset\[0\]: .* half of a surrogate pair"):
         check_prompts([{"prompt": "a\udcff"}])
+    with pytest.raises(ValueError, match=r"train_dataset\[0\]: .* half of a surrogate pair"):
+        check_prompts([{"prompt": [{"role": "user", "content": "a\ud800"}]}])
 
 
 def test_the_embedded_prompts_are_disjoint():
