@@ -26,9 +26,10 @@ from clp.requests import (
     Row,
     SamplingParams,
     StreamedToken,
-    Text,
     parse_prompt,
+    stream_news,
 )
+from clp.text import Text
 from clp.weights import WeightSpec, parse_rows, parse_weights
 from clp_kernels.invariant import is_batch_invariant
 
@@ -146,7 +147,7 @@ class Sampler:
             news = []
             for k in sorted(open_rows):
                 row = request.rows[k]
-                news += _news(row, texts[k], seen[k])
+                news += stream_news(row, texts[k], seen[k])
                 seen[k] = len(row.token_ids)
                 if row.completion is not None:
                     open_rows.discard(k)
@@ -503,28 +504,6 @@ def _slot(row: Row) -> int:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _news(row: Row, text: Text, seen: int) -> list[StreamedToken]:
-    """What a stream has to tell of a row since `seen` of its tokens."""
-    found = []
-    ids, done = row.token_ids, row.completion
-    for i in range(seen, len(ids)):
-        last = done is not None and i == len(ids) - 1 and done.finish_reason in ("stop", "length")
-        stop_token = last and ids[i] in row.request.params.stop_token_ids
-        if not text.stopped and not stop_token:
-            text.add(ids[i])
-        if last:
-            text.finish()
-        gain = text.take(last)
-        reason = done.finish_reason if last and done is not None else None
-        found.append(StreamedToken(row.index, ids[i], row.logprobs[i], gain, reason))
-    if done is not None and done.finish_reason in ("abort", "error"):
-        text.finish()
-        found.append(
-            StreamedToken(row.index, None, None, text.take(True), done.finish_reason, done.error)
-        )
-    return found
 
 
 def with_seeds(params: SamplingParams, seeds: Sequence[int]) -> list[SamplingParams]:
