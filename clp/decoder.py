@@ -135,6 +135,11 @@ class Decoder:
         """How many tokens each of them has room for."""
         return self.caches[0].capacity
 
+    @property
+    def longest(self) -> int:
+        """Tokens of a slot that is alone."""
+        return self.cache_bytes // ((1 + self.spare) * self.bytes_per_token) // BLOCK * BLOCK
+
     def fits(self, slots: int, length: int) -> bool:
         """Whether so many slots of so many tokens are within cache_bytes."""
         return (slots + self.spare) * _rounded(length) * self.bytes_per_token <= self.cache_bytes
@@ -240,7 +245,10 @@ class Decoder:
             even = all(row.cached == longest - 1 for row in rows)
             drawn, mixed = self._step(slice(first, first + count), longest, even, filters)
         top = self._top([i for i, p in enumerate(params) if p.logprobs], params, mixed, first)
-        return Drawn(drawn.tokens[:count].tolist(), drawn.logprobs[:count].tolist(), top)
+        tokens, logprobs = drawn.tokens[:count].tolist(), drawn.logprobs[:count].tolist()
+        for i, found in top.items():
+            found.setdefault(tokens[i], logprobs[i])
+        return Drawn(tokens, logprobs, top)
 
     def _step(
         self,
@@ -333,7 +341,11 @@ class Decoder:
         if weights is not None:
             chosen = clp_kernels.mix_logits(chosen, weights, mode=self.policy.mode)
         tau = [params[i].temperature or 1.0 for i in asked]
-        logp = torch.log_softmax(chosen.float() / torch.tensor(tau, device=rows.device)[:, None], 1)
+        # Less the largest, in float64: a quotient by the least temperature would be infinite.
+        scaled = (chosen.double() - chosen.double().amax(1, keepdim=True)) / torch.tensor(
+            tau, dtype=torch.float64, device=rows.device
+        )[:, None]
+        logp = torch.log_softmax(scaled, 1)
         most = max(params[i].logprobs for i in asked)
         values, ids = (t.tolist() for t in logp.topk(min(most, logp.shape[1])))
         return {

@@ -21,6 +21,7 @@ from clp.conversation import Prompt
 from clp.decoder import Decoder, Steerable
 from clp.kv_cache import Segment
 from clp.requests import (
+    MOST_TOKENS,
     Completion,
     Request,
     Row,
@@ -29,7 +30,6 @@ from clp.requests import (
     parse_prompt,
     stream_news,
 )
-from clp.text import Text
 from clp.weights import WeightSpec, parse_rows, parse_weights
 from clp_kernels.invariant import is_batch_invariant
 
@@ -140,8 +140,7 @@ class Sampler:
         Streams of several requests may be read in turn; one that is dropped goes on unread.
         """
         seen = [0] * len(request.rows)
-        texts = [Text(self.policy.tokenizer, request.prompt_ids, request.params.stop)
-                 for _ in request.rows]  # fmt: skip
+        texts = [request.new_text() for _ in request.rows]
         open_rows = set(range(len(request.rows)))
         while open_rows:
             news = []
@@ -278,8 +277,10 @@ class Sampler:
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params of {name} must be SamplingParams, got {type(params).__name__}")
         ids = parse_prompt(prompt, policy.tokenizer, policy.vocab_size, name)
-        length = len(ids) + params.max_tokens
-        shape = f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} it exceeds"
+        room = min(policy.context_length, self._decoder.longest + 1) - len(ids)
+        most = params.max_tokens or max(1, min(room, MOST_TOKENS))
+        length = len(ids) + most
+        shape = f"{name} has {len(ids)} tokens; with max_tokens={most} it exceeds"
         if length > policy.context_length:
             raise ValueError(f"{shape} the context of {policy.context_length}")
         if not self._decoder.fits(1, length - 1):
@@ -300,6 +301,7 @@ class Sampler:
             params,
             ends | frozenset(params.stop_token_ids),
             policy.cache_key(weights),
+            most,
             seed,
             prompt_index,
         )

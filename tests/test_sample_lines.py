@@ -114,7 +114,8 @@ def test_records_of_good_lines(sampler):
     assert [r["index"] for r in two.records] == [0, 1]
     for r in two.records:
         assert r["prompt"] == [5, 6] and r["weights"] == [0, 1] and "id" not in r
-        assert [len(pairs) for pairs in r["top_logprobs"]] == [3] * len(r["token_ids"])
+        for token, pairs in zip(r["token_ids"], r["top_logprobs"], strict=True):
+            assert [i for i, _ in pairs[3:]] in ([], [token]) and token in dict(pairs)
 
 
 BAD = [

@@ -179,9 +179,9 @@ def test_bad_requests(sampler, call, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"max_tokens": 0}, {"max_tokens": 1.5}, {"n": 0}, {"top_k": -1}, {"temperature": -0.1},
+        {"max_tokens": 0}, {"max_tokens": 1.5}, {"n": 0}, {"top_k": -2}, {"temperature": -0.1},
         {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": -1}, {"stop": [""]},
-        {"seed": 2**63}, {"seed": 1.0}, {"temperature": "hot"},
+        {"seed": True}, {"seed": 1.0}, {"temperature": "hot"},
     ],
 )  # fmt: skip
 def test_bad_sampling_parameters(changes):
