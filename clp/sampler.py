@@ -7,6 +7,7 @@ device, `clp/kv_cache.py` the slots, `clp/requests.py` what is asked and answere
 """
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clp.conversation import Prompt
-from clp.decoder import Decoder, Steerable
+from clp.decoder import Decoder
 from clp.kv_cache import Segment
 from clp.requests import (
     MOST_TOKENS,
@@ -30,6 +31,8 @@ from clp.requests import (
     parse_prompt,
     stream_news,
 )
+from clp.steerable import Steerable
+from clp.turns import one_thread
 from clp.weights import WeightSpec, parse_rows, parse_weights
 from clp_kernels.invariant import is_batch_invariant
 
@@ -50,7 +53,9 @@ class _Wave(NamedTuple):
 class Sampler:
     """Samples from a policy; every sequence of a batch has its own weights and parameters.
 
-    Not for several threads at once. Between steps the policy may be used and trained by others.
+    Not for several threads at once: a call raises RuntimeError while another thread's is under way.
+    Several samplers of one model may run in as many threads; they take turns. Between steps the
+    policy may be used and trained by others.
 
     Args:
         policy: A clp.Policy, or a clp.LogitMixture over several models.
@@ -86,12 +91,13 @@ class Sampler:
         self._rows: list[Row] = []
         # What the slots' caches hold: (key, ids), also of rows that have gone.
         self._held: list[Row | None] = [None] * max_batch_size
-        self._fingerprint: bytes | None = None
         self._stepping = False
+        self.using = threading.RLock()
         self.tokens_drawn = 0
 
     # Requests
 
+    @one_thread
     def submit(
         self,
         prompt: Prompt,
@@ -119,6 +125,7 @@ class Sampler:
         self._waiting.extend(request.rows)
         return request
 
+    @one_thread
     def cancel(self, request: Request) -> None:
         """Ends what is not finished of a request with finish_reason "abort"; its slots are free."""
         for row in request.rows:
@@ -154,6 +161,7 @@ class Sampler:
             if open_rows and not news:
                 self.step()
 
+    @one_thread
     def step(self) -> list[Completion]:
         """Fills free slots from the queue and draws one token for every row in a slot.
 
@@ -200,6 +208,7 @@ class Sampler:
         self._stepping = False
         return [completion for completion in done if completion is not None]
 
+    @one_thread
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -246,6 +255,7 @@ class Sampler:
                 raise RuntimeError(f"prompt {c.prompt_index} failed: {c.error}")
         return completions
 
+    @one_thread
     def finish(self, requests: Sequence[Request], *, progress: bool = False) -> None:
         """Runs until the requests are finished. Stopped halfway (Ctrl-C), they are cancelled."""
         begin, drawn = time.perf_counter(), self.tokens_drawn
@@ -309,13 +319,9 @@ class Sampler:
     def _fill(self) -> list[Completion | None]:
         """Prefills what fits of the queue into free slots; gives what failed."""
         failed: list[Completion | None] = []
-        if not self._rows and self._waiting:
-            # Nothing runs: the parameters may have changed since the caches were filled.
-            self._decoder.renew()
-            fingerprint = self.policy.fingerprint()
-            if fingerprint != self._fingerprint:
-                self._held = [None] * self.max_batch_size
-            self._fingerprint = fingerprint
+        # Where nothing runs, the models may have changed since the caches were filled.
+        if not self._rows and self._waiting and not self._decoder.renew():
+            self._held = [None] * self.max_batch_size
         budget = self.max_prefill_tokens
         while budget > 0:
             running = len(self._rows)
