@@ -54,14 +54,14 @@ class KVCache:
         """
         before = [config._attn_implementation for config in self.configs]
         try:
-            _name(self.configs, [IMPLEMENTATION] * len(before))
-            return function(*args, **kwargs)
-        finally:
             try:
+                _name(self.configs, [IMPLEMENTATION] * len(before))
+                return function(*args, **kwargs)
+            finally:
                 _name(self.configs, before)
-            except BaseException:
-                _name(self.configs, before)  # Ctrl-C came in the middle
-                raise
+        except BaseException:
+            _name(self.configs, before)  # Ctrl-C may have come in the middle of it
+            raise
 
     @property
     def layers(self) -> int:
@@ -358,7 +358,10 @@ def slot_attention(
         odd.append("a mask of its own")
     name = type(module).__name__
     if slots is None:
-        raise ValueError(f"{name} does not pass keyword arguments on to its attention")
+        raise ValueError(
+            f"{name} does not pass keyword arguments on to its attention, or another thread runs it "
+            "while a sampler does"
+        )
     if odd:
         raise ValueError(f"{name} has attention with {odd[0]}")
     slots.cache.windows[module.layer_idx] = sliding_window
