@@ -464,9 +464,9 @@ def random_stops(rng, text):
         if text and rng.random() < 0.7:
             at = rng.randrange(len(text))
             piece = text[at : at + rng.randint(1, 6)]
-            found.append(piece if rng.random() < 0.5 else piece + "\u00e9x")
+            found.append(piece + rng.choice(["", "", "\u00e9x", "<eos>"]))
         else:
-            found.append(rng.choice(["zq", "\n", "\u6f22", " the the"]))
+            found.append(rng.choice(["zq", "\n", "\u6f22", " the the", "<eos>", "<eos> ", "bos>"]))
     return found
 
 
