@@ -186,8 +186,8 @@ def test_none_and_minus_one_are_off_and_numpys_numbers_are_numbers():
     assert off == SamplingParams()
     given = SamplingParams(
         max_tokens=np.int64(5), temperature=np.float32(0.5), top_k=np.int32(3),
-        top_p=np.float64(0.5), min_p=np.float16(0.25), seed=np.int64(7), n=np.uint8(2), logprobs=np.int64(1),
-        stop_token_ids=[np.int64(4)],
+        top_p=np.float64(0.5), min_p=np.float16(0.25), seed=np.int64(7), n=np.uint8(2),
+        logprobs=np.int64(1), stop_token_ids=[np.int64(4)],
     )  # fmt: skip
     plain = SamplingParams(
         max_tokens=5, temperature=0.5, top_k=3, top_p=0.5, min_p=0.25, seed=7, n=2, logprobs=1,
