@@ -25,7 +25,8 @@ class _Inside(dict[type, Any]):
     """By type, as what a value is looked into, if at all."""
 
     def __missing__(self, kind: type) -> Any:
-        known = {dict: dict, OrderedDict: dict, list: list, tuple: list}.get(kind)
+        plain: dict[type, Any] = {dict: dict, OrderedDict: dict, list: list, tuple: list}
+        known = plain.get(kind)
         for base in (nn.Module, Tensor, PreTrainedConfig):
             known = base if issubclass(kind, base) else known
         self[kind] = known

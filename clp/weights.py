@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
         )
     row: list[float] = []
     for name, given in zip(objectives, values, strict=True):
-        value = given.item() if isinstance(given, _ARRAYS) and given.ndim == 0 else given
+        value: Any = given.item() if isinstance(given, _ARRAYS) and given.ndim == 0 else given
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"weights: {name} must be a number, got {given!r}")
         if not abs(value) <= LARGEST:

@@ -99,6 +99,21 @@ def test_completions_of_a_line(raw, count):
     assert Line(1, raw).completions(3) == count
 
 
+def test_null_and_minus_one_are_off_and_any_integer_is_a_seed(sampler):
+    plain, off, large = sampled(
+        sampler,
+        {"prompt": "Tom", "seed": 5},
+        {"prompt": "Tom", "seed": 5, "top_k": -1, "stop": None, "stop_token_ids": None,
+         "logprobs": None},
+        {"prompt": "Tom", "seed": 5 + 2**70},
+    )  # fmt: skip
+    assert not plain.failed
+    for other in (off, large):
+        assert other.records[0]["token_ids"] == plain.records[0]["token_ids"]
+    (end,) = sampled(sampler, {"prompt": [5] * 250, "max_tokens": None, "ignore_eos": True})
+    assert len(end.records[0]["token_ids"]) == 6
+
+
 def test_records_of_good_lines(sampler):
     one, two = sampled(
         sampler,
