@@ -359,8 +359,8 @@ def slot_attention(
     name = type(module).__name__
     if slots is None:
         raise ValueError(
-            f"{name} does not pass keyword arguments on to its attention, or another thread runs it "
-            "while a sampler does"
+            f"{name} does not pass keyword arguments on to its attention, or another thread runs "
+            "it while a sampler does"
         )
     if odd:
         raise ValueError(f"{name} has attention with {odd[0]}")

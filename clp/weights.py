@@ -84,7 +84,7 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
         value: Any = given.item() if isinstance(given, _ARRAYS) and given.ndim == 0 else given
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"weights: {name} must be a number, got {given!r}")
-        if not abs(value) <= LARGEST:
+        if not abs(value) <= LARGEST:  # type: ignore[operator]  # Real has them
             raise ValueError(f"weights: {name} must be finite in float32, got {value}")
         row.append(float(value))
     off = max(1e-3, *map(_rounding, values))

@@ -93,6 +93,16 @@ def test_a_tokenizer_whose_bos_is_its_eos():
     assert encode(tok, "</s>") == [EOS]
 
 
+def test_a_chat_template_that_writes_the_bos_token():
+    tok = tokenizer("<s> $A </s>", extra=("<|x|>",))
+    tok.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|x|>{% endif %}"
+    )
+    ids = parse_prompt([{"role": "user", "content": "ab"}], tok, len(tok), "prompt")
+    assert tok.convert_ids_to_tokens(ids) == ["<s>", "ab", "</s>", "<|x|>"]
+
+
 def test_ids_are_taken_as_they_are():
     assert parse_prompt([BOS, BOS, 5, EOS], tokenizer("<s> $A </s>"), 40, "prompt") == [1, 1, 5, 2]
 
