@@ -18,10 +18,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCri
 
 from bench.peers import refusable
 from bench.workload import Batch, Served
-from clp.decoder import Network, Steerable
 from clp.policy import Policy
 from clp.requests import SamplingParams
 from clp.sampler import Sampler
+from clp.steerable import Network, Steerable
 from clp_kernels import save_adapters
 
 NO_END = -1  # of continuous batching: an end token that is never drawn
@@ -52,6 +52,7 @@ class Bare:
         self.model, self.tokenizer = model, like.tokenizer
         self.device, self.context_length = like.device, like.context_length
         self.vocab_size, self.end_ids = like.vocab_size, like.end_ids
+        self.drawable_ids = like.drawable_ids
 
     @property
     def networks(self) -> list[Network]:
@@ -61,9 +62,6 @@ class Bare:
         return None
 
     def cache_key(self, row: Tensor) -> bytes:
-        return b""
-
-    def fingerprint(self) -> bytes:
         return b""
 
 

@@ -8,15 +8,19 @@ of a few; rows of weights, seeds, lengths and filters are tensors that the graph
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import clp_kernels
 from clp.kv_cache import BLOCK, Decode, KVCache, Prefill, Segment
+from clp.model_state import ModelState
 from clp.recording import ROWS_NEEDED, Inputs, Recording, Unrecordable, record
 from clp.requests import Row
+from clp.slot_check import fault
+from clp.steerable import Steerable
+from clp.turns import in_turn, locks_of
 from clp_kernels.invariant import is_batch_invariant
 
 # Slot lengths that a CUDA graph is captured for are multiples of this.
@@ -24,50 +28,6 @@ GRAPH_LENGTH = 256
 # What a model's code raises where it is not made for one token an example.
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
-
-
-class Network(NamedTuple):
-    """A model that runs for every token, and the context that sets its weight rows [B, m]."""
-
-    model: Any
-    steer: Any  # rows -> context manager
-
-
-class Steerable(Protocol):
-    """What the sampler asks of a policy: clp.Policy, or clp.LogitMixture over several models."""
-
-    tokenizer: Any
-    objectives: tuple[str, ...]
-    mode: str
-
-    @property
-    def networks(self) -> Sequence[Network]:
-        """The models whose logits make the next token."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Token ids that end a completion."""
-
-    @property
-    def context_length(self) -> int:
-        """Prompt and completion tokens that fit."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below it."""
-
-    def logit_weights(self, rows: Tensor) -> Tensor | None:
-        """Rows [B, m] -> weights of the networks' logits [B, n]; None for a single network."""
-
-    def cache_key(self, row: Tensor) -> bytes:
-        """Equal for rows whose keys and values are equal for equal tokens."""
-
-    def fingerprint(self) -> bytes:
-        """Changes with the parameters."""
 
 
 class Drawn(NamedTuple):
@@ -113,7 +73,9 @@ class Decoder:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # On the CPU; None where a network's step cannot be recorded.
         self.recordings: list[Recording | None] = [None] * len(self.networks)
-        self._recorded = False
+        self._recorded = self._own_code = False
+        self._states: list[ModelState] = []  # at the last look
+        self._look()
         self._check()
         # Keys and values of one token in all networks.
         self.bytes_per_token = sum(cache.bytes_per_token for cache in self.caches)
@@ -134,6 +96,11 @@ class Decoder:
     def capacity(self) -> int:
         """How many tokens each of them has room for."""
         return self.caches[0].capacity
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a slot that is alone."""
+        return self.cache_bytes // ((1 + self.spare) * self.bytes_per_token) // BLOCK * BLOCK
 
     def fits(self, slots: int, length: int) -> bool:
         """Whether so many slots of so many tokens are within cache_bytes."""
@@ -210,6 +177,7 @@ class Decoder:
 
     # Forward passes
 
+    @in_turn
     @torch.inference_mode()
     def prefill(self, parts: Sequence[tuple[Row, Segment]]) -> None:
         """Puts tokens of prompts into their slots, all in one forward."""
@@ -222,25 +190,34 @@ class Decoder:
         tokens, where = torch.tensor([ids, positions], device=device)[:, :, None]
         for network, cache in zip(self.networks, self.caches, strict=True):
             plan = Prefill(cache, segments, device)
-            with network.steer(rows), cache.attending():
+            with network.steer(rows):
                 # The body alone: a prompt's last token goes through the head in a decoding step.
-                network.model.base_model(
-                    input_ids=tokens, position_ids=where, use_cache=False, slots=plan
+                cache.run(
+                    network.model.base_model,
+                    input_ids=tokens,
+                    position_ids=where,
+                    use_cache=False,
+                    slots=plan,
                 )
 
+    @in_turn
     @torch.inference_mode()
     def decode(self, rows: Sequence[Row], first: int = 0) -> Drawn:
         """Feeds one token of each row (in the slots from `first` on) and draws the next."""
         count, params = len(rows), [row.request.params for row in rows]
         longest = max(row.cached for row in rows) + 1
         filters = tuple(_same([getattr(p, name) for p in params]) for name in FILTERS)
-        if self._ints.is_cuda and first == 0 and not is_batch_invariant():
+        captured = self._ints.is_cuda and not self._own_code  # a capture has hooks run once
+        if captured and first == 0 and not is_batch_invariant():
             drawn, mixed = self._replay(count, longest, filters)
         else:
             even = all(row.cached == longest - 1 for row in rows)
             drawn, mixed = self._step(slice(first, first + count), longest, even, filters)
         top = self._top([i for i, p in enumerate(params) if p.logprobs], params, mixed, first)
-        return Drawn(drawn.tokens[:count].tolist(), drawn.logprobs[:count].tolist(), top)
+        tokens, logprobs = drawn.tokens[:count].tolist(), drawn.logprobs[:count].tolist()
+        for i, found in top.items():
+            found.setdefault(tokens[i], logprobs[i])
+        return Drawn(tokens, logprobs, top)
 
     def _step(
         self,
@@ -285,11 +262,14 @@ class Decoder:
                 if recording is not None:
                     logits = recording(Inputs(tokens, lengths, plan), count)
                 else:
-                    with cache.attending():
-                        logits = network.model(
-                            input_ids=tokens, position_ids=lengths, use_cache=False, slots=plan
-                        ).logits
-            found.append(logits[:, -1])
+                    logits = cache.run(
+                        network.model,
+                        input_ids=tokens,
+                        position_ids=lengths,
+                        use_cache=False,
+                        slots=plan,
+                    ).logits
+            found.append(logits[:, -1, : self.ids])
         if len(found) == 1 and self.policy.logit_weights(self.weights[:1]) is None:
             return found[0]
         return torch.stack(found)
@@ -333,7 +313,11 @@ class Decoder:
         if weights is not None:
             chosen = clp_kernels.mix_logits(chosen, weights, mode=self.policy.mode)
         tau = [params[i].temperature or 1.0 for i in asked]
-        logp = torch.log_softmax(chosen.float() / torch.tensor(tau, device=rows.device)[:, None], 1)
+        # Less the largest, in float64: a quotient by the least temperature would be infinite.
+        scaled = (chosen.double() - chosen.double().amax(1, keepdim=True)) / torch.tensor(
+            tau, dtype=torch.float64, device=rows.device
+        )[:, None]
+        logp = torch.log_softmax(scaled, 1)
         most = max(params[i].logprobs for i in asked)
         values, ids = (t.tolist() for t in logp.topk(min(most, logp.shape[1])))
         return {
@@ -411,19 +395,20 @@ class Decoder:
             self.weights.zero_()
             self.drop()
 
+    @in_turn
     def _check(self) -> None:
         """Refuses a model that is not the same through the slots as it is."""
         with self._probing():
             for network, cache in zip(self.networks, self.caches, strict=True):
                 refusal = f"the sampler does not support {type(network.model).__name__}"
                 try:
-                    fault = self._fault(network, cache)
+                    found = fault(network, cache, self.weights[:1])
                 except torch.OutOfMemoryError:
                     raise
                 except MODEL_ERRORS as error:
                     raise ValueError(f"{refusal}: {type(error).__name__}: {error}") from error
-                if fault is not None:
-                    raise ValueError(f"{refusal}: {fault}")
+                if found is not None:
+                    raise ValueError(f"{refusal}: {found}")
             if not self._ints.is_cuda:
                 self.recordings = [self._record(i) for i in range(len(self.networks))]
                 self.renew()
@@ -437,57 +422,50 @@ class Decoder:
             lengths = torch.arange(count) % 4
             plan = Decode(cache, 0, lengths, 4, False)
             rows = self.weights[:1].expand(count, -1)
-            with network.steer(rows), cache.attending():
+            with network.steer(rows):
                 yield Inputs((lengths + 1)[:, None], lengths[:, None], plan)
 
         try:
-            return record(network.model, steered)
+            return cache.run(record, network.model, steered)  # type: ignore[no-any-return]
         except Unrecordable:
             return None
 
-    def renew(self) -> None:
-        """Looks whether the models are still as they were recorded; if not, they run themselves."""
-        self._recorded = all(one is None or one.current for one in self.recordings)
+    @in_turn
+    def renew(self) -> bool:
+        """Looks at the models; whether they are what they were when it last looked.
 
-    @torch.no_grad()
-    def _fault(self, network: Network, cache: KVCache) -> str | None:
-        """Runs five tokens through the slots and through the model as it is; what is wrong."""
-        config = network.model.config.get_text_config()
-        types = getattr(config, "layer_types", None)
-        odd = set(types or ()) - {"full_attention", "sliding_attention"}
-        if odd:
-            return f"it has {min(odd)}"
-        if getattr(network.model.config, "is_encoder_decoder", False):
-            return "it has an encoder"
-        ids = [min(i, self.policy.vocab_size - 1) for i in range(1, 6)]
-        tokens = torch.tensor(ids, device=self._ints.device)[:, None]
-        where = torch.arange(5, device=self._ints.device)[:, None]
-        rows = self.weights[:1]
-        with network.steer(rows):
-            wanted = network.model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
-        plan = Prefill(cache, [Segment(0, 0, 4)], where.device)
-        with network.steer(rows.expand(4, -1)), cache.attending():
-            network.model.base_model(
-                input_ids=tokens[:4], position_ids=where[:4], use_cache=False, slots=plan
+        What is recorded of a model that has changed runs no more: the model runs itself.
+
+        Raises: RuntimeError where the policy has another model.
+        """
+        models = [network.model for network in self.policy.networks]
+        if [id(model) for model in models] != [id(network.model) for network in self.networks]:
+            raise RuntimeError(
+                "the policy has another model than when this sampler was made: make a new Sampler"
             )
-        step = Decode(cache, 0, where[4], 5, True)
-        with network.steer(rows), cache.attending():
-            got = network.model(
-                input_ids=tokens[4:], position_ids=where[4:], use_cache=False, slots=step
-            ).logits[0, -1]
-        bound = 1e-3 if network.model.dtype in (torch.float32, torch.float64) else 0.1
-        difference = float((got - wanted).abs().max())
-        if cache.layers == 0 or not difference <= bound * float(wanted.abs().max()):
-            return (
-                f"its logits differ by {difference:.2g} where attention goes through the slots "
-                "of the cache"
-            )
-        # Five tokens do not fill a window. A model may have it in its masks alone.
-        window = getattr(config, "sliding_window", None)
-        for layer, passed in cache.windows.items():
-            if window and passed != window and (types is None or types[layer] != "full_attention"):
-                return f"layer {layer} does not pass its window of {window} tokens to the attention"
-        return None
+        known = {id(model): ModelState(model) for model in models}
+        states = [known[id(model)] for model in models]
+        before, self._states = self._states, states
+        self._recorded = all(
+            recording is None or recording.state.same_calls(state)
+            for recording, state in zip(self.recordings, states, strict=True)
+        )
+        self._own_code = any(state.own_code for state in states)
+        pairs = list(zip(before, states, strict=False))
+        if not before or not all(
+            old.same_calls(new) and old.addresses == new.addresses for old, new in pairs
+        ):
+            self._graphs.clear()  # they read memory that may have been given back
+            self._look()
+        return bool(before) and all(old == new for old, new in pairs)
+
+    def _look(self) -> None:
+        """What is kept of the models beside their keys and recorded steps."""
+        self._steering.clear()
+        for network, cache in zip(self.networks, self.caches, strict=True):
+            cache.look_at(network.model)
+        self.locks = locks_of([config for cache in self.caches for config in cache.configs])
+        self.ids = self.policy.drawable_ids
 
 
 def _rounded(length: int) -> int:

@@ -23,6 +23,7 @@ from clp.rewards import RewardFunc, distinct_2
 from clp.rollout import make_batch, token_stats
 from clp.sampler import Sampler, with_seeds
 from clp.scoring import RewardLog, dry_call, numbers_or_none, score
+from clp.text import encode
 from clp.weights import weight_grid
 
 # The sampling parameters that an evaluation depends on, as Frontier holds them.
@@ -154,7 +155,7 @@ def evaluate(
     prompts = [
         prompt_text(row["prompt"], policy.tokenizer, f"prompt {i}") for i, row in enumerate(rows)
     ]
-    ids = [policy.tokenizer(text)["input_ids"] for text in prompts] * len(sweep)
+    ids = [encode(policy.tokenizer, text) for text in prompts] * len(sweep)
     done = sampler.generate(
         ids, weights, with_seeds(params, seeds), simplex=False, progress=progress
     )

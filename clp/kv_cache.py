@@ -8,8 +8,7 @@ each slot from 0 on, a prefill has the tokens of several prompts end to end, wit
 plan alone knows which token belongs to which slot.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,21 +38,30 @@ class KVCache:
         self.windows: dict[int, int | None] = {}  # by layer, as the model's code asked for them
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._views: dict[int, list[Tensor]] = {}  # by slot, of all layers; made when first copied
-        # transformers keeps one configuration for a model, or one for each of its parts.
-        parts = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-        self._configs = [c for c in parts.values() if hasattr(c, "_attn_implementation")]
+        self.configs: list[Any] = []
+        self.look_at(model)
 
-    @contextmanager
-    def attending(self) -> Iterator[None]:
-        """Context in which the model's attention is `slot_attention`."""
-        before = [config._attn_implementation for config in self._configs]
-        for config in self._configs:
-            config._attn_implementation = IMPLEMENTATION
+    def look_at(self, model: Any) -> None:
+        """Finds the configurations: transformers keeps one for a model, or one for each part."""
+        parts = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        self.configs = [c for c in parts.values() if hasattr(c, "_attn_implementation")]
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """function(*args, **kwargs) while the model's attention is `slot_attention`.
+
+        No context manager: Ctrl-C may come when a `with` block is entered or left, and the
+        configurations would stay changed.
+        """
+        before = [config._attn_implementation for config in self.configs]
         try:
-            yield
-        finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation = name
+            try:
+                _name(self.configs, [IMPLEMENTATION] * len(before))
+                return function(*args, **kwargs)
+            finally:
+                _name(self.configs, before)
+        except BaseException:
+            _name(self.configs, before)  # Ctrl-C may have come in the middle of it
+            raise
 
     @property
     def layers(self) -> int:
@@ -116,6 +124,11 @@ class KVCache:
         """Zeros in a slot (after values that are not finite)."""
         for tensor in self.tensors():
             tensor[slot].zero_()
+
+
+def _name(configs: Sequence[Any], implementations: Sequence[str | None]) -> None:
+    for config, name in zip(configs, implementations, strict=True):
+        config._attn_implementation = name
 
 
 class Segment(NamedTuple):
@@ -345,7 +358,10 @@ def slot_attention(
         odd.append("a mask of its own")
     name = type(module).__name__
     if slots is None:
-        raise ValueError(f"{name} does not pass keyword arguments on to its attention")
+        raise ValueError(
+            f"{name} does not pass keyword arguments on to its attention, or another thread runs "
+            "it while a sampler does"
+        )
     if odd:
         raise ValueError(f"{name} has attention with {odd[0]}")
     slots.cache.windows[module.layer_idx] = sliding_window

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 import clp_kernels
-from clp.decoder import Network
 from clp.policy import (
     Policy,
     context_length,
     end_ids,
     load_base,
-    parameters_seen,
+    token_count,
     torch_device,
     vocab_size,
 )
+from clp.steerable import Network
 
 
 class LogitMixture:
@@ -40,8 +40,9 @@ class LogitMixture:
         mode: "geometric" or "probability"; see clp_kernels.mix_logits.
 
     Raises:
-        ValueError: no model, models of different vocabularies, devices or dtypes, bad alpha or
-            mode, a base in probability mode.
+        ValueError: no model, models of different devices or dtypes, heads of different height of
+            which one has fewer rows than the tokenizer has tokens (others are mixed where all have
+            a row), bad alpha or mode, a base in probability mode.
     """
 
     def __init__(
@@ -78,9 +79,15 @@ class LogitMixture:
         self.networks = networks if base is None else [Network(base, _unsteered), *networks]
         names = objectives if base is None else ("base", *objectives)
         first = self.networks[0].model
+        tokens = token_count(tokenizer)
         for name, (model, _) in zip(names, self.networks, strict=True):
+            rows, others = vocab_size(model), vocab_size(first)
+            if rows != others and min(rows, others) < tokens:
+                raise ValueError(
+                    f"models must agree in vocabulary: {names[0]} has {others}, {name} has {rows} "
+                    f"token ids, the tokenizer {tokens}"
+                )
             for what, own, wanted in (
-                ("vocabulary", vocab_size(model), vocab_size(first)),
                 ("device", model.device, first.device),
                 ("dtype", model.dtype, first.dtype),
             ):
@@ -142,8 +149,8 @@ class LogitMixture:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Token ids that end a completion: those of the base, or of the first model."""
-        return end_ids(self.networks[0].model)
+        """Token ids that end a completion: those of every model."""
+        return frozenset().union(*(end_ids(n.model, self.tokenizer) for n in self.networks))
 
     @property
     def context_length(self) -> int:
@@ -152,8 +159,13 @@ class LogitMixture:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: token ids are below it."""
-        return vocab_size(self.networks[0].model)
+        """Rows of the smallest embedding: token ids are below it."""
+        return min(vocab_size(network.model) for network in self.networks)
+
+    @property
+    def drawable_ids(self) -> int:
+        """Token ids that are drawn are below it: the tokenizer and every model have them."""
+        return min(self.vocab_size, token_count(self.tokenizer))
 
     def logit_weights(self, rows: Tensor) -> Tensor:
         """[B, m] -> [B, n]: alpha times the rows, behind a column of ones for the base."""
@@ -163,10 +175,6 @@ class LogitMixture:
     def cache_key(self, row: Tensor) -> bytes:
         """Empty: no model's keys and values depend on the weights."""
         return b""
-
-    def fingerprint(self) -> bytes:
-        """Changes with the parameters of the models."""
-        return b"".join(parameters_seen(network.model) for network in self.networks)
 
 
 def _unsteered(rows: Tensor) -> AbstractContextManager[None]:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import clp_kernels
-from clp.decoder import Network
 from clp.json_lines import parse_json
 from clp.paths import model_location
+from clp.steerable import Network
 from clp_kernels.layers import steered_layers
 from clp_kernels.probe import check_start
 from clp_kernels.steering import SteeredLayer
@@ -207,7 +207,7 @@ class Policy:
     @property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a completion."""
-        return end_ids(self.model)
+        return end_ids(self.model, self.tokenizer)
 
     @property
     def context_length(self) -> int:
@@ -220,8 +220,13 @@ class Policy:
         return vocab_size(self.model)
 
     @property
+    def drawable_ids(self) -> int:
+        """Token ids that are drawn are below it: the tokenizer has them."""
+        return min(vocab_size(self.model), token_count(self.tokenizer))
+
+    @property
     def networks(self) -> list[Network]:
-        """The one model that runs for every token (clp.decoder.Steerable)."""
+        """The one model that runs for every token (clp.steerable.Steerable)."""
         return [Network(self.model, self.steer)]
 
     mode = "geometric"  # unused: there is one network
@@ -233,10 +238,6 @@ class Policy:
     def cache_key(self, row: Tensor) -> bytes:
         """The row's bytes: keys and values depend on the weights (-0.0 counts as 0.0)."""
         return (row + 0.0).numpy().tobytes()
-
-    def fingerprint(self) -> bytes:
-        """Changes with the parameters (see `parameters_seen`)."""
-        return parameters_seen(self.model)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: every lora_A and lora_B."""
@@ -268,7 +269,8 @@ class Policy:
     def head(self) -> tuple[Tensor, Tensor | None, float]:
         """(weight [V, d], bias, temperature) with logits = (h W^T + bias) / temperature.
 
-        The temperature is that of models which scale their logits (Granite, Cohere); 1 elsewhere.
+        V is `drawable_ids`: what the sampler draws from. A head may be padded beyond it. The
+        temperature is that of models which scale their logits (Granite, Cohere); 1 elsewhere.
 
         Raises: ValueError where the logits are not that, such as a soft cap (Gemma 2).
         """
@@ -288,16 +290,23 @@ class Policy:
                 "state (a soft cap?); training needs that"
             )
         # A ratio within the rounding of the model's dtype is 1.
-        return layer.weight, layer.bias, 1.0 if abs(scale - 1) < 0.01 else 1 / scale
+        temperature = 1.0 if abs(scale - 1) < 0.01 else 1 / scale
+        ids = slice(self.drawable_ids)
+        return layer.weight[ids], None if layer.bias is None else layer.bias[ids], temperature
 
 
-def end_ids(model: Any) -> frozenset[int]:
-    """Token ids that end a completion of this model."""
-    for config in (model.generation_config, model.config):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()
+def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Token ids that end a completion: all that the configurations and the tokenizer name."""
+    found: set[Any] = set()
+    configs = (model.generation_config, model.config, model.config.get_text_config())
+    for ids in (getattr(config, "eos_token_id", None) for config in configs):
+        found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+    # An end token that the vocabulary lacks has the id of the unknown token.
+    if tokenizer.eos_token_id != tokenizer.unk_token_id or (
+        tokenizer.eos_token == tokenizer.unk_token
+    ):
+        found.add(tokenizer.eos_token_id)
+    return frozenset(i for i in found if type(i) is int and 0 <= i < vocab_size(model))
 
 
 def context_length(model: Any) -> int:
@@ -320,20 +329,9 @@ def vocab_size(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def parameters_seen(model: nn.Module) -> bytes:
-    """SHA-256 that changes with the parameters.
-
-    Of what is trained it has the content, of the frozen rest (gigabytes) where each tensor lies and
-    how often it was written to (PyTorch counts every change but one through `.data`).
-    """
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        values = parameter.detach()
-        digest.update(f"{values.data_ptr()} {values._version} ".encode())
-        if parameter.requires_grad:
-            content = values.cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(content.numpy().data)
-    return digest.digest()
+def token_count(tokenizer: Any) -> int:
+    """Ids that the tokenizer has are below it."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

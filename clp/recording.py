@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
+from clp.model_state import ModelState
 from clp_kernels.steering import SteeredLayer
 
 # What of a tensor may be looked at in Python: nothing that its values decide.
@@ -64,20 +65,18 @@ class _Call(NamedTuple):
 
 
 class Recording:
-    """The recorded step. Call it with `Inputs` and the number of rows: logits, as the model's."""
+    """The recorded step. Call it with `Inputs` and the number of rows: logits, as the model's.
+
+    Attributes:
+        state: The model as it was recorded; of use while the model has `same_calls`.
+    """
 
     def __init__(self, model: Any, step: fx.GraphModule) -> None:
-        self._model, self._step = model, step
-        self._parts = _parts(model)
+        self._step = step
+        self.state = ModelState(model)
 
     def __call__(self, inputs: Inputs, rows: int) -> Tensor:
         return self._step.forward(*inputs, rows)  # type: ignore[no-any-return]
-
-    @property
-    def current(self) -> bool:
-        """Whether the model is made of the same modules, tensors and hooks as when it ran."""
-        now = _parts(self._model)
-        return len(now) == len(self._parts) and all(map(operator.is_, now, self._parts))
 
 
 def record(model: Any, steered: Callable[[int], AbstractContextManager[Inputs]]) -> Recording:
@@ -89,8 +88,11 @@ def record(model: Any, steered: Callable[[int], AbstractContextManager[Inputs]])
             run on them; it runs four times.
 
     Raises: Unrecordable if the values of tensors decide what the model calls, if it calls what is
-        no function of PyTorch's, or if other numbers of rows give other bits than the model.
+        no function of PyTorch's, if other numbers of rows give other bits than the model, or for
+        code of the caller's in it (hooks), which may do something else at every call.
     """
+    if ModelState(model).own_code:
+        raise Unrecordable("the model is compiled, or has hooks or a forward of its own")
     recorded = []
     for rows in RECORDED:
         with steered(rows) as inputs:
@@ -118,10 +120,6 @@ def _calls(model: Any, inputs: Inputs) -> list[_Call]:
     """The calls of a step; the last one names the logits."""
     recorder = _Recorder(inputs)
     layers = [module for module in model.modules() if isinstance(module, SteeredLayer)]
-    if any("forward" in layer.__dict__ for layer in layers):
-        raise Unrecordable("a steered layer's forward is replaced")
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise Unrecordable("the model is compiled")
     try:
         for layer in layers:
             layer.forward = recorder.whole(layer.forward, layer.forward)  # type: ignore[method-assign]
@@ -265,14 +263,3 @@ def _unified(first: list[_Call], second: list[_Call]) -> fx.GraphModule:
         else:
             nodes.append(graph.call_function(call.function, args, kwargs))
     return fx.GraphModule(constants, graph)
-
-
-def _parts(module: Any) -> list[Any]:
-    """The objects a recording relies on: modules, what they hold, hooks, whether they train."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    found = [module, module.__dict__.get("forward"), module._compiled_call_impl, *hooks]
-    if not isinstance(module, SteeredLayer):  # which looks for itself when it is called
-        found += [module.training, *module._parameters.values(), *module._buffers.values()]
-        for child in module.children():
-            found += _parts(child)
-    return found

@@ -1,12 +1,14 @@
-"""What is asked of the sampler and what it answers: parameters, requests, completions, text."""
+"""What is asked of the sampler and what it answers: parameters, requests, completions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 
 from clp.conversation import is_conversation, prompt_text
+from clp.text import Text, completion_text, encode, special_texts
 
 # Bounds on what a single request may ask for: beyond them it is an error, not an attack on memory.
 MOST_COMPLETIONS = 1024
@@ -16,29 +18,55 @@ MOST_STOP_LENGTH = 256
 MOST_STOP_IDS = 256
 MOST_LOGPROBS = 20
 MOST_PROMPT_CHARACTERS = 2**24
+# As in the kernels: quotients by it are finite.
+LEAST_TEMPERATURE = 1e-30
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """Whether it is one of the kind: Python's or NumPy's, no bool."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample one request; vLLM's names.
+    """How to sample one request; vLLM's names, and its None and -1 for what is off.
+
+    A token is drawn from softmax(logits / temperature) after the filters: top-k, then top-p of what
+    that leaves (renormalised), then min-p. This is transformers' order; vLLM applies min-p first.
+    docs/sampling.md compares them.
 
     Attributes:
-        max_tokens: Tokens a completion at most (2^20).
-        temperature: 0 is greedy.
-        top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. See clp_kernels.sample.
-        seed: Completion i of the request draws with seed + i; None takes one from torch's
-            generator. The same prompt, row and seed give the same tokens in any batch (to the
-            bit inside clp_kernels.batch_invariant()).
-        stop: Strings that end a completion; the text ends before them. At most 16, of 256
-            characters.
-        stop_token_ids: Token ids that end a completion, beside the model's own. At most 256.
+        max_tokens: Tokens a completion at most (2^20). None: as many as the context and the
+            sampler's cache allow.
+        temperature: 0 is greedy. From 1e-30 on it is taken exactly, not raised to 0.01 as in vLLM;
+            less counts as 1e-30.
+        top_k: Keep the k most likely tokens, and what ties with the last of them. 0 or -1 is off.
+        top_p: Keep the tokens whose strictly more likely tokens hold less than top_p together; so
+            ties with the last one stay. 1 is off.
+        min_p: Keep the tokens at least min_p times as likely as the most likely one. 0 is off.
+        seed: Any integer; its lowest 64 bits count (two's complement). Completion i of the request
+            draws with seed + i; None takes one from torch's generator. The same prompt, weights and
+            seed give the same tokens in any batch (to the bit inside
+            clp_kernels.batch_invariant()).
+        stop: Strings that end a completion; the text ends before them. Special tokens take part
+            with their text, though the completion's text leaves them out. The string that is
+            complete first counts; of several that are complete at the same character, the first in
+            the list. At most 16, of 256 characters; None: none.
+        stop_token_ids: Token ids that end a completion, beside the model's own; they are no part of
+            the text. At most 256; None: none.
         ignore_eos: Go on behind the model's end tokens.
         n: Completions a prompt, at most 1,024.
-        logprobs: Give the log-probabilities of this many most likely tokens at each position, at
-            most 20; 0 is off.
+        logprobs: Give at each position the log-probabilities of this many most likely tokens, and
+            of the one that was drawn if it is not among them; at most 20. 0 or None is off. All
+            log-probabilities are those after the temperature and before the filters (at
+            temperature 0: of softmax(logits)); vLLM's are before the temperature too.
+
+    NumPy's numbers are taken as Python's.
+
+    Raises: ValueError for a value out of these bounds.
     """
 
-    max_tokens: int = 64
+    max_tokens: int | None = 64
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -51,28 +79,37 @@ class SamplingParams:
     logprobs: int = 0
 
     def __post_init__(self) -> None:
+        for name, off in {"stop": (), "stop_token_ids": (), "logprobs": 0}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, off)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         bounds = {
             "max_tokens": (1, MOST_TOKENS),
-            "top_k": (0, 2**31 - 1),
+            "top_k": (-1, 2**31 - 1),
             "n": (1, MOST_COMPLETIONS),
             "logprobs": (0, MOST_LOGPROBS),
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
+            if name == "max_tokens" and value is None:
+                continue
+            if not _is_number(value, Integral) or not low <= value <= high:
                 raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
-        if self.seed is not None and (
-            type(self.seed) is not int or not -(2**63) <= self.seed < 2**63 - self.n
-        ):
-            raise ValueError(f"seed must be None or a 64-bit integer, got {self.seed!r}")
+            object.__setattr__(self, name, max(0, int(value)))  # top_k: -1 is off, as 0 is
+        if self.seed is not None:
+            if not _is_number(self.seed, Integral):
+                raise ValueError(f"seed must be None or an integer, got {self.seed!r}")
+            object.__setattr__(self, "seed", int(self.seed))
         ranges = {"temperature": (0.0, 1e6), "top_p": (1e-9, 1.0), "min_p": (0.0, 1.0)}
         for name, (least, most) in ranges.items():
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not least <= value <= most:
+            if not _is_number(value, Real) or not least <= value <= most:
                 raise ValueError(f"{name} must be a number in [{least:g}, {most:g}], got {value!r}")
+            if type(value) not in (int, float):
+                object.__setattr__(self, name, float(value))
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", LEAST_TEMPERATURE)
         if type(self.ignore_eos) is not bool:
             raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         self._check_list("stop", MOST_STOPS, "non-empty strings", str)
@@ -85,9 +122,10 @@ class SamplingParams:
 
     def _check_list(self, name: str, most: int, what: str, kind: type) -> None:
         values = getattr(self, name)
-        if isinstance(values, (bytes, bytearray)) or not (
-            isinstance(values, Sequence) and all(type(v) is kind for v in values)
-        ):
+        good = isinstance(values, Sequence) and not isinstance(values, (bytes, bytearray))
+        if good and kind is int:
+            values = [int(v) if _is_number(v, Integral) else v for v in values]
+        if not good or not all(type(v) is kind for v in values):
             raise ValueError(f"{name} must hold {what}, got {values!r}")
         if len(values) > most:
             raise ValueError(f"{name} must hold at most {most} {what}, got {len(values)}")
@@ -112,13 +150,13 @@ class Completion:
 
     Attributes:
         prompt_index, index: Which prompt of the call, and which of its n completions.
-        text: Decoded without special tokens, up to a stop string or stop token.
+        text: Decoded without special tokens, up to a stop string, stop token or end token.
         token_ids: All sampled ids, an end token included.
         logprobs: log pi(token) at the sampling temperature, before the filters; one a token.
         finish_reason: "stop" (end token, stop token or stop string), "length", "abort" (cancelled)
             or "error".
         top_logprobs: For params.logprobs > 0, for each token the most likely ids and their
-            log-probabilities, likeliest first.
+            log-probabilities, likeliest first, and behind them the token, if it is another.
         error: Why, where finish_reason is "error".
     """
 
@@ -154,70 +192,6 @@ class StreamedToken:
     error: str | None = None
 
 
-class Text:
-    """The text of a completion, token by token.
-
-    Tokens are decoded behind the last few of the prompt, because tokenizers treat the first token
-    of a text in its own way (a space dropped).
-
-    Args:
-        tokenizer: transformers' tokenizer.
-        prompt_ids: The prompt.
-        stop: Strings that end the text.
-    """
-
-    _CONTEXT = 8  # tokens of the prompt: enough for a character of several byte tokens
-
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self._decode = tokenizer.decode
-        self._window = list(prompt_ids[-self._CONTEXT :])
-        self._shown = self._text(self._window)
-        self._stop = stop
-        self.text = ""  # decoded so far, up to a stop string
-        self.given = 0  # characters of `text` that `take` has handed out
-        self.stopped = False
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self._decode(ids, skip_special_tokens=True))
-
-    def add(self, token: int) -> bool:
-        """Adds a token; whether the text now holds a stop string (and ends before it)."""
-        self._window.append(token)
-        whole = self._text(self._window)
-        if whole.endswith("\ufffd"):
-            return False  # the first bytes of a character
-        gain = whole[len(self._shown) :]
-        searched = max(0, len(self.text) - max(map(len, self._stop), default=0))
-        self.text += gain
-        self._window = self._window[-self._CONTEXT :]
-        self._shown = self._text(self._window)
-        cuts = [at for s in self._stop if (at := self.text.find(s, searched)) >= 0]
-        if cuts:
-            self.text, self.stopped = self.text[: min(cuts)], True
-        return self.stopped
-
-    def finish(self) -> None:
-        """No token follows: bytes that are no character become a replacement character."""
-        whole = self._text(self._window)
-        if not self.stopped and whole.endswith("\ufffd"):
-            self.text += whole[len(self._shown) :]
-
-    def take(self, last: bool) -> str:
-        """What is new since the last call and cannot become a stop string any more."""
-        end = len(self.text)
-        if not last:
-            end -= max((_overlap(self.text, s) for s in self._stop), default=0)
-        new = self.text[self.given : end]
-        self.given = max(self.given, end)
-        return new
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that is a beginning of `stop`."""
-    longest = min(len(stop) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
 class Row:
     """One completion while it is waiting or being decoded.
 
@@ -233,9 +207,7 @@ class Row:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
-        self.stopping = Text(request.tokenizer, request.prompt_ids, request.params.stop) if (
-            request.params.stop
-        ) else None  # fmt: skip
+        self.stopping = request.new_text() if request.params.stop else None
         self.completion: Completion | None = None
 
     @property
@@ -261,15 +233,15 @@ class Row:
             return "stop"
         if self.stopping is not None and self.stopping.stopped:
             return "stop"
-        return "length" if len(ids) >= request.params.max_tokens else None
+        return "length" if len(ids) >= request.max_tokens else None
 
     def text(self, reason: str) -> str:
         """The completion's text, if it ends now for this reason."""
         request, ids = self.request, self.token_ids
         if self.stopping is not None and self.stopping.stopped:
             return self.stopping.text
-        # A stop token of the caller's is no part of the text; the model's own have none.
-        shown = ids[:-1] if reason == "stop" and ids[-1] in request.params.stop_token_ids else ids
+        # The token that ended it is no part of the text.
+        shown = ids[:-1] if reason == "stop" and ids[-1] in request.stop_ids else ids
         return completion_text(request.tokenizer, request.prompt_ids, shown)
 
     def finish(self, text: str, reason: str, error: str | None = None) -> Completion:
@@ -289,21 +261,12 @@ class Row:
         return self.completion
 
 
-def completion_text(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of tokens behind a prompt, without special tokens."""
-    context = list(prompt_ids[-Text._CONTEXT :])
-    before = tokenizer.decode(context, skip_special_tokens=True)
-    whole = tokenizer.decode(context + list(ids), skip_special_tokens=True)
-    if whole.startswith(before):
-        return str(whole[len(before) :])
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
 class Request:
     """A submitted prompt: its n completions, as they come.
 
     Attributes:
         prompt_ids, params: What was asked.
+        max_tokens: That of params, or what there is room for.
         weights: The row [m].
         rows: The n completions being decoded.
     """
@@ -316,6 +279,7 @@ class Request:
         params: SamplingParams,
         stop_ids: frozenset[int],
         cache_key: bytes,
+        max_tokens: int,
         seed: int,
         prompt_index: int,
     ) -> None:
@@ -323,12 +287,18 @@ class Request:
         self.weights, self.cache_key = weights, cache_key
         self.prompt_index = prompt_index
         self.stop_ids = stop_ids
-        self.rows = [Row(self, k, seed + k) for k in range(params.n)]
+        self.max_tokens = max_tokens
+        self._special = special_texts(tokenizer) if params.stop else {}
+        self.rows = [Row(self, k, _as_int64(seed + k)) for k in range(params.n)]
+
+    def new_text(self) -> Text:
+        """The text of one of its completions, which has no token yet."""
+        return Text(self.tokenizer, self.prompt_ids, self.params.stop, self._special)
 
     @property
     def length(self) -> int:
         """Tokens of the cache that a completion may need: its last token is never fed."""
-        return len(self.prompt_ids) + self.params.max_tokens - 1
+        return len(self.prompt_ids) + self.max_tokens - 1
 
     @property
     def finished(self) -> bool:
@@ -339,6 +309,33 @@ class Request:
     def completions(self) -> list[Completion]:
         """Those that are done, in order."""
         return [row.completion for row in self.rows if row.completion is not None]
+
+
+def _as_int64(seed: int) -> int:
+    """The lowest 64 bits of a seed, as a signed number."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def stream_news(row: Row, text: Text, seen: int) -> list[StreamedToken]:
+    """What a stream has to tell of a row since `seen` of its tokens."""
+    found = []
+    ids, done = row.token_ids, row.completion
+    for i in range(seen, len(ids)):
+        last = done is not None and i == len(ids) - 1 and done.finish_reason in ("stop", "length")
+        stop_token = last and ids[i] in row.request.stop_ids
+        if not text.stopped and not stop_token:
+            text.add(ids[i])
+        if last:
+            text.finish()
+        gain = text.take(last)
+        reason = done.finish_reason if last and done is not None else None
+        found.append(StreamedToken(row.index, ids[i], row.logprobs[i], gain, reason))
+    if done is not None and done.finish_reason in ("abort", "error"):
+        text.finish()
+        found.append(
+            StreamedToken(row.index, None, None, text.take(True), done.finish_reason, done.error)
+        )
+    return found
 
 
 def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> list[int]:
@@ -361,7 +358,7 @@ def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> lis
             prompt.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{name} must be a text of whole characters: {error}") from None
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids = encode(tokenizer, prompt)
     elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
         ids = list(prompt)
     else:

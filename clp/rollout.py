@@ -16,6 +16,7 @@ from clp.requests import Completion, SamplingParams
 from clp.rewards import RewardFunc
 from clp.sampler import Sampler, with_seeds
 from clp.scoring import RewardLog, score
+from clp.text import encode
 
 
 @dataclass
@@ -124,7 +125,7 @@ def row_ids(policy: Policy, row: Mapping[str, Any]) -> list[int]:
     Raises: ValueError for a conversation that is none, or that the tokenizer has no template for.
     """
     text = prompt_text(row["prompt"], policy.tokenizer)
-    return list(policy.tokenizer(text)["input_ids"])
+    return encode(policy.tokenizer, text)
 
 
 def roll_out(

@@ -32,12 +32,12 @@ class SampleCommand:
     """Row for prompts without their own, such as "joy=0.7,brief=0.3"."""
     simplex: bool = True
     """Refuse rows with negative entries or a sum other than 1."""
-    max_tokens: int = 64
-    """Tokens a completion at most."""
+    max_tokens: int | None = 64
+    """Tokens a completion at most; none: as many as fit."""
     temperature: float = 1.0
     """0 is greedy."""
     top_k: int = 0
-    """0 is off."""
+    """0 or -1 is off."""
     top_p: float = 1.0
     """1 is off."""
     min_p: float = 0.0

@@ -7,6 +7,7 @@ device, `clp/kv_cache.py` the slots, `clp/requests.py` what is asked and answere
 """
 
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,17 +19,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clp.conversation import Prompt
-from clp.decoder import Decoder, Steerable
+from clp.decoder import Decoder
 from clp.kv_cache import Segment
 from clp.requests import (
+    MOST_TOKENS,
     Completion,
     Request,
     Row,
     SamplingParams,
     StreamedToken,
-    Text,
     parse_prompt,
+    stream_news,
 )
+from clp.steerable import Steerable
+from clp.turns import one_thread
 from clp.weights import WeightSpec, parse_rows, parse_weights
 from clp_kernels.invariant import is_batch_invariant
 
@@ -49,7 +53,9 @@ class _Wave(NamedTuple):
 class Sampler:
     """Samples from a policy; every sequence of a batch has its own weights and parameters.
 
-    Not for several threads at once. Between steps the policy may be used and trained by others.
+    Not for several threads at once: a call raises RuntimeError while another thread's is under way.
+    Several samplers of one model may run in as many threads; they take turns. Between steps the
+    policy may be used and trained by others.
 
     Args:
         policy: A clp.Policy, or a clp.LogitMixture over several models.
@@ -85,12 +91,13 @@ class Sampler:
         self._rows: list[Row] = []
         # What the slots' caches hold: (key, ids), also of rows that have gone.
         self._held: list[Row | None] = [None] * max_batch_size
-        self._fingerprint: bytes | None = None
         self._stepping = False
+        self.using = threading.RLock()
         self.tokens_drawn = 0
 
     # Requests
 
+    @one_thread
     def submit(
         self,
         prompt: Prompt,
@@ -118,6 +125,7 @@ class Sampler:
         self._waiting.extend(request.rows)
         return request
 
+    @one_thread
     def cancel(self, request: Request) -> None:
         """Ends what is not finished of a request with finish_reason "abort"; its slots are free."""
         for row in request.rows:
@@ -139,14 +147,13 @@ class Sampler:
         Streams of several requests may be read in turn; one that is dropped goes on unread.
         """
         seen = [0] * len(request.rows)
-        texts = [Text(self.policy.tokenizer, request.prompt_ids, request.params.stop)
-                 for _ in request.rows]  # fmt: skip
+        texts = [request.new_text() for _ in request.rows]
         open_rows = set(range(len(request.rows)))
         while open_rows:
             news = []
             for k in sorted(open_rows):
                 row = request.rows[k]
-                news += _news(row, texts[k], seen[k])
+                news += stream_news(row, texts[k], seen[k])
                 seen[k] = len(row.token_ids)
                 if row.completion is not None:
                     open_rows.discard(k)
@@ -154,6 +161,7 @@ class Sampler:
             if open_rows and not news:
                 self.step()
 
+    @one_thread
     def step(self) -> list[Completion]:
         """Fills free slots from the queue and draws one token for every row in a slot.
 
@@ -200,6 +208,7 @@ class Sampler:
         self._stepping = False
         return [completion for completion in done if completion is not None]
 
+    @one_thread
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -246,6 +255,7 @@ class Sampler:
                 raise RuntimeError(f"prompt {c.prompt_index} failed: {c.error}")
         return completions
 
+    @one_thread
     def finish(self, requests: Sequence[Request], *, progress: bool = False) -> None:
         """Runs until the requests are finished. Stopped halfway (Ctrl-C), they are cancelled."""
         begin, drawn = time.perf_counter(), self.tokens_drawn
@@ -277,8 +287,10 @@ class Sampler:
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params of {name} must be SamplingParams, got {type(params).__name__}")
         ids = parse_prompt(prompt, policy.tokenizer, policy.vocab_size, name)
-        length = len(ids) + params.max_tokens
-        shape = f"{name} has {len(ids)} tokens; with max_tokens={params.max_tokens} it exceeds"
+        room = min(policy.context_length, self._decoder.longest + 1) - len(ids)
+        most = params.max_tokens or max(1, min(room, MOST_TOKENS))
+        length = len(ids) + most
+        shape = f"{name} has {len(ids)} tokens; with max_tokens={most} it exceeds"
         if length > policy.context_length:
             raise ValueError(f"{shape} the context of {policy.context_length}")
         if not self._decoder.fits(1, length - 1):
@@ -299,6 +311,7 @@ class Sampler:
             params,
             ends | frozenset(params.stop_token_ids),
             policy.cache_key(weights),
+            most,
             seed,
             prompt_index,
         )
@@ -306,13 +319,9 @@ class Sampler:
     def _fill(self) -> list[Completion | None]:
         """Prefills what fits of the queue into free slots; gives what failed."""
         failed: list[Completion | None] = []
-        if not self._rows and self._waiting:
-            # Nothing runs: the parameters may have changed since the caches were filled.
-            self._decoder.renew()
-            fingerprint = self.policy.fingerprint()
-            if fingerprint != self._fingerprint:
-                self._held = [None] * self.max_batch_size
-            self._fingerprint = fingerprint
+        # Where nothing runs, the models may have changed since the caches were filled.
+        if not self._rows and self._waiting and not self._decoder.renew():
+            self._held = [None] * self.max_batch_size
         budget = self.max_prefill_tokens
         while budget > 0:
             running = len(self._rows)
@@ -503,28 +512,6 @@ def _slot(row: Row) -> int:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _news(row: Row, text: Text, seen: int) -> list[StreamedToken]:
-    """What a stream has to tell of a row since `seen` of its tokens."""
-    found = []
-    ids, done = row.token_ids, row.completion
-    for i in range(seen, len(ids)):
-        last = done is not None and i == len(ids) - 1 and done.finish_reason in ("stop", "length")
-        stop_token = last and ids[i] in row.request.params.stop_token_ids
-        if not text.stopped and not stop_token:
-            text.add(ids[i])
-        if last:
-            text.finish()
-        gain = text.take(last)
-        reason = done.finish_reason if last and done is not None else None
-        found.append(StreamedToken(row.index, ids[i], row.logprobs[i], gain, reason))
-    if done is not None and done.finish_reason in ("abort", "error"):
-        text.finish()
-        found.append(
-            StreamedToken(row.index, None, None, text.take(True), done.finish_reason, done.error)
-        )
-    return found
 
 
 def with_seeds(params: SamplingParams, seeds: Sequence[int]) -> list[SamplingParams]:

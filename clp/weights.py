@@ -2,13 +2,16 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-WeightSpec = str | Mapping[str, float] | Sequence[float] | Tensor
+WeightSpec = str | Mapping[str, float] | Sequence[float] | Tensor | np.ndarray
 LARGEST = torch.finfo(torch.float32).max
+_ARRAYS = (Tensor, np.ndarray, np.generic)
 
 
 def draw_weights(
@@ -44,10 +47,11 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
     """One row [m] from "joy=0.7,brief=0.3", a mapping (missing names are 0), or m numbers.
 
     Args:
-        spec: The weights; a string may also be "0.7,0.3".
+        spec: The weights; a string may also be "0.7,0.3". Numbers are Python's, NumPy's or tensors
+            without axes, and m of them also a tensor or an array [m].
         objectives: The m names in order.
-        simplex: Require entries >= 0 that sum to 1 within 1e-3 (what a policy was trained on);
-            otherwise any finite row is taken.
+        simplex: Require entries >= 0 that sum to 1 within 1e-3, or within the rounding of their
+            dtype (what a policy was trained on); otherwise any finite row is taken.
 
     Raises:
         ValueError: unknown objective, wrong length, not a number, not finite in float32, off the
@@ -62,8 +66,10 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
                     f"weights: unknown objective {name!r}; objectives: {', '.join(objectives)}"
                 )
         values: list[object] = [spec.get(name, 0.0) for name in objectives]
-    elif isinstance(spec, Tensor):
-        values = spec.tolist() if spec.dim() == 1 else [spec]
+    elif isinstance(spec, (Tensor, np.ndarray)):
+        values = (
+            list(spec.cpu() if isinstance(spec, Tensor) else spec) if spec.ndim == 1 else [spec]
+        )
     elif isinstance(spec, Sequence) and not isinstance(spec, (bytes, bytearray)):
         values = list(spec)
     else:
@@ -74,13 +80,15 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
             f"got {len(values)}"
         )
     row: list[float] = []
-    for name, value in zip(objectives, values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"weights: {name} must be a number, got {value!r}")
-        if not abs(value) <= LARGEST:
+    for name, given in zip(objectives, values, strict=True):
+        value: Any = given.item() if isinstance(given, _ARRAYS) and given.ndim == 0 else given
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise ValueError(f"weights: {name} must be a number, got {given!r}")
+        if not abs(value) <= LARGEST:  # type: ignore[operator]  # Real has them
             raise ValueError(f"weights: {name} must be finite in float32, got {value}")
         row.append(float(value))
-    if simplex and (min(row) < 0 or abs(sum(row) - 1) > 1e-3):
+    off = max(1e-3, *map(_rounding, values))
+    if simplex and (min(row) < 0 or abs(sum(row) - 1) > off):
         shown = ", ".join(f"{n}={v:g}" for n, v in zip(objectives, row, strict=True))
         raise ValueError(
             f"weights must be >= 0 and sum to 1, got {shown}; simplex=False (--no-simplex) allows "
@@ -100,16 +108,29 @@ def parse_rows(
     many = (
         isinstance(specs, Sequence)
         and not isinstance(specs, str)
-        and (len(specs) == 0 or not all(isinstance(s, (int, float)) for s in specs))
-    ) or (isinstance(specs, Tensor) and specs.dim() == 2)
+        and (len(specs) == 0 or not all(_is_number(s) for s in specs))
+    ) or (isinstance(specs, (Tensor, np.ndarray)) and specs.ndim == 2)
     if not many:
         return parse_weights(specs, objectives, simplex=simplex).expand(count, -1)  # type: ignore[arg-type]
+    if isinstance(specs, Tensor):
+        specs = specs.cpu()  # read at once
     if len(specs) != count:
         raise ValueError(
             f"weights must be one row or {count} rows (one a prompt), got {len(specs)}"
         )
     rows = [parse_weights(s, objectives, simplex=simplex) for s in specs]  # type: ignore[arg-type, union-attr]
     return torch.stack(rows) if rows else torch.zeros(0, len(objectives))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) or (isinstance(value, _ARRAYS) and value.ndim == 0)
+
+
+def _rounding(value: object) -> float:
+    """By how much a number of this dtype may differ from the one that was meant, relative to it."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.finfo(value.dtype).eps / 2
+    return float(np.finfo(value.dtype).eps) / 2 if isinstance(value, np.floating) else 0.0
 
 
 def _parse_string(text: str) -> dict[str, float] | list[float]:

@@ -4,6 +4,7 @@ The layers are in clp_kernels.layers (adapters) and clp_kernels.experts (whole p
 """
 
 import re
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from clp_kernels import checks
 
+_ENTERING = threading.Lock()
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -30,6 +32,7 @@ class Steering:
 
     def __init__(self) -> None:
         self.rows: _Rows | None = None
+        self.thread = 0  # the one that set them; 0: not known
 
 
 class SteeredLayer(nn.Module):
@@ -157,6 +160,7 @@ class steer:
         ValueError: wrong shape, NaN or infinity (rows on a GPU are read once here), no steered
             layer, None for a model without a base, hooks or another forward on a base layer, which
             would not run.
+        RuntimeError: on entry, while another thread has rows set for the model.
     """
 
     def __init__(
@@ -203,9 +207,16 @@ class steer:
         in_backward = torch._C._current_graph_task_id() != -1
         rows = _Rows(self.weights, self.example_ids, in_backward)
         shared = self._shared
-        previous = [s.rows for s in shared]
-        for steering in shared:
-            steering.rows = rows
+        if torch.compiler.is_compiling():
+            previous = [s.rows for s in shared]
+            for steering in shared:
+                steering.rows, steering.thread = rows, 0
+        else:
+            with _ENTERING:
+                if not in_backward:  # a recomputation may run in a thread of autograd's
+                    _claim(shared)
+                previous = [s.rows for s in shared]
+                _assign(shared, [rows] * len(shared))
         self._undo.append([lambda: _assign(shared, previous)])
         if torch.is_grad_enabled():
             self._bind_checkpointing(shared, rows)
@@ -227,6 +238,18 @@ class steer:
                 carrying = _carrying(original, shared, rows)
                 module._gradient_checkpointing_func = carrying  # type: ignore[assignment]
                 self._undo[-1].append(_restore(module, original))
+
+
+def _claim(shared: list[Steering]) -> None:
+    """Notes this thread as the one that sets rows. Raises RuntimeError where another's are set."""
+    thread = threading.get_ident()
+    if any(s.rows is not None and s.thread not in (0, thread) for s in shared):
+        raise RuntimeError(
+            "another thread is running this model with weights of its own: let the threads take "
+            "turns (a lock around each `with clp_kernels.steer(...)`), or give each a copy"
+        )
+    for steering in shared:
+        steering.thread = thread
 
 
 def _assign(shared: list[Steering], values: Sequence[_Rows | None]) -> None:

@@ -22,16 +22,16 @@ IDS = torch.randint(3, 1000, (300,), generator=torch.Generator().manual_seed(2))
 BAD = [
     *[("Tom", "joy=1", {name: value}, True) for name, values in {
         "n": [0, -1, 1025, 1.0, True, None, 2**70],
-        "max_tokens": [0, 2**21, "8", None, True, 10**400, np.int64(3)],
-        "top_k": [-1, 2**31, 1.5, None, b"1"],
+        "max_tokens": [0, 2**21, "8", 1.0, True, 10**400, np.bool_(True), np.int64(0)],
+        "top_k": [-2, 2**31, 1.5, None, b"1"],
         "temperature": [-1, float("nan"), float("inf"), 10**400, "hot", None, True, [1.0]],
         "top_p": [0, 1.1, float("nan"), None, {}],
         "min_p": [-0.1, 2, float("nan"), None],
-        "seed": [2**63, -(2**63) - 1, 1.0, "1", True],
-        "stop": [[""], ["a"] * 17, ["a" * 257], [1], [b"a"], b"a", None, {"a": 1}, [None]],
-        "stop_token_ids": [[-1], [1024], [2**70], [1.0], ["a"], [True], [1] * 257, b"ab", 5, None],
+        "seed": [1.0, "1", True, np.float64(1), float("inf")],
+        "stop": [[""], ["a"] * 17, ["a" * 257], [1], [b"a"], b"a", 5, {"a": 1}, [None]],
+        "stop_token_ids": [[-1], [1024], [2**70], [1.0], ["a"], [True], [1] * 257, b"ab", 5],
         "ignore_eos": [1, None, "yes"],
-        "logprobs": [-1, 21, 1.5, None, True],
+        "logprobs": [-1, 21, 1.5, True],
     }.items() for value in values],
     *[(prompt, "joy=1", {}, True) for prompt in [
         None, 5, 1.5, True, {}, {"prompt": "Tom"}, {1, 2}, b"Tom", bytearray(b"Tom"), object(),
@@ -44,7 +44,7 @@ BAD = [
         ([-1e39, 0.0], False), ([10**400, 0], False), ([2.0, 0.0], True), ([-0.5, 1.5], True),
         ([1.0], True), ([1.0, 0.0, 0.0], True), ([], True), ("speed=1", True), ("joy", True),
         ({"speed": 1}, True), ({1: 1.0}, True), ("joy=1,joy=0", True), ("\ud800=1", True),
-        (None, True), (5, True), (b"\x00\x01", True), (np.array([1.0, 0.0]), True),
+        (None, True), (5, True), (b"\x00\x01", True), (np.array([1.0, 0.5]), True),
         ([None, 1.0], True), (["a", "b"], True), ([True, False], True), ({"joy": None}, True),
         (torch.zeros(2, 2), True), (torch.tensor(1.0), True), (object(), True),
         ({"joy": "1"}, True),
@@ -464,9 +464,9 @@ def random_stops(rng, text):
         if text and rng.random() < 0.7:
             at = rng.randrange(len(text))
             piece = text[at : at + rng.randint(1, 6)]
-            found.append(piece if rng.random() < 0.5 else piece + "\u00e9x")
+            found.append(piece + rng.choice(["", "", "\u00e9x", "<eos>"]))
         else:
-            found.append(rng.choice(["zq", "\n", "\u6f22", " the the"]))
+            found.append(rng.choice(["zq", "\n", "\u6f22", " the the", "<eos>", "<eos> ", "bos>"]))
     return found
 
 

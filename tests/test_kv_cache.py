@@ -240,14 +240,18 @@ class Part(nn.Module):
         self.config, self.layer_idx = config, 0
 
 
-def test_attending_names_the_function_in_every_configuration_and_puts_back_what_was():
+def test_a_run_names_the_function_in_every_configuration_and_puts_back_what_was():
     text = SimpleNamespace(_attn_implementation="eager")
     whole, other = SimpleNamespace(_attn_implementation="sdpa"), SimpleNamespace(size=3)
     model = nn.Sequential(Part(whole), Part(text), Part(text), Part(other))
     cache = KVCache(model)
-    with pytest.raises(KeyError), cache.attending():
+
+    def body(error):
         assert whole._attn_implementation == text._attn_implementation == IMPLEMENTATION
-        raise KeyError
+        raise error
+
+    with pytest.raises(KeyError):
+        cache.run(body, KeyError())
     assert (whole._attn_implementation, text._attn_implementation) == ("sdpa", "eager")
     assert not hasattr(other, "_attn_implementation")
 

@@ -57,6 +57,21 @@ def test_completions_of_a_line(raw, count):
     assert completions_of(Line(1, raw), 3) == count
 
 
+def test_null_and_minus_one_are_off_and_any_integer_is_a_seed(sampler):
+    plain, off, large = sampled(
+        sampler,
+        {"prompt": "Tom", "seed": 5},
+        {"prompt": "Tom", "seed": 5, "top_k": -1, "stop": None, "stop_token_ids": None,
+         "logprobs": None},
+        {"prompt": "Tom", "seed": 5 + 2**70},
+    )  # fmt: skip
+    assert not plain.failed
+    for other in (off, large):
+        assert other.records[0]["token_ids"] == plain.records[0]["token_ids"]
+    (end,) = sampled(sampler, {"prompt": [5] * 250, "max_tokens": None, "ignore_eos": True})
+    assert len(end.records[0]["token_ids"]) == 6
+
+
 def test_records_of_good_lines(sampler):
     one, two = sampled(
         sampler,
@@ -72,7 +87,8 @@ def test_records_of_good_lines(sampler):
     assert [r["index"] for r in two.records] == [0, 1]
     for r in two.records:
         assert r["prompt"] == [5, 6] and r["weights"] == [0, 1] and "id" not in r
-        assert [len(pairs) for pairs in r["top_logprobs"]] == [3] * len(r["token_ids"])
+        for token, pairs in zip(r["token_ids"], r["top_logprobs"], strict=True):
+            assert [i for i, _ in pairs[3:]] in ([], [token]) and token in dict(pairs)
 
 
 BAD = [

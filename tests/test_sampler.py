@@ -1,5 +1,10 @@
 """The sampler: seeds, batches, stops, lengths, bad input."""
 
+import json
+import math
+from dataclasses import asdict, replace
+
+import numpy as np
 import pytest
 import torch
 from decoding_alone import new_spread_policy
@@ -127,6 +132,27 @@ def test_stop_string_ends_the_text_before_it(sampler):
     assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
 
 
+def test_a_stop_string_that_is_a_special_token_stops(policy, sampler):
+    eos = policy.tokenizer.eos_token
+    free = params(max_tokens=60, temperature=2.0, ignore_eos=True)
+    everything = with_seeds(free, range(16))
+    found = 0
+    for c, one in zip(
+        sampler.generate(PROMPTS[:1] * 16, "joy=1", everything), everything, strict=True
+    ):
+        at = next((i for i, token in enumerate(c.token_ids) if token in policy.end_ids), None)
+        assert eos not in c.text
+        if at is None:
+            continue
+        found += 1
+        (cut,) = sampler.generate(PROMPTS[:1], "joy=1", replace(one, stop=["zzzz", eos]))
+        assert (cut.finish_reason, cut.token_ids) == ("stop", c.token_ids[: at + 1])
+        # And as the model's own end, without the stop string.
+        (end,) = sampler.generate(PROMPTS[:1], "joy=1", replace(one, ignore_eos=False))
+        assert (end.text, end.token_ids) == (cut.text, cut.token_ids)
+    assert found
+
+
 def test_an_end_token_finishes_and_is_counted(policy, sampler):
     done = sampler.generate([PROMPTS[0]] * 8, "joy=1", with_seeds(params(max_tokens=200), range(8)))
     ended = [c for c in done if c.finish_reason == "stop"]
@@ -155,6 +181,73 @@ def test_without_a_seed_the_global_generator_decides(sampler):
     assert draw() == first
 
 
+def test_none_and_minus_one_are_off_and_numpys_numbers_are_numbers():
+    off = SamplingParams(top_k=-1, stop=None, stop_token_ids=None, logprobs=None, seed=None)
+    assert off == SamplingParams()
+    given = SamplingParams(
+        max_tokens=np.int64(5), temperature=np.float32(0.5), top_k=np.int32(3),
+        top_p=np.float64(0.5), min_p=np.float16(0.25), seed=np.int64(7), n=np.uint8(2),
+        logprobs=np.int64(1), stop_token_ids=[np.int64(4)],
+    )  # fmt: skip
+    plain = SamplingParams(
+        max_tokens=5, temperature=0.5, top_k=3, top_p=0.5, min_p=0.25, seed=7, n=2, logprobs=1,
+        stop_token_ids=[4],
+    )  # fmt: skip
+    assert given == plain
+    assert json.dumps(asdict(given)) == json.dumps(asdict(plain))
+
+
+def test_without_max_tokens_the_context_is_the_end(policy, sampler):
+    free = params(max_tokens=None, ignore_eos=True)
+    for prompt in ([5] * 250, [5] * 255):
+        (c,) = sampler.generate([prompt], "joy=1", free)
+        assert len(prompt) + len(c.token_ids) == policy.context_length == 256
+        assert c.finish_reason == "length"
+    with pytest.raises(ValueError, match="exceeds the context of 256"):
+        sampler.generate([[5] * 256], "joy=1", free)
+    # The cache has room for 4 blocks of 16 tokens; the last token is never fed.
+    tight = Sampler(policy, cache_gib=4 * 16 * 2048 / 2**30)
+    (c,) = tight.generate([[5] * 20], "joy=1", free)
+    assert 20 + len(c.token_ids) == 65
+
+
+def test_any_integer_is_a_seed_and_its_lowest_64_bits_count(sampler):
+    def draw(seed, n=1):
+        one = params(seed=seed, n=n)
+        return [c.token_ids for c in sampler.generate(PROMPTS[:1], ROWS[:1], one)]
+
+    for seed in (3, -1, 2**63 - 1, -(2**63)):
+        assert draw(seed) == draw(seed + 2**64) == draw(seed - 2**90)
+    assert draw(2**63) == draw(-(2**63)) and draw(2**64 + 5) == draw(5)
+    assert draw(3**700) == draw(3**700 % 2**64) != draw(0)
+    assert draw(2**63 - 1, n=3)[1:] == draw(-(2**63), n=2)
+
+
+def test_logprobs_are_of_the_most_likely_and_of_the_token_drawn(policy, sampler):
+    hot = params(temperature=1.5, logprobs=3, ignore_eos=True)
+    done = sampler.generate(PROMPTS, ROWS, hot)
+    sizes = set()
+    for c in done:
+        for token, logprob, top in zip(c.token_ids, c.logprobs, c.top_logprobs, strict=True):
+            sizes.add(len(top))
+            assert top[token] == pytest.approx(logprob, abs=1e-5)
+            assert list(top.values()) == sorted(top.values(), reverse=True)
+            assert len(top) == 3 or list(top)[3:] == [token]
+    assert sizes == {3, 4}
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30, 1e-300])
+def test_a_tiny_temperature_is_finite_and_greedy(sampler, temperature):
+    greedy = sampler.generate(PROMPTS, ROWS, params(temperature=0))
+    for changes in ({}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}):
+        tiny = params(temperature=temperature, logprobs=2, **changes)
+        for c, wanted in zip(sampler.generate(PROMPTS, ROWS, tiny), greedy, strict=True):
+            assert c.token_ids == wanted.token_ids
+            assert all(math.isfinite(p) for top in c.top_logprobs for p in top.values())
+            if temperature < 1e-5:
+                assert c.logprobs == pytest.approx([0.0] * len(c.logprobs), abs=1e-6)
+
+
 def test_no_prompts_no_completions(sampler):
     assert sampler.generate([], []) == []
 
@@ -179,9 +272,9 @@ def test_bad_requests(sampler, call, message):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"max_tokens": 0}, {"max_tokens": 1.5}, {"n": 0}, {"top_k": -1}, {"temperature": -0.1},
+        {"max_tokens": 0}, {"max_tokens": 1.5}, {"n": 0}, {"top_k": -2}, {"temperature": -0.1},
         {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": -1}, {"stop": [""]},
-        {"seed": 2**63}, {"seed": 1.0}, {"temperature": "hot"},
+        {"seed": True}, {"seed": 1.0}, {"temperature": "hot"},
     ],
 )  # fmt: skip
 def test_bad_sampling_parameters(changes):

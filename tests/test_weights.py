@@ -1,5 +1,6 @@
 """Weight rows: draws, grids, parsing."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -47,10 +48,34 @@ def test_grid_has_11_rows_for_two_objectives_and_das_dennis_above():
 
 @pytest.mark.parametrize(
     "spec", ["joy=0.7,brief=0.3", " brief = 0.3 , joy = 0.7", "0.7,0.3", {"joy": 0.7, "brief": 0.3},
-             [0.7, 0.3], torch.tensor([0.7, 0.3])],
+             [0.7, 0.3], torch.tensor([0.7, 0.3]), np.array([0.7, 0.3]), [np.float32(0.7), 0.3],
+             {"joy": torch.tensor(0.7), "brief": np.float64(0.3)}, np.array([0.7, 0.3], "float32")],
 )  # fmt: skip
 def test_parse_accepts_every_way_of_saying_a_row(spec):
     torch.testing.assert_close(parse_weights(spec, NAMES), torch.tensor([0.7, 0.3]))
+    assert parse_rows(spec, 3, NAMES).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [torch.tensor([0.9, 0.1], dtype=torch.bfloat16), np.array([0.9, 0.1], dtype=np.float16),
+     {"joy": torch.tensor(0.9, dtype=torch.bfloat16), "brief": 0.1}],
+)  # fmt: skip
+def test_a_row_is_on_the_simplex_within_the_rounding_of_its_dtype(spec):
+    # bfloat16 has 0.8984 + 0.1001.
+    torch.testing.assert_close(
+        parse_weights(spec, NAMES), torch.tensor([0.9, 0.1]), atol=2e-3, rtol=0
+    )
+    with pytest.raises(ValueError, match="sum to 1"):
+        parse_weights([0.8984, 0.1001], NAMES)
+
+
+def test_integers_of_numpy_and_rows_of_arrays():
+    assert parse_weights(np.array([0, 1]), NAMES).tolist() == [0, 1]
+    assert parse_weights({"joy": np.int64(1)}, NAMES).tolist() == [1, 0]
+    assert parse_rows(np.eye(2), 2, NAMES).tolist() == [[1, 0], [0, 1]]
+    mixed = [np.array([1, 0]), torch.tensor([0.0, 1.0], dtype=torch.bfloat16), "joy=1"]
+    assert parse_rows(mixed, 3, NAMES).tolist() == [[1, 0], [0, 1], [1, 0]]
 
 
 def test_a_missing_name_is_zero():
@@ -73,6 +98,13 @@ def test_a_missing_name_is_zero():
         ([0.0, 1e39], "brief must be finite"),
         (["a", "b"], "joy must be a number"),
         ([True, False], "joy must be a number"),
+        (np.array([True, False]), "joy must be a number"),
+        (np.array(["a", "b"]), "joy must be a number"),
+        (np.array([np.nan, 1]), "joy must be finite"),
+        (np.eye(2), "2 entries"),
+        (torch.tensor(1.0), "2 entries"),
+        ([torch.tensor([1.0]), 0], "joy must be a number"),
+        (torch.tensor([1j, 0]), "joy must be a number"),
         ([0.7, 0.7], "sum to 1"),
         ([1.5, -0.5], "sum to 1"),
         (3.0, "string, mapping or sequence"),

@@ -1,0 +1,139 @@
+"""What a model computes with, as it is now: what is kept from before is of use while that is so."""
+
+import hashlib
+import operator
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedConfig
+
+from clp_kernels.steering import SteeredLayer
+
+# Compared by value; everything else by identity, with a reference: an id alone may be used again.
+_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device})
+# The caller's code in a module: it may read anything.
+_OWN_CODE = frozenset({"forward", "_compiled_call_impl"})
+# The sampler names its own attention function.
+_NOT_READ = frozenset({"_attn_implementation_internal"})
+
+
+class _Inside(dict[type, Any]):
+    """By type, as what a value is looked into, if at all."""
+
+    def __missing__(self, kind: type) -> Any:
+        plain: dict[type, Any] = {dict: dict, OrderedDict: dict, list: list, tuple: list}
+        known = plain.get(kind)
+        for base in (nn.Module, Tensor, PreTrainedConfig):
+            known = base if issubclass(kind, base) else known
+        self[kind] = known
+        return known
+
+
+_INSIDE = _Inside()
+
+
+class ModelState:
+    """Modules, their classes, attributes and configurations, and the values of their tensors.
+
+    Attributes that are lists, tuples and dictionaries count with what they hold. Of tensors that
+    are trained, the content counts; of the frozen rest (gigabytes) where each lies and how often it
+    was written to (PyTorch counts every change but one through `.data`).
+
+    Args:
+        model: A module. It must not be running in another thread.
+
+    Attributes:
+        own_code: Whether the model has forward hooks, a `forward` of its own beside its class's, or
+            is compiled. What such code reads is not known: a state with it equals none, not even
+            itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        hooks = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+        self.own_code = any(map(len, hooks))
+        # What recorded calls depend on; and what steered layers hold, which they read when called.
+        self._calls: list[Any] = []
+        self._steered: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._seen: set[int] = set()
+        self._classes: dict[type, None] = {}
+        self._module(model, self._calls)
+        for one in dict.fromkeys(base for cls in self._classes for base in cls.__mro__[:-1]):
+            self._calls.extend(vars(one).values())
+        # Each with its address: one that `.data` has replaced is another.
+        self.addresses = [t.data_ptr() for t in self._tensors]
+        self._values = [_value(t) for t in self._tensors]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, ModelState)
+            and self.same_calls(other)
+            and _same(self._steered, other._steered)
+            and self.addresses == other.addresses
+            and self._values == other._values
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def same_calls(self, other: "ModelState") -> bool:
+        """Whether the model makes the same calls of PyTorch, on the same tensors."""
+        return not (self.own_code or other.own_code) and _same(self._calls, other._calls)
+
+    def _module(self, module: nn.Module, parts: list[Any]) -> None:
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        self._classes[type(module)] = None
+        parts.append(type(module))
+        held = module.__dict__
+        if (
+            held["_forward_hooks"]
+            or held["_forward_pre_hooks"]
+            or not held.keys().isdisjoint(_OWN_CODE)
+        ):
+            self.own_code = True
+        self._look(held, self._steered if isinstance(module, SteeredLayer) else parts)
+
+    def _look(self, held: Mapping[Any, Any], parts: list[Any]) -> None:
+        """Adds names and values, and what those hold that are no plain values."""
+        parts.extend(held)
+        parts.extend(held.values())
+        for value in held.values():
+            kind = _INSIDE[type(value)]
+            if kind is None:
+                continue
+            if kind is Tensor:
+                self._tensors.append(value)
+            elif kind is nn.Module:
+                self._module(value, parts)
+            elif kind is dict:
+                if value:
+                    self._look(value, parts)
+            elif kind is list:
+                self._look(dict(enumerate(value)), parts)
+            elif id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._look({k: v for k, v in vars(value).items() if k not in _NOT_READ}, parts)
+
+
+def _value(tensor: Tensor) -> Any:
+    values = tensor.detach()
+    if not (tensor.requires_grad or tensor.is_inference()):  # the latter have no count
+        return values._version
+    content = values.cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(content.numpy().data).digest()
+
+
+def _same(ours: list[Any], theirs: list[Any]) -> bool:
+    if len(ours) != len(theirs):
+        return False
+    if all(map(operator.is_, ours, theirs)):
+        return True
+    return all(
+        a is b or (type(a) is type(b) and type(a) in _PLAIN and a == b)
+        for a, b in zip(ours, theirs, strict=True)
+    )

@@ -1,0 +1,137 @@
+"""Text to token ids and back: how a prompt is encoded, and the text of a completion as it comes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a prompt that is a text; the same for sampling, training and evaluation.
+
+    They are the tokenizer's own, with what it puts in front of every text (a BOS token), but
+
+    - not twice: a text that begins with the BOS token, as chat templates write it, keeps one;
+    - without what it puts behind every text (an EOS token): the completion goes on there. An EOS
+      token that stands in the text itself stays.
+    """
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # A text without tokens of its own is what stands in front of every text.
+    inner = plain or list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(text if plain else "a")["input_ids"])
+    for front in range(len(whole) - len(inner) + 1):
+        if whole[front : front + len(inner)] == inner:
+            prefix = whole[:front]
+            return plain if plain[:front] == prefix else prefix + plain
+    return whole
+
+
+def special_texts(tokenizer: Any) -> dict[int, str]:
+    """Token id -> text of the tokens that a completion's text may leave out."""
+    named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    added = tokenizer.added_tokens_decoder.items()
+    return {i: str(token) for i, token in added if token.special} | dict(named)
+
+
+class Text:
+    """The text of a completion, token by token, without special tokens, up to a stop string.
+
+    Tokens are decoded behind the last few of the prompt, because tokenizers treat the first token
+    of a text in its own way (a space dropped).
+
+    Stop strings are looked for in the text in which special tokens are written out. The one that is
+    complete first ends the text before it; of several that are complete at the same character, the
+    first in the list.
+
+    Args:
+        tokenizer: transformers' tokenizer.
+        prompt_ids: The prompt.
+        stop: Strings that end the text.
+        special: What `special_texts` gives; needed with stop strings alone.
+    """
+
+    _CONTEXT = 8  # tokens of the prompt: enough for a character of several byte tokens
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        special: Mapping[int, str] | None = None,
+    ) -> None:
+        self._decode = tokenizer.decode
+        self._window = list(prompt_ids[-self._CONTEXT :])
+        self._shown = self._text(self._window)
+        self._stop, self._special = stop, special or {}
+        self._written = ""  # decoded so far, special tokens written out
+        self._hidden: list[tuple[int, int]] = []  # where these begin and end in it
+        self.text = ""  # decoded so far, up to a stop string
+        self.given = 0  # characters of `text` that `take` has handed out
+        self.stopped = False
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._decode(ids, skip_special_tokens=True))
+
+    def add(self, token: int) -> bool:
+        """Adds a token; whether the text now holds a stop string (and ends before it)."""
+        if token in self._special and not self._text([token]):
+            before = len(self._written)
+            self._written += self._special[token]
+            self._hidden.append((before, len(self._written)))
+            return self._search(before)
+        self._window.append(token)
+        whole = self._text(self._window)
+        if whole.endswith("\ufffd"):
+            return False  # the first bytes of a character
+        gain = whole[len(self._shown) :]
+        self._window = self._window[-self._CONTEXT :]
+        self._shown = self._text(self._window)
+        before = len(self._written)
+        self.text += gain
+        self._written += gain
+        return self._search(before)
+
+    def _search(self, before: int) -> bool:
+        """Looks for stop strings that end behind the first `before` characters."""
+        ends = [
+            (at + len(s), place, at)
+            for place, s in enumerate(self._stop)
+            if (at := self._written.find(s, max(0, before - len(s) + 1))) >= 0
+        ]
+        if ends:
+            self.text, self.stopped = self.text[: self._visible(min(ends)[2])], True
+        return self.stopped
+
+    def _visible(self, end: int) -> int:
+        """How many of the first `end` characters written are no special tokens'."""
+        return end - sum(min(b, end) - a for a, b in self._hidden if a < end)
+
+    def finish(self) -> None:
+        """No token follows: bytes that are no character become a replacement character."""
+        whole = self._text(self._window)
+        if not self.stopped and whole.endswith("\ufffd"):
+            self.text += whole[len(self._shown) :]
+
+    def take(self, last: bool) -> str:
+        """What is new since the last call and cannot become a stop string any more."""
+        end = len(self.text)
+        if not (last or self.stopped):
+            held = max((_overlap(self._written, s) for s in self._stop), default=0)
+            end = self._visible(len(self._written) - held)
+        new = self.text[self.given : end]
+        self.given = max(self.given, end)
+        return new
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of the text that is a beginning of `stop`."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def completion_text(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of tokens behind a prompt, without special tokens."""
+    context = list(prompt_ids[-Text._CONTEXT :])
+    before = tokenizer.decode(context, skip_special_tokens=True)
+    whole = tokenizer.decode(context + list(ids), skip_special_tokens=True)
+    if whole.startswith(before):
+        return str(whole[len(before) :])
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))

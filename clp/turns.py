@@ -1,0 +1,63 @@
+"""Samplers of one model in several threads take turns; one sampler is for one thread."""
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_GUARD = threading.Lock()
+_LOCKS: dict[int, Any] = {}  # by id of a configuration, while it lives
+
+
+def locks_of(configs: Sequence[Any]) -> list[Any]:
+    """The locks of some models' configurations, in the order in which all threads take them.
+
+    A lock belongs to a configuration, not to a model: that is what a forward of the sampler
+    changes, and models made from one configuration object share it.
+    """
+    with _GUARD:
+        for config in configs:
+            if id(config) not in _LOCKS:
+                _LOCKS[id(config)] = threading.RLock()
+                weakref.finalize(config, _LOCKS.pop, id(config)).atexit = False
+        return sorted({_LOCKS[id(config)] for config in configs}, key=id)
+
+
+def in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that runs while its object's `locks` are held."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _holding(self.locks, functools.partial(method, self, *args, **kwargs))
+
+    return run
+
+
+def one_thread(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that raises RuntimeError while another thread runs one of its object's.
+
+    The object keeps a lock `using`, which its own methods may take again.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.using.acquire(blocking=False):
+            raise RuntimeError(
+                f"{type(self).__name__}.{method.__name__} was called while another thread runs "
+                "this object: make one for each thread"
+            )
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.using.release()
+
+    return run
+
+
+def _holding(locks: Sequence[Any], call: Callable[[], Any]) -> Any:
+    # Nested `with`s: none of them leaves its lock held, wherever Ctrl-C comes.
+    if not locks:
+        return call()
+    with locks[0]:
+        return _holding(locks[1:], call)

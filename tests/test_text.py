@@ -1,0 +1,195 @@
+"""Prompts as token ids, and the text of completions: special tokens, stop strings."""
+
+import itertools
+import random
+from functools import cache
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from clp.policy import load_base
+from clp.requests import parse_prompt
+from clp.text import Text, completion_text, encode, special_texts
+
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+BOS, EOS = 1, 2
+
+
+@cache
+def tokenizer(template=None, metaspace=False, extra=()):
+    """Characters as tokens; `template` is what the tokenizer makes of every text ("$A")."""
+    letters = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        *"abcdefghijklmnopqrstuvwxyz<>/|.\u2581 ",
+        "ab",
+        "bcd",
+    ]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(letters))}
+    merges = [("a", "b"), ("c", "d"), ("b", "cd")]
+    vocabulary["cd"] = len(vocabulary)
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+    if metaspace:  # as Llama's: a space in front, and none of it in the text
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+        made.decoder = decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    else:
+        made.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+        made.decoder = decoders.Fuse()
+    if template:
+        made.post_processor = processors.TemplateProcessing(
+            template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
+    whole = PreTrainedTokenizerFast(tokenizer_object=made, **SPECIAL)
+    if extra:
+        whole.add_special_tokens({"additional_special_tokens": list(extra)})
+    return whole
+
+
+def plain(tok, text):
+    return tok(text, add_special_tokens=False)["input_ids"]
+
+
+TEMPLATES = [None, "<s> $A", "$A </s>", "<s> $A </s>"]
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    "text", ["once upon", "<s>once", "<s>", "<s><s>a", "a</s>", "</s>", "a<s>b</s>"]
+)
+def test_one_bos_in_front_and_no_eos_behind_but_the_texts_own(template, text, metaspace):
+    tok = tokenizer(template, metaspace)
+    own = plain(tok, text)
+    wanted = own if template in TEMPLATES[::2] or own[0] == BOS else [BOS, *own]
+    assert encode(tok, text) == wanted == parse_prompt(text, tok, len(tok), "prompt")
+
+
+def test_the_embedded_models_tokenizer():
+    tok = load_base("tiny")[1]
+    assert encode(tok, "Once") == tok("Once")["input_ids"]
+    assert encode(tok, tok.bos_token + "Once") == tok("Once")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted"), list(zip(TEMPLATES, [[], [BOS], [], [BOS]], strict=True))
+)
+def test_an_empty_text_is_what_stands_in_front_of_every_text(template, wanted):
+    assert encode(tokenizer(template), "") == wanted
+
+
+def test_a_tokenizer_whose_bos_is_its_eos():
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer("$A </s>").backend_tokenizer.to_str()),
+        bos_token="</s>", eos_token="</s>",
+    )  # fmt: skip
+    assert encode(tok, "a</s>") == plain(tok, "a</s>")
+    assert encode(tok, "</s>") == [EOS]
+
+
+def test_a_chat_template_that_writes_the_bos_token():
+    tok = tokenizer("<s> $A </s>", extra=("<|x|>",))
+    tok.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|x|>{% endif %}"
+    )
+    ids = parse_prompt([{"role": "user", "content": "ab"}], tok, len(tok), "prompt")
+    assert tok.convert_ids_to_tokens(ids) == ["<s>", "ab", "</s>", "<|x|>"]
+
+
+def test_ids_are_taken_as_they_are():
+    assert parse_prompt([BOS, BOS, 5, EOS], tokenizer("<s> $A </s>"), 40, "prompt") == [1, 1, 5, 2]
+
+
+# Stop strings
+
+
+def feed(tok, ids, stop, prompt=()):
+    """The text at the end, and what a stream tells; both must agree."""
+    text = Text(tok, list(prompt), stop, special_texts(tok))
+    told = ""
+    for i, token in enumerate(ids):
+        stopped = text.add(token)
+        last = stopped or i == len(ids) - 1
+        if last:
+            text.finish()
+        told += text.take(last)
+        if stopped:
+            break
+    assert told == text.text
+    return text.text, i + 1 if text.stopped else None
+
+
+CASES = {
+    # (text drawn, stop strings): text, and after which token it stops
+    "a special token": ("ab</s>c", ["</s>"], "ab", 2),
+    "not a special token that is spelt": ("a b", ["</s>"], "a b", None),
+    "a special token and what follows": ("ab</s>cz", ["</s>c"], "ab", 3),
+    "what stands before a special token": ("zc<|x|>a", ["c<|x|>"], "z", 3),
+    "between two special tokens": ("z<|x|>c</s>a", ["<|x|>c</s>"], "z", 4),
+    "two special tokens": ("z<|x|></s>a", ["<|x|></s>"], "z", 3),
+    "the same special token before": ("z</s>y</s>c", ["</s>c"], "zy", 5),
+    "an end of a special token's text": ("z<|x|>c", ["|>c"], "z", 3),
+    "a beginning that does not go on": ("zc<|x|>yd", ["c<|x|>d"], "zcyd", None),
+    "the earliest complete": ("bcd", ["bcd", "c"], "b", 1),
+    "in the middle of one token": ("bcdz", ["bcdz", "d"], "bc", 1),
+    "list order where both are complete": ("bcd", ["cd", "bcd"], "b", 1),
+    "list order, turned": ("bcd", ["bcd", "cd"], "", 1),
+    "across tokens": ("xyz", ["wz", "yz"], "x", 3),
+    "a longer beginning is overtaken": ("xyzw", ["xyzq", "yzw"], "x", 4),
+    "none": ("xyz", [], "xyz", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_stop_strings(name, metaspace):
+    drawn, stop, wanted, at = CASES[name]
+    tok = tokenizer(metaspace=metaspace, extra=("<|x|>",))
+    prompt = plain(tok, "qq")
+    ids = plain(tokenizer(extra=("<|x|>",)), drawn)
+    assert feed(tok, ids, stop, prompt) == (wanted, at)
+
+
+def test_the_issues_own_case():
+    tok = tokenizer()
+    assert feed(tok, [tok.convert_tokens_to_ids("bcd")], ["bcd", "c"])[0] == "b"
+    text = Text(tok, [], ["abc", "b"])
+    text._text = lambda ids: "abc" * len(ids)  # one token
+    assert text.add(5) and text.text == "a"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_stops_are_those_of_the_written_text(seed):
+    """Against the definition: the whole text written out, cut at the earliest complete stop."""
+    rng, tok = random.Random(seed), tokenizer(extra=("<|x|>",))
+    special = special_texts(tok)
+    ids = [i for i in range(len(tok)) if i != 3]
+    shown = {i: special.get(i) or tok.decode([i]) for i in ids}
+    for _ in range(60):
+        drawn = rng.choices(ids[1:3] + ids[-1:] + ids[4:8] + ids[-5:], k=12)
+        written = "".join(shown[i] for i in drawn)
+        stop = []
+        for _ in range(rng.randint(0, 3)):
+            at = rng.randrange(len(written))
+            stop.append(written[at : at + rng.randint(1, 7)] + rng.choice(["", "", "a"]))
+        found = [(written.find(s) + len(s), k) for k, s in enumerate(stop) if s in written]
+        text, after = feed(tok, drawn, stop)
+        if not found:
+            assert (text, after) == (completion_text(tok, [], drawn), None)
+            continue
+        # The token in which the first is complete, and of what is complete in it the earliest.
+        end, k = min(found)
+        ends = list(itertools.accumulate(len(shown[i]) for i in drawn))
+        assert after == next(n for n, e in enumerate(ends, 1) if e >= end)
+        start, visible = end - len(stop[k]), ""
+        for i, e in zip(drawn, ends, strict=True):
+            if i not in special:
+                visible += shown[i][: max(0, start - (e - len(shown[i])))]
+        assert text == visible

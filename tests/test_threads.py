@@ -1,0 +1,199 @@
+"""Samplers and training steps in several threads; Ctrl-C anywhere."""
+
+import copy
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from decoding_alone import new_spread_policy
+
+import clp_kernels
+from clp import kv_cache, turns
+from clp.kv_cache import IMPLEMENTATION
+from clp.mixture import LogitMixture
+from clp.sampler import Sampler, SamplingParams
+
+PARAMS = SamplingParams(max_tokens=8, ignore_eos=True, seed=1)
+PROMPTS = [[5 + i, 9, 30 + i] for i in range(3)]
+
+
+@pytest.fixture
+def policy(one_thread):
+    return new_spread_policy()
+
+
+def ask(sampler, k):
+    row = [[0.25 * k, 1 - 0.25 * k]]
+    return [c.token_ids for c in sampler.generate(PROMPTS, row[0], PARAMS)]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_samplers_of_one_model_take_turns(policy, recorded):
+    """Also one that mixes the logits of its adapters, and samplers being made."""
+    policies = [policy, policy, LogitMixture.of_adapters(policy)]
+    samplers = [Sampler(one) for one in policies]
+    wanted = [ask(sampler, k) for k, sampler in enumerate(samplers)]
+    before = policy.model.config._attn_implementation
+
+    def work(k):
+        sampler = samplers[k]
+        if not recorded:
+            sampler._decoder.recordings = [None] * len(sampler._decoder.networks)
+        for _ in range(4):
+            assert ask(sampler, k) == wanted[k]
+        assert ask(Sampler(policies[k]), k) == wanted[k]
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for future in [pool.submit(work, k) for k in range(3)]:
+                future.result(timeout=120)
+    finally:
+        sys.setswitchinterval(switch)
+    assert policy.model.config._attn_implementation == before
+
+
+def test_models_made_from_one_configuration_take_turns(policy):
+    other = copy.copy(policy)
+    other.model = copy.deepcopy(policy.model)
+    assert turns.locks_of([policy.model.config]) != turns.locks_of([other.model.config])
+    for module in other.model.modules():
+        if getattr(module, "config", None) is not None:
+            module.config = policy.model.config
+    a, b = Sampler(policy)._decoder, Sampler(other)._decoder
+    assert a.locks == b.locks and len(a.locks) == 1
+
+
+def test_locks_live_as_long_as_their_configuration():
+    before = len(turns._LOCKS)
+    config = type("Config", (), {})()
+    lock = turns.locks_of([config, config])
+    assert turns.locks_of([config]) == lock and len(turns._LOCKS) == before + 1
+    del config
+    assert len(turns._LOCKS) == before
+
+
+def test_a_sampler_is_for_one_thread(policy):
+    sampler = Sampler(policy)
+    inside, go_on = threading.Event(), threading.Event()
+    decode = sampler._decoder.decode
+
+    def slow(*args):
+        inside.set()
+        go_on.wait(60)
+        return decode(*args)
+
+    sampler._decoder.decode = slow
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, sampler, 1)
+        assert inside.wait(60)
+        request = Sampler(policy).submit([5], "joy=1", PARAMS)
+        for call in (
+            lambda: ask(sampler, 1), sampler.step, lambda: sampler.submit([5], "joy=1"),
+            lambda: sampler.cancel(request), lambda: sampler.finish([]),
+        ):  # fmt: skip
+            with pytest.raises(RuntimeError, match="another thread"):
+                call()
+        go_on.set()
+        assert first.result(60) == ask(sampler, 1)
+    assert ask(sampler, 1) == ask(Sampler(policy), 1)
+
+
+def test_a_training_step_in_another_thread_is_refused_and_changes_nothing(policy):
+    sampler, refused = Sampler(policy), []
+    sampler._decoder.recordings = [None]
+    wanted = ask(sampler, 1)
+    rows = torch.tensor([[1.0, 0.0]])
+
+    def train():
+        try:
+            with policy.steer(rows):
+                policy.model(torch.tensor([[5, 6]]))
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def beside(module, args):
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+
+    handle = policy.model.base_model.norm.register_forward_pre_hook(beside)
+    assert ask(sampler, 1) == wanted
+    assert refused and all("another thread is running this model" in r for r in refused)
+    handle.remove()
+    with policy.steer(rows), ThreadPoolExecutor(1) as pool:
+        with pytest.raises(RuntimeError, match="another thread is running this model"):
+            pool.submit(ask, sampler, 1).result(60)
+        with policy.steer(rows):  # nests in its own thread
+            policy.model(torch.tensor([[5, 6]]))
+    assert ask(sampler, 1) == wanted
+
+
+@pytest.mark.parametrize("device_thread", [False, True])
+def test_a_recomputation_may_run_in_a_thread_of_autograds(policy, device_thread):
+    """What a backward enters is its own business: on CUDA it runs in another thread."""
+    seen = []
+
+    class Enter(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with clp_kernels.steer(policy.model, torch.tensor([[0.0, 1.0]])):
+                seen.append(policy.model(torch.tensor([[5, 6]])).logits)
+            return grad
+
+    x = torch.ones(1, requires_grad=True)
+    with policy.steer(torch.tensor([[1.0, 0.0]])):
+        y = Enter.apply(x)
+        if device_thread:
+            thread = threading.Thread(target=y.backward)
+            thread.start()
+            thread.join()
+        else:
+            y.backward()
+        with policy.steer(torch.tensor([[1.0, 0.0]])):
+            pass
+    assert seen and x.grad is not None
+
+
+def test_ctrl_c_anywhere_restores_the_configuration(policy):
+    """KeyboardInterrupt at every line that changes it, and at every call out of those."""
+    cache = kv_cache.KVCache(policy.model)
+    config = policy.model.config
+    codes = {cache.run.__func__.__code__, kv_cache._name.__code__}
+
+    def interrupted(at):
+        """Whether there was an event number `at` to interrupt."""
+        count = 0
+
+        def trace(frame, event, arg):
+            nonlocal count
+            if frame.f_code not in codes:
+                return None
+            count += 1
+            if count == at:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            cache.run(list)
+        finally:
+            sys.settrace(before)
+
+    for at in range(1, 200):
+        try:
+            interrupted(at)
+        except KeyboardInterrupt:
+            assert config._attn_implementation == "sdpa", at
+            continue
+        break
+    assert 10 < at < 199
+    assert config._attn_implementation != IMPLEMENTATION

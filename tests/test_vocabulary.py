@@ -1,0 +1,185 @@
+"""Which ids are drawn, and which end a completion."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import clp_kernels
+from clp.mixture import LogitMixture
+from clp.policy import Policy, load_base
+from clp.requests import SamplingParams
+from clp.rollout import make_batch, token_stats
+from clp.sampler import Sampler, with_seeds
+from clp.text import completion_text
+
+TOKENS = 1024  # of the embedded model's tokenizer
+
+
+def small(seed, rows=TOKENS, **changes):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=rows, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        initializer_range=0.5, **({"pad_token_id": 0, "eos_token_id": 2} | changes),
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_base("tiny")[1]
+
+
+def padded(seed=0, rows=TOKENS + 64):
+    """A model whose likeliest ids are those that the tokenizer lacks."""
+    model = small(seed, rows)
+    model.lm_head.weight[TOKENS:] *= 5
+    return model
+
+
+def steered(model, tokenizer):
+    clp_kernels.inject(model, ["joy", "brief"], r=2)
+    for layer in clp_kernels.layers.steered_layers(model).values():
+        layer.lora_B.data.normal_(0, 0.3)
+    return Policy(model, tokenizer, ["joy", "brief"], "random")
+
+
+def ask(policy, **changes):
+    params = SamplingParams(max_tokens=20, logprobs=5, ignore_eos=True, **changes)
+    return Sampler(policy).generate([[5, 6]] * 8, "joy=1", with_seeds(params, range(8)))
+
+
+def drawn(done):
+    return {i for c in done for i in c.token_ids} | {
+        i for c in done for t in c.top_logprobs for i in t
+    }
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"temperature": 0}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}]
+)
+def test_ids_that_the_tokenizer_lacks_are_not_drawn(tokenizer, changes):
+    policy = steered(padded(), tokenizer)
+    assert (policy.vocab_size, policy.drawable_ids) == (TOKENS + 64, TOKENS)
+    with policy.base():
+        logits = policy.model(torch.tensor([[5, 6]])).logits[0, -1]
+    assert int(logits.argmax()) >= TOKENS  # they would be
+    assert max(drawn(ask(policy, **changes))) < TOKENS
+
+
+def test_the_trainers_logprobs_leave_them_out_too(tokenizer):
+    policy = steered(padded(), tokenizer)
+    done = ask(policy, temperature=0.7)
+    weights = torch.tensor([[1.0, 0.0]]).expand(8, -1)
+    batch = make_batch([[5, 6]] * 8, done, weights, 0, policy.device)
+    stats = token_stats(policy, batch, policy.head(), 0.7)
+    torch.testing.assert_close(
+        stats.logprobs, torch.tensor([c.logprobs for c in done]), atol=1e-4, rtol=1e-4
+    )
+    # The reference's, and with it the KL, as well.
+    with policy.base():
+        ref = policy.model(batch.input_ids).logits[:, 1:-1, :TOKENS] / 0.7
+    with policy.steer(weights):
+        own = policy.model(batch.input_ids).logits[:, 1:-1, :TOKENS] / 0.7
+    own, ref = own.log_softmax(-1), ref.log_softmax(-1)
+    torch.testing.assert_close(stats.kl, (own.exp() * (own - ref)).sum(-1), atol=1e-3, rtol=1e-3)
+
+
+def test_an_unpadded_head_is_taken_whole(tokenizer):
+    policy = Policy.create("tiny", ["joy"])
+    assert policy.drawable_ids == policy.vocab_size == len(policy.head()[0]) == TOKENS
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<one>", "<two>"])
+    wider = Policy(policy.model, more, ["joy"], "tiny")
+    assert wider.drawable_ids == TOKENS  # the head has no more
+    with pytest.raises(ValueError, match="token ids from 0 to 1023, got 1025"):
+        Sampler(wider).submit("a<two>", "joy=1")
+
+
+@pytest.mark.parametrize("mode", ["geometric", "probability"])
+def test_heads_of_different_height_mix_what_they_have_in_common(tokenizer, mode):
+    models = {"joy": padded(1), "brief": padded(2, TOKENS + 128)}
+    mixture = LogitMixture(models, tokenizer, mode=mode)
+    assert (mixture.vocab_size, mixture.drawable_ids) == (TOKENS + 64, TOKENS)
+    params = SamplingParams(max_tokens=6, temperature=0, logprobs=2, ignore_eos=True)
+    (c,) = Sampler(mixture).generate([[5, 6]], [[0.3, 0.7]], params)
+    ids = [5, 6]
+    for token, logprob in zip(c.token_ids, c.logprobs, strict=True):
+        logits = torch.stack(
+            [m(torch.tensor([ids])).logits[:, -1, :TOKENS] for m in models.values()]
+        )
+        z = clp_kernels.mix_logits(logits, torch.tensor([[0.3, 0.7]]), mode=mode).log_softmax(-1)[0]
+        assert token == int(z.argmax()) and logprob == pytest.approx(float(z.max()), abs=1e-4)
+        ids.append(token)
+    with pytest.raises(ValueError, match="token ids from 0 to 1087, got 1100"):
+        Sampler(mixture).submit([1100], [0.5, 0.5])
+
+
+def test_mixed_parameters_need_one_shape(tmp_path, tokenizer):
+    for i, rows in enumerate([TOKENS, TOKENS + 64]):
+        small(i, rows).save_pretrained(tmp_path / str(i))
+        tokenizer.save_pretrained(tmp_path / str(i))
+    with pytest.raises(ValueError, match="shape"):
+        Policy.from_models({"a": str(tmp_path / "0"), "b": str(tmp_path / "1")})
+
+
+# Ends
+
+
+def test_end_ids_are_those_of_configurations_and_tokenizer(tokenizer):
+    model = small(0, eos_token_id=[7, 8])
+    model.generation_config.eos_token_id = 9
+    assert Policy(model, tokenizer, ["a"], "x").end_ids == {2, 7, 8, 9}
+    model = small(0, eos_token_id=None)
+    model.generation_config.eos_token_id = None
+    assert Policy(model, tokenizer, ["a"], "x").end_ids == {2}
+    silent = copy.deepcopy(tokenizer)
+    silent.eos_token = None
+    assert Policy(model, silent, ["a"], "x").end_ids == frozenset()
+    model.generation_config.eos_token_id = [-1, TOKENS, 5]
+    assert Policy(model, silent, ["a"], "x").end_ids == {5}
+
+
+def test_a_mixture_ends_at_the_end_of_each_model(tokenizer):
+    models = {"a": small(0, eos_token_id=7), "b": small(1, eos_token_id=[8, 9])}
+    mixture = LogitMixture(models, tokenizer)
+    assert mixture.end_ids == {2, 7, 8, 9}
+    free = Sampler(mixture).generate(
+        [[5]], [[0.5, 0.5]], SamplingParams(max_tokens=30, seed=1, ignore_eos=True)
+    )
+    end = free[0].token_ids[4]
+    models["b"].generation_config.eos_token_id = end
+    (c,) = Sampler(mixture).generate([[5]], [[0.5, 0.5]], SamplingParams(max_tokens=30, seed=1))
+    assert c.finish_reason == "stop" and c.token_ids[-1] == end
+
+
+def test_without_an_end_in_the_configurations_the_tokenizers_ends_it(tokenizer):
+    model = small(0, eos_token_id=None)
+    model.generation_config.eos_token_id = None
+    model.lm_head.weight[2] = 20 * model.lm_head.weight.std()  # likely for some state
+    policy = steered(model, tokenizer)
+    done = Sampler(policy).generate(
+        [[5 + i] for i in range(16)], "joy=1", SamplingParams(max_tokens=40, seed=1)
+    )
+    ended = [c for c in done if c.finish_reason == "stop"]
+    assert ended and all(c.token_ids[-1] == 2 for c in ended)
+
+
+def test_an_end_token_that_is_no_special_token_is_no_text(tokenizer):
+    word = 300
+    assert tokenizer.decode([word], skip_special_tokens=True)
+    policy = steered(small(3, eos_token_id=word), tokenizer)
+    sampler = Sampler(policy)
+    params = SamplingParams(max_tokens=60, temperature=2.0)
+    done = sampler.generate([[5]] * 32, "joy=1", with_seeds(params, range(32)))
+    ended = [c for c in done if c.token_ids[-1] == word]
+    assert ended
+    for c in ended:
+        assert c.text == completion_text(tokenizer, [5], c.token_ids[:-1])
+    (c,) = sampler.generate([[5]], "joy=1", params=SamplingParams(max_tokens=60, temperature=2.0,
+                            seed=done.index(ended[0])))  # fmt: skip
+    request = sampler.submit([5], "joy=1", SamplingParams(max_tokens=60, temperature=2.0,
+                             seed=done.index(ended[0])))  # fmt: skip
+    assert "".join(token.text for token in sampler.stream(request)) == c.text == ended[0].text
