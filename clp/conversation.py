@@ -1,4 +1,4 @@
-"""Prompts that are conversations: lists of messages {"role": ..., "content": text}, as in TRL."""
+"""Prompts: texts, or as in TRL conversations: lists of messages {"role": ..., "content": text}."""
 
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,10 @@ from typing import Any
 
 import jinja2
 
+from clp.text import encode
+
+# A longer prompt is an error, not minutes of a tokenizer.
+MOST_CHARACTERS = 2**24
 Messages = list[dict[str, Any]]
 # What the sampler takes: a text, token ids, or messages.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -48,6 +52,27 @@ def prompt_text(prompt: str | Messages, tokenizer: Any, name: str = "prompt") ->
     except jinja2.TemplateError as error:
         raise ValueError(f"{name}: the tokenizer's chat template refuses it: {error}") from error
     return str(text)
+
+
+def encode_prompt(prompt: str | Messages, tokenizer: Any, name: str = "prompt") -> list[int]:
+    """The token ids that a model continues; the same for sampling, training and evaluation.
+
+    A text is encoded by clp.text.encode. The special tokens of a conversation are those that the
+    template writes, as in transformers' `apply_chat_template`.
+
+    Raises:
+        ValueError: as prompt_text; a text too long to tokenize, or with half a surrogate pair.
+    """
+    text = prompt_text(prompt, tokenizer, name)
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"{name} must have at most {MOST_CHARACTERS} characters, got {len(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be a text of whole characters: {error}") from None
+    if isinstance(prompt, str):
+        return encode(tokenizer, text)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def message_text(text_or_messages: str | Messages) -> str:

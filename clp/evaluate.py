@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerState
 
-from clp.conversation import prompt_text
+from clp.conversation import encode_prompt
 from clp.policy import Policy
 from clp.prompts import columns
 from clp.requests import Completion, SamplingParams
@@ -23,7 +23,6 @@ from clp.rewards import RewardFunc, distinct_2
 from clp.rollout import make_batch, token_stats
 from clp.sampler import Sampler, with_seeds
 from clp.scoring import RewardLog, dry_call, numbers_or_none, score
-from clp.text import encode
 from clp.weights import weight_grid
 
 # The sampling parameters that an evaluation depends on, as Frontier holds them.
@@ -152,10 +151,9 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed % 2**64)
     seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist() * len(sweep)
     sampler = Sampler(policy, max_batch_size=min(max_batch_size, len(everyone)))
-    prompts = [
-        prompt_text(row["prompt"], policy.tokenizer, f"prompt {i}") for i, row in enumerate(rows)
-    ]
-    ids = [encode(policy.tokenizer, text) for text in prompts] * len(sweep)
+    ids = [
+        encode_prompt(row["prompt"], policy.tokenizer, f"prompt {i}") for i, row in enumerate(rows)
+    ] * len(sweep)
     done = sampler.generate(
         ids, weights, with_seeds(params, seeds), simplex=False, progress=progress
     )

@@ -8,10 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clp.conversation import encode_prompt
 from clp.json_lines import read_lines
 from clp.paths import home_expanded
 from clp.policy import Policy
-from clp.rollout import row_ids
 from clp.sampler import Sampler, SamplingParams
 
 
@@ -54,7 +54,7 @@ def fitting_rows(
     lengths: list[int] = []
     for i, row in enumerate(shown):
         try:
-            lengths.append(len(row_ids(policy, row)))
+            lengths.append(len(encode_prompt(row["prompt"], policy.tokenizer)))
         except ValueError as error:
             raise ValueError(f"{_place(i, path)}: {error}") from error
     if 0 in lengths:
@@ -84,7 +84,7 @@ def _try(policy: Policy, sampler: Sampler, row: Any, max_tokens: int, place: str
     count = len(policy.objectives)
     try:
         request = sampler.submit(
-            row_ids(policy, row), [1 / count] * count, SamplingParams(max_tokens=max_tokens)
+            row["prompt"], [1 / count] * count, SamplingParams(max_tokens=max_tokens)
         )
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error

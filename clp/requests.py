@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from clp.conversation import is_conversation, prompt_text
-from clp.text import Text, completion_text, encode, special_texts
+from clp.conversation import encode_prompt, is_conversation
+from clp.text import Text, completion_text, special_texts
 
 # Bounds on what a single request may ask for: beyond them it is an error, not an attack on memory.
 MOST_COMPLETIONS = 1024
@@ -17,7 +17,6 @@ MOST_STOPS = 16
 MOST_STOP_LENGTH = 256
 MOST_STOP_IDS = 256
 MOST_LOGPROBS = 20
-MOST_PROMPT_CHARACTERS = 2**24
 # As in the kernels: quotients by it are finite.
 LEAST_TEMPERATURE = 1e-30
 
@@ -347,18 +346,8 @@ def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> lis
         TypeError: neither. ValueError: empty, too long to tokenize, half a surrogate pair, or ids
             outside the vocabulary.
     """
-    if is_conversation(prompt):
-        prompt = prompt_text(prompt, tokenizer, name)
-    if isinstance(prompt, str):
-        if len(prompt) > MOST_PROMPT_CHARACTERS:
-            raise ValueError(
-                f"{name} must have at most {MOST_PROMPT_CHARACTERS} characters, got {len(prompt)}"
-            )
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{name} must be a text of whole characters: {error}") from None
-        ids = encode(tokenizer, prompt)
+    if isinstance(prompt, str) or is_conversation(prompt):
+        ids = encode_prompt(prompt, tokenizer, name)
     elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
         ids = list(prompt)
     else:

@@ -156,16 +156,17 @@ def classifier(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from clp.policy import LOAD_ERRORS
+    from clp.policy import loading
 
     folder = home_expanded(path)
-    problem = f"{str(folder)!r} is not a folder with a sequence classifier: "
+    wrong = f"{str(folder)!r} is not a folder with a sequence classifier"
+    problem = f"{wrong}: "
     if not (folder / "config.json").is_file():
         raise ValueError(f"{problem}it has no config.json")
     if (folder / "adapter_config.json").exists():  # its load report would hide the base model's
         raise ValueError(f"{problem}it has an adapter_config.json; merge the adapter first")
     local = {"local_files_only": True, "trust_remote_code": False}
-    try:
+    with loading(wrong):
         tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left", **local)
         # A "_attn_implementation" in config.json may name a kernel to download, and wins over the
         # argument unless the config comes as an object (transformers 5.23).
@@ -174,8 +175,6 @@ def classifier(
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **options
         )
-    except LOAD_ERRORS as error:
-        raise ValueError(f"{problem}{type(error).__name__}: {error}") from error
     # transformers only warns of a random head, and makes an empty tokenizer for a missing one.
     if report["missing_keys"]:
         raise ValueError(f"{problem}its weights lack {sorted(report['missing_keys'])[:4]}")

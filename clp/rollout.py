@@ -9,14 +9,13 @@ from torch import Tensor
 from transformers import TrainerState
 
 import clp_kernels
-from clp.conversation import prompt_text
+from clp.conversation import encode_prompt
 from clp.policy import Policy
 from clp.prompts import columns
 from clp.requests import Completion, SamplingParams
 from clp.rewards import RewardFunc
 from clp.sampler import Sampler, with_seeds
 from clp.scoring import RewardLog, score
-from clp.text import encode
 
 
 @dataclass
@@ -119,15 +118,6 @@ def token_stats(
     )
 
 
-def row_ids(policy: Policy, row: Mapping[str, Any]) -> list[int]:
-    """The token ids that the completions of a row's prompt continue.
-
-    Raises: ValueError for a conversation that is none, or that the tokenizer has no template for.
-    """
-    text = prompt_text(row["prompt"], policy.tokenizer)
-    return encode(policy.tokenizer, text)
-
-
 def roll_out(
     policy: Policy,
     sampler: Sampler,
@@ -147,7 +137,7 @@ def roll_out(
     """
     repeated = [row for row in rows for _ in range(num_generations)]
     row_weights = weights.repeat_interleave(num_generations, 0)
-    ids = [row_ids(policy, row) for row in rows]
+    ids = [encode_prompt(row["prompt"], policy.tokenizer) for row in rows]
     prompt_ids = [p for p in ids for _ in range(num_generations)]
     seeds = torch.randint(2**62, (len(repeated),), generator=generator).tolist()
     completions = sampler.generate(prompt_ids, row_weights, with_seeds(params, seeds))

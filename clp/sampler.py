@@ -79,8 +79,8 @@ class Sampler:
         for name, value in {
             "max_batch_size": max_batch_size, "max_prefill_tokens": max_prefill_tokens,
         }.items():  # fmt: skip
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if type(value) is not int or not 1 <= value <= MOST_TOKENS:
+                raise ValueError(f"{name} must be an integer in [1, {MOST_TOKENS}], got {value!r}")
         if not isinstance(cache_gib, (int, float)) or not 0 < cache_gib < 2**20:
             raise ValueError(f"cache_gib must be a positive number, got {cache_gib!r}")
         self.policy = policy

@@ -7,11 +7,12 @@ import pytest
 from tqdm import tqdm
 
 from clp.conversation import is_conversation, message_text, prompt_text
+from clp.json_lines import read_lines
 from clp.policy import TINY, Policy
 from clp.prompts import check_prompts, load_prompts
 from clp.requests import SamplingParams, parse_prompt
 from clp.rewards import BUILTIN, sentiment
-from clp.sample_lines import Defaults, read_lines, sample_lines
+from clp.sample_lines import Defaults, sample_lines
 from clp.sampler import Sampler
 
 TEMPLATE = (
@@ -45,7 +46,8 @@ def test_the_template_renders_a_conversation(tokenizer):
 
 def test_the_sampler_takes_a_conversation(tokenizer):
     ids = parse_prompt(HELLO, tokenizer, len(tokenizer), "prompt")
-    assert ids == parse_prompt("<user>Hello.\n<assistant>", tokenizer, len(tokenizer), "prompt")
+    rendered = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, tokenize=True)
+    assert ids == rendered["input_ids"]  # the template writes no BOS token, so there is none
     with pytest.raises(ValueError, match="prompt 3: message 0 must be an object"):
         parse_prompt([{"role": "user"}], tokenizer, 9, "prompt 3")
 

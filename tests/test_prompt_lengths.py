@@ -91,7 +91,7 @@ def test_lengths_that_cannot_be_are_refused(policy, length, monkeypatch):
         fitting_rows(rows, policy, sampler, 4, context - 3)
     with pytest.raises(ValueError, match="all 2 prompts have more than"):
         fitting_rows([{"prompt": LONG}] * 2, policy, sampler, 4, 3)
-    monkeypatch.setattr("clp.prompt_lengths.row_ids", lambda policy, row: [])
+    monkeypatch.setattr("clp.prompt_lengths.encode_prompt", lambda prompt, tokenizer: [])
     with pytest.raises(ValueError, match=r"train_dataset\[0\]: the prompt has no tokens"):
         fitting_rows(rows, policy, sampler, 4)
     assert sampler.unfinished == 0

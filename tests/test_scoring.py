@@ -60,7 +60,7 @@ def test_score():
         [torch.tensor(1.0), torch.tensor(False)],
         np.array([1, 0]),
         torch.tensor([1.0, 0.0], dtype=torch.bfloat16),
-        map(float, "10"),
+        pytest.param(map(float, "10"), id="map"),  # its own id has its address
         np.array([1, 0], dtype=object),
     ],
     ids=str,

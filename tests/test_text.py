@@ -103,6 +103,14 @@ def test_a_chat_template_that_writes_the_bos_token():
     assert tok.convert_ids_to_tokens(ids) == ["<s>", "ab", "</s>", "<|x|>"]
 
 
+def test_a_conversation_has_the_special_tokens_of_its_template_alone():
+    tok = tokenizer("<s> $A </s>")
+    tok.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "ab"}]
+    ids = parse_prompt(messages, tok, len(tok), "prompt")
+    assert ids == tok.apply_chat_template(messages, tokenize=True)["input_ids"] == plain(tok, "ab")
+
+
 def test_ids_are_taken_as_they_are():
     assert parse_prompt([BOS, BOS, 5, EOS], tokenizer("<s> $A </s>"), 40, "prompt") == [1, 1, 5, 2]
 
