@@ -72,12 +72,12 @@ def shared_models() -> Path:
 
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The embedded model with a chat template: the messages' contents, then "Then"."""
+    """The embedded model with a chat template: BOS, the messages' contents, then "Then"."""
     from clp.policy import TINY
 
     folder = tmp_path_factory.mktemp("chat") / "model"
     shutil.copytree(TINY, folder)
-    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }} {% endfor %}"
     template += "{% if add_generation_prompt %}Then{% endif %}"
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))

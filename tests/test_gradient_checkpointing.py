@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import clp_kernels
 from clp.config import CLPConfig
 from clp.gradient_checkpointing import checkpointing
-from clp.policy import Policy
+from clp.policy import TINY, Policy
 from clp.rollout import Batch, token_stats
 from clp.train import CLPTrainer
 
@@ -54,7 +54,8 @@ def make_policy(name):
     targets = ["q_proj", "v_proj"] if name == "opt" else "all-linear"
     generator = torch.Generator().manual_seed(0)
     clp_kernels.inject(model, ["a", "b"], r=2, target_modules=targets, generator=generator)
-    policy = Policy(model, None, ["a", "b"], name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    policy = Policy(model, tokenizer, ["a", "b"], name)
     for parameter in policy.adapter_parameters().values():
         parameter.data.normal_(std=0.1)
     return policy
