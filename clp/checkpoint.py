@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from clp.json_lines import read_json
 from clp.policy import Policy
 
 _NAME = re.compile("checkpoint-([0-9]+)")
@@ -83,8 +84,8 @@ def load_progress(checkpoint: Path) -> Progress:
     """
     path = checkpoint / "state.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = read_json(path)
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     known = Progress.__dataclass_fields__
     if (
@@ -115,9 +116,13 @@ def load_optimizer(
         raise ValueError(f"{path} does not belong to these parameters: {', '.join(odd)}")
     for name, parameter in parameters.items():
         state = {key: tensors[f"{name}.{key}"] for key in _MOMENTS}
-        if state["exp_avg"].shape != parameter.shape:
-            raise ValueError(f"{path}: {name} has shape {list(state['exp_avg'].shape)}, expected "
-                             f"{list(parameter.shape)}")  # fmt: skip
+        for key, tensor in state.items():
+            shape = torch.Size() if key == "step" else parameter.shape
+            if tensor.shape != shape or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"{path}: {name}.{key} must be float32 of shape {list(shape)}, got "
+                    f"{tensor.dtype} {list(tensor.shape)}"
+                )
         optimizer.state[parameter] = {
             "step": state["step"].clone(),
             "exp_avg": state["exp_avg"].to(parameter.device),

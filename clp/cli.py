@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from tqdm import tqdm
@@ -126,7 +127,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from clp.evaluate import evaluate as sweep
     from clp.policy import Policy, read_card
     from clp.prompts import HELDOUT_PROMPTS, load_prompts
-    from clp.report import print_frontier, print_samples, save_evaluation
+    from clp.report import FILES, print_frontier, print_samples, save_evaluation
     from clp.requests import SamplingParams
     from clp.rewards import load_rewards
 
@@ -136,7 +137,7 @@ def evaluate(argv: Sequence[str]) -> None:
     run = home_expanded(command.run)
     output = run if command.output_dir is None else home_expanded(command.output_dir)
     card, config = read_card(run), _config_of(run)
-    check_folder(output)
+    check_folder(output, FILES)
     params = SamplingParams(
         max_tokens=config.max_completion_length
         if command.max_tokens is None
@@ -229,44 +230,78 @@ def main() -> None:
     # endless loop a training step of the demo takes 2.6 s by default and 2.1 s with this; on quiet
     # cores 0.9 s either way.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    name, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
-    if name in ("--help", "-h"):
-        print("clp: one policy for every trade-off between objectives\n")
-        for run in COMMANDS.values():
-            print(f"  {(run.__doc__ or '').splitlines()[0]}")
-        print("\nOptions of a command: clp COMMAND --help; the version: clp --version")
-        return
-    if name == "--version":
-        # Of what is installed: clp_kernels.__version__ would import torch.
-        print(f"clp {importlib.metadata.version('clp-steer')}")
-        return
-    if name not in COMMANDS:
-        print(f"clp: unknown command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
-        raise SystemExit(2)
+    # A process may have been started without standard streams. Files must not take their places.
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A completion may hold characters that the terminal's encoding does not have.
         sys.stdout.reconfigure(errors="backslashreplace")
+    name, *argv = sys.argv[1:] or ["--help"]
+    stopped: list[int] = []
+
+    def stop_now(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, stop_now)
     try:
-        COMMANDS[name](argv)
+        try:
+            _run(name, argv)
+        except SystemExit:  # the options' help has been printed
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         hint = f"; {stop}" if str(stop) else ""
-        print(f"clp {name}: stopped{hint}", file=sys.stderr)
-        raise SystemExit(130) from None
+        _end(130, f"clp {name}: stopped{hint}\n")
     except BrokenPipeError:
-        # What reads the output has gone (`| head`): nobody is left to be told. Without this the
-        # interpreter fails once more when it flushes the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
+        # What reads the output has gone (`| head`): nobody is left to be told.
+        _end(128 + signal.SIGPIPE)
     except (
         ValueError,
         TypeError,
         OSError,
         MemoryError,
     ) as error:  # ValueError, TypeError: bad input
+        if stopped:  # PyTorch's C++ makes other errors of the KeyboardInterrupt
+            _end(130, f"clp {name}: stopped\n")
         said = " ".join(str(error).split()) or "not enough memory"
-        print(f"clp {name}: error: {said}", file=sys.stderr)
-        raise SystemExit(2) from error
+        _end(2, f"clp {name}: error: {said}\n")
+    finally:
+        if signal.getsignal(signal.SIGINT) is stop_now:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _run(name: str, argv: Sequence[str]) -> None:
+    if name in ("--help", "-h"):
+        print("clp: one policy for every trade-off between objectives\n")
+        for run in COMMANDS.values():
+            print(f"  {(run.__doc__ or '').splitlines()[0]}")
+        print("\nOptions of a command: clp COMMAND --help; the version: clp --version")
+    elif name == "--version":
+        # Of what is installed: clp_kernels.__version__ would import torch.
+        print(f"clp {importlib.metadata.version('clp-steer')}")
+    elif name in COMMANDS:
+        COMMANDS[name](argv)
+    else:
+        _end(2, f"clp: unknown command {name!r}; one of {', '.join(COMMANDS)}\n")
+
+
+def _end(code: int, message: str = "") -> NoReturn:
+    """Ends with this code, and the message on standard error.
+
+    A stream that takes nothing more (a full disk, a closed pipe) loses what is left for it. The
+    interpreter would fail once more when it flushes that, and end with another code.
+    """
+    for stream, text in ((sys.stdout, ""), (sys.stderr, message)):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import yaml
 
 # What clp_kernels.load_adapters reads: a larger adapter could be trained, but not loaded.
 LARGEST_R, LARGEST_LORA_ALPHA = 4096, 1_000_000
+# What the sampler takes.
+LARGEST_BATCH = 2**20
 
 
 @dataclass
@@ -112,6 +114,11 @@ class CLPConfig:
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("num_prompts", "num_generations", "micro_batch_size"):
+            if getattr(self, name) > LARGEST_BATCH:
+                raise ValueError(
+                    f"{name} must be at most {LARGEST_BATCH}, got {getattr(self, name)}"
+                )
         for name, high in (("r", LARGEST_R), ("lora_alpha", LARGEST_LORA_ALPHA)):
             if getattr(self, name) > high:
                 raise ValueError(
@@ -171,7 +178,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except RecursionError:
         raise ValueError(f"config file {path} is nested too deeply") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError) as error:
+        # The two in the middle are PyYAML's for a tag that does not fit, as in "!!bool maybe".
         raise ValueError(f"config file {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config file {path} must hold a mapping, got {type(values).__name__}")

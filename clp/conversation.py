@@ -49,7 +49,8 @@ def prompt_text(prompt: str | Messages, tokenizer: Any, name: str = "prompt") ->
         )
     try:
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        # The others are Python's, for what a template computes: 1 / 0, "a" + 1, "{}".format().
         raise ValueError(f"{name}: the tokenizer's chat template refuses it: {error}") from error
     return str(text)
 

@@ -21,6 +21,7 @@ from clp.requests import Row
 from clp.slot_check import fault
 from clp.steerable import Steerable
 from clp.turns import in_turn, locks_of
+from clp_kernels.dispatch import BackendError
 from clp_kernels.invariant import is_batch_invariant
 
 # Slot lengths that a CUDA graph is captured for are multiples of this.
@@ -403,7 +404,7 @@ class Decoder:
                 refusal = f"the sampler does not support {type(network.model).__name__}"
                 try:
                     found = fault(network, cache, self.weights[:1])
-                except torch.OutOfMemoryError:
+                except (torch.OutOfMemoryError, BackendError):
                     raise
                 except MODEL_ERRORS as error:
                     raise ValueError(f"{refusal}: {type(error).__name__}: {error}") from error

@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 # A longer line is a bad one, and is not read into memory: 2^20 token ids are 8 MB of text.
@@ -58,6 +59,17 @@ def read_lines(stream: BinaryIO, name: str = "the input") -> Iterator[Line]:
             raw = raw.removeprefix(_BYTE_ORDER_MARK)
         if raw.strip():
             yield Line(number, raw)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a file.
+
+    Raises: OSError if it cannot be read; ValueError as parse_json, with the path.
+    """
+    try:
+        return parse_json(path.read_bytes().removeprefix(_BYTE_ORDER_MARK))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def parse_json(text: str | bytes) -> Any:

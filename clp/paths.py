@@ -14,29 +14,41 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*|[A-Za-z0-9][\w-]*", re.ASC
 def home_expanded(path: str | Path) -> Path:
     """The path with "~" as the home folder: no shell expands it behind "=" or in a YAML file.
 
-    Raises: ValueError for an empty text, which would be the current folder.
+    Raises: ValueError for an empty text, which would be the current folder, for a NUL character, or
+        for what is not UTF-8: safetensors writes into such a folder and cannot read it again.
     """
     if path == "":
         raise ValueError("a path is empty")
+    if "\0" in str(path):
+        raise ValueError(f"the path {str(path)!r} has a NUL character")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the path {str(path)!r} is not UTF-8") from None
     return Path(os.path.expanduser(path))
 
 
 def absolute(path: str | Path) -> str:
     """The path as it is found from any folder; an absolute one is kept, its links unresolved."""
     expanded = home_expanded(path)
-    return str(expanded if expanded.is_absolute() else expanded.resolve())
+    # Path.resolve raises RuntimeError for a circle of links, in Python 3.12 and before.
+    return str(expanded if expanded.is_absolute() else os.path.realpath(expanded))
 
 
-def check_folder(folder: Path, *, empty: bool = False) -> None:
+def check_folder(folder: Path, files: Sequence[str] = (), *, empty: bool = False) -> None:
     """Whether files can be written into a folder that is there or can be made; makes nothing.
 
-    Raises: ValueError if they cannot, or if it must be empty and is not.
+    Raises: ValueError if they cannot, if one of `files` is a folder, or if the folder must be empty
+        and is not.
     """
+    if taken := next((name for name in files if (folder / name).is_dir()), None):
+        raise ValueError(f"{folder} cannot be written: {taken} in it is a folder")
     if empty and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"the folder {folder} must be missing or empty")
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    there = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
     if not there.is_dir():
-        raise ValueError(f"{folder} cannot be a folder: {there} is a file")
+        what = "a file" if there.exists() else "a link to nothing"
+        raise ValueError(f"{folder} cannot be a folder: {there} is {what}")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{folder} cannot be written: no permission in {there}")
 

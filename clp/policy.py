@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import clp_kernels
-from clp.json_lines import parse_json
+from clp.json_lines import read_json
 from clp.paths import model_location
 from clp.steerable import Network
 from clp_kernels.layers import steered_layers
@@ -117,9 +117,9 @@ class Policy:
             if found != card["adapters"].get(name):
                 raise ValueError(f"{folder} is not the adapter that {directory / 'clp.json'} names")
         try:
-            base = model_location(base_model or card["base_model"])
+            base = model_location(card["base_model"] if base_model is None else base_model)
         except ValueError as error:
-            if base_model:
+            if base_model is not None:
                 raise
             raise ValueError(
                 f"{error}; {directory / 'clp.json'} names it: if it has moved, base_model "
@@ -282,6 +282,8 @@ class Policy:
             hidden = self.hidden_states(probe, torch.ones_like(probe))
             plain = F.linear(hidden, layer.weight, layer.bias).float()
             actual = self.model(input_ids=probe).logits.float()
+        if not actual.isfinite().all():
+            raise ValueError(f"the logits of {self.base_model} are not finite: are its weights?")
         scale = float((plain * actual).sum() / (plain * plain).sum())
         error = float((actual - scale * plain).abs().max())
         if not error <= 0.02 * float(actual.abs().max()):
@@ -421,6 +423,10 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         )
         model, report = loaded
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    # transformers drops what it does not know, and takes the numbers as they are stored.
+    if getattr(config, "quantization_config", None) and not getattr(model, "hf_quantizer", None):
+        method = config.quantization_config.get("quant_method")
+        raise ValueError(f"model {name!r} is quantised by {method!r}, which transformers lacks")
     # transformers makes an empty tokenizer where the files are missing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(f"model {name!r} comes without its tokenizer")
@@ -436,13 +442,13 @@ def read_card(directory: Path) -> dict[str, Any]:
     """clp.json of a folder written by Policy.save. Raises: ValueError where it is malformed."""
     path = directory / "clp.json"
     try:
-        card = parse_json(path.read_bytes())
+        card = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{directory} holds no policy: {path} is missing") from None
+        unfinished = any(directory.glob("checkpoint-*/clp.json"))
+        hint = "; the training has not ended: name one of its checkpoints" if unfinished else ""
+        raise ValueError(f"{directory} holds no policy: {path} is missing{hint}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     want = {"base_model": str, "objectives": list, "rewards": list, "adapters": dict}
     if not isinstance(card, dict) or card.get("format") != 1:
         raise ValueError(f"{path} must be an object with format 1")

@@ -12,6 +12,9 @@ from rich.table import Table
 from clp.conversation import message_text
 from clp.evaluate import Frontier
 
+# The last says what the others belong to.
+FILES = ("samples.jsonl", "pareto.png", "frontier.json")
+
 
 def print_frontier(front: Frontier, console: Console) -> None:
     """One line a weight row: rewards, KL, distinct-2, length; the figures below."""
@@ -49,16 +52,13 @@ def _figures(front: Frontier) -> str:
 
 
 def save_evaluation(front: Frontier, samples: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Writes samples.jsonl, pareto.png and frontier.json, in place of those of an earlier one.
+    """Writes FILES, in that order, in place of those of an earlier evaluation.
 
-    All are whole before the first of them takes its name; frontier.json, which says what the others
-    belong to, is the last.
+    All are whole before the first of them takes its name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".evaluation-", dir=folder) as partial:
-        written = [
-            Path(partial) / name for name in ("samples.jsonl", "pareto.png", "frontier.json")
-        ]
+        written = [Path(partial) / name for name in FILES]
         text = "".join(json.dumps(sample) + "\n" for sample in samples)
         written[0].write_text(text, encoding="utf-8")
         plot_frontier(front, written[1])

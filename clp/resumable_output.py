@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from clp.files import hold, write_whole
-from clp.json_lines import Line, parse_json, read_lines
+from clp.json_lines import Line, read_json, read_lines
 from clp.sample_lines import Group, Source, completions_of
 
 FORMAT = 1
@@ -121,14 +121,12 @@ def _recorded_seed(path: Path, run: Run) -> int:
     """The base seed of the sidecar. Raises: ValueError where it is not this run's."""
     meta = sidecar(path)
     try:
-        found = parse_json(meta.read_bytes())
+        found = read_json(meta)
     except FileNotFoundError:
         raise ValueError(
             f"output {path} exists, and no {meta.name} says that a run can go on with it; it is "
             "not overwritten"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{meta}: {error}") from error
     kinds = {"format": int, "input_sha256": str, "policy_sha256": str, "options": dict,
              "base_seed": int}  # fmt: skip
     if not isinstance(found, dict) or any(type(found.get(k)) is not t for k, t in kinds.items()):

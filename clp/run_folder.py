@@ -20,6 +20,7 @@ from typing import Any
 from clp.checkpoint import checkpoints
 from clp.config import CLPConfig, load_config
 from clp.files import hold, write_whole
+from clp.json_lines import parse_json, read_json
 from clp.paths import classifier_source, home_expanded, located
 from clp.policy import read_card
 from clp.rewards import BUILTIN, RewardFunc
@@ -116,7 +117,7 @@ class Inputs:
 
 def check_free(run: Path) -> None:
     """Raises: ValueError if the folder holds a run, or is none."""
-    if run.exists() and not run.is_dir():
+    if os.path.lexists(run) and not run.is_dir():
         raise ValueError(f"output_dir {run} is not a folder")
     marks = ["config.yaml", "metrics.jsonl", "clp.json"]
     held = [m for m in marks if (run / m).exists()] + [p.name for p in checkpoints(run)]
@@ -221,11 +222,9 @@ def _digest(folder: Path) -> str:
 def _read_inputs(run: Path) -> Inputs | None:
     path = run / "run.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise ValueError(f"{path} must be an object with format {_FORMAT}")
     rewards, prompts = record.get("rewards"), record.get("prompts_sha256")
@@ -257,7 +256,7 @@ def lines_until(path: Path, step: int) -> list[bytes]:
         return kept
     for line in path.read_bytes().split(b"\n"):
         try:
-            if json.loads(line)["step"] <= step:
+            if parse_json(line)["step"] <= step:
                 kept.append(line + b"\n")
         except (ValueError, TypeError, KeyError):
             continue

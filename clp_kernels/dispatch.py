@@ -37,6 +37,10 @@ VERIFIED: frozenset[tuple[str, str, tuple[int, int]]] = frozenset()
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 
+class BackendError(RuntimeError, ValueError):
+    """The backend that a call or the environment names does not exist, or cannot run the call."""
+
+
 def _never() -> None:
     return None
 
@@ -160,12 +164,12 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 def requested(backend: str) -> str:
     """The backend a call asks for: its argument, or CLP_KERNELS_BACKEND where that is "auto"."""
     if backend not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
+        raise BackendError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
     if backend != "auto":
         return backend
     chosen = os.environ.get("CLP_KERNELS_BACKEND") or "auto"  # an empty value is as none
     if chosen not in NAMES:
-        raise ValueError(f"CLP_KERNELS_BACKEND must be one of {', '.join(NAMES)}, got {chosen!r}")
+        raise BackendError(f"CLP_KERNELS_BACKEND must be one of {', '.join(NAMES)}, got {chosen!r}")
     return chosen
 
 
@@ -173,8 +177,8 @@ def select(op: str, backend: str, *args: Any) -> Backend:
     """The backend that runs `op` on these (normalised) arguments.
 
     Raises:
-        ValueError: unknown backend name.
-        RuntimeError: the backend asked for cannot run this call; the message gives the reason.
+        BackendError: no backend has that name, or the one asked for cannot run this call; the
+            message gives the reason.
     """
     wanted = requested(backend)
     table = BACKENDS[op]
@@ -186,15 +190,16 @@ def select(op: str, backend: str, *args: Any) -> Backend:
             f"{entry.name}: {entry.why_not(*args) or _unverified(op, entry.name, args)}"
             for entry in table
         )
-        raise RuntimeError(f"no backend can run {op}: {reasons}")
+        raise BackendError(f"no backend can run {op}: {reasons}")
     for entry in table:
         if entry.name == wanted:
             reason = entry.why_not(*args)
             if reason is not None:
-                raise RuntimeError(f"backend {wanted!r} cannot run {op}: {reason}")
+                named = "backend" if wanted == backend else "CLP_KERNELS_BACKEND: backend"
+                raise BackendError(f"{named} {wanted!r} cannot run {op}: {reason}")
             return entry
     known = ", ".join(entry.name for entry in table)
-    raise RuntimeError(f"{op} has no {wanted!r} backend; it has: {known}")
+    raise BackendError(f"{op} has no {wanted!r} backend; it has: {known}")
 
 
 def _unverified(op: str, backend: str, args: tuple[Any, ...]) -> str | None:

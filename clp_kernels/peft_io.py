@@ -235,7 +235,7 @@ def _write_folders(
     with ExitStack() as undo:
         staged, replaced = [], []
         for folder, adapter in contents.items():
-            place = folder.resolve()  # what a link points at
+            place = Path(os.path.realpath(folder))  # what a link points at
             place.parent.mkdir(parents=True, exist_ok=True)
             stage = _hidden(place)
             undo.callback(shutil.rmtree, stage, ignore_errors=True)

@@ -91,7 +91,7 @@ def plan(
     full = dtype == torch.float32
     if full:
         # Without tensor cores, each thread holding its operands: larger tiles spill.
-        small, medium = Tile(16, 32, 32, 4, 4), Tile(32, 32, 32, 4, 3)
+        small, medium = Tile(16, 32, 32, 4, 4), Tile(32, 32, 32, 8, 3)
         decode, narrow, large = medium, medium, medium
         d_expert = Tile(16, 64, 64, 8, 3)
     else:
@@ -100,12 +100,13 @@ def plan(
         # Two accumulators of 128 x 128 leave registers to spare on sm_90 only.
         large = Tile(128, 128, 64, 8, 4) if capability[0] == 9 else narrow
         d_expert = Tile(64, 128, 128 if capability >= (9, 0) else 64, 8, 3)
+    # Beside dx the product of d_weights holds x: in the medium tile it spills on sm_80.
     if invariant:
-        return Plan(medium, 1, medium, medium, d_expert, 1)
+        return Plan(medium, 1, medium, decode, d_expert, 1)
     if tokens <= DECODE_BUCKETS[0]:
-        forward, dx, d_weights = small, medium, medium
+        forward, dx, d_weights = small, medium, decode
     elif tokens <= DECODE_BUCKETS[1]:
-        forward, dx, d_weights = decode, medium, medium
+        forward, dx, d_weights = decode, medium, decode
     elif tokens <= SPLIT_TOKENS:
         forward, dx, d_weights = narrow, narrow, narrow
     else:

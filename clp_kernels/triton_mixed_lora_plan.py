@@ -55,7 +55,7 @@ _NARROW_OUT, _NARROW = 2048, Tile(16, 16, 256, 4, 4)
 # float32 runs without tensor cores, where a deep or wide tile spills registers.
 _FLOAT32_BUCKETS = (
     (16, Tile(16, 16, 64, 4, 3), Tile(16, 32, 64, 4, 3), False),
-    (256, Tile(16, 32, 32, 4, 3), Tile(32, 32, 32, 4, 3), False),
+    (256, Tile(16, 32, 32, 4, 3), Tile(32, 32, 32, 4, 2), False),
 )
 _FLOAT32_PREFILL = (Tile(32, 32, 32, 4, 3), Tile(64, 64, 16, 8, 3), False)
 _EXPAND, _FLOAT32_EXPAND = Tile(64, 64, 32, 4, 2), Tile(32, 64, 16, 4, 2)

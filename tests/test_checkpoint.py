@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clp.checkpoint import (
@@ -51,6 +52,17 @@ def test_a_parameter_without_a_gradient_is_saved_and_resumed_exactly(tmp_path):
         assert torch.equal(whole.used, resumed.used) and torch.equal(whole.idle, resumed.idle)
 
 
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("wrong", [torch.zeros(7), torch.zeros((), dtype=torch.int64)])
+def test_moments_that_do_not_fit_are_refused(tmp_path, key, wrong):
+    adapters = Adapters()
+    folder = save_checkpoint(tmp_path, Progress(1), adapters, adapters.optimizer, keep=1)
+    path = folder / "optimizer.safetensors"
+    save_file(load_file(path) | {f"idle.{key}": wrong}, path)
+    with pytest.raises(ValueError, match=f"idle.{key} must be float32 of shape"):
+        load_optimizer(folder, adapters.adapter_parameters(), adapters.optimizer)
+
+
 def test_folders_with_other_names_are_no_checkpoints_and_stay(tmp_path):
     odd = ["checkpoint-best", "checkpoint-", "checkpoint-3x", "checkpoint--1", "checkpoint-\u0663"]
     for name in odd:
@@ -69,11 +81,13 @@ def test_folders_with_other_names_are_no_checkpoints_and_stay(tmp_path):
 def test_state(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps({"step": 3}))
     assert load_progress(tmp_path) == Progress(3, 0, 0, 0)
+    (tmp_path / "state.json").write_text('\ufeff{"step": 4}', encoding="utf-8")
+    assert load_progress(tmp_path).step == 4
 
 
 @pytest.mark.parametrize(
     "text", ["", "3", "[]", "{}", '{"step": "3"}', '{"step": true}', '{"step": -1}',
-             '{"step": 1, "stop": 2}', "\\xff"]
+             '{"step": 1, "stop": 2}', "\\xff", "[" * 200_000]
 )  # fmt: skip
 def test_a_damaged_state_is_refused_by_name(tmp_path, text):
     (tmp_path / "state.json").write_bytes(text.encode("latin-1"))

@@ -290,6 +290,14 @@ def test_a_model_that_has_moved_is_named_again(monkeypatch, capsys, trained, tmp
     run(monkeypatch, *argv, "--base-model", TINY)
 
 
+def test_a_run_that_has_not_ended_has_checkpoints(monkeypatch, capsys, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run/clp.json").unlink()
+    error = refused(monkeypatch, capsys, "sample", tmp_path / "run", "Hi", "--weights", "joy=1")
+    assert error.endswith("clp.json is missing; the training has not ended: name one of its "
+                          "checkpoints\n")  # fmt: skip
+
+
 def test_export_writes_a_peft_folder(monkeypatch, capsys, trained, tmp_path):
     run(monkeypatch, "export", trained, tmp_path / "one", "--weights", "joy=0.5,brief=0.5")
     assert json.loads((tmp_path / "one/adapter_config.json").read_text())["r"] == 4
@@ -346,6 +354,8 @@ def test_help_lists_the_commands(monkeypatch, capsys):
         (["sample", "{run}", "Hi", "--weights", "joy=1", "--device", "meta"], "'meta' is not here"),
         (["sample", "{run}", "--input", "{run}", "--weights", "joy=1"], "it is no file"),
         (["train", "--model", "runs/none/x", "--output-dir", "{tmp}"], "neither a folder nor"),
+        (["sample", "{run}", "Hi", "--weights", "joy=1", "--base-model", ""], "neither a folder"),
+        (["train", "--output-dir", "{tmp}\udcff"], "is not UTF-8"),
         (["train", "--config="], "--config needs the path"),
         (["train", "--config=a.yaml", "--config", "b.yaml"], "must be given once, got a.yaml and"),
         (["export", "{run}", "{run}/config.yaml", "--weights", "joy=1"], "config.yaml is a file"),
@@ -392,6 +402,11 @@ def test_a_device_that_is_not_among_those_here(monkeypatch, capsys, trained):
     ("name", "value", "message"),
     [
         ("config.json", {"quantization_config": {"quant_method": "hqq"}}, "HQQ version"),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "new"}},
+            "quantised by 'new', which",
+        ),
         ("config.json", {"hidden_size": "x"}, "Field 'hidden_size' expected int"),
         ("config.json", {"num_attention_heads": 0}, "modulo by zero"),
         ("config.json", {"pad_token_id": 10**9}, "Padding_idx"),

@@ -3,7 +3,7 @@
 import pytest
 
 from clp.config import LARGEST_LORA_ALPHA, LARGEST_R, CLPConfig, config_from, load_config
-from clp_kernels import peft_read
+from clp_kernels.layers import MAX_ALPHA, MAX_RANK
 
 
 def test_yaml_round_trip(tmp_path):
@@ -30,6 +30,9 @@ def test_unknown_key_names_the_closest_match(tmp_path):
         "model: " + "[" * 5000,
         "seed: " + "9" * 5000,
         "{[1]: 2}",
+        "seed: !!timestamp soon",
+        "resume: !!bool maybe",
+        "seed: !!int ''",
     ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
@@ -57,6 +60,8 @@ def test_yaml_cannot_name_code(tmp_path):
         ("max_steps", True, "max_steps must be int"),
         ("max_steps", 0, "at least 1"),
         ("num_generations", 1, "at least 2"),
+        ("num_prompts", 10**30, "num_prompts must be at most 1048576"),
+        ("micro_batch_size", 2**20 + 1, "micro_batch_size must be at most 1048576"),
         ("seed", -1, "at least 0"),
         ("learning_rate", "fast", "learning_rate must be a number"),
         ("learning_rate", float("nan"), "learning_rate must be a number"),
@@ -115,7 +120,7 @@ def test_a_key_that_stands_there_twice_is_named(tmp_path):
 
 
 def test_the_bounds_are_those_of_the_loader():
-    assert (LARGEST_R, LARGEST_LORA_ALPHA) == (peft_read._MAX_RANK, peft_read._MAX_ALPHA)
+    assert (LARGEST_R, LARGEST_LORA_ALPHA) == (MAX_RANK, MAX_ALPHA)
     CLPConfig(r=LARGEST_R, lora_alpha=LARGEST_LORA_ALPHA)
 
 

@@ -1,5 +1,6 @@
 """Conversational prompts: rendered by the tokenizer's chat template, and refused with reasons."""
 
+import copy
 import io
 from types import SimpleNamespace
 
@@ -70,6 +71,17 @@ def test_refused_conversations(tokenizer):
         prompt_text(HELLO, bare, "row 7")
     with pytest.raises(ValueError, match=r"row 7: .* refuses it: no system role"):
         prompt_text([{"role": "system", "content": "x"}], tokenizer, "row 7")
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 / 0 }}", '{{ "a" + 1 }}', '{{ "{}".format() }}', "{{ range(10**9) }}", "{% if"],
+)
+def test_a_template_that_fails_refuses_its_conversation(tokenizer, template):
+    broken = copy.copy(tokenizer)
+    broken.chat_template = template
+    with pytest.raises(ValueError, match="row 7: the tokenizer's chat template refuses it"):
+        prompt_text(HELLO, broken, "row 7")
 
 
 @pytest.mark.parametrize(

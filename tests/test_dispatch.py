@@ -238,8 +238,11 @@ def test_first_backend_that_can_run_wins(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", table)
     assert select("mixed_lora", "auto", *LORA).name == "cpu"
     assert asked == [("cuda", len(LORA)), ("cpu", len(LORA))]
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run mixed_lora: no GPU"):
+    with pytest.raises(RuntimeError, match=r"^backend 'cuda' cannot run mixed_lora: no GPU"):
         select("mixed_lora", "cuda", *LORA)
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match=r"^CLP_KERNELS_BACKEND: backend 'cuda' cannot run"):
+        select("mixed_lora", "auto", *LORA)
 
 
 def test_backward_keeps_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:

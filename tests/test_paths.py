@@ -9,6 +9,7 @@ from clp.paths import (
     absolute,
     check_folder,
     classifier_source,
+    home_expanded,
     located,
     model_location,
     reward_locations,
@@ -118,3 +119,27 @@ def test_a_folder_that_may_not_be_written(monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ValueError, match="new cannot be written: no permission in"):
         check_folder(Path("new"))
+
+
+def test_paths_that_could_be_written_and_not_read():
+    """safetensors reads no file whose path is not UTF-8; Linux has such names."""
+    for path, message in (("a\0b", "NUL"), ("r\udcff", "is not UTF-8"), ("", "is empty")):
+        with pytest.raises(ValueError, match=message):
+            home_expanded(path)
+        with pytest.raises(ValueError, match=message):
+            located(CLPConfig(output_dir=path))
+
+
+def test_links_to_nothing_are_no_folders(tmp_path):
+    Path("circle").symlink_to("circle")
+    Path("dangling").symlink_to("none")
+    for name in ("circle", "dangling", "dangling/in"):
+        with pytest.raises(ValueError, match="a link to nothing"):
+            check_folder(Path(name))
+    assert absolute("circle") == str(tmp_path / "work/circle")
+
+
+def test_a_folder_that_stands_where_a_file_belongs():
+    check_folder(Path("models"), ["two"])
+    with pytest.raises(ValueError, match="models cannot be written: one in it is a folder"):
+        check_folder(Path("models"), ["two", "one"])

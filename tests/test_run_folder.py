@@ -322,7 +322,10 @@ input()
     RunLock(tmp_path).acquire()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "rewards": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": 2}', '{"format": 1, "rewards": [1]}', "[" * 200_000],
+)
 def test_a_damaged_run_json_is_refused_by_name(stopped, text):
     (stopped / "specs/run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json"):

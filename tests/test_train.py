@@ -265,7 +265,16 @@ def test_seeds_of_any_size(tmp_path):
 
 def test_the_metrics_of_a_run_are_cut_at_newlines_alone(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = ['{"step": 1, "a": "x\u2028y"}', "5", "[1]", '{"a": 1}', '{"step": 2}', '{"step": 3}']
+    deep = "[" * 200_000
+    lines = [
+        '{"step": 1, "a": "x\u2028y"}',
+        "5",
+        "[1]",
+        deep,
+        '{"a": 1}',
+        '{"step": 2}',
+        '{"step": 3}',
+    ]
     path.write_text("\n".join(lines) + '\n{"step": 2, "lo')
     cut_lines(path, 2)
     assert path.read_text() == '{"step": 1, "a": "x\u2028y"}\n{"step": 2}\n'

@@ -1,0 +1,49 @@
+"""CLP_KERNELS_BACKEND on the command line: what it names is what is wrong, not the model."""
+
+import sys
+
+import pytest
+
+from clp import cli
+from clp.policy import Policy
+from clp.sampler import Sampler
+
+FOREIGN = "cuda"
+
+
+def said(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["clp", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("policy")
+    Policy.create("tiny", ["joy", "brief"], r=1, rewards=["joy=sentiment", "brief=brevity"]).save(
+        folder
+    )
+    return folder
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "sample"])
+@pytest.mark.parametrize("value", ["nonsense", FOREIGN])
+def test_one_line(monkeypatch, capsys, tmp_path, saved, command, value):
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", value)
+    argv = {
+        "train": ["--output-dir", tmp_path / "t", "--device", "cpu"],
+        "eval": [saved],
+        "sample": [saved, "Hi", "--weights", "joy=1"],
+    }[command]
+    error = said(monkeypatch, capsys, command, *argv)
+    assert error.startswith(f"clp {command}: error: CLP_KERNELS_BACKEND")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_is_not_blamed(monkeypatch, saved):
+    policy = Policy.load(saved)
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match=r"^CLP_KERNELS_BACKEND must be one of"):
+        Sampler(policy)

@@ -1,0 +1,72 @@
+"""The command line with standard streams that are missing or full, and with signals."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PRELUDE = """
+import os, signal, sys
+from clp import cli
+
+def info(argv):
+    "clp info"
+    print("x" * 99)
+    if argv == ["signal"]:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:  # as PyTorch's C++ does
+            raise TypeError("could not determine the shape") from None
+    if argv == ["fail"]:
+        raise ValueError("wrong")
+    with open(os.devnull) as file:
+        assert file.fileno() > 2, file.fileno()
+    print(sys.stdin.isatty(), "é")
+    print("said", file=sys.stderr)
+
+cli.COMMANDS["info"] = info
+cli.main()
+"""
+
+
+def ended(redirections, *argv):
+    """What a command says on standard error, and how it ends."""
+    shell = ["sh", "-c", f'exec "$@" {redirections}', "sh", sys.executable, "-c", PRELUDE]
+    # Buffered, as it is by default: the output fails when it is flushed.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run([*shell, *argv], capture_output=True, text=True, env=environment)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_missing_streams_are_no_error(closed):
+    """As under cron or a service manager; what is opened next does not take their numbers."""
+    assert ended(closed, "info") == (0, "" if "2" in closed else "said\n")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+@pytest.mark.parametrize("argv", [["info"], ["--help"], ["--version"], ["export", "--help"]])
+def test_output_that_cannot_be_written_is_one_line(argv):
+    code, error = ended(">/dev/full", *argv)
+    said = error.splitlines()[-1]
+    assert code == 2 and said == f"clp {argv[0]}: error: [Errno 28] No space left on device"
+    assert len(error.splitlines()) == 1 + (argv == ["info"])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_bad_input_keeps_its_code_without_room_to_say_it():
+    assert ended(">/dev/full", "info", "fail") == (2, "clp info: error: wrong\n")
+    assert ended(">/dev/full 2>/dev/full", "info", "fail") == (2, "")
+    assert ended("2>/dev/full", "fly") == (2, "")
+
+
+def test_ctrl_c_that_becomes_another_error():
+    assert ended(">/dev/null", "info", "signal") == (130, "clp info: stopped\n")
+
+
+def test_ctrl_c_stays_ignored_where_it_was():
+    """As behind nohup, or "&" in a script."""
+    shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", PRELUDE]
+    done = subprocess.run([*shell, "info", "signal"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "said\n")
