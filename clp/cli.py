@@ -259,12 +259,7 @@ def main() -> None:
     except BrokenPipeError:
         # What reads the output has gone (`| head`): nobody is left to be told.
         _end(128 + signal.SIGPIPE)
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        MemoryError,
-    ) as error:  # ValueError, TypeError: bad input
+    except (ValueError, TypeError, OSError, MemoryError) as error:
         if stopped:  # PyTorch's C++ makes other errors of the KeyboardInterrupt
             _end(130, f"clp {name}: stopped\n")
         said = " ".join(str(error).split()) or "not enough memory"
