@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+import numpy as np
+from torch import Tensor
 
 from clp.text import encode
 
@@ -12,7 +14,7 @@ from clp.text import encode
 MOST_CHARACTERS = 2**24
 Messages = list[dict[str, Any]]
 # What the sampler takes: a text, token ids, or messages.
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | np.ndarray | Tensor | Sequence[Mapping[str, Any]]
 
 
 def is_conversation(prompt: Any) -> bool:

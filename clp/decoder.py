@@ -57,7 +57,8 @@ class Decoder:
         device, m = policy.device, len(policy.objectives)
         # A slot more on CUDA, where the rows of a captured step that have gone write.
         self.spare = int(device.type == "cuda")
-        double = self.networks[0].model.dtype == torch.float64
+        self._kind = self.networks[0].model.dtype, self.networks[0].model.device
+        double = self._kind[0] == torch.float64
         ints = torch.zeros(6, max_batch_size, dtype=torch.int64, device=device)
         self.token, self.length, self.drawn, self.seed, self.top_k, self.alive = ints
         # Not rounded: a request's filters do not depend on whether others ask for the same.
@@ -437,13 +438,19 @@ class Decoder:
 
         What is recorded of a model that has changed runs no more: the model runs itself.
 
-        Raises: RuntimeError where the policy has another model.
+        Raises: RuntimeError where the policy has another model, dtype or device.
         """
         models = [network.model for network in self.policy.networks]
         if [id(model) for model in models] != [id(network.model) for network in self.networks]:
             raise RuntimeError(
                 "the policy has another model than when this sampler was made: make a new Sampler"
             )
+        for model in models:
+            if (model.dtype, model.device) != self._kind:
+                raise RuntimeError(
+                    f"the model is {model.dtype} on {model.device}, and was {self._kind[0]} on "
+                    f"{self._kind[1]} when this sampler was made: make a new Sampler"
+                )
         known = {id(model): ModelState(model) for model in models}
         states = [known[id(model)] for model in models]
         before, self._states = self._states, states

@@ -2,8 +2,10 @@
 
 import hashlib
 import operator
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from clp_kernels.steering import SteeredLayer
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device})
 # The caller's code in a module: it may read anything.
 _OWN_CODE = frozenset({"forward", "_compiled_call_impl"})
+# Elements of each frozen tensor that are compared. Reading them takes 13 us for each tensor.
+SAMPLED = 8
 # The sampler names its own attention function.
 _NOT_READ = frozenset({"_attn_implementation_internal"})
 
@@ -40,8 +44,9 @@ class ModelState:
     """Modules, their classes, attributes and configurations, and the values of their tensors.
 
     Attributes that are lists, tuples and dictionaries count with what they hold. Of tensors that
-    are trained, the content counts; of the frozen rest (gigabytes) where each lies and how often it
-    was written to (PyTorch counts every change but one through `.data`).
+    are trained, the content counts; of the frozen rest (gigabytes) where each lies, how often it
+    was written to (PyTorch counts every change but those through `.data` and `.numpy()`), and for
+    those a sample of its content. The functions that the modules' files name count too.
 
     Args:
         model: A module. It must not be running in another thread.
@@ -62,11 +67,16 @@ class ModelState:
         self._seen: set[int] = set()
         self._classes: dict[type, None] = {}
         self._module(model, self._calls)
-        for one in dict.fromkeys(base for cls in self._classes for base in cls.__mro__[:-1]):
+        bases = dict.fromkeys(base for cls in self._classes for base in cls.__mro__[:-1])
+        for one in bases:
             self._calls.extend(vars(one).values())
+        for name in dict.fromkeys(base.__module__ for base in bases):
+            names = vars(sys.modules[name]) if name in sys.modules else {}
+            self._calls.extend(one for one in names.values() if isinstance(one, FunctionType))
         # Each with its address: one that `.data` has replaced is another.
         self.addresses = [t.data_ptr() for t in self._tensors]
-        self._values = [_value(t) for t in self._tensors]
+        self._values = [_content(t) if _is_read(t) else t._version for t in self._tensors]
+        self._values += _samples([t for t in self._tensors if not _is_read(t)])
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -120,12 +130,29 @@ class ModelState:
                 self._look({k: v for k, v in vars(value).items() if k not in _NOT_READ}, parts)
 
 
-def _value(tensor: Tensor) -> Any:
-    values = tensor.detach()
-    if not (tensor.requires_grad or tensor.is_inference()):  # the latter have no count
-        return values._version
-    content = values.cpu().contiguous().view(-1).view(torch.uint8)
+def _is_read(tensor: Tensor) -> bool:
+    """Whether all of its content counts: it is trained, or made where PyTorch counts no changes."""
+    return tensor.requires_grad or tensor.is_inference()
+
+
+def _content(tensor: Tensor) -> bytes:
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(content.numpy().data).digest()
+
+
+def _samples(tensors: list[Tensor]) -> list[bytes]:
+    """A few evenly spread elements of each tensor; one copy from the device for a dtype."""
+    found: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        # A subclass (a quantised weight) may not have these ops.
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel() and not tensor.is_meta:
+            one = tensor.detach()
+            if not one.is_contiguous():
+                one = one[tuple(n // 2 for n in one.shape[:-1])]
+            step = max(1, one.numel() // SAMPLED)
+            found.setdefault((one.dtype, one.device), []).append(one.view(-1)[::step][:SAMPLED])
+    parts = (torch.cat(some).cpu() for some in found.values())
+    return [part.view(torch.uint8).numpy().tobytes() for part in parts]
 
 
 def _same(ours: list[Any], theirs: list[Any]) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from clp.conversation import encode_prompt, is_conversation
@@ -37,11 +38,11 @@ class SamplingParams:
     Attributes:
         max_tokens: Tokens a completion at most (2^20). None: as many as the context and the
             sampler's cache allow.
-        temperature: 0 is greedy. From 1e-30 on it is taken exactly, not raised to 0.01 as in vLLM;
-            less counts as 1e-30.
+        temperature: 0 is greedy. From 1e-30 to 1e6 it is taken exactly, not raised to 0.01 as in
+            vLLM; less counts as 1e-30.
         top_k: Keep the k most likely tokens, and what ties with the last of them. 0 or -1 is off.
         top_p: Keep the tokens whose strictly more likely tokens hold less than top_p together; so
-            ties with the last one stay. 1 is off.
+            ties with the last one stay. At least 1e-9; 1 is off.
         min_p: Keep the tokens at least min_p times as likely as the most likely one. 0 is off.
         seed: Any integer; its lowest 64 bits count (two's complement). Completion i of the request
             draws with seed + i; None takes one from torch's generator. The same prompt, weights and
@@ -338,7 +339,7 @@ def stream_news(row: Row, text: Text, seen: int) -> list[StreamedToken]:
 
 
 def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> list[int]:
-    """The ids of a text or a conversation, or a checked copy of a list of ids.
+    """The ids of a text or a conversation, or a checked copy of a list (an array, a tensor) of ids.
 
     `name` names the prompt in errors.
 
@@ -348,8 +349,10 @@ def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> lis
     """
     if isinstance(prompt, str) or is_conversation(prompt):
         ids = encode_prompt(prompt, tokenizer, name)
+    elif isinstance(prompt, (np.ndarray, Tensor)) and prompt.ndim == 1:
+        ids = prompt.tolist()
     elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
-        ids = list(prompt)
+        ids = [int(token) if isinstance(token, np.integer) else token for token in prompt]
     else:
         came = type(prompt).__name__
         raise TypeError(f"{name} must be a text or a list of token ids or messages, got {came}")

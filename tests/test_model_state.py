@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import time
 import types
 
@@ -90,6 +91,18 @@ def frozen_in_place(model):
         layer(model).input_layernorm.weight.mul_(1.5)
 
 
+def frozen_through_data(model):
+    layer(model).input_layernorm.weight.data.mul_(1.5)
+
+
+def frozen_through_numpy(model):
+    layer(model).mlp.down_proj.base_layer.weight.numpy()[:] *= 1.5
+
+
+def embedding_through_data(model):
+    model.get_input_embeddings().weight.data *= 1.5
+
+
 def other_class(model):
     class Doubled(type(layer(model).mlp)):
         def forward(self, x):
@@ -101,7 +114,8 @@ def other_class(model):
 CHANGES = [
     hook, pre_hook, hook_with_kwargs, own_forward, own_forward_of_a_steered_layer,
     scale_of_attention, epsilon, buffer_in_place, another_buffer, scale_of_positions, activation,
-    function, frozen_in_place, other_class,
+    function, frozen_in_place, frozen_through_data, frozen_through_numpy, embedding_through_data,
+    other_class,
 ]  # fmt: skip
 
 
@@ -184,6 +198,18 @@ def test_a_patched_class_and_hooks_of_all_modules(unchanged, monkeypatch, one_th
     assert ask(sampler) == before
 
 
+def test_a_patched_function_of_the_models_file(unchanged, monkeypatch, one_thread):
+    sampler = Sampler(unchanged)
+    before = ask(sampler)
+    file = sys.modules[type(layer(unchanged.model)).__module__]
+    rotate = file.apply_rotary_pos_emb
+    with monkeypatch.context() as patched:
+        patched.setattr(file, "apply_rotary_pos_emb", lambda q, *a: (q, rotate(q, *a)[1]))
+        after = ask(sampler)
+        assert after != before and after == ask(Sampler(unchanged))
+    assert ask(sampler) == before
+
+
 def test_what_a_hook_reads_is_read_at_every_step(unchanged, one_thread):
     """A hook that was there when the sampler was made, and a number that it reads."""
     policy, factor, calls = with_model(unchanged, copy.deepcopy(unchanged.model)), [1.0], []
@@ -257,6 +283,18 @@ def test_a_sampler_refuses_a_policy_with_another_model(unchanged):
     policy.model = copy.deepcopy(unchanged.model)
     with pytest.raises(RuntimeError, match="make a new Sampler"):
         ask(sampler)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_sampler_refuses_a_model_that_has_got_another_dtype(base, dtype):
+    model = copy.deepcopy(base[0])
+    sampler = Sampler(LogitMixture({"a": model}, base[1]))
+    ask(sampler)
+    model.to(dtype)
+    with pytest.raises(RuntimeError, match=r"float32.*make a new Sampler"):
+        ask(sampler)
+    model.float()
+    ask(sampler)
 
 
 def test_looking_costs_little(base):

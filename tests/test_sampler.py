@@ -165,9 +165,23 @@ def test_an_end_token_finishes_and_is_counted(policy, sampler):
 
 def test_token_ids_as_prompts(policy, sampler):
     ids = policy.tokenizer(PROMPTS[0])["input_ids"]
-    a = sampler.generate([ids], ROWS[:1], params())
-    b = sampler.generate(PROMPTS[:1], ROWS[:1], params())
-    assert a == b
+    wanted = sampler.generate(PROMPTS[:1], ROWS[:1], params())
+    numpys = np.array(ids)
+    for prompt in (
+        ids,
+        tuple(ids),
+        numpys,
+        numpys.astype(np.uint16),
+        list(numpys),
+        torch.tensor(ids),
+    ):
+        assert sampler.generate([prompt], ROWS[:1], params()) == wanted
+    for bad in (numpys[None], torch.tensor([ids])):
+        with pytest.raises(TypeError, match="prompt 0 must be a text or a list of token ids"):
+            sampler.generate([bad], ROWS[:1])
+    for bad in (numpys * 1.0, numpys > 5, torch.tensor(ids) - 50, [numpys[0], True]):
+        with pytest.raises(ValueError, match="prompt 0 must hold token ids from 0"):
+            sampler.generate([bad], ROWS[:1])
 
 
 def test_without_a_seed_the_global_generator_decides(sampler):

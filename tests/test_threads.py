@@ -4,6 +4,7 @@ import copy
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import clp_kernels
 from clp import kv_cache, turns
 from clp.kv_cache import IMPLEMENTATION
 from clp.mixture import LogitMixture
+from clp.policy import load_base
 from clp.sampler import Sampler, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True, seed=1)
@@ -130,6 +132,35 @@ def test_a_training_step_in_another_thread_is_refused_and_changes_nothing(policy
         with policy.steer(rows):  # nests in its own thread
             policy.model(torch.tensor([[5, 6]]))
     assert ask(sampler, 1) == wanted
+
+
+def test_a_plain_forward_beside_a_samplers_is_right_or_refused():
+    model, tokenizer = load_base("tiny")
+    sampler = Sampler(LogitMixture({"a": model}, tokenizer))
+    prompt, results = torch.tensor([[5, 6]]), []
+    params = replace(PARAMS, max_tokens=2)
+    wanted = sampler.generate([[5, 6]], [[1.0]], params)
+    with torch.no_grad():
+        logits = model(prompt).logits
+
+    def forward():
+        try:
+            results.append(torch.equal(model(prompt).logits, logits))
+        except ValueError as error:
+            results.append(str(error))
+
+    def beside(module, args):
+        handle.remove()
+        for _ in range(2):
+            thread = threading.Thread(target=forward)
+            thread.start()
+            thread.join()
+
+    handle = model.base_model.norm.register_forward_pre_hook(beside)
+    assert sampler.generate([[5, 6]], [[1.0]], params) == wanted
+    assert len(results) == 2 and all("another thread runs it" in r for r in results)
+    forward()
+    assert results[2] is True
 
 
 @pytest.mark.parametrize("device_thread", [False, True])
