@@ -90,6 +90,7 @@ def train(argv: Sequence[str]) -> None:
     run = home_expanded(config.output_dir)
     if config.resume and not given and (run / "config.yaml").is_file():
         config = parsed(CLPConfig.of_run(run))
+    from clp.checkpoint import checkpoints
     from clp.train import CLPTrainer
 
     trainer = CLPTrainer(args=config)
@@ -98,7 +99,11 @@ def train(argv: Sequence[str]) -> None:
     except FloatingPointError as error:
         raise ValueError(str(error)) from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("--resume goes on from the last checkpoint") from None
+        found = checkpoints(trainer.run)
+        hint = "there is no checkpoint yet: --resume begins at step 1"
+        if found:
+            hint = f"--resume goes on from {found[-1].name}"
+        raise KeyboardInterrupt(hint) from None
     tqdm.write(f"policy, metrics and adapters: {config.output_dir}")
 
 

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
+from clp_kernels.probe import OneExamplePerWeights
 from clp_kernels.steering import SteeredLayer
 
 # Compared by value; everything else by identity, with a reference: an id alone may be used again.
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device})
 # The caller's code in a module: it may read anything.
 _OWN_CODE = frozenset({"forward", "_compiled_call_impl"})
+# Hooks of `inject`: they read the weights of the call and nothing else.
+_OURS = frozenset({OneExamplePerWeights})
 # Elements of each frozen tensor that are compared. Reading them takes 13 us for each tensor.
 SAMPLED = 8
 # The sampler names its own attention function.
@@ -102,7 +105,7 @@ class ModelState:
         held = module.__dict__
         if (
             held["_forward_hooks"]
-            or held["_forward_pre_hooks"]
+            or any(type(one) not in _OURS for one in held["_forward_pre_hooks"].values())
             or not held.keys().isdisjoint(_OWN_CODE)
         ):
             self.own_code = True

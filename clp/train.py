@@ -112,6 +112,11 @@ class CLPTrainer:
             else:
                 self.lock.acquire()
                 args, inputs, checkpoint = check_resumed(self.run, args, inputs)
+            if args.resume:
+                start = "holds no checkpoint: training begins at step 1"
+                if checkpoint is not None:
+                    start = f"goes on from {checkpoint.name}"
+                tqdm.write(f"{self.run} {start}", file=sys.stderr)
             self.args = args
             self.reward_funcs = {name: named[name] for name in inputs.rewards}
             self._prepare(checkpoint, args.rewards if reward_funcs is None else (), path)

@@ -64,6 +64,7 @@ def test_resume_needs_the_folder_alone(monkeypatch, capsys, tmp_path):
     first = (folder / "metrics.jsonl").read_text()
     folder = folder.rename(tmp_path / "moved")
     run(monkeypatch, "train", "--output-dir", folder, "--resume")
+    assert f"{folder} goes on from checkpoint-000001" in capsys.readouterr().err
     assert (folder / "metrics.jsonl").read_text() == first
     run(monkeypatch, "train", "--output-dir", folder, "--resume", "--max-steps", "2")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -444,7 +445,10 @@ def test_ctrl_c_is_one_line_and_code_130(monkeypatch, capsys, trained, tmp_path,
     monkeypatch.setattr("clp.sampler.Sampler.step", interrupted)
     monkeypatch.setattr("clp_kernels.export_adapter", interrupted)
     argv, hint = {
-        "train": (["--output-dir", tmp_path / "t"], "; --resume goes on from the last checkpoint"),
+        "train": (
+            ["--output-dir", tmp_path / "t"],
+            "; there is no checkpoint yet: --resume begins at step 1",
+        ),
         "eval": ([trained], ""),
         "export": ([trained, tmp_path / "t", "--weights", "joy=1"], ""),
         "sample": ([trained, "Tom", "--weights", "joy=1"], ""),
