@@ -21,6 +21,7 @@ from rapidfuzz.distance import LCSseq
 
 from clp.conversation import Messages, is_conversation, message_text
 from clp.paths import classifier_source, home_expanded
+from clp.prompts import ARGUMENTS
 
 Texts = Sequence[str | Messages]
 RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -127,7 +128,7 @@ def rouge(prompts: Texts, completions: Texts, **columns) -> list[float]:
     """
     references = columns.get("reference")
     if references is None:
-        came = ", ".join(map(repr, columns)) or "none"
+        came = ", ".join(repr(name) for name in columns if name not in ARGUMENTS) or "none"
         raise ValueError(f"rouge needs the column 'reference'; columns that came: {came}")
     scores = []
     for row, (text, given) in enumerate(zip(completions, references, strict=True)):

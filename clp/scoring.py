@@ -8,6 +8,7 @@ docs/rewards.md describes them.
 """
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import itertools
@@ -268,8 +269,15 @@ async def _result(awaitable: Awaitable[Any]) -> Any:
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    threading.Thread(target=_run, args=(loop,), name="async rewards", daemon=True).start()
     return loop
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    # These two end run_forever before it has told the thread that waits for the coroutine.
+    while True:
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            loop.run_forever()
 
 
 def _checked(objective: str, values: Any, count: int) -> list[float]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -374,10 +375,15 @@ def _named(
                 f"reward_funcs: {name!r} is a model; clp.rewards.classifier makes a function of "
                 "the folder of a sequence classifier"
             )
-        if not (isinstance(name, str) and name.isidentifier()) or not callable(function):
+        if not callable(function):
             raise ValueError(
-                f"reward_funcs: {name!r} must be an identifier naming a function, as in "
-                '{"joy": function}; specifications such as "joy=sentiment" go into args.rewards'
+                f"reward_funcs must be functions, got {reprlib.repr(function)}; specifications "
+                'such as "joy=sentiment" go into args.rewards'
+            )
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ValueError(
+                f"reward_funcs: {name!r} cannot name an objective, which takes an identifier; a "
+                'mapping gives names, as in {"joy": function}'
             )
     return named
 

@@ -6,16 +6,21 @@ that is the same where the layer is linear in its parameters, and needs no copy 
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from clp_kernels.functional import mixed_linear
 from clp_kernels.layers import is_transposed, why_not_linear
 from clp_kernels.reference import accumulator
 from clp_kernels.steering import SteeredLayer, Steering, distinct_names
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class MixedLinear(SteeredLayer):
@@ -203,13 +208,18 @@ class MixedModule(SteeredLayer):
     (LayerNorm, RMSNorm), and where f is affine in them (Gemma's norm multiplies by 1 + weight)
     exactly for rows that sum to 1. Where f is neither it is a mixture of outputs and no more.
 
+    Where x and the parameters have one 16-bit dtype, f runs in float32 and the sum is rounded once:
+    of outputs that are rounded before, a mixture lies on one of the experts if these are one unit
+    in the last place apart.
+
     Args:
         experts: m modules of one class, kept as they are.
         adapter_names: m names, in the order of the columns of `weights`.
         steering: The object that `steer` writes; the layer's own if None.
 
     Shapes: x [B, ...] with weights [B, m], or [T, ...] with example_ids [T]; f returns one tensor
-    with the same first axis. Its dtype is kept, the sum accumulates in float32 (float64).
+    with the same first axis. Its dtype is kept (in 16 bits, x's is given back); the sum accumulates
+    in float32 (float64).
     Raises: RuntimeError without rows; ValueError where x and the rows do not fit.
     """
 
@@ -239,13 +249,29 @@ class MixedModule(SteeredLayer):
         """x [B, ...] or [T, ...], and whatever f takes, with the rows that `steer` has set."""
         weights, example_ids, _ = self.active_rows(x, x.dim() - 1)
         assert weights is not None  # steer refuses None where a layer has no base
-        return _mix((f(x, *args, **kwargs) for f in self.experts), weights, example_ids)
+        half = x.dtype if x.dtype in _HALVES else None
+        if half is None or any(p.dtype != half for p in self.experts.parameters()):
+            return _mix((f(x, *args, **kwargs) for f in self.experts), weights, example_ids)
+        x, args, kwargs = tree_map(_float32, (x, args, kwargs))
+        terms = (functional_call(f, _wide_state(f), (x, *args), kwargs) for f in self.experts)
+        return _mix(terms, weights, example_ids).to(half)
 
 
 def weight_of(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as [out, in]."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.t() if is_transposed(layer) else weight
+
+
+def _float32(value: Any) -> Any:
+    """A 16-bit tensor in float32, anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALVES else value
+
+
+def _wide_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those of 16 bits in float32."""
+    state = chain(module.named_parameters(), module.named_buffers())
+    return {name: _float32(tensor) for name, tensor in state}
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from clp_kernels import batch_invariant, cpu_mixed_linear, mixed_linear, native, reference
+from clp_kernels import (
+    batch_invariant,
+    cpu_mixed_linear,
+    mixed_linear,
+    native,
+    reference,
+    steer,
+)
+from clp_kernels.experts import MixedModule
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NO_CPU = native.cpu_missing()
@@ -130,3 +138,47 @@ def test_the_reference_rounds_once() -> None:
     y = reference.mixed_linear(x, E, w, None, None, False)
     wide = reference.mixed_linear(x.float(), E.float(), w, None, None, False)
     assert torch.equal(y, wide.bfloat16())
+
+
+class ScaledNorm(torch.nn.Module):
+    """Rounds before it multiplies, as the norms of Llama and T5; its gate is a second input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(width))
+        self.register_buffer("shift", torch.zeros(width))
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        wide = x.float() if x.dtype != torch.float64 else x
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True)) + self.shift
+        y = self.weight * wide.to(x.dtype)
+        return y if gate is None else y * gate
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("weights", STEPS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "gated"), [(ScaledNorm, False), (ScaledNorm, True), (torch.nn.LayerNorm, False)]
+)
+def test_a_step_between_norms(
+    kind: type[torch.nn.Module], gated: bool, dtype: torch.dtype, weights: tuple[float, float]
+) -> None:
+    tables = experts(1, 2048, dtype)[:, 0]
+    norms = [kind(2048).to(dtype) for _ in tables]
+    for norm, table in zip(norms, tables, strict=True):
+        norm.weight = torch.nn.Parameter(table)
+    x, gate = torch.randn(2, 1, 64, 2048).to(dtype).unbind()
+    layer = MixedModule(norms, ["a", "b"])
+
+    def step(*inputs: Tensor) -> Tensor:
+        outputs = []
+        for row in ((1.0, 0.0), weights):
+            with torch.no_grad(), steer(layer, [row]):
+                outputs.append(layer(*inputs))
+        assert outputs[0].dtype == inputs[0].dtype
+        return outputs[1].double() - outputs[0].double()
+
+    inputs = [x, gate] if gated else [x]
+    found = step(*inputs)
+    layer.double()
+    assert gain(found, step(*(one.double() for one in inputs))) == pytest.approx(1, abs=0.03)

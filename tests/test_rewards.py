@@ -137,7 +137,7 @@ def test_rouge():
 
 def test_rouge_errors():
     with pytest.raises(ValueError, match=r"'reference'; columns that came: 'answer', 'topic'"):
-        one(rouge, "a", answer="b", topic="c")
+        one(rouge, "a", answer="b", topic="c", completion_ids=[1])
     with pytest.raises(ValueError, match="columns that came: none"):
         one(rouge, "a")
     with pytest.raises(ValueError, match="shorter"):

@@ -38,6 +38,14 @@ def odd(value):
     return odd
 
 
+async def odd_exit(completions, **kwargs):
+    await asyncio.gather(asyncio.to_thread(str), asyncio.create_task(odd_later_exit()))
+
+
+async def odd_later_exit():
+    raise SystemExit(4)
+
+
 async def odd_later(completions, **kwargs):
     raise OSError("the judge is asleep")
 
@@ -51,9 +59,10 @@ async def odd_later(completions, **kwargs):
         (odd(lambda c: None), TypeError),
         (odd(lambda c: [1 / 0 for _ in c]), ZeroDivisionError),
         (lambda completions, mood: [0, 0], TypeError),
-        (odd_later, OSError),
+        (odd_exit, SystemExit),
+        (odd_later, OSError),  # the event loop goes on after an exit
     ],
-    ids=["nan", "text", "short", "none", "raises", "column", "async"],
+    ids=["nan", "text", "short", "none", "raises", "column", "async exit", "async"],
 )
 def test_a_wrong_reward_fails_by_name_before_anything_is_sampled(
     tmp_path, monkeypatch, function, error
