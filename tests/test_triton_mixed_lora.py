@@ -496,7 +496,7 @@ BF16 = torch.bfloat16
         (8192, (4096, 4096), BF16, (9, 0), False, ("split", Tile(128, 128, 64, 8, 3), True, True)),
         (8192, (2048, 2048), BF16, (10, 0), False, ("fused", Tile(128, 128, 64, 8, 3), True, True)),
         (8192, (64, 64), F32, (8, 0), False, ("split", Tile(64, 64, 16, 8, 3), False, False)),
-        (256, (64, 64), F32, (8, 0), False, ("fused", Tile(32, 32, 32, 4, 3), False, False)),
+        (256, (64, 64), F32, (8, 0), False, ("fused", Tile(32, 32, 32, 4, 2), False, False)),
         (1, (4096, 4096), BF16, (9, 0), True, ("fused", Tile(64, 64, 64, 4, 4), False, True)),
         (8192, (4096, 4096), F32, (9, 0), True, ("fused", Tile(64, 64, 16, 8, 3), False, True)),
     ],
