@@ -35,9 +35,9 @@ BAD = [
     }.items() for value in values],
     *[(prompt, "joy=1", {}, True) for prompt in [
         None, 5, 1.5, True, {}, {"prompt": "Tom"}, {1, 2}, b"Tom", bytearray(b"Tom"), object(),
-        np.array([5, 6]), torch.tensor([5, 6]), [], (), [1024], [-1], [2**70], [10**400], [True],
-        [1.0], ["Tom"], [None], [[5]], [np.int64(5)], "\ud800", "Tom \udfff", IDS, IDS[:250],
-        "Tom " * 300,
+        np.array([5.0, 6.0]), torch.tensor([[5, 6]]), [], (), [1024], [-1], [2**70], [10**400],
+        [True], [1.0], ["Tom"], [None], [[5]], [np.float64(5)], "\ud800", "Tom \udfff", IDS,
+        IDS[:250], "Tom " * 300,
     ]],
     *[("Tom", weights, {}, simplex) for weights, simplex in [
         ([float("nan"), 1.0], False), ([float("inf"), 0.0], False), ([1e308, 0.0], False),
