@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.workload import Batch, Row, Served
 from clp.policy import Policy
-from clp_kernels.layers import is_transposed, steered_layers
+from clp_kernels.nn.mixed_lora import is_transposed, steered_layers
 
 JUDGED = 4  # requests of a batch
 STRIDE = 21  # between them, so that they have different rows of 4, 16 and 64

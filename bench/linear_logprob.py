@@ -11,7 +11,7 @@ Providers.
     torch_compile            the first under torch.compile (optional)
     liger, cut_cross_entropy other projects' kernels, on a GPU where they are installed
                              (bench/peers.py)
-    reference, cpu, triton   ours, those of clp_kernels.dispatch that can run the case
+    reference, cpu, triton   ours, those of clp_kernels.registry that can run the case
 
 Error gate: log-probabilities and the gradient within the project's budget (clp_kernels.testing) of
 float64, on evenly spaced tokens where there are many. Peak memory is what a call takes beyond its
@@ -30,7 +30,7 @@ from torch import Tensor
 import clp_kernels
 from bench import peers
 from bench.timing import Protocol, Provider, Roofs
-from clp_kernels import dispatch
+from clp_kernels import registry
 from clp_kernels.testing import assert_within_budget
 
 OP = "linear_logprob"
@@ -179,7 +179,7 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
     ]
     call: tuple[Any, ...] = (data.hidden, data.head, data.targets, None, *mixture)
     call += (data.upstream, False, None, True, False)
-    for entry in dispatch.BACKENDS[OP]:
+    for entry in registry.BACKENDS[OP]:
         if entry.why_not(*call) is None:
 
             def ours(hidden: Tensor, backend: str = entry.name) -> Tensor:

@@ -17,7 +17,7 @@ Providers.
     peft                a PEFT LoraLayer with m active adapters. PEFT cannot give the examples of a
                         batch rows of their own: all take the first example's, as the layer's
                         scalings. No gradient of the weights either
-    reference, cpu, triton, cuda    ours, those of clp_kernels.dispatch that can run the case
+    reference, cpu, triton, cuda    ours, those of clp_kernels.registry that can run the case
     triton_fused, triton_split      beside triton, forward: its two paths, without the checks
     <ours>_equal_rows   where the case compares rows: every example with the first one's weights
 
@@ -41,7 +41,7 @@ from torch import Tensor
 
 import clp_kernels
 from bench.timing import BASE, Protocol, Provider, Roofs
-from clp_kernels import dispatch
+from clp_kernels import registry
 from clp_kernels.testing import assert_within_budget, weight_rows
 
 OP = "mixed_lora"
@@ -296,7 +296,9 @@ def _public(backend: str) -> Callable[..., Tensor]:
 
 
 def _triton(path: str) -> Callable[..., Tensor]:
-    from clp_kernels import triton_mixed_lora  # imports triton: only where it can run
+    from clp_kernels.ops.mixed_lora import (
+        triton as triton_mixed_lora,  # imports triton: only where it can run
+    )
 
     run: Callable[..., tuple[Tensor, Tensor]] = triton_mixed_lora.mixed_lora
     return lambda *args: run(*args, None, None, False, path=path)[0]
@@ -328,15 +330,15 @@ def _peft(data: Inputs) -> Run:
     return _call(data, lambda x, *_: layer(x), [*_leaves(data, data.x), *adapters])
 
 
-def backends(data: Inputs) -> list[dispatch.Backend]:
+def backends(data: Inputs) -> list[registry.Backend]:
     """Ours that can run these inputs; with gradients those that also have the backward."""
     args = (data.x, data.base_weight, data.lora_A, data.lora_B, data.weights)
-    found = [b for b in dispatch.BACKENDS[OP] if b.why_not(*args, None, None, False) is None]
+    found = [b for b in registry.BACKENDS[OP] if b.why_not(*args, None, None, False) is None]
     if data.dy is None:
         return found
     u = data.x.new_empty(*data.x.shape[:-1], data.lora_A[..., 0].numel(), dtype=torch.float32)
     back = (data.dy, *args, None, u, False, [True, False, True, True, True, False])
-    rows = dispatch.BACKENDS[f"{OP}_backward"]
+    rows = registry.BACKENDS[f"{OP}_backward"]
     usable = {b.name for b in rows if b.why_not(*back) is None}
     return [b for b in found if b.name in usable]
 

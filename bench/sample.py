@@ -8,7 +8,7 @@ Providers. Temperature is 1 for all, which spares the baselines a division.
     torch_sort         with top-p: mix, log-softmax, sort, cumulative sum, torch.multinomial, gather
     torch_transformers with top-p: mix, its TopPLogitsWarper, softmax, torch.multinomial, gather
     flashinfer, vllm   other projects' samplers, on a GPU where they are installed (bench/peers.py)
-    reference          clp_kernels.reference, the definition
+    reference          clp_kernels.ops.reference, the definition
     cpu, cuda          the compiled kernels through clp_kernels.sample, argument checks included
 
 Error gate: log-probabilities within the project's budget (clp_kernels.testing); and of ours, the
@@ -26,7 +26,8 @@ from torch import Tensor
 import clp_kernels
 from bench import peers
 from bench.timing import Provider, Roofs
-from clp_kernels import native, reference
+from clp_kernels import native
+from clp_kernels.ops import reference
 from clp_kernels.testing import assert_within_budget, weight_rows
 
 OP = "sample"

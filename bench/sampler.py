@@ -51,7 +51,7 @@ from bench.tables import RANDOM, case_of, rate
 from bench.workload import GATE, Batch, Served, Workload, counted, percentile, workload
 from clp.policy import Policy, load_base
 from clp_kernels import inject
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 OP = "sampler"
 PROTOCOL = timing.Protocol(warmup=0, repeats=5, least=2, seconds=60.0)

@@ -207,7 +207,7 @@ def export(argv: Sequence[str]) -> None:
 
 
 def _ranks(model: Any) -> tuple[int, ...]:
-    from clp_kernels.layers import steered_layers
+    from clp_kernels.nn.mixed_lora import steered_layers
 
     layers = steered_layers(model).values()
     return tuple(max(column) for column in zip(*(m.ranks for m in layers), strict=True))

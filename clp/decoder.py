@@ -21,8 +21,8 @@ from clp.requests import Row
 from clp.slot_check import fault
 from clp.steerable import Steerable
 from clp.turns import in_turn, locks_of
-from clp_kernels.dispatch import BackendError
 from clp_kernels.invariant import is_batch_invariant
+from clp_kernels.registry import BackendError
 
 # Slot lengths that a CUDA graph is captured for are multiples of this.
 GRAPH_LENGTH = 256

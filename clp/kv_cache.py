@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
-from clp_kernels import cpu_slot_attention
+from clp_kernels.ops.slot_attention import cpu as cpu_slot_attention
 
 IMPLEMENTATION = "clp_slots"
 # Lengths of a slot are multiples of this: fewer reallocations, and every head's keys begin at a

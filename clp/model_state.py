@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig
 
-from clp_kernels.probe import OneExamplePerWeights
-from clp_kernels.steering import SteeredLayer
+from clp_kernels.nn.probe import OneExamplePerWeights
+from clp_kernels.nn.steering import SteeredLayer
 
 # Compared by value; everything else by identity, with a reference: an id alone may be used again.
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device})

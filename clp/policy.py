@@ -19,9 +19,9 @@ import clp_kernels
 from clp.json_lines import read_json
 from clp.paths import model_location
 from clp.steerable import Network
-from clp_kernels.layers import steered_layers
-from clp_kernels.probe import check_start
-from clp_kernels.steering import SteeredLayer
+from clp_kernels.nn.mixed_lora import steered_layers
+from clp_kernels.nn.probe import check_start
+from clp_kernels.nn.steering import SteeredLayer
 
 TINY = Path(__file__).parent / "tiny"
 # What transformers raises on a folder that is incomplete or damaged, or that needs a package which

@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
 from clp.model_state import ModelState
-from clp_kernels.steering import SteeredLayer
+from clp_kernels.nn.steering import SteeredLayer
 
 # What of a tensor may be looked at in Python: nothing that its values decide.
 METADATA = frozenset({

@@ -1,8 +1,12 @@
 """Per-example weight-mixed LoRA, logit mixing and sampling for language models with conflicting
 objectives: every example of a batch carries its own row of weights."""
 
-from clp_kernels.experts import MixedLinear
-from clp_kernels.functional import (
+from clp_kernels.invariant import batch_invariant
+from clp_kernels.nn.experts import MixedLinear
+from clp_kernels.nn.mix_models import mix_models
+from clp_kernels.nn.mixed_lora import MixedLoRALinear, inject
+from clp_kernels.nn.steering import adapter_names, steer
+from clp_kernels.ops.functional import (
     LogProb,
     Sample,
     linear_logprob,
@@ -11,11 +15,7 @@ from clp_kernels.functional import (
     mixed_lora,
     sample,
 )
-from clp_kernels.invariant import batch_invariant
-from clp_kernels.layers import MixedLoRALinear, inject
-from clp_kernels.peft_io import export_adapter, load_adapters, save_adapters
-from clp_kernels.steering import adapter_names, steer
-from clp_kernels.whole_models import mix_models
+from clp_kernels.peft.write import export_adapter, load_adapters, save_adapters
 
 __version__ = "0.1.0"
 

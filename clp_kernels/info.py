@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import clp_kernels
-from clp_kernels import dispatch, native
+from clp_kernels import native, registry
 
 
 def collect() -> dict[str, Any]:
@@ -23,7 +23,7 @@ def collect() -> dict[str, Any]:
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
             gpus.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
-    absent = {name: reason for name in dispatch.NAMES[1:] if (reason := _missing(name))}
+    absent = {name: reason for name in registry.NAMES[1:] if (reason := _missing(name))}
     return {
         "clp_kernels": clp_kernels.__version__,
         "python": platform.python_version(),
@@ -39,12 +39,12 @@ def collect() -> dict[str, Any]:
         },
         "backends": {
             op: [entry.name for entry in table if entry.name not in absent]
-            for op, table in dispatch.BACKENDS.items()
+            for op, table in registry.BACKENDS.items()
             if not op.endswith("_backward")
         },
         "backends not here": absent or "none",
         "verified GPU kernels": [f"{op}/{name} on sm_{a}{b}" for op, name, (a, b) in
-                                 sorted(dispatch.VERIFIED)] or ["none yet"],
+                                 sorted(registry.VERIFIED)] or ["none yet"],
     }  # fmt: skip
 
 
@@ -70,9 +70,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _missing(backend: str) -> str | None:
-    """dispatch.missing, in a wrong environment too."""
+    """registry.missing, in a wrong environment too."""
     try:
-        return dispatch.missing(backend)
+        return registry.missing(backend)
     except ValueError as error:  # CLP_KERNELS_CPU_ISA names what this machine lacks
         return str(error)
 
@@ -90,7 +90,7 @@ def _backend_of_the_environment() -> str:
     if value == "":
         return "empty, as if it were not set (auto)"
     try:
-        return dispatch.requested("auto")
+        return registry.requested("auto")
     except ValueError as error:
         return f"{error}; every call of an op raises this"
 

@@ -3,7 +3,7 @@
 // With the caches full of a model's weights, the Python of checks and dispatch takes 110 us, more
 // than the kernels of one row (docs/log.md). So <op>_at_once takes the public arguments and goes from
 // Python objects to the result in one call, for plain inputs. It never decides what an error is:
-// whatever is not plain gets None, and clp_kernels.functional goes the long way, which computes it
+// whatever is not plain gets None, and clp_kernels.ops.functional goes the long way, which computes it
 // or says what is wrong.
 #pragma once
 

@@ -12,7 +12,7 @@ using namespace at_once;
 
 namespace {
 
-// What is taken, as clp_kernels/cpu_mixed_lora.py says; nothing until it has.
+// What is taken, as clp_kernels/ops/mixed_lora/cpu.py says; nothing until it has.
 struct Limits {
   // By clp::DType. work: rows times features up to which a call is taken; base_rows: rows up to which
   // the kernel runs the base product too.

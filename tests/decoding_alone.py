@@ -8,8 +8,8 @@ import torch
 import clp_kernels
 from clp.policy import Policy
 from clp.sampler import Sampler
-from clp_kernels import reference
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
+from clp_kernels.ops import reference
 
 NAMES = ["joy", "brief"]
 TOLERANCE = 1e-4  # of log-probabilities and of scores that count as a tie; float32 rounds at 1e-5

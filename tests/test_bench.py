@@ -14,7 +14,7 @@ import torch
 
 from bench import __main__ as command
 from bench import gpu, linear_logprob, mixed_lora, plot, plot_sampler, rows, sample, tables, timing
-from clp_kernels import dispatch, mix_logits
+from clp_kernels import mix_logits, registry
 
 CPU = torch.device("cpu")
 TOY = timing.Protocol(warmup=1, repeats=2, least=1, seconds=1)
@@ -359,9 +359,9 @@ def test_a_wrong_mixed_lora_is_refused_on_the_command_line(monkeypatch, capsys) 
     def bare(x, base_weight, *_):
         return x @ base_weight.t(), x.new_empty(0)
 
-    wrong = dispatch.Backend("triton", bare, lambda *_: None)
-    table = (wrong, dispatch.BACKENDS["mixed_lora"][-1])
-    monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", table)
+    wrong = registry.Backend("triton", bare, lambda *_: None)
+    table = (wrong, registry.BACKENDS["mixed_lora"][-1])
+    monkeypatch.setitem(registry.BACKENDS, "mixed_lora", table)
     case = mixed_lora.Case(24, 3, 3, 4, 2, "float32")
     monkeypatch.setattr(mixed_lora, "cases", lambda *_, **__: [case])
     monkeypatch.setattr(timing, "roofs", lambda *_: ROOFS)

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-PLANNED = ("clp_kernels.triton_mixed_lora", "clp_kernels.triton_mixed_linear")
+PLANNED = ("clp_kernels.ops.mixed_lora.triton", "clp_kernels.ops.mixed_linear.triton")
 # Those without a plan launch fixed tiles, which their own tests compare with the variants.
 FIXED = ("triton_mix_logits", "triton_sample", "triton_linear_logprob")
 MODULES = (*PLANNED, *(f"clp_kernels.{name}" for name in FIXED))
@@ -304,7 +304,7 @@ def test_variants_cover_every_plan(module: str, capability: tuple[int, int]) -> 
 
 
 def test_coverage_notices_a_tile_that_is_not_listed() -> None:
-    module = importlib.import_module("clp_kernels.triton_mixed_linear")
+    module = importlib.import_module("clp_kernels.ops.mixed_linear.triton")
     tile = module.plan(1, 64, 64, 1, torch.bfloat16, (8, 0), False).forward
     listed = variants(module.__name__, (8, 0))
     assert not missing(tile, listed)

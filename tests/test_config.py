@@ -3,7 +3,7 @@
 import pytest
 
 from clp.config import LARGEST_LORA_ALPHA, LARGEST_R, CLPConfig, config_from, load_config
-from clp_kernels.layers import MAX_ALPHA, MAX_RANK
+from clp_kernels.nn.mixed_lora import MAX_ALPHA, MAX_RANK
 
 
 def test_yaml_round_trip(tmp_path):

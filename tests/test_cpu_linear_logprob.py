@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clp_kernels import (
-    cpu_linear_logprob,
-    cpu_linear_logprob_backward,
-    dispatch,
-    linear_logprob,
-    native,
-    reference,
+from clp_kernels import linear_logprob, native, registry
+from clp_kernels.ops import reference
+from clp_kernels.ops.linear_logprob import (
+    cpu as cpu_linear_logprob,
+)
+from clp_kernels.ops.linear_logprob import (
+    cpu_backward as cpu_linear_logprob_backward,
 )
 from clp_kernels.testing import assert_within_budget, expanded, noncontiguous
 
@@ -364,9 +364,9 @@ def test_gradients_with_a_frozen_and_with_a_trained_head(
         return backward(*a)
 
     monkeypatch.setitem(
-        dispatch.BACKENDS,
+        registry.BACKENDS,
         "linear_logprob_backward",
-        (dispatch.Backend("cpu", spy, lambda *_: None),),
+        (registry.Backend("cpu", spy, lambda *_: None),),
     )
     frozen, value = loss_of(args, which)
     assert len(again) == ("entropy" in which)
@@ -384,7 +384,7 @@ def test_who_runs_it() -> None:
     assert cpu_linear_logprob.why_not(*args) is None
     back = backward_arguments(tuple(args))
     assert cpu_linear_logprob_backward.why_not(*back) is None
-    assert dispatch.select("linear_logprob_backward", "auto", *back).name == "cpu"
+    assert registry.select("linear_logprob_backward", "auto", *back).name == "cpu"
     invariant = (*back[:11], True, back[12])
     assert "batch_invariant" in str(cpu_linear_logprob_backward.why_not(*invariant))
     assert "batch_invariant" in str(cpu_linear_logprob.why_not(*args[:10], True))

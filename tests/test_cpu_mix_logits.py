@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clp_kernels import cpu_mix_logits as backend
-from clp_kernels import dispatch, mix_logits, native, reference, testing
+from clp_kernels import mix_logits, native, registry, testing
+from clp_kernels.ops import reference
+from clp_kernels.ops.mix_logits import cpu as backend
 
 pytestmark = pytest.mark.skipif(
     native.cpu_missing() is not None, reason="the CPU kernels are not built"
@@ -327,14 +328,14 @@ def test_more_terms_than_threads_or_slices(mode: str, threads: int) -> None:
 def test_auto_uses_it(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     for op in ("mix_logits", "mix_logits_backward"):
-        entry = next(e for e in dispatch.BACKENDS[op] if e.name == "cpu")
+        entry = next(e for e in registry.BACKENDS[op] if e.name == "cpu")
 
-        def spy(*args: Any, entry: dispatch.Backend = entry, op: str = op) -> Any:
+        def spy(*args: Any, entry: registry.Backend = entry, op: str = op) -> Any:
             called.append(op)
             return entry.run(*args)
 
-        spied = dispatch.Backend("cpu", spy, entry.why_not)
-        monkeypatch.setitem(dispatch.BACKENDS, op, (spied, *dispatch.BACKENDS[op][1:]))
+        spied = registry.Backend("cpu", spy, entry.why_not)
+        monkeypatch.setitem(registry.BACKENDS, op, (spied, *registry.BACKENDS[op][1:]))
     args = inputs(2, 3, 40)
     logits, weights = args.logits.requires_grad_(), args.weights.requires_grad_()
     mix_logits(logits, weights, mode=mode).backward(args.dz)

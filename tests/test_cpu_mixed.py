@@ -18,16 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import mixed_lora as bench_mixed_lora
 from bench.timing import peak_bytes_cpu
-from clp_kernels import (
-    batch_invariant,
-    cpu_mixed_linear,
-    cpu_mixed_lora,
-    dispatch,
-    mixed_linear,
-    mixed_lora,
-    native,
-    reference,
-)
+from clp_kernels import batch_invariant, mixed_linear, mixed_lora, native, registry
+from clp_kernels.ops import reference
+from clp_kernels.ops.mixed_linear import cpu as cpu_mixed_linear
+from clp_kernels.ops.mixed_lora import cpu as cpu_mixed_lora
 from clp_kernels.testing import (
     WEIGHT_KINDS,
     assert_within_budget,
@@ -700,8 +694,8 @@ def test_at_once_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.Mo
     y = quick(**TAKEN[case])
     assert y is not None
     # The long way, on the same arguments.
-    bare = dispatch.Backend("cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not)
-    monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", (bare,))
+    bare = registry.Backend("cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not)
+    monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (bare,))
 
     def long_way(x, base_weight, lora_A, lora_B, weights, scaling, bias, *_):  # type: ignore[no-untyped-def]
         return mixed_lora(x, base_weight, lora_A, lora_B, weights, scaling=scaling, bias=bias)
@@ -740,14 +734,14 @@ def test_at_once_needs_the_first_row_of_the_table(monkeypatch: pytest.MonkeyPatc
     used = []
     x, A, B, w, _ = low_rank_inputs((3, 8, 6, 2, 4), F32, F32)
     W = torch.randn(6, 8)
-    for row in dispatch.BACKENDS["mixed_lora"]:
+    for row in registry.BACKENDS["mixed_lora"]:
         assert (row.at_once() is not None) == (row.name == "cpu")
-    reference_row = dispatch.BACKENDS["mixed_lora"][-1]
-    spy = dispatch.Backend(
+    reference_row = registry.BACKENDS["mixed_lora"][-1]
+    spy = registry.Backend(
         "cpu", lambda *a: used.append(1) or reference_row.run(*a), lambda *_: None
     )
     mixed_lora(x, W, A, B, w)
-    monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", (spy, reference_row))
+    monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (spy, reference_row))
     mixed_lora(x, W, A, B, w)
     assert used == [1]
 

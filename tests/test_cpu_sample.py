@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import clp_kernels
-from clp_kernels import cpu_sample, dispatch, native, reference
+from clp_kernels import native, registry
+from clp_kernels.ops import reference
+from clp_kernels.ops.sample import cpu as cpu_sample
 
 pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 
@@ -596,15 +598,15 @@ def test_at_once_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.Mo
     arguments = quick_arguments(**TAKEN[case])
     drawn = quick(**TAKEN[case])
     assert drawn is not None
-    monkeypatch.setitem(dispatch.BACKENDS, "sample", (long_way(),))
+    monkeypatch.setitem(registry.BACKENDS, "sample", (long_way(),))
     wanted = clp_kernels.sample(arguments.pop("logits"), **arguments)
     for a, b in zip(drawn, wanted, strict=True):
         assert a.dtype == b.dtype and not a.requires_grad
         assert torch.equal(a, b)
 
 
-def long_way() -> dispatch.Backend:
-    return dispatch.Backend("cpu", cpu_sample.sample, cpu_sample.why_not)
+def long_way() -> registry.Backend:
+    return registry.Backend("cpu", cpu_sample.sample, cpu_sample.why_not)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -637,8 +639,8 @@ def test_at_once_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(given)
         return quick()
 
-    row = dispatch.Backend("cpu", cpu_sample.sample, cpu_sample.why_not, lambda: watch)
-    monkeypatch.setitem(dispatch.BACKENDS, "sample", (row,))
+    row = registry.Backend("cpu", cpu_sample.sample, cpu_sample.why_not, lambda: watch)
+    monkeypatch.setitem(registry.BACKENDS, "sample", (row,))
     for a, b in zip(clp_kernels.sample(logits, **arguments), wanted, strict=True):
         assert torch.equal(a, b)
     assert seen == [(logits, *arguments.values())]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clp.kv_cache import Decode, KVCache
 from clp_kernels import native, testing
-from clp_kernels.cpu_slot_attention import slot_attention, why_not
+from clp_kernels.ops.slot_attention.cpu import slot_attention, why_not
 
 pytestmark = pytest.mark.skipif(
     native.cpu_missing() is not None, reason="the CPU kernels are not built"

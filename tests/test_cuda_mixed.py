@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clp_kernels import cuda_mixed_linear, cuda_mixed_lora, native
+from clp_kernels import native
+from clp_kernels.ops.mixed_linear import cuda as cuda_mixed_linear
+from clp_kernels.ops.mixed_lora import cuda as cuda_mixed_lora
 from clp_kernels.testing import noncontiguous
 
 

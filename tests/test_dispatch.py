@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clp_kernels import dispatch, mix_logits, mixed_lora, native, sample
-from clp_kernels.dispatch import Backend, select
+from clp_kernels import mix_logits, mixed_lora, native, registry, sample
+from clp_kernels.registry import Backend, select
 
 X, W = torch.randn(3, 4), torch.randn(5, 4)
 A, B, ROWS = torch.randn(2, 1, 4), torch.randn(2, 5, 1), torch.rand(3, 2)
@@ -85,24 +85,24 @@ def test_sample_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> 
     assert sample(torch.randn(3, 7), seed=0, position=0).tokens.shape == (3,)
 
 
-@pytest.mark.parametrize("op", sorted(dispatch.BACKENDS))
+@pytest.mark.parametrize("op", sorted(registry.BACKENDS))
 def test_every_op_ends_in_the_reference(op: str) -> None:
     """`auto` always finds a backend: the reference is last and takes everything."""
-    *others, last = dispatch.BACKENDS[op]
+    *others, last = registry.BACKENDS[op]
     assert last.name == "reference"
     assert last.why_not() is None
-    assert last.run is getattr(dispatch.reference, op)
-    assert all(e.name in dispatch.NAMES and e.name not in ("auto", "reference") for e in others)
-    assert len({e.name for e in dispatch.BACKENDS[op]}) == len(dispatch.BACKENDS[op])
+    assert last.run is getattr(registry.reference, op)
+    assert all(e.name in registry.NAMES and e.name not in ("auto", "reference") for e in others)
+    assert len({e.name for e in registry.BACKENDS[op]}) == len(registry.BACKENDS[op])
 
 
 def test_every_op_of_the_library_has_a_row() -> None:
     schemas = torch._C._jit_get_all_schemas()
     ops = {s.name.split("::")[1] for s in schemas if s.name.startswith("clp_kernels::")}
-    assert ops == set(dispatch.BACKENDS)
+    assert ops == set(registry.BACKENDS)
 
 
-@pytest.mark.parametrize("op", sorted(dispatch.BACKENDS))
+@pytest.mark.parametrize("op", sorted(registry.BACKENDS))
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
 def test_a_named_backend_never_falls_back(op: str, backend: str) -> None:
     """It is the backend named, or an error that names it and the op."""
@@ -117,7 +117,7 @@ def test_a_named_backend_never_falls_back(op: str, backend: str) -> None:
     try:
         chosen = select(op, backend, *arguments)
     except RuntimeError as error:
-        known = {entry.name for entry in dispatch.BACKENDS[op]}
+        known = {entry.name for entry in registry.BACKENDS[op]}
         pattern = f"cannot run {op}: ." if backend in known else f"{op} has no '{backend}' backend"
         assert re.search(pattern, str(error))
         assert backend != "reference"
@@ -139,9 +139,9 @@ def test_unknown_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_empty_environment_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = sample(torch.zeros(3, 7), seed=0, position=0)
     monkeypatch.setenv("CLP_KERNELS_BACKEND", "")
-    assert dispatch.requested("auto") == "auto"
+    assert registry.requested("auto") == "auto"
     assert torch.equal(sample(torch.zeros(3, 7), seed=0, position=0).tokens, wanted.tokens)
-    if (at_once := dispatch.BACKENDS["sample"][0].at_once()) is not None:
+    if (at_once := registry.BACKENDS["sample"][0].at_once()) is not None:
         options = (None, "geometric", 1.0, 0, 1.0, 0.0, 0, 0, "auto")
         assert at_once(torch.zeros(3, 7), *options) is not None
 
@@ -159,7 +159,7 @@ def test_environment_overrides_auto_only(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_environment_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in ("mix_logits", "mixed_lora"):
-        monkeypatch.setitem(dispatch.BACKENDS, op, dispatch.BACKENDS[op][-1:])
+        monkeypatch.setitem(registry.BACKENDS, op, registry.BACKENDS[op][-1:])
     monkeypatch.setenv("CLP_KERNELS_BACKEND", "triton")
     with pytest.raises(RuntimeError, match="mix_logits has no 'triton' backend; it has: reference"):
         mix_logits(torch.randn(2, 3, 4), ROWS)
@@ -184,8 +184,8 @@ def gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool], None]:
             return torch.full((3, 5), 7.0), torch.empty(0)
 
         entry = Backend(name, run, lambda *_: None)
-        rest = dispatch.BACKENDS["mixed_lora"][-1:] if with_reference else ()
-        monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", (entry, *rest))
+        rest = registry.BACKENDS["mixed_lora"][-1:] if with_reference else ()
+        monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (entry, *rest))
 
     return install
 
@@ -203,9 +203,9 @@ def test_unverified_kernels_are_held_back_from_auto(
     # Another op, backend or architecture verifies nothing.
     for other in (("mixed_linear", name, CAPABILITY), ("mixed_lora", "cpu", CAPABILITY),
                   ("mixed_lora", name, (8, 0))):  # fmt: skip
-        monkeypatch.setattr(dispatch, "VERIFIED", frozenset({other}))
+        monkeypatch.setattr(registry, "VERIFIED", frozenset({other}))
         assert select("mixed_lora", "auto", *LORA).name == "reference"
-    monkeypatch.setattr(dispatch, "VERIFIED", frozenset({("mixed_lora", name, CAPABILITY)}))
+    monkeypatch.setattr(registry, "VERIFIED", frozenset({("mixed_lora", name, CAPABILITY)}))
     assert select("mixed_lora", "auto", *LORA).name == name
     assert (mixed_lora(X, W, A, B, ROWS) == 7).all()
 
@@ -235,7 +235,7 @@ def test_first_backend_that_can_run_wins(monkeypatch: pytest.MonkeyPatch) -> Non
         return Backend(name, lambda *_: None, why_not)
 
     table = (entry("cuda", "no GPU"), entry("cpu", None), entry("reference", None))
-    monkeypatch.setitem(dispatch.BACKENDS, "mixed_lora", table)
+    monkeypatch.setitem(registry.BACKENDS, "mixed_lora", table)
     assert select("mixed_lora", "auto", *LORA).name == "cpu"
     assert asked == [("cuda", len(LORA)), ("cpu", len(LORA))]
     with pytest.raises(RuntimeError, match=r"^backend 'cuda' cannot run mixed_lora: no GPU"):
@@ -248,14 +248,14 @@ def test_first_backend_that_can_run_wins(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_backward_keeps_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     for op in ("mixed_lora", "mixed_lora_backward"):
-        run = dispatch.BACKENDS[op][-1].run
+        run = registry.BACKENDS[op][-1].run
 
         def spy(*args: Any, op: str = op, run: Callable[..., Any] = run) -> Any:
             used.append(op)
             return run(*args)
 
-        entries = (Backend("cpu", spy, lambda *_: None), dispatch.BACKENDS[op][-1])
-        monkeypatch.setitem(dispatch.BACKENDS, op, entries)
+        entries = (Backend("cpu", spy, lambda *_: None), registry.BACKENDS[op][-1])
+        monkeypatch.setitem(registry.BACKENDS, op, entries)
     rows = ROWS.clone().requires_grad_()
     mixed_lora(X, W, A, B, rows, backend="cpu").sum().backward()
     assert used == ["mixed_lora", "mixed_lora_backward"]

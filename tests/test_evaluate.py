@@ -17,7 +17,7 @@ from clp.policy import Policy
 from clp.report import plot_frontier, print_frontier, print_samples, save_evaluation
 from clp.rewards import distinct_2, load_rewards
 from clp.sampler import SamplingParams
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 ROWS = [{"prompt": p} for p in ("Tom had a red kite.", "Mia was sad.", "Sam was at the lake.")]
 REWARDS = {"joy": "sentiment", "brief": "brevity", "clear": "readability"}

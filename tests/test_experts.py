@@ -37,9 +37,9 @@ from clp_kernels import (
     save_adapters,
     steer,
 )
-from clp_kernels.experts import MixedEmbedding, MixedModule
-from clp_kernels.layers import steered_layers
-from clp_kernels.steering import SteeredLayer, Steering, all_steered
+from clp_kernels.nn.experts import MixedEmbedding, MixedModule
+from clp_kernels.nn.mixed_lora import steered_layers
+from clp_kernels.nn.steering import SteeredLayer, Steering, all_steered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import clp_kernels
 from clp.policy import Policy, load_base
 from clp.sampler import Sampler, SamplingParams
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 WINDOW = 6  # shorter than most sequences here, longer than the five tokens of the decoder's check
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from clp_kernels import dispatch, native
 from clp_kernels import info as module
+from clp_kernels import native, registry
 
 OPS = {"mixed_lora", "mixed_linear", "mix_logits", "sample", "linear_logprob"}
 
@@ -32,7 +32,7 @@ def info(*argv: str, **environment: str) -> str:
 
 def test_json_lists_the_backends_that_run_here_and_why_the_others_do_not() -> None:
     report = json.loads(info("--json"))
-    absent = {name: dispatch.missing(name) for name in ("cpu", "cuda")}
+    absent = {name: registry.missing(name) for name in ("cpu", "cuda")}
     if not torch.cuda.is_available():
         absent["triton"] = (
             "PyTorch sees no GPU, and Triton's interpreter (TRITON_INTERPRET=1) is off"
@@ -42,7 +42,7 @@ def test_json_lists_the_backends_that_run_here_and_why_the_others_do_not() -> No
     assert report["backends not here"] == (here or "none")
     assert set(report["backends"]) == OPS
     for op, names in report["backends"].items():
-        assert names == [e.name for e in dispatch.BACKENDS[op] if e.name not in here]
+        assert names == [e.name for e in registry.BACKENDS[op] if e.name not in here]
         assert names[-1] == "reference"
     assert report["versions"]["torch"]
 

@@ -21,9 +21,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from clp_kernels import MixedLinear, MixedLoRALinear, inject, mix_models, steer
-from clp_kernels.layers import steered_layers
-from clp_kernels.probe import check_start
-from clp_kernels.steering import Steering
+from clp_kernels.nn.mixed_lora import steered_layers
+from clp_kernels.nn.probe import check_start
+from clp_kernels.nn.steering import Steering
 
 NAMES = ["joy", "brief"]
 IDS = torch.arange(12).view(4, 3) % 60

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from clp_kernels import MixedLoRALinear, adapter_names, inject, steer
-from clp_kernels.layers import is_transposed, steered_layers
-from clp_kernels.steering import Steering
+from clp_kernels.nn.mixed_lora import is_transposed, steered_layers
+from clp_kernels.nn.steering import Steering
 from clp_kernels.testing import WEIGHT_KINDS, weight_rows
 
 NAMES = ["joy", "brief"]

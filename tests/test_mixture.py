@@ -11,7 +11,7 @@ from clp.mixture import LogitMixture
 from clp.policy import TINY, Policy, load_base
 from clp.requests import SamplingParams
 from clp.sampler import Sampler
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 PROMPTS = ["Tom had a red kite.", "Mia", "One day, the old dog was at the lake.", "Sam"]
 ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]

@@ -17,7 +17,7 @@ from clp.mixture import LogitMixture
 from clp.model_state import ModelState
 from clp.policy import load_base
 from clp.sampler import Sampler, SamplingParams
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 PROMPT = torch.randint(3, 1000, (40,), generator=torch.Generator().manual_seed(2)).tolist()
 PARAMS = SamplingParams(max_tokens=4, seed=1, ignore_eos=True)

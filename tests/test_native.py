@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from clp_kernels import cpu_sample, cuda_sample, native
+from clp_kernels import native
+from clp_kernels.ops.sample import cpu as cpu_sample
+from clp_kernels.ops.sample import cuda as cuda_sample
 
 pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 

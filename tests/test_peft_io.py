@@ -33,7 +33,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from clp_kernels import export_adapter, inject, load_adapters, save_adapters, steer
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 CONV = "base_model.model.conv"
@@ -918,7 +918,7 @@ def test_an_interrupt_leaves_no_temporary_folder(
     def interrupted(*_: Any, **__: Any) -> bytes:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clp_kernels.peft_io.serialize", interrupted)
+    monkeypatch.setattr("clp_kernels.peft.write.serialize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_adapters(model, tmp_path)
     assert snapshot(tmp_path) == before

@@ -21,7 +21,7 @@ from clp import cli
 from clp.mixture import LogitMixture
 from clp.policy import TINY, Policy, load_base, torch_device
 from clp.weights import weight_grid
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 IDS = torch.tensor([[1, 5, 9, 30], [1, 7, 8, 40]])
 SMALL = {
@@ -55,8 +55,10 @@ def test_a_new_policy_is_its_base_for_every_row_bit_for_bit():
 
 def test_a_base_that_a_new_policy_does_not_equal_is_refused(monkeypatch):
     """Here because of a kernel that adds one unit in the last place where B is zero."""
-    op = clp_kernels.layers.mixed_lora
-    monkeypatch.setattr("clp_kernels.layers.mixed_lora", lambda *a, **k: op(*a, **k) * (1 + 2e-7))
+    op = clp_kernels.nn.mixed_lora.mixed_lora
+    monkeypatch.setattr(
+        "clp_kernels.nn.mixed_lora.mixed_lora", lambda *a, **k: op(*a, **k) * (1 + 2e-7)
+    )
     with pytest.raises(ValueError, match=r"the outputs of model\.layers\.0\..*q_proj differ"):
         Policy.create("tiny", ["a", "b"])
 

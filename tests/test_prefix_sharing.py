@@ -8,7 +8,7 @@ import torch
 import clp_kernels
 from clp.policy import Policy
 from clp.sampler import Sampler, SamplingParams
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import nn
 from clp import recording
 from clp.recording import ROWS_NEEDED, Inputs, Unrecordable, record
 from clp.sampler import Sampler, SamplingParams, with_seeds
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 WIDTH = 8
 

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 import clp_kernels
-from clp_kernels import linear_logprob, mix_logits, mixed_linear, mixed_lora, reference
+from clp_kernels import linear_logprob, mix_logits, mixed_linear, mixed_lora
+from clp_kernels.ops import reference
 
 F64 = torch.float64
 sample = partial(clp_kernels.sample, backend="reference")

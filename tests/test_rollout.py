@@ -8,7 +8,7 @@ from clp.policy import Policy
 from clp.rewards import load_rewards
 from clp.rollout import make_batch, roll_out, token_stats
 from clp.sampler import Completion, Sampler, SamplingParams
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 ROWS = [{"prompt": "Tom had a red kite."}, {"prompt": "Mia"}, {"prompt": "Sam was at the lake."}]
 

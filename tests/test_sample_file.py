@@ -16,7 +16,7 @@ from clp.resumable_output import sidecar
 from clp.sample_file import sample_file
 from clp.sample_lines import Defaults, Source
 from clp.sampler import Sampler, SamplingParams
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 DEFAULTS = Defaults(SamplingParams(max_tokens=12), "joy=0.5,brief=0.5", True)
 ROWS = [

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clp.sampler import Sampler, SamplingParams
-from clp_kernels import cpu_sample, linear_logprob, native, reference, sample
+from clp_kernels import linear_logprob, native, sample
+from clp_kernels.ops import reference
+from clp_kernels.ops.sample import cpu as cpu_sample
 
 NO_CPU = native.cpu_missing()
 ISAS: list[str] = [] if NO_CPU else native.cpu().isas()
@@ -44,7 +46,7 @@ def compiled(isa: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def triton(z: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    result: tuple[Tensor, ...] = importlib.import_module("clp_kernels.triton_sample").sample(
+    result: tuple[Tensor, ...] = importlib.import_module("clp_kernels.ops.sample.triton").sample(
         z[None], None, "geometric", *by_row(z, options)
     )
     return result
@@ -66,7 +68,7 @@ def by_row(z: Tensor, options: dict[str, Any]) -> list[Tensor | None]:
 
 def in_triton() -> bool:
     try:
-        return bool(importlib.import_module("clp_kernels.triton_sample").INTERPRETED)
+        return bool(importlib.import_module("clp_kernels.ops.sample.triton").INTERPRETED)
     except ModuleNotFoundError:
         return False
 

@@ -10,7 +10,7 @@ import clp_kernels
 from clp.policy import Policy, load_base
 from clp.rollout import make_batch, token_stats
 from clp.sampler import Sampler, SamplingParams, with_seeds
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 NAMES = ["joy", "brief"]
 PROMPTS = [

@@ -21,7 +21,7 @@ from clp.rewards import brevity, sentiment
 from clp.run_folder import cut_lines
 from clp.sampler import SamplingParams
 from clp.train import CLPTrainer
-from clp_kernels import dispatch
+from clp_kernels import registry
 
 SMALL = {
     "num_prompts": 4, "num_generations": 3, "max_completion_length": 8, "max_steps": 6,
@@ -105,7 +105,7 @@ def test_kernels_on_and_off_give_the_same_loss_curve(
     tokens of a completion, and so does its rounding."""
     if which == "mixed":
         for op in ("linear_logprob", "linear_logprob_backward"):
-            monkeypatch.setitem(dispatch.BACKENDS, op, dispatch.BACKENDS[op][-1:])
+            monkeypatch.setitem(registry.BACKENDS, op, registry.BACKENDS[op][-1:])
     runs = {}
     for backend in ("auto", "reference"):
         monkeypatch.setenv("CLP_KERNELS_BACKEND", backend)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from clp_kernels import reference
-from clp_kernels import triton_linear_logprob as backend
+from clp_kernels.ops import reference
+from clp_kernels.ops.linear_logprob import triton as backend
 from clp_kernels.testing import assert_within_budget, noncontiguous
 
 pytestmark = [

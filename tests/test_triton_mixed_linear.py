@@ -16,9 +16,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from clp_kernels import reference, testing
-from clp_kernels import triton_mixed_linear as backend
-from clp_kernels import triton_mixed_linear_kernels as kernels
+from clp_kernels import testing
+from clp_kernels.ops import reference
+from clp_kernels.ops.mixed_linear import triton as backend
+from clp_kernels.ops.mixed_linear import triton_kernels as kernels
 
 pytestmark = [
     pytest.mark.skipif(not backend.INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),

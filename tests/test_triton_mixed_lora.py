@@ -24,9 +24,9 @@ from clp_kernels.testing import (
 
 pytest.importorskip("triton")
 
-from clp_kernels import triton_mixed_lora as kernels
-from clp_kernels.triton_mixed_lora_backward import gradient_splits
-from clp_kernels.triton_mixed_lora_plan import Plan, Tile, plan
+from clp_kernels.ops.mixed_lora import triton as kernels
+from clp_kernels.ops.mixed_lora.triton_backward import gradient_splits
+from clp_kernels.ops.mixed_lora.triton_plan import Plan, Tile, plan
 
 interpreted = pytest.mark.skipif(
     not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 was not set when triton was imported"
@@ -321,7 +321,7 @@ def test_two_runs_give_the_same_bits(path: str, one_thread: None) -> None:
 def test_gradients_of_split_tokens_add_up(
     one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clp_kernels import triton_mixed_lora_backward as backward
+    from clp_kernels.ops.mixed_lora import triton_backward as backward
 
     inputs = draw(Case(dtype=F16, lora_dtype=F32, layout="flat", tokens=150, batch=3))
     monkeypatch.setattr(backward, "_TOKENS_PER_PLANE", 40)
@@ -421,7 +421,7 @@ class _Launch:
 def test_needs_are_the_same_bits_and_nothing_more(
     one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clp_kernels import triton_mixed_lora_backward as backward
+    from clp_kernels.ops.mixed_lora import triton_backward as backward
 
     inputs = draw(Case(dtype=F16, lora_dtype=F16, layout="flat", tokens=9, m=1))
     _, u = kernels.mixed_lora(*inputs.args, inputs.ids, False)

@@ -16,11 +16,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 import triton.language as tl
 
-from clp_kernels import reference, testing
-from clp_kernels import triton_mix_logits as mixing
-from clp_kernels import triton_mix_logits_kernels as mix_kernels
-from clp_kernels import triton_sample as backend
-from clp_kernels import triton_sample_kernels as kernels
+from clp_kernels import testing
+from clp_kernels.ops import reference
+from clp_kernels.ops.mix_logits import triton as mixing
+from clp_kernels.ops.mix_logits import triton_kernels as mix_kernels
+from clp_kernels.ops.sample import triton as backend
+from clp_kernels.ops.sample import triton_kernels as kernels
 
 pytestmark = [
     pytest.mark.skipif(not backend.INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),

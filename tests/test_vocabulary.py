@@ -41,7 +41,7 @@ def padded(seed=0, rows=TOKENS + 64):
 
 def steered(model, tokenizer):
     clp_kernels.inject(model, ["joy", "brief"], r=2)
-    for layer in clp_kernels.layers.steered_layers(model).values():
+    for layer in clp_kernels.nn.mixed_lora.steered_layers(model).values():
         layer.lora_B.data.normal_(0, 0.3)
     return Policy(model, tokenizer, ["joy", "brief"], "random")
 

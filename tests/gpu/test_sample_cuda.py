@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clp_kernels import cpu_sample, cuda_sample, native, reference
+from clp_kernels import native
+from clp_kernels.ops import reference
+from clp_kernels.ops.sample import cpu as cpu_sample
+from clp_kernels.ops.sample import cuda as cuda_sample
 
 pytestmark = [
     pytest.mark.gpu,

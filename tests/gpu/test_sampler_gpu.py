@@ -14,7 +14,7 @@ pytest.importorskip("transformers", exc_type=ImportError)
 from clp.decoder import Decoder
 from clp.policy import Policy
 from clp.sampler import Sampler, SamplingParams
-from clp_kernels.layers import steered_layers
+from clp_kernels.nn.mixed_lora import steered_layers
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from clp_kernels import triton_linear_logprob as backend
+from clp_kernels.ops.linear_logprob import triton as backend
 from clp_kernels.testing import assert_within_budget
 
 pytestmark = [

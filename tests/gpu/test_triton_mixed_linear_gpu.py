@@ -8,8 +8,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from clp_kernels import reference, testing
-from clp_kernels import triton_mixed_linear as backend
+from clp_kernels import testing
+from clp_kernels.ops import reference
+from clp_kernels.ops.mixed_linear import triton as backend
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ from clp_kernels.testing import WEIGHT_KINDS, assert_within_budget, noncontiguou
 
 pytest.importorskip("triton")
 
-from clp_kernels import triton_mixed_lora as kernels
+from clp_kernels.ops.mixed_lora import triton as kernels
 
 pytestmark = [
     pytest.mark.gpu,

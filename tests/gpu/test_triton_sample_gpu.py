@@ -11,9 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from clp_kernels import reference, testing
-from clp_kernels import triton_mix_logits as mixing
-from clp_kernels import triton_sample as backend
+from clp_kernels import testing
+from clp_kernels.ops import reference
+from clp_kernels.ops.mix_logits import triton as mixing
+from clp_kernels.ops.sample import triton as backend
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,295 @@
+"""Layers whose parameters are mixed per example from m whole models (CLP's full parameters).
+
+Each computes a sum of m outputs weighted by the rows of `steer`, not the output of a mixed matrix:
+that is the same where the layer is linear in its parameters, and needs no copy an example.
+`clp_kernels.mix_models` puts them into a model.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from clp_kernels.nn.mixed_lora import is_transposed, why_not_linear
+from clp_kernels.nn.steering import SteeredLayer, Steering, distinct_names
+from clp_kernels.ops.functional import mixed_linear
+from clp_kernels.ops.reference import accumulator
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class MixedLinear(SteeredLayer):
+    """A linear layer whose matrix (and bias) is mixed per example from m experts.
+
+        y_t = sum_i weights[b(t), i] * (x_t W_i^T + bias_i)
+
+    Args:
+        expert_weight: [m, out, in], kept as it is where it is a Parameter (shared, for a tie).
+        expert_bias: [m, out] of the same dtype, or None.
+        adapter_names: m names, in the order of the columns of `weights`.
+        steering: The object that `steer` writes; the layer's own if None.
+        backend: See `clp_kernels.mixed_linear`.
+
+    Shapes: x [B, ..., in] with weights [B, m], or x [T, in] with example_ids [T]. Under autocast
+    it computes in autocast's dtype, as `F.linear` does; accumulated in float32 (float64).
+    Raises: RuntimeError without rows; ValueError where x and the rows do not fit.
+    """
+
+    def __init__(
+        self,
+        expert_weight: Tensor,
+        expert_bias: Tensor | None,
+        adapter_names: Sequence[str],
+        *,
+        steering: Steering | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.adapter_names = tuple(distinct_names("adapter_names", adapter_names))
+        m = len(self.adapter_names)
+        if expert_weight.dim() != 3 or expert_weight.shape[0] != m:
+            raise ValueError(
+                f"expert_weight must have shape [{m}, out, in], got {list(expert_weight.shape)}"
+            )
+        if expert_bias is not None and expert_bias.shape != expert_weight.shape[:2]:
+            raise ValueError(
+                f"expert_bias must have shape {list(expert_weight.shape[:2])}, "
+                f"got {list(expert_bias.shape)}"
+            )
+        self.steering = steering or Steering()
+        self.backend = backend
+        self.expert_weight = _parameter(expert_weight)
+        self.expert_bias = None if expert_bias is None else _parameter(expert_bias)
+
+    @classmethod
+    def from_layers(
+        cls,
+        layers: Sequence[nn.Module],
+        adapter_names: Sequence[str],
+        *,
+        steering: Steering | None = None,
+        backend: str = "auto",
+    ) -> "MixedLinear":
+        """Copies m layers of one shape: nn.Linear, or transformers' Conv1D (GPT-2's).
+
+        Raises: ValueError for another kind of layer, one with hooks or a forward of its own, or
+            where the shapes differ.
+        """
+        layers, names = list(layers), distinct_names("adapter_names", adapter_names)
+        if len(layers) != len(names):
+            raise ValueError(f"layers must be {len(names)} as the names, got {len(layers)}")
+        for layer in layers:
+            if fault := why_not_linear(layer):
+                raise ValueError(f"layers must be plain linear layers, got one that {fault}")
+        shapes = [list(weight_of(layer).shape) for layer in layers]
+        biased = [layer.bias is not None for layer in layers]
+        if shapes != shapes[:1] * len(layers) or len(set(biased)) > 1:
+            raise ValueError(
+                f"layers must have one shape [out, in] and all a bias or none, got {shapes}, "
+                f"bias: {biased}"
+            )
+        weight = torch.stack([weight_of(layer).detach() for layer in layers])
+        biases: list[Any] = [layer.bias for layer in layers]
+        bias = torch.stack([b.detach() for b in biases]) if biased[0] else None
+        return cls(weight, bias, names, steering=steering, backend=backend)
+
+    def mixed_parameter(self) -> Tensor:
+        """expert_weight."""
+        return self.expert_weight
+
+    @property
+    def in_features(self) -> int:
+        """Size of x's last axis."""
+        return self.expert_weight.shape[2]
+
+    @property
+    def out_features(self) -> int:
+        """Size of y's last axis."""
+        return self.expert_weight.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, ..., in] or [T, in] -> [..., out], with the rows that `steer` has set."""
+        weights, example_ids, _ = self.active_rows(x, 1)
+        assert weights is not None  # steer refuses None where a layer has no base
+        expert_weight: Tensor = self.expert_weight
+        bias: Tensor | None = self.expert_bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, expert_weight = x.to(dtype), expert_weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return mixed_linear(
+            x, expert_weight, weights, bias=bias, example_ids=example_ids, backend=self.backend
+        )
+
+    def extra_repr(self) -> str:
+        """Names and sizes, for print(model)."""
+        return f"{', '.join(self.adapter_names)}: {self.in_features} -> {self.out_features}"
+
+
+class MixedEmbedding(SteeredLayer):
+    """An embedding whose table is mixed per example from m experts.
+
+        y_t = scale * sum_i weights[b(t), i] * E_i[ids_t]
+
+    Args:
+        expert_weight: [m, V, d]. Give the head's Parameter where the model ties the two.
+        adapter_names: m names, in the order of the columns of `weights`.
+        steering: The object that `steer` writes; the layer's own if None.
+        scale: A constant factor (Gemma's sqrt(d)).
+        padding_idx: The id whose entry gets no gradient, as in nn.Embedding.
+        broadcast: Lets ids of one example serve every row: positions are [1, S] for any batch.
+
+    Shapes: ids [B, ...] with weights [B, m], or [T] with example_ids [T]; y [..., d] in the
+    table's dtype, accumulated in float32 (float64) in the order i = 0, 1, ...
+    Raises: RuntimeError without rows; ValueError where the ids and the rows do not fit.
+    """
+
+    def __init__(
+        self,
+        expert_weight: Tensor,
+        adapter_names: Sequence[str],
+        *,
+        steering: Steering | None = None,
+        scale: float | Tensor | None = None,
+        padding_idx: int | None = None,
+        broadcast: bool = False,
+    ) -> None:
+        super().__init__()
+        self.adapter_names = tuple(distinct_names("adapter_names", adapter_names))
+        m = len(self.adapter_names)
+        if expert_weight.dim() != 3 or expert_weight.shape[0] != m:
+            raise ValueError(
+                f"expert_weight must have shape [{m}, V, d], got {list(expert_weight.shape)}"
+            )
+        self.steering = steering or Steering()
+        self.expert_weight = _parameter(expert_weight)
+        self.padding_idx, self.broadcast = padding_idx, broadcast
+        # A number is not rounded to the table's dtype, as in the embedding that it comes from.
+        self.scale: float | Tensor | None
+        if isinstance(scale, Tensor):
+            self.register_buffer("scale", scale.to(expert_weight.device), persistent=False)
+        else:
+            self.scale = scale
+
+    def mixed_parameter(self) -> Tensor:
+        """expert_weight."""
+        return self.expert_weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, ...] or [T] -> [..., d], with the rows that `steer` has set."""
+        weights, example_ids, _ = self.active_rows(ids, 0, self.broadcast)
+        assert weights is not None  # steer refuses None where a layer has no base
+        # unbind, whose backward stacks m gradients; m indexings would each make one of all.
+        tables = self.expert_weight.unbind(0)
+        terms = (F.embedding(ids, table, self.padding_idx) for table in tables)
+        y = _mix(terms, weights, example_ids)
+        scale = self.scale
+        if scale is None:
+            return y
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+    def extra_repr(self) -> str:
+        """Names and sizes, for print(model)."""
+        _, entries, width = self.expert_weight.shape
+        return f"{', '.join(self.adapter_names)}: {entries} x {width}"
+
+
+class MixedModule(SteeredLayer):
+    """Any other module with parameters, run once an expert: the norms of a model.
+
+        y = sum_i weights[b, i] * f(x; theta_i)
+
+    This is f at the mixed parameters sum_i weights[b, i] theta_i exactly where f is linear in them
+    (LayerNorm, RMSNorm), and where f is affine in them (Gemma's norm multiplies by 1 + weight)
+    exactly for rows that sum to 1. Where f is neither it is a mixture of outputs and no more.
+
+    Where x and the parameters have one 16-bit dtype, f runs in float32 and the sum is rounded once:
+    of outputs that are rounded before, a mixture lies on one of the experts if these are one unit
+    in the last place apart.
+
+    Args:
+        experts: m modules of one class, kept as they are.
+        adapter_names: m names, in the order of the columns of `weights`.
+        steering: The object that `steer` writes; the layer's own if None.
+
+    Shapes: x [B, ...] with weights [B, m], or [T, ...] with example_ids [T]; f returns one tensor
+    with the same first axis. Its dtype is kept (in 16 bits, x's is given back); the sum accumulates
+    in float32 (float64).
+    Raises: RuntimeError without rows; ValueError where x and the rows do not fit.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[nn.Module],
+        adapter_names: Sequence[str],
+        *,
+        steering: Steering | None = None,
+    ) -> None:
+        super().__init__()
+        self.adapter_names = tuple(distinct_names("adapter_names", adapter_names))
+        if len(experts) != len(self.adapter_names):
+            raise ValueError(
+                f"experts must be {len(self.adapter_names)} modules, got {len(experts)}"
+            )
+        if next(experts[0].parameters(), None) is None:
+            raise ValueError(f"experts must have parameters, {type(experts[0]).__name__} has none")
+        self.steering = steering or Steering()
+        self.experts = nn.ModuleList(experts)
+
+    def mixed_parameter(self) -> Tensor:
+        """The first parameter of the first expert."""
+        return next(self.experts[0].parameters())
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [B, ...] or [T, ...], and whatever f takes, with the rows that `steer` has set."""
+        weights, example_ids, _ = self.active_rows(x, x.dim() - 1)
+        assert weights is not None  # steer refuses None where a layer has no base
+        half = x.dtype if x.dtype in _HALVES else None
+        if half is None or any(p.dtype != half for p in self.experts.parameters()):
+            return _mix((f(x, *args, **kwargs) for f in self.experts), weights, example_ids)
+        x, args, kwargs = tree_map(_float32, (x, args, kwargs))
+        terms = (functional_call(f, _wide_state(f), (x, *args), kwargs) for f in self.experts)
+        return _mix(terms, weights, example_ids).to(half)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as [out, in]."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.t() if is_transposed(layer) else weight
+
+
+def _float32(value: Any) -> Any:
+    """A 16-bit tensor in float32, anything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALVES else value
+
+
+def _wide_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those of 16 bits in float32."""
+    state = chain(module.named_parameters(), module.named_buffers())
+    return {name: _float32(tensor) for name, tensor in state}
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    """The value itself where it is a Parameter, else a frozen one that holds it."""
+    if isinstance(value, nn.Parameter):
+        return value
+    return nn.Parameter(value, requires_grad=False)
+
+
+def _mix(terms: Iterable[Tensor], weights: Tensor, example_ids: Tensor | None) -> Tensor:
+    """sum_i weights[b(t), i] * term_i over [B, ...], in the terms' dtype, added in order."""
+    omega = weights if example_ids is None else weights[example_ids]
+    columns = omega.unbind(1)
+    total: Tensor | None = None
+    for column, term in zip(columns, terms, strict=True):
+        acc = accumulator(term.dtype)
+        part = column.to(acc).view(-1, *[1] * (term.dim() - 1)) * term.to(acc)
+        total = part if total is None else total + part
+        dtype = term.dtype
+    assert total is not None  # there is no layer of m = 0
+    return total.to(dtype)

@@ -1,0 +1,286 @@
+"""A few tokens through a language model: what its layers see, and whether its start is the base.
+
+Used when adapters are put into a model of transformers, which says by itself how it is run.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from clp_kernels.nn.steering import SteeredLayer, Steering, adapter_names, steer, wrong_batch
+
+_EXAMPLES, _TOKENS = 2, 3  # unequal, so that no axis is taken for another
+_Calls = list[Tensor | None]  # the first tensor of each call of a module
+
+
+class Layout(NamedTuple):
+    """How layers see a batch [B, T, ...].
+
+    Attributes:
+        flattened: Layers that get [B * T, in], each example's tokens after the other's: the
+            innermost module around each that still sees [B, T, ...].
+        unsteerable: Layers whose inputs cannot be told apart by example.
+    """
+
+    flattened: dict[str, nn.Module]
+    unsteerable: list[str]
+
+
+def can_probe(model: nn.Module) -> bool:
+    """Whether this is a language model of transformers that runs on token ids alone."""
+    network = _network(model)
+    generates: Callable[[], bool] = getattr(network, "can_generate", lambda: False)
+    if getattr(network, "main_input_name", None) != "input_ids" or not generates():
+        return False
+    if any(parameter.is_meta for parameter in network.parameters()):
+        return False
+    arguments = inspect.signature(network.forward).parameters.values()
+    needed = {p.name for p in arguments if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    # A composite of encoder and decoder, such as MusicGen, takes other ids in the decoder.
+    composite = network.config.is_encoder_decoder and network.config.sub_configs
+    return needed <= {"input_ids"} and not composite
+
+
+def layout(model: nn.Module, names: Sequence[str]) -> Layout:
+    """Looks at what the named layers get for two examples of three tokens.
+
+    Where not all see [B, T, ...], the model runs a second time with other tokens in the second
+    example: the entries that change belong to it. A layer that does not run, such as one that is
+    for images, counts as one that sees examples, unless its like (the other experts of its list,
+    the same layer of another block) gets something else.
+
+    Cost: one or two forwards of six tokens.
+    """
+    ids, changed = _token_ids(model)
+    layers = {name: model.get_submodule(name) for name in names}
+    first = _inputs(model, layers, ids)
+    if all(_by_example(x) for calls in first.values() for x in calls):
+        return Layout({}, [])
+    around = {module: model.get_submodule(module) for name in names for module in _around(name)}
+    second = _inputs(model, layers | around, changed)
+    kinds = {name: _kind(first[name], second[name]) for name in names}
+    groups: dict[str, set[str]] = {}
+    for name, kind in kinds.items():
+        groups.setdefault(_like(name), set()).add(kind)
+    unsteerable = [n for n in names if kinds[n] != "examples" and _gathered(groups[_like(n)])]
+    if unsteerable:
+        return Layout({}, unsteerable)
+    flattened = {
+        name: next(
+            around[m] for m in _around(name) if second[m] and all(map(_by_example, second[m]))
+        )
+        for name in names
+        if kinds[name] == "flattened"
+    }
+    return Layout(flattened, [])
+
+
+def _inputs(model: nn.Module, modules: dict[str, nn.Module], ids: Tensor) -> dict[str, _Calls]:
+    """Copies of what the modules get while the model runs, by name."""
+    calls: dict[str, _Calls] = {name: [] for name in modules}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_tensor(args, kwargs)
+            # A copy, because a model may go on to write into it.
+            calls[name].append(None if x is None else x.detach().double().cpu())
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(look(name), prepend=True, with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    # A forward that draws random numbers draws the same ones in both runs of `layout`.
+    with _generators_kept(ids):
+        _run(model, ids, handles)
+    return calls
+
+
+def _outputs(
+    model: nn.Module, modules: dict[str, nn.Module], ids: Tensor
+) -> dict[str, list[Tensor]]:
+    """Copies of what the modules return while the model runs, by name."""
+    calls: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda _, args, y: calls[name].append(y.detach().clone())
+
+    handles = [module.register_forward_hook(look(name)) for name, module in modules.items()]
+    _run(model, ids, handles)
+    return calls
+
+
+@torch.no_grad()
+def _run(model: nn.Module, ids: Tensor, handles: Sequence[RemovableHandle]) -> None:
+    """The model on token ids, in eval mode, with the hooks of `handles`; then all is as before."""
+    network, modes = _network(model), {m: m.training for m in model.modules()}
+    accepted = inspect.signature(network.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    if network.config.is_encoder_decoder:
+        options["decoder_input_ids"] = ids
+    try:
+        network.eval()
+        network(input_ids=ids, **options)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _generators_kept(ids: Tensor) -> AbstractContextManager[None]:
+    """PyTorch's generators are afterwards as they were before."""
+    return torch.random.fork_rng([ids.device] if ids.is_cuda else [])
+
+
+def _token_ids(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Ids of the two examples, and the same with other tokens in the second; none is special."""
+    network = _network(model)
+    config, table = network.config, network.get_input_embeddings().weight
+    values = [v for c in (config, config.get_text_config()) for k, v in vars(c).items()
+              if k.endswith("_token_id")]  # fmt: skip
+    special = {i for v in values for i in (v if isinstance(v, list) else [v])}
+    plain = [i for i in range(len(table)) if i not in special] or [0]
+    count, size = _EXAMPLES * _TOKENS, len(plain)
+    places = [i * max(1, size // count) for i in range(count)]
+    moved = places[:_TOKENS] + [place + max(1, size // (2 * count)) for place in places[_TOKENS:]]
+    both = torch.tensor([[plain[i % size] for i in where] for where in (places, moved)])
+    first, second = both.to(table.device).view(2, _EXAMPLES, _TOKENS)
+    return first, second
+
+
+def _network(model: nn.Module) -> Any:
+    """The model itself where torch.compile has wrapped it: six tokens need no compilation."""
+    return getattr(model, "_orig_mod", model)
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first tensor that a module is called with: its input."""
+    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+
+
+def _like(name: str) -> str:
+    """The name without its numbers, which layers of the same part have in common."""
+    return re.sub(r"\d+", "#", name)
+
+
+def _around(name: str) -> list[str]:
+    """The modules around one, the innermost first; "" is the model."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def _by_example(x: Tensor | None) -> bool:
+    return x is not None and x.dim() > 1 and x.shape[:2] == (_EXAMPLES, _TOKENS)
+
+
+def _kind(first: _Calls, second: _Calls) -> str:
+    """What a layer gets: "examples" [B, T, ...], "entries" [B, ...], "flattened" [B * T, in].
+
+    "idle" if it does not run, "other" for everything else.
+    """
+    if len(first) != len(second):
+        return "other"
+    found = {_kind_of_call(a, b) for a, b in zip(first, second, strict=True)} or {"idle"}
+    return found.pop() if len(found) == 1 else "other"
+
+
+def _kind_of_call(a: Tensor | None, b: Tensor | None) -> str:
+    if a is None or b is None or a.shape != b.shape or a.dim() < 2:
+        return "other"
+    if _by_example(a):
+        return "examples"
+    flat = a.dim() == 2 and len(a) == _EXAMPLES * _TOKENS
+    if not flat and len(a) != _EXAMPLES:
+        return "other"
+    # Relative to each number, so that a large one which is rounded otherwise does not count more:
+    # the experts of a mixture multiply the first example's tokens with other ones the second time.
+    size = (a.abs() + b.abs()).flatten(1)
+    change = ((a - b).abs().flatten(1) / size).nan_to_num(0).sum(1) / (size > 0).sum(1).clamp(min=1)
+    kept, changed = (float(part) for part in (change.chunk(2)[0].max(), change.chunk(2)[1].min()))
+    return ("flattened" if flat else "entries") if kept <= 0.3 * changed > 0 else "other"
+
+
+def _gathered(kinds: set[str]) -> bool:
+    """Whether like layers get what has no order of examples.
+
+    Of a list of experts one may get all tokens, or one per example, if the others get none.
+    """
+    orders = kinds & {"flattened", "entries"}
+    return "other" in kinds or len(orders) > 1 or bool(orders and "idle" in kinds)
+
+
+class OneExamplePerWeights:
+    """Forward pre-hook on a module that sees [B, T, ...] around layers that see [B * T, in].
+
+    These cannot tell how many examples their tokens belong to.
+
+    Raises: ValueError where B is not the number of rows of weights.
+    """
+
+    def __init__(self, steering: Steering) -> None:
+        self.steering = steering
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows, x = self.steering.rows, first_tensor(args, kwargs)
+        if rows is None or rows.weights is None or rows.example_ids is not None:
+            return
+        examples = 0 if x is None else x.shape[0]
+        if examples != rows.weights.shape[0]:
+            raise wrong_batch(examples, rows.weights.shape[0])
+
+
+def check_start(model: nn.Module) -> None:
+    """Refuses a steered model that is not its base model, bit for bit, while lora_B is zero.
+
+    Six tokens run through the base model twice and once under weights that are not zero.
+
+    Raises:
+        ValueError: names the first layer whose outputs differ, between the runs of the base model
+            (it is not deterministic) or between it and the steered model.
+    """
+    ids, _ = _token_ids(model)
+    layers: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, SteeredLayer)
+    }
+    count = len(adapter_names(model))
+    weights = torch.tensor([[1.0] * count, [-0.5] * count])
+
+    def run(rows: Tensor | None) -> dict[str, list[Tensor]]:
+        with steer(model, rows):
+            return _outputs(model, layers, ids)
+
+    with _generators_kept(ids):
+        base, again, steered = run(None), run(None), run(weights)
+    if name := _first_difference(base, again):
+        raise ValueError(
+            f"model must be deterministic, the outputs of {name} differ between two runs of the "
+            "same tokens"
+        )
+    if name := _first_difference(base, steered):
+        raise ValueError(
+            f"model must equal its base model before training, the outputs of {name} differ; leave "
+            f"it out of target_modules (exclude_modules=[{name!r}])"
+        )
+
+
+def _first_difference(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> str | None:
+    """The first layer whose outputs are not the same values (NaN is NaN, -0.0 is 0.0)."""
+    for name in one:
+        a, b = one[name], other[name]
+        if len(a) != len(b) or not all(map(_same, a, b)):
+            return name
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a != a) & (b != b)).all())
+    )

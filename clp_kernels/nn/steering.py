@@ -1,0 +1,280 @@
+"""`steer`, and what all steered layers of a model have in common: names and rows of weights.
+
+The layers are in nn.mixed_lora (adapters) and nn.experts (whole parameters).
+"""
+
+import re
+import threading
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clp_kernels import checks
+
+_ENTERING = threading.Lock()
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class _Rows(NamedTuple):
+    """The active rows: weights [B, m] (None: the base model), token map, and when they were set."""
+
+    weights: Tensor | None
+    example_ids: Tensor | None
+    set_in_backward: bool
+
+
+class Steering:
+    """The rows shared by all layers of one model. Only `steer` writes it."""
+
+    def __init__(self) -> None:
+        self.rows: _Rows | None = None
+        self.thread = 0  # the one that set them; 0: not known
+
+
+class SteeredLayer(nn.Module):
+    """A layer that mixes m terms per example by the rows of `steer`.
+
+    Attributes:
+        adapter_names: m names, in the order of the columns of `weights`.
+        steering: The object that `steer` writes; shared by the layers of a model.
+        has_base: Whether the layer can run for `steer(model, None)`.
+    """
+
+    adapter_names: tuple[str, ...]
+    steering: Steering
+    has_base: ClassVar[bool] = False
+
+    @abstractmethod
+    def mixed_parameter(self) -> Tensor:
+        """One of the parameters that are mixed: the rows go to its device, in its accumulator."""
+
+    def fault(self) -> str | None:
+        """What has happened to the layer since it was made, so that it no longer computes right."""
+        return None
+
+    def active_rows(self, x: Tensor, feature_axes: int, broadcast: bool = False) -> _Rows:
+        """The rows for an input whose last `feature_axes` axes belong to one token.
+
+        `broadcast` lets an input of one example serve every row.
+
+        Raises: RuntimeError without rows; ValueError where x and the rows do not fit.
+        """
+        rows = self.steering.rows
+        if rows is None:
+            base = " (all-zero rows give the base model)" if self.has_base else ""
+            raise RuntimeError(
+                "a steered layer ran without weights: call the model inside "
+                f"`with clp_kernels.steer(model, weights):`{base}"
+            )
+        if not torch.compiler.is_compiling():
+            _refuse_foreign_recompute(rows)
+        weights, example_ids = rows.weights, rows.example_ids
+        if weights is None:
+            return rows
+        if example_ids is not None:
+            if x.shape[: x.dim() - feature_axes] != example_ids.shape:
+                raise ValueError(
+                    f"example_ids names the rows of {example_ids.numel()} tokens [T, in], the "
+                    f"layer got {list(x.shape)}"
+                )
+        elif x.shape[0] != weights.shape[0] and not (broadcast and x.shape[0] == 1):
+            raise wrong_batch(x.shape[0], weights.shape[0])
+        return rows
+
+
+def wrong_batch(examples: int, rows: int) -> ValueError:
+    """The error of a batch that has another number of examples than there are rows of weights."""
+    return ValueError(
+        f"the batch has {examples} examples, weights has {rows} rows; repeat the rows "
+        "(weights.repeat_interleave(n, 0) for n sequences per prompt), or pass example_ids to "
+        "steer for a module that sees flattened tokens"
+    )
+
+
+def _refuse_foreign_recompute(rows: _Rows) -> None:
+    """A forward inside a backward is a recomputation; it must run with the rows of its forward."""
+    if torch._C._current_graph_task_id() != -1 and not rows.set_in_backward:
+        raise RuntimeError(
+            "a steered layer was recomputed in the backward with rows that may not be its own; use "
+            "transformers' gradient_checkpointing_enable() (from 5.23 on: "
+            "activation_checkpointing_enable()), or torch.utils.checkpoint.checkpoint(..., "
+            "use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), "
+            "clp_kernels.steer(model, weights)))"
+        )
+
+
+def all_steered(model: nn.Module) -> list[SteeredLayer]:
+    """Every layer that `steer` serves: adapters on a base and mixtures of whole parameters."""
+    return [m for m in model.modules() if isinstance(m, SteeredLayer)]
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """The adapters (or mixed models) of a steered model, in the order of the columns of `weights`.
+
+    Raises: ValueError for a model that has no steered layer.
+    """
+    return _names_of(all_steered(model))
+
+
+def _names_of(layers: list[SteeredLayer]) -> tuple[str, ...]:
+    if not layers:
+        raise ValueError(
+            "model has no MixedLoRALinear layer and no other that is steered; call inject, "
+            "load_adapters or mix_models first"
+        )
+    return layers[0].adapter_names
+
+
+def distinct_names(argument: str, names: Sequence[str]) -> list[str]:
+    """The names as a list. Raises ValueError unless they are distinct and fit for a folder's."""
+    listed = list(names)
+    good = all(isinstance(n, str) and _NAME.fullmatch(n) for n in listed)
+    if not listed or not good or len(set(listed)) != len(listed) or isinstance(names, str):
+        raise ValueError(
+            f"{argument} must be distinct names of letters, digits, _ and -, got {listed}"
+        )
+    return listed
+
+
+class steer:
+    """Sets the weight rows for all steered layers of a model: `with steer(model, weights): ...`
+
+    Args:
+        model: A model after `inject`, `load_adapters` or `mix_models` (also wrapped by DDP or
+            torch.compile). Its steered layers are looked up once, here.
+        weights: [B, m], one row an example: a tensor or nested sequence of real numbers. A tensor
+            that requires grad gets its gradient. None runs the bare base model, for any batch;
+            a mixture of whole models has none.
+        example_ids: int32 or int64 [T], for modules that see flattened tokens [T, in].
+
+    Rows may be changed freely between calls without recompilation. Nests, and one object may be
+    entered again and again: the inner rows hold inside, the outer ones afterwards. Gradient
+    checkpointing through transformers' `gradient_checkpointing_enable()` re-enters the rows of the
+    forward when it recomputes, also after this context has ended.
+
+    Raises:
+        ValueError: wrong shape, NaN or infinity (rows on a GPU are read once here), no steered
+            layer, None for a model without a base, hooks or another forward on a base layer, which
+            would not run.
+        RuntimeError: on entry, while another thread has rows set for the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Tensor | Sequence[Sequence[float]] | None,
+        example_ids: Tensor | None = None,
+    ) -> None:
+        self.model, self.example_ids = model, example_ids
+        # One list of steps a nesting level, so that leaving ends only what its entry began.
+        self._undo: list[list[Callable[[], None]]] = []
+        layers = all_steered(model)
+        names = _names_of(layers)
+        # Collected here: a walk over all modules at every entry is 3 % of a decoding step.
+        self._shared = list({id(layer.steering): layer.steering for layer in layers}.values())
+        self.weights: Tensor | None = None
+        if weights is None:
+            if not all([layer.has_base for layer in layers]):
+                raise ValueError(
+                    f"weights must be rows [B, {len(names)}], got None: a mixture of whole models "
+                    f"({', '.join(names)}) has no base model"
+                )
+            return
+        for layer in layers:
+            if fault := layer.fault():
+                name = next(n for n, module in model.named_modules() if module is layer)
+                raise ValueError(f"{name}: {fault}")
+        parameter = layers[0].mixed_parameter()
+        acc = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        rows = torch.as_tensor(weights).to(parameter.device, acc)
+        if rows.dim() != 2 or rows.shape[1] != len(names):
+            raise ValueError(
+                f"weights must have shape [B, {len(names)}] for the adapters {', '.join(names)}, "
+                f"got {list(rows.shape)}"
+            )
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"weights must be finite, got {rows[~torch.isfinite(rows)][0].item()}")
+        if example_ids is not None:
+            tokens = example_ids.numel() if isinstance(example_ids, Tensor) else 0
+            checks.example_ids(example_ids, tokens, rows.shape[0], rows)
+        self.weights = rows
+
+    def __enter__(self) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        rows = _Rows(self.weights, self.example_ids, in_backward)
+        shared = self._shared
+        if torch.compiler.is_compiling():
+            previous = [s.rows for s in shared]
+            for steering in shared:
+                steering.rows, steering.thread = rows, 0
+        else:
+            with _ENTERING:
+                if not in_backward:  # a recomputation may run in a thread of autograd's
+                    _claim(shared)
+                previous = [s.rows for s in shared]
+                _assign(shared, [rows] * len(shared))
+        self._undo.append([lambda: _assign(shared, previous)])
+        if torch.is_grad_enabled():
+            self._bind_checkpointing(shared, rows)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for step in reversed(self._undo.pop()):
+            step()
+
+    def _bind_checkpointing(self, shared: list[Steering], rows: _Rows) -> None:
+        """Makes what transformers hands to checkpoint() carry these rows into the recomputation."""
+        for module in self.model.modules():
+            original = module.__dict__.get("_gradient_checkpointing_func")
+            if original is not None:
+                carrying = _carrying(original, shared, rows)
+                module._gradient_checkpointing_func = carrying  # type: ignore[assignment]
+                self._undo[-1].append(_restore(module, original))
+
+
+def _claim(shared: list[Steering]) -> None:
+    """Notes this thread as the one that sets rows. Raises RuntimeError where another's are set."""
+    thread = threading.get_ident()
+    if any(s.rows is not None and s.thread not in (0, thread) for s in shared):
+        raise RuntimeError(
+            "another thread is running this model with weights of its own: let the threads take "
+            "turns (a lock around each `with clp_kernels.steer(...)`), or give each a copy"
+        )
+    for steering in shared:
+        steering.thread = thread
+
+
+def _assign(shared: list[Steering], values: Sequence[_Rows | None]) -> None:
+    for steering, value in zip(shared, values, strict=True):
+        steering.rows = value
+
+
+def _restore(module: nn.Module, original: Callable[..., Any]) -> Callable[[], None]:
+    return lambda: setattr(module, "_gradient_checkpointing_func", original)
+
+
+def _carrying(
+    checkpoint: Callable[..., Any], shared: list[Steering], rows: _Rows
+) -> Callable[..., Any]:
+    """checkpoint(), but the function it will call twice runs with `rows` both times."""
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def with_rows(*inner: Any, **inner_kwargs: Any) -> Any:
+            previous = [s.rows for s in shared]
+            _assign(shared, [rows._replace(set_in_backward=True)] * len(shared))
+            try:
+                return function(*inner, **inner_kwargs)
+            finally:
+                _assign(shared, previous)
+
+        return checkpoint(with_rows, *args, **kwargs)
+
+    return run

@@ -1,0 +1,203 @@
+"""Triton kernels of mix_logits, forward and backward. Unverified on a GPU.
+
+    geometric:  z = sum_i w_i l_i        probability:  z = log sum_i w_i softmax(l_i)
+
+Geometric mixing is one pass over the logits in each direction. Probability mixing first takes the
+log-sum-exp of each source row (one more pass), and its backward one sum over each row before the
+gradient of the logits (another). Rows are cut into slices of BLOCK ids, whatever the batch: a
+row's bits do not depend on the other rows. No atomics: two runs give the same bits.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from clp_kernels.ops.mix_logits import triton_kernels as kernels
+
+# Under TRITON_INTERPRET=1 `triton.jit` gives another class, which runs on CPU tensors.
+INTERPRETED = not isinstance(kernels.mix_kernel, triton.JITFunction)
+
+# Ids a program works on, and partials that are combined at a time. Unmeasured starting points.
+BLOCK = 1024
+COMBINE_BLOCK = 256
+# The mixture is rounded product by product, as the reference rounds it.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def slices_of(vocab_size: int) -> int:
+    """Programs a row. By the vocabulary alone: a row's sums do not depend on the batch."""
+    return -(-vocab_size // BLOCK)
+
+
+def why_not(tensor: Tensor, *_: Any) -> str | None:
+    """Why these kernels cannot run a call whose first argument is `tensor`, or None."""
+    if tensor.dtype == torch.float64:
+        return "the triton kernels mix in float32 and the logits are float64"
+    if not INTERPRETED and tensor.device.type != "cuda":
+        return f"the logits are on {tensor.device}, not on a GPU, and triton's interpreter is off"
+    return None
+
+
+def mix_logits(logits: Tensor, weights: Tensor, mode: str) -> Tensor:
+    """[m, B, V], weights [B, m] float32 -> [B, V] in the logits' dtype; as reference.mix_logits.
+
+    float32, bfloat16 and float16; float32 accumulation in the order of i, one rounding. A term of
+    weight zero is left out, whatever it holds. Deterministic, and bitwise independent of the other
+    rows. Reads nothing on the host.
+    """
+    return mixture(logits, weights, mode, logits.dtype)
+
+
+def mixture(logits: Tensor, weights: Tensor, mode: str, dtype: torch.dtype) -> Tensor:
+    """mix_logits in a dtype to choose: float32 is the mixture before its rounding."""
+    _, batch_size, vocab_size = logits.shape
+    out = logits.new_empty(batch_size, vocab_size, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    logits = unit_stride(logits)
+    with torch.cuda.device_of(logits):
+        kernels.mix_kernel[(batch_size * slices_of(vocab_size),)](
+            weights_ptr=weights.contiguous(),
+            log_norms_ptr=_log_norms(logits) if mode == "probability" else None,
+            out_ptr=out,
+            **logits_arguments(logits),
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )
+    return out
+
+
+def mix_logits_backward(
+    dz: Tensor, logits: Tensor, weights: Tensor, mode: str, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of (logits, weights), as reference.mix_logits_backward.
+
+        geometric:    d_logits_i = dz w_i,  d_weights_i = sum_v dz l_i
+        probability:  d_logits_i = w_i (dz r_i - softmax(l_i) d_weights_i),
+                      d_weights_i = sum_v dz r_i,  r_i = softmax(l_i) / exp(z)
+
+    d_logits [m, B, V] in the logits' dtype, d_weights [B, m] in the weights'; what is not asked for
+    is empty and launches nothing. Ids where z is -inf pass no gradient, and there dz may hold
+    anything. Deterministic, each row by itself.
+    """
+    m, batch_size, vocab_size = logits.shape
+    d_logits = logits.new_empty(logits.shape) if needs[0] else logits.new_empty(0)
+    d_weights = weights.new_empty(batch_size, m) if needs[1] else logits.new_empty(0)
+    if logits.numel() == 0 or not any(needs):
+        # Without ids the sums are empty; with neither asked for there is nothing to fill.
+        return d_logits, d_weights.zero_()
+    logits, slices = unit_stride(logits), slices_of(vocab_size)
+    probability = mode == "probability"
+    sums, parts = None, None
+    if needs[1] or probability:
+        parts = logits.new_empty(slices, batch_size, m, dtype=torch.float32)
+        sums = d_weights if needs[1] else parts.new_empty(batch_size, m)
+    with torch.cuda.device_of(logits):
+        inputs = {
+            "dz_ptr": dz.contiguous(),
+            "weights_ptr": weights.contiguous(),
+            "log_norms_ptr": _log_norms(logits) if probability else None,
+            **logits_arguments(logits),
+        }
+
+        def launch(ratio_sums: Tensor | None, out: Tensor | None, parts: Tensor | None) -> None:
+            kernels.gradients_kernel[(batch_size * slices,)](
+                **inputs,
+                ratio_sums_ptr=ratio_sums,
+                d_logits_ptr=out,
+                parts_ptr=parts,
+                BLOCK=BLOCK,
+                **OPTIONS,
+            )
+
+        launch(None, d_logits if needs[0] and not probability else None, parts)
+        if sums is not None:
+            kernels.sum_slices_kernel[(batch_size * m,)](
+                parts_ptr=parts, out_ptr=sums, size=batch_size * m, slices=slices,
+                BLOCK=COMBINE_BLOCK, **OPTIONS,
+            )  # fmt: skip
+        if needs[0] and probability:
+            launch(sums, d_logits, None)
+    return d_logits, d_weights
+
+
+def logits_arguments(logits: Tensor) -> dict[str, Any]:
+    """The arguments by which a kernel reads logits [m, B, V] whose last axis is dense."""
+    m, batch_size, vocab_size = logits.shape
+    return {
+        "logits_ptr": logits,
+        "vocab_size": vocab_size,
+        "term_stride": logits.stride(0),
+        "row_stride": logits.stride(1),
+        "batch_size": batch_size,
+        "num_terms": m,
+        "slices": slices_of(vocab_size),
+    }
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """t itself where its last axis is dense (the kernels take the other strides), else a copy."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _log_norms(logits: Tensor) -> Tensor:
+    """[2, m, B] float32: of each source row the maximum m, and log sum exp(l - m)."""
+    m, batch_size, vocab_size = logits.shape
+    rows, slices = m * batch_size, slices_of(vocab_size)
+    parts = logits.new_empty(2, m, batch_size, slices, dtype=torch.float32)
+    log_norms = logits.new_empty(2, m, batch_size, dtype=torch.float32)
+    kernels.row_sums_kernel[(rows * slices,)](
+        parts_ptr=parts, **logits_arguments(logits), BLOCK=BLOCK, **OPTIONS
+    )
+    kernels.log_norms_kernel[(rows,)](
+        parts_ptr=parts, log_norms_ptr=log_norms, rows=rows, slices=slices,
+        BLOCK=COMBINE_BLOCK, **OPTIONS,
+    )  # fmt: skip
+    return log_norms
+
+
+KINDS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+Variant = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
+
+
+def variant(kernel: Any, block: int, options: dict[str, Any], **types: str) -> Variant:
+    """(name, kernel, signature, constexprs, options) as triton.compile takes them.
+
+    `types`: of the pointers, by argument without its _ptr; a pointer that is not named is None.
+    """
+    pointers = {f"{name}_ptr": kind for name, kind in types.items()}
+    absent = [a for a in kernel.arg_names if a.endswith("_ptr") and a not in pointers]
+    constexprs: dict[str, Any] = {"BLOCK": block, **dict.fromkeys(absent)}
+    signature = {
+        arg: "constexpr" if arg in constexprs else pointers.get(arg, "i32")
+        for arg in kernel.arg_names
+    }
+    name = " ".join([kernel.__name__, *(f"{key}={value}" for key, value in types.items())])
+    return name, kernel, signature, constexprs, options
+
+
+def variants(capability: tuple[int, int]) -> list[Variant]:
+    """Every kernel variant that these functions launch, on any GPU.
+
+    The geometric gradients come with both outputs: without one, a kernel leaves out a store.
+    """
+    fp32, found = "*fp32", []
+    for kind in KINDS.values():
+        inputs = {"logits": kind, "weights": fp32}
+        norms = {**inputs, "log_norms": fp32}
+        for types in (inputs, norms):
+            found.append(variant(kernels.mix_kernel, BLOCK, OPTIONS, **types, out=kind))
+        gradients = (
+            {**inputs, "d_logits": kind, "parts": fp32},
+            {**norms, "parts": fp32},
+            {**norms, "ratio_sums": fp32, "d_logits": kind},
+        )
+        for types in gradients:
+            found.append(variant(kernels.gradients_kernel, BLOCK, OPTIONS, **types, dz=kind))
+        found.append(variant(kernels.row_sums_kernel, BLOCK, OPTIONS, logits=kind, parts=fp32))
+    combine = (COMBINE_BLOCK, OPTIONS)
+    found.append(variant(kernels.log_norms_kernel, *combine, parts=fp32, log_norms=fp32))
+    found.append(variant(kernels.sum_slices_kernel, *combine, parts=fp32, out=fp32))
+    return found

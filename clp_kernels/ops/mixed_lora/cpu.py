@@ -1,0 +1,424 @@
+"""`mixed_lora` on the CPU: whole in C++, or the low-rank part around PyTorch's base product.
+
+csrc/mixed_lora.cpp multiplies, shrinks, mixes and expands in one parallel region. Where many wide
+rows meet PyTorch's matrix products at full speed, these do it, with the mixing between them;
+`use_native_base` and `use_native` say which. In batch_invariant() the base product runs in fixed
+tiles and the low-rank part in C++, whose rows do not depend on one another. The backward is
+PyTorch's products, in float32 and a block of rows at a time where the processor has none in the
+inputs' dtype.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clp_kernels import native
+from clp_kernels.native import has_native_gemm
+from clp_kernels.ops import reference
+
+# tokens * (in_features + out_features) up to which the C++ kernel beats PyTorch's products, whose
+# calls alone take 170 us (docs/log.md); four times that where the call at once spares the checks.
+# The last, beside products in 16 bits, is not measured: the kernel has run on processors without
+# them only.
+NATIVE_WORK, AT_ONCE_WORK, NATIVE_WORK_16_BITS = 2**18, 2**20, 2**16
+
+# Rows up to which our float32 base product beats PyTorch's: 3.7 times faster with 2 rows of 2048
+# features, 1.9 times with 16, 1.2 times with 96. In 16 bits on a processor without such products it
+# is 4 to 6 times faster from 4 rows on, and 1.3 times with one. In smaller matrices than BASE_SIZE
+# there are at most 5 us to win.
+BASE_ROWS, BASE_SIZE = 96, 2**14
+
+# A float32 copy of x or dy holds so many rows (1 MB at 4096 features), one of W^T so many columns
+# of W.
+BLOCK, WEIGHT_BLOCK = 64, 18
+
+# Rows up to which the gradients of lora_A and lora_B are float32 products in 16 bits too: 10 to
+# 40 us more in 1024 features.
+FEW_ROWS = 8
+
+
+def use_native(
+    tokens: int, features: int, dtype: torch.dtype, gemm_dtype: torch.dtype, invariant: bool
+) -> bool:
+    """Whether the C++ kernel runs a forward; `features` are in_features + out_features.
+
+    `gemm_dtype`: what PyTorch's products would run in (`product_dtype`). In another dtype than x's
+    they would need copies, and are slower at every size but for 14 % at 2048 rows of 4096.
+    """
+    limit = NATIVE_WORK if dtype == torch.float32 else NATIVE_WORK_16_BITS
+    return invariant or gemm_dtype != dtype or tokens * features <= limit
+
+
+def use_native_base(tokens: int, size: int, dtype: torch.dtype) -> bool:
+    """Whether the C++ kernel runs the base product too; size: base_weight's elements.
+
+    Only outside of batch_invariant() with a contiguous base_weight, and where no row of weights
+    and not all of lora_B is zero: what is then the bare layer has the bits of F.linear.
+    """
+    faster = tokens <= BASE_ROWS if dtype == torch.float32 else not has_native_gemm(dtype)
+    return faster and size >= BASE_SIZE
+
+
+def product_dtype(dtype: torch.dtype, lora_dtype: torch.dtype) -> torch.dtype:
+    """x's dtype where PyTorch multiplies it and the adapters at full speed, else float32."""
+    return dtype if lora_dtype == dtype and has_native_gemm(dtype) else torch.float32
+
+
+def why_not(x: Tensor, *_: object) -> str | None:
+    """None where these kernels can run (x, or dy in the backward), else a sentence."""
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}, not on the CPU"
+    return native.cpu_missing() or native.dtype_why_not(x)
+
+
+def mixed_lora(
+    x: Tensor,
+    base_weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    example_ids: Tensor | None,
+    invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    """As reference.mixed_lora: y in x's dtype, u = x A^T in float32."""
+    m, r, in_features = lora_A.shape
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    tokens, out_features = rows.shape[0], base_weight.shape[0]
+    if x.numel() * out_features * m * r == 0:  # an empty tensor has no address
+        return reference.mixed_lora(
+            x, base_weight, lora_A, lora_B, weights, bias, example_ids, invariant
+        )
+    gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
+    native_base = (
+        not invariant
+        and use_native_base(tokens, base_weight.numel(), x.dtype)
+        and base_weight.is_contiguous()
+        and bool((weights != 0).any(1).all())
+        and bool(lora_B[-1, -1].any() or lora_B.any())
+    )
+    if native_base:
+        y = x.new_empty(*x.shape[:-1], out_features)
+        base = (base_weight, bias)
+        u = run_native(rows, lora_A, lora_B, weights, example_ids, y, *base)
+        return y, u if x.dim() == 2 else u.view(*x.shape[:-1], m * r)
+    linear = reference.tiled_linear if invariant else F.linear
+    y = linear(x, base_weight, bias).contiguous()
+    if use_native(tokens, in_features + out_features, x.dtype, gemm_dtype, invariant):
+        u = run_native(rows, lora_A, lora_B, weights, example_ids, y)
+    else:
+        per_token, out = token_weights(weights, example_ids, tokens), y.flatten(0, -2)
+        u = _add_low_rank_by_products(rows, lora_A, lora_B, per_token, out)
+    return y, u if x.dim() == 2 else u.view(*x.shape[:-1], m * r)
+
+
+@cache
+def at_once() -> Callable[..., Tensor | None] | None:
+    """csrc/mixed_lora_at_once.cpp for plain inputs of not too many rows, or None.
+
+    It takes the public arguments and the depth of batch_invariant(), and gives y, or None where
+    the call has to be checked and dispatched; then nothing has happened.
+    """
+    if native.cpu_missing() is not None:
+        return None
+    limits = {"base_size": BASE_SIZE}
+    for dtype in native.DTYPES:
+        name, wide = str(dtype)[6:], dtype == torch.float32 or not has_native_gemm(dtype)
+        limits[f"{name}_work"] = AT_ONCE_WORK if wide else NATIVE_WORK_16_BITS
+        most = BASE_ROWS if dtype == torch.float32 else AT_ONCE_WORK
+        limits[f"{name}_base_rows"] = most if use_native_base(1, BASE_SIZE, dtype) else 0
+    native.cpu().mixed_lora_at_once_limits(limits)
+    return native.cpu().mixed_lora_at_once  # type: ignore[no-any-return]
+
+
+def run_native(
+    x: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    weights: Tensor | None,
+    example_ids: Tensor | None,
+    y: Tensor | None,
+    base_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    u: Tensor | None = None,
+    isa: str = "",
+) -> Tensor:
+    """The C++ kernel: writes x W^T + bias + ((x A^T) * weights) B^T to y; returns u = x A^T.
+
+    Without base_weight y holds the base product and the rest is added to it. With lora_A None u
+    [T, m*r] is read, else it is written, to the one given or a new one; with lora_B None (and
+    weights and y) u alone is computed. x [T, in] with T > 0,
+    y [T, out] in x's dtype (any shape of that many elements where contiguous), lora_A in x's dtype
+    or float32 and m * r > 0; weights [B, m] float32 with example_ids [T], or B dividing T. isa: an
+    instruction set for this call, "" for the one in use. A row's bits depend on neither the other
+    rows nor the number of threads.
+    """
+    tokens, in_features = x.shape
+    if in_features > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    # All are held here, because only their addresses are passed.
+    A, B = (None if t is None else t.contiguous() for t in (lora_A, lora_B))
+    W, c, w, ids = (
+        None if t is None else t.contiguous() for t in (base_weight, bias, weights, example_ids)
+    )
+    out_features = 0 if B is None else B.shape[1]
+    if A is not None:
+        m, r, lora_dtype = A.shape[0], A.shape[1], A.dtype
+        u = torch.empty((tokens, m * r), dtype=torch.float32) if u is None else u
+    else:
+        assert B is not None and u is not None
+        m, r, lora_dtype = B.shape[0], B.shape[2], B.dtype
+    native.cpu().mixed_lora(
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        x.stride(0),
+        _address(W),
+        _address(c),
+        _address(A),
+        _address(B),
+        native.DTYPES[lora_dtype],
+        _address(w),
+        _address(ids),
+        ids is not None and ids.dtype == torch.int64,
+        1 if w is None or ids is not None else tokens // w.shape[0],
+        _address(y),
+        y.stride(0) if y is not None and y.dim() == 2 else out_features,
+        u.data_ptr(),
+        tokens,
+        in_features,
+        out_features,
+        m,
+        r,
+        torch.get_num_threads(),
+        isa,
+    )
+    return u
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def token_weights(weights: Tensor, example_ids: Tensor | None, tokens: int) -> Tensor:
+    """weights [B, m] as [T, m]."""
+    if example_ids is not None:
+        return weights.index_select(0, example_ids)
+    each = tokens // weights.shape[0]
+    return weights if each == 1 else weights.repeat_interleave(each, 0)
+
+
+def _mix_(u: Tensor, per_token: Tensor, zero: Tensor | None) -> Tensor:
+    """u [T, m*r] times the weights of its token, in place; where `zero`, zero whatever u is."""
+    m = per_token.shape[1]
+    z = u.view(-1, m, u.shape[1] // m).mul_(per_token[:, :, None])
+    if zero is not None:
+        z.masked_fill_(zero[:, :, None], 0.0)
+    return u
+
+
+def _zeros(per_token: Tensor) -> Tensor | None:
+    """Where a weight is zero, or None where none is."""
+    zero = per_token == 0
+    return zero if bool(zero.any()) else None
+
+
+def _stacked(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """lora_B [m, out, r] as [out, m*r]."""
+    return lora_B.transpose(0, 1).flatten(1).to(dtype)
+
+
+def _over_rows(rank: Tensor, rows: Tensor) -> Tensor:
+    """rank^T rows, [m*r, features]; rank [T, m*r] float32, rows [T, features]. In 16 bits rank is
+    rounded, which averages out over many rows; over few the product is one in float32."""
+    if len(rows) <= FEW_ROWS:
+        rows = rows.float()
+    return rank.to(rows.dtype).t() @ rows
+
+
+def _add_low_rank_by_products(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, per_token: Tensor, y: Tensor
+) -> Tensor:
+    """What `run_native` does, by PyTorch's products in x's dtype; y [T, out]."""
+    zero = _zeros(per_token)
+    bare = None if zero is None else zero.all(1).nonzero()[:, 0]
+    base = None if bare is None else y[bare]
+    # In 16 bits PyTorch's products would round u and, in the backward, G = dy B: the factors of
+    # d_weights. The C++ kernel keeps them in float32 and is as fast (docs/log.md, 2026-11-28).
+    if x.dtype == torch.float32:
+        u = x @ lora_A.flatten(0, 1).t()
+    else:
+        u = run_native(x, lora_A, None, None, None, None)
+    z = _mix_(u.clone(), per_token, zero).to(x.dtype)
+    y.addmm_(z, _stacked(lora_B, x.dtype).t())
+    if base is not None:
+        y[bare] = base
+    return u
+
+
+def mixed_lora_backward(
+    dy: Tensor,
+    x: Tensor,
+    base_weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    example_ids: Tensor | None,
+    u: Tensor,
+    invariant: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As reference.mixed_lora_backward; holds [T, m*r] and blocks of rows beside the gradients."""
+    m, r, _ = lora_A.shape
+    if invariant or m * r * x.numel() * dy.numel() == 0:
+        return reference.mixed_lora_backward(
+            dy, x, base_weight, lora_A, lora_B, weights, example_ids, u, invariant, needs
+        )
+    rows, dy_rows = x.flatten(0, -2), dy.flatten(0, -2)
+    tokens = rows.shape[0]
+    d_base, d_bias = (x.new_empty(0) for _ in range(2))
+    if needs[1]:
+        d_base = (dy_rows.t().float() @ rows.float()).to(base_weight.dtype)
+    if needs[5]:
+        d_bias = dy_rows.sum(0, dtype=torch.float32).to(base_weight.dtype)
+    gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
+    gradients = _gradients_by_products if x.dtype == gemm_dtype else _gradients_native
+    u = u.view(tokens, m * r)
+    dx, d_lora_A, d_lora_B, d_weights = gradients(
+        dy_rows, rows, base_weight, lora_A, lora_B, weights, example_ids, u, needs
+    )
+    if needs[0]:
+        dx = dx.view(x.shape)
+    return dx, d_base, d_lora_A, d_lora_B, d_weights, d_bias
+
+
+def _gradients_by_products(
+    dy: Tensor,
+    x: Tensor,
+    base_weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    example_ids: Tensor | None,
+    u: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, d_lora_A, d_lora_B, d_weights, by products in x's dtype; x [T, in], dy [T, out].
+
+    What lies between two products is float32, and rounded for the second alone.
+    """
+    m, r, _ = lora_A.shape
+    dx, d_lora_A, d_lora_B, d_weights = (x.new_empty(0) for _ in range(4))
+    w = token_weights(weights, example_ids, len(x))
+    zero = _zeros(w)
+    if needs[3]:
+        d_B = _over_rows(_mix_(u.clone(), w, zero), dy)
+        d_lora_B = d_B.unflatten(0, (m, r)).transpose(1, 2).to(lora_B.dtype).contiguous()
+        del d_B
+    if not (needs[0] or needs[2] or needs[4]):
+        return dx, d_lora_A, d_lora_B, d_weights
+    if x.dtype == torch.float32:
+        g = dy @ _stacked(lora_B, x.dtype)
+    else:
+        g = run_native(dy, lora_B.mT, None, None, None, None)
+    if needs[4]:
+        d_w = (g * u).view(len(u), m, r).sum(-1)
+        d_weights = reference.sum_per_example(d_w, len(weights), example_ids)
+        del d_w
+    du = _mix_(g, w, zero)
+    if needs[2]:
+        d_lora_A = _over_rows(du, x).view(lora_A.shape).to(lora_A.dtype)
+    if needs[0]:
+        # The largest last, when little else is held: the peak is 1.06 times the frozen layer's.
+        dx = F.linear(dy, base_weight.t()).contiguous()
+        dx.addmm_(du.to(x.dtype), lora_A.flatten(0, 1))
+    return dx, d_lora_A, d_lora_B, d_weights
+
+
+def _gradients_native(
+    dy: Tensor,
+    x: Tensor,
+    base_weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    example_ids: Tensor | None,
+    u: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As _gradients_by_products, where the processor has no product in x's dtype.
+
+    What is needed before dx lies in dx's own memory, the rank [T, m*r] at its beginning: with u,
+    64 of 1024 bfloat16 features would else be 12.5 % of the layer's activations, not 6.25 %.
+    """
+    m, r, in_features = lora_A.shape
+    tokens, out_features = dy.shape
+    dx, d_lora_A, d_lora_B, d_weights = (x.new_empty(0) for _ in range(4))
+    of_rank, of_features = tokens * m * r, (m * r + BLOCK) * max(in_features, out_features)
+    spare = dx.float()
+    if needs[0]:
+        dx = x.new_empty(tokens, in_features)
+        spare = dx.view(-1)[: dx.numel() // 2 * 2].view(torch.float32)
+    inside = 4 * (of_rank + of_features) <= spare.numel()
+    if not inside:
+        spare = torch.empty(of_rank + of_features)
+    rank, features = spare[:of_rank].view(tokens, m * r), spare[-of_features:]
+    w = token_weights(weights, example_ids, tokens)
+    zero = _zeros(w)
+    if needs[3]:
+        d_B = _gradient_of_rank(_mix_(rank.copy_(u), w, zero), dy, features)
+        # A copy always: `features` is written again.
+        d_lora_B = lora_B.new_empty(lora_B.shape).copy_(d_B.unflatten(0, (m, r)).mT)
+    if not (needs[0] or needs[2] or needs[4]):
+        return dx, d_lora_A, d_lora_B, d_weights
+    transposed = features.view(lora_B.dtype)[: lora_B.numel()].view(m, r, -1).copy_(lora_B.mT)
+    run_native(dy, transposed, None, None, None, None, u=rank)
+    if needs[4]:
+        d_w = torch.empty_like(w)
+        for begin in range(0, tokens, BLOCK):
+            block = slice(begin, begin + BLOCK)
+            torch.sum((rank[block] * u[block]).view(-1, m, r), -1, out=d_w[block])
+        d_weights = reference.sum_per_example(d_w, len(weights), example_ids)
+        del d_w
+    _mix_(rank, w, zero)
+    del w, zero
+    if needs[2]:
+        d_A = _gradient_of_rank(rank, x, features)
+        d_lora_A = lora_A.new_empty(lora_A.shape).copy_(d_A.view(lora_A.shape))
+    while needs[0] and tokens > 0:
+        # The rows of dx from `begin` on hold no rank that a row before `tokens` needs.
+        begin = -(-tokens * m * r * 4 // (in_features * dx.element_size())) if inside else 0
+        if begin > 0 and tokens <= BLOCK:
+            begin, rank = 0, rank[:tokens].clone()
+        rows = slice(begin, tokens)
+        _input_gradient(dy[rows], base_weight, rank[rows], lora_A, dx[rows])
+        tokens = begin
+    return dx, d_lora_A, d_lora_B, d_weights
+
+
+def _gradient_of_rank(rank: Tensor, rows: Tensor, memory: Tensor) -> Tensor:
+    """rank^T rows, [m*r, features], in `memory`; rank [T, m*r] float32, rows [T, features]."""
+    size, features = rank.shape[1], rows.shape[1]
+    total, block = memory[: (size + BLOCK) * features].view(-1, features).split([size, BLOCK])
+    for begin in range(0, len(rows), BLOCK):
+        part = rank[begin : begin + BLOCK]
+        floats = block[: len(part)].copy_(rows[begin : begin + BLOCK])
+        # beta 0: whatever stood there is not read.
+        total.addmm_(part.t(), floats, beta=float(begin > 0))
+    return total
+
+
+def _input_gradient(
+    dy: Tensor, base_weight: Tensor, du: Tensor, lora_A: Tensor, dx: Tensor
+) -> None:
+    """dx = dy W + du A with one rounding, by the C++ kernel, which reads W^T and A^T: a block of
+    their columns is copied at a time. PyTorch's dy @ W on a transposed W takes 80 times as long
+    where the processor has no product in this dtype."""
+    ones = torch.ones(1, lora_A.shape[0])
+    for begin in range(0, dx.shape[1], WEIGHT_BLOCK):
+        columns = slice(begin, begin + WEIGHT_BLOCK)
+        transposed = base_weight[:, columns].t().contiguous()
+        run_native(dy, None, lora_A[..., columns].mT, ones, None, dx[:, columns], transposed, u=du)
+        del transposed  # or two of them would be held
