@@ -245,7 +245,8 @@ class _Places:
 class Decode:
     """Plan of a forward over one token for each of the slots 0 to B - 1, or for one slot alone.
 
-    On the CPU csrc/slot_attention.cpp attends, in dtypes that it has; else SDPA does.
+    On the CPU csrc/cpu/slot_attention/slot_attention.cpp attends, in dtypes that it has; else SDPA
+    does.
 
     Args:
         cache: Whose slots.

@@ -34,7 +34,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 def _torch_objects() -> dict[str, Any]:
-    """What csrc/at_once.cpp uses of PyTorch."""
+    """What csrc/bindings/at_once.cpp uses of PyTorch."""
     names = ("Tensor", "get_num_threads", "is_grad_enabled", "is_autocast_enabled")
     return {
         **{name: getattr(torch, name) for name in (*names, "int64", "float64")},

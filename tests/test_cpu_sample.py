@@ -115,7 +115,7 @@ def test_uniform_bits(isa: str, seed: int, position: int) -> None:
 def test_error_of_exponentials(
     isa: str, name: str, low: float, high: float, exact: Callable[..., Any]
 ) -> None:
-    """What csrc/simd.h says of them: 1.2 ulp."""
+    """What csrc/cpu/simd.h says of them: 1.2 ulp."""
     x = np.linspace(low, high, 500_003, dtype=np.float32)
     out = np.empty_like(x)
     getattr(_cpu, name)(x.ctypes.data, len(x), out.ctypes.data, isa)

@@ -37,7 +37,7 @@ def public(backend: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def compiled(isa: str) -> Callable[..., tuple[Tensor, ...]]:
-    """csrc/sample.cpp of one instruction set; without the short way from Python."""
+    """csrc/cpu/sample/sample.cpp of one instruction set; without the short way from Python."""
 
     def run(z: Tensor, **options: Any) -> tuple[Tensor, ...]:
         return cpu_sample.sample(z[None], None, "geometric", *by_row(z, options), isa=isa)

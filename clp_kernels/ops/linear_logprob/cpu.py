@@ -180,7 +180,7 @@ def finish(
     by_logprob: Tensor,
     by_kl: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The outputs, from the sums over the vocabulary (csrc/linear_logprob.h)."""
+    """The outputs, from the sums over the vocabulary (csrc/cpu/linear_logprob/linear_logprob.h)."""
     top, mass, weighted, apart, ref_top, ref_mass, shift, at_target = state.unbind(1)
     t, ignored, dtype = tau.double(), targets == -100, head.experts.dtype
 

@@ -104,7 +104,8 @@ def block_kernel(
     e_ptr, apart_ptr, first, count,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What csrc/linear_logprob.h says of a block, one token a program, with a bias [count] or None.
+    """What csrc/cpu/linear_logprob/linear_logprob.h says of a block, one token a program, with a
+    bias [count] or None.
 
     logits, ref_logits (or None) [n, count] float32; state [n, 8] float64, of which a first block
     (first = 0) reads nothing; factor [n]. e and e (z - z' - shift) go to e_ptr and apart_ptr

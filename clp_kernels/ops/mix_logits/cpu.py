@@ -1,4 +1,4 @@
-"""`mix_logits` and its gradients on the CPU: launches csrc/mix_logits.cpp."""
+"""`mix_logits` and its gradients on the CPU: launches csrc/cpu/mix_logits/mix_logits.cpp."""
 
 from typing import Any
 

@@ -1,12 +1,12 @@
 """`mixed_linear` on the CPU.
 
-Few tokens: csrc/mixed_linear.cpp reads each matrix once and scales the products in registers. Many
-tokens in float32: PyTorch's products, one expert at a time into one sum; if all weights of the
-batch are equal, the matrices are merged once and there is one product. In 16 bits always the C++
-kernel, which sums in float32 and rounds once. PyTorch's products and a merged matrix would be
-rounded to 16 bits before that, and a mixture of experts that are one unit in the last place apart
-would be one of them (docs/decisions.md, 2026-11-29). In batch_invariant() always the C++ kernel,
-whose rows do not depend on one another.
+Few tokens: csrc/cpu/mixed_linear/mixed_linear.cpp reads each matrix once and scales the products in
+registers. Many tokens in float32: PyTorch's products, one expert at a time into one sum; if all
+weights of the batch are equal, the matrices are merged once and there is one product. In 16 bits
+always the C++ kernel, which sums in float32 and rounds once. PyTorch's products and a merged matrix
+would be rounded to 16 bits before that, and a mixture of experts that are one unit in the last
+place apart would be one of them (docs/decisions.md, 2026-11-29). In batch_invariant() always the
+C++ kernel, whose rows do not depend on one another.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """`mixed_linear` on CUDA for the few tokens of a decoding step, forward only.
 
-Unverified: the kernel (csrc/mixed_linear.cu) has not run on a GPU yet.
+Unverified: the kernel (csrc/cuda/mixed_linear/mixed_linear.cu) has not run on a GPU yet.
 """
 
 import torch

@@ -1,11 +1,11 @@
 """`mixed_lora` on the CPU: whole in C++, or the low-rank part around PyTorch's base product.
 
-csrc/mixed_lora.cpp multiplies, shrinks, mixes and expands in one parallel region. Where many wide
-rows meet PyTorch's matrix products at full speed, these do it, with the mixing between them;
-`use_native_base` and `use_native` say which. In batch_invariant() the base product runs in fixed
-tiles and the low-rank part in C++, whose rows do not depend on one another. The backward is
-PyTorch's products, in float32 and a block of rows at a time where the processor has none in the
-inputs' dtype.
+csrc/cpu/mixed_lora/mixed_lora.cpp multiplies, shrinks, mixes and expands in one parallel region.
+Where many wide rows meet PyTorch's matrix products at full speed, these do it, with the mixing
+between them; `use_native_base` and `use_native` say which. In batch_invariant() the base product
+runs in fixed tiles and the low-rank part in C++, whose rows do not depend on one another. The
+backward is PyTorch's products, in float32 and a block of rows at a time where the processor has
+none in the inputs' dtype.
 """
 
 from collections.abc import Callable
@@ -117,7 +117,7 @@ def mixed_lora(
 
 @cache
 def at_once() -> Callable[..., Tensor | None] | None:
-    """csrc/mixed_lora_at_once.cpp for plain inputs of not too many rows, or None.
+    """csrc/bindings/mixed_lora_at_once.cpp for plain inputs of not too many rows, or None.
 
     It takes the public arguments and the depth of batch_invariant(), and gives y, or None where
     the call has to be checked and dispatched; then nothing has happened.

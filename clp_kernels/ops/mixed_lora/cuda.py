@@ -1,7 +1,7 @@
 """`mixed_lora` on CUDA for the few tokens of a decoding step, forward only.
 
-Unverified: the kernel (csrc/mixed_lora.cu) has not run on a GPU yet. What is about tokens, their
-weight rows and the splits of in_features serves cuda_mixed_linear too.
+Unverified: the kernel (csrc/cuda/mixed_lora/mixed_lora.cu) has not run on a GPU yet. What is about
+tokens, their weight rows and the splits of in_features serves cuda_mixed_linear too.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ MAX_TOKENS = 256
 BLOCK_ROWS, ENOUGH_BLOCKS = 64, 96
 # The blocks of a cluster that may share the sum over in_features, each with at least so many.
 MAX_SPLITS, MIN_FEATURES = 8, 512
-# Their blocks have 99 KB of shared memory, the kernels need 145 (Shape in csrc/mixed_rows.cuh).
+# Their blocks have 99 KB of shared memory, the kernels need 145 (Shape in
+# csrc/cuda/mixed_rows.cuh).
 TOO_SMALL = ((8, 6), (8, 9))
 
 

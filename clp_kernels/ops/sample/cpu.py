@@ -1,4 +1,4 @@
-"""`sample` on the CPU: launches csrc/sample.cpp."""
+"""`sample` on the CPU: launches csrc/cpu/sample/sample.cpp."""
 
 from collections.abc import Callable
 
@@ -55,7 +55,7 @@ def sample(
 
 
 def at_once() -> Callable[..., tuple[Tensor, Tensor, Tensor] | None] | None:
-    """csrc/sample_at_once.cpp for plain inputs, or None.
+    """csrc/bindings/sample_at_once.cpp for plain inputs, or None.
 
     It takes the public arguments and gives the outputs, or None where the call has to be checked
     and dispatched.

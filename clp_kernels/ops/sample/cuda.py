@@ -1,4 +1,4 @@
-"""`sample` on the GPU: launches csrc/sample.cu. Unverified: it has not run on a GPU."""
+"""`sample` on the GPU: launches csrc/cuda/sample/sample.cu. Unverified: it has not run on a GPU."""
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ def sample(
     holds V floats a row; a row that a filter applies to is mixed into it and read again, once to
     draw and about three times each for top-k and top-p.
 
-    Raises: as cpu_sample.sample; RuntimeError for sizes beyond the launch limits in csrc/sample.cu.
+    Raises: as cpu_sample.sample; RuntimeError for sizes beyond the launch limits in
+    csrc/cuda/sample/sample.cu.
     """
     module = native.cuda()
     rows = (temperature, seed, position, top_k, top_p, min_p)

@@ -1,4 +1,4 @@
-"""Attention of a decoding step on the CPU: launches csrc/slot_attention.cpp.
+"""Attention of a decoding step on the CPU: launches csrc/cpu/slot_attention/slot_attention.cpp.
 
 Called for every layer of every step, so its checks are few and its shapes those that transformers'
 attention interface passes: nothing is viewed or reshaped here.

@@ -1,0 +1,38 @@
+// mixed_lora on the CPU, whole or added to a base product that is already in y:
+//
+//   u[t] = x[t] A^T,   z[t][i r + j] = w[row(t)][i] u[t][i r + j],
+//   y[t] = x[t] W^T + bias + z[t] B^T,   or without W:   y[t] += z[t] B^T
+//
+// in float32, with one rounding of y. A zero weight gives z = 0 whatever u is; where all weights of
+// a row are zero, its y is the base product, untouched without W. Every element is summed in an order
+// that depends on the sizes K, m and r alone: neither T nor the number of threads changes a bit of a
+// row.
+#pragma once
+
+#include "shared/dtype.h"
+
+namespace clp {
+
+struct MixedLoraArgs {
+  const void* x;  // [T, K], last axis contiguous
+  DType x_dtype;
+  int64_t x_stride;
+  const void* base_weight;  // W [N, K], x's dtype, contiguous; or null
+  const void* bias;  // [N], x's dtype; or null
+  const void* lora_A;  // [m r, K], contiguous; or null: u is given
+  const void* lora_B;  // [m, N, r], contiguous; or null: u is all that is wanted
+  DType lora_dtype;    // x's or float32
+  const float* weights;  // [rows, m], contiguous
+  const void* example_ids;  // [T] int32 or int64, or null: row(t) = t / tokens_per_example
+  bool wide_ids;            // int64
+  int64_t tokens_per_example;
+  void* y;  // [T, N], x's dtype, last axis contiguous
+  int64_t y_stride;
+  float* u;  // [T, m r], contiguous
+  int64_t T, K, N, m, r;
+};
+
+// isa: a name of cpu_isa.h, or "" for the one chosen at load. Throws std::invalid_argument.
+void mixed_lora_cpu(const MixedLoraArgs& args, int num_threads, const char* isa);
+
+}  // namespace clp
