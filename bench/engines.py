@@ -18,10 +18,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCri
 
 from bench.peers import refusable
 from bench.workload import Batch, Served
-from clp.policy import Policy
-from clp.requests import SamplingParams
-from clp.sampler import Sampler
-from clp.steerable import Network, Steerable
+from clp.engine.requests import SamplingParams
+from clp.engine.sampler import Sampler
+from clp.policies.interface import Network, Steerable
+from clp.policies.lora import Policy
 from clp_kernels import save_adapters
 
 NO_END = -1  # of continuous batching: an end token that is never drawn

@@ -49,7 +49,7 @@ from bench.rows import Row, provenance
 from bench.rows import rows as rows_of
 from bench.tables import RANDOM, case_of, rate
 from bench.workload import GATE, Batch, Served, Workload, counted, percentile, workload
-from clp.policy import Policy, load_base
+from clp.policies.lora import Policy, load_base
 from clp_kernels import inject
 from clp_kernels.nn.mixed_lora import steered_layers
 
@@ -94,7 +94,7 @@ def models(name: str, device: torch.device) -> tuple[Policy, Any]:
     """(a policy with random adapters, its bare base model), float32 on the CPU, else bfloat16.
 
     Args:
-        name: As for clp.policy.load_base, or RANDOM.
+        name: As for clp.policies.lora.load_base, or RANDOM.
 
     Raises: ValueError as load_base.
     """

@@ -4,15 +4,15 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "CLPConfig": "clp.config",
-    "CLPTrainer": "clp.train",
-    "Completion": "clp.requests",
-    "LogitMixture": "clp.mixture",
-    "Policy": "clp.policy",
-    "Sampler": "clp.sampler",
-    "SamplingParams": "clp.requests",
-    "evaluate": "clp.evaluate",
-    "weight_grid": "clp.weights",
+    "CLPConfig": "clp.training.config",
+    "CLPTrainer": "clp.training.trainer",
+    "Completion": "clp.engine.requests",
+    "LogitMixture": "clp.policies.logit_mixture",
+    "Policy": "clp.policies.lora",
+    "Sampler": "clp.engine.sampler",
+    "SamplingParams": "clp.engine.requests",
+    "evaluate": "clp.evaluation.frontier",
+    "weight_grid": "clp.data.weights",
 }
 __all__ = list(_HOMES)
 

@@ -1,4 +1,5 @@
-"""The built-in reward functions. A reward is any callable with TRL's signature (clp/scoring.py).
+"""The built-in reward functions. A reward is any callable with TRL's signature
+(clp/data/scoring.py).
 
 Every reward of this file is deterministic, in [0, 1] and larger when better, so the hypervolume's
 reference point can be the origin. Prompts and completions are texts, or conversations: of a
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 from rapidfuzz.distance import LCSseq
 
-from clp.conversation import Messages, is_conversation, message_text
-from clp.paths import classifier_source, home_expanded
-from clp.prompts import ARGUMENTS
+from clp.data.conversation import Messages, is_conversation, message_text
+from clp.data.paths import classifier_source, home_expanded
+from clp.data.prompts import ARGUMENTS
 
 Texts = Sequence[str | Messages]
 RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -157,7 +158,7 @@ def classifier(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from clp.policy import loading
+    from clp.policies.lora import loading
 
     folder = home_expanded(path)
     wrong = f"{str(folder)!r} is not a folder with a sequence classifier"
@@ -235,7 +236,7 @@ BUILTIN: dict[str, RewardFunc] = {
 def load_rewards(specs: Sequence[str]) -> dict[str, RewardFunc]:
     """Objective name -> reward function, in the order of `specs`.
 
-    A spec is `[objective=]builtin` or `objective=classifier:PATH[#label]` (see clp.paths);
+    A spec is `[objective=]builtin` or `objective=classifier:PATH[#label]` (see clp.data.paths);
     without `objective=` the name is the built-in's. Names become folders: `[A-Za-z_][A-Za-z0-9_]*`,
     at most 64 long, distinct even in lower case. ValueError names the faulty spec, and comes
     before any classifier is loaded.

@@ -73,7 +73,7 @@ def shared_models() -> Path:
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The embedded model with a chat template: BOS, the messages' contents, then "Then"."""
-    from clp.policy import TINY
+    from clp.data.paths import TINY
 
     folder = tmp_path_factory.mktemp("chat") / "model"
     shutil.copytree(TINY, folder)

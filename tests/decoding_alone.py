@@ -6,8 +6,8 @@ from functools import cache
 import torch
 
 import clp_kernels
-from clp.policy import Policy
-from clp.sampler import Sampler
+from clp.engine.sampler import Sampler
+from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
 from clp_kernels.ops import reference
 

@@ -15,7 +15,7 @@ from bench import __main__ as command
 from bench import engines, peers, plot_sampler, rows, sampler, tables, timing, workload
 from bench.judge import Judge
 from bench.workload import Batch, Served
-from clp.decoder import Decoder
+from clp.engine.runner import Decoder
 
 CPU = torch.device("cpu")
 TOY = timing.Protocol(warmup=0, repeats=2, least=1, seconds=0.0)

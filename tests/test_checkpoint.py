@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from clp.checkpoint import (
+from clp.training.checkpoint import (
     Progress,
     checkpoints,
     load_optimizer,

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from clp import cli
-from clp.config import load_config
-from clp.policy import TINY, torch_device
+from clp.data.paths import TINY
+from clp.policies.lora import torch_device
+from clp.training.config import load_config
 
 SMALL = [
     "--num-prompts", "2", "--num-generations", "2", "--max-completion-length", "6",
@@ -88,7 +89,7 @@ def test_a_training_that_diverges_ends_with_one_line(monkeypatch, capsys, tmp_pa
     def diverge(self):
         raise FloatingPointError("the last checkpoint is x")
 
-    monkeypatch.setattr("clp.train.CLPTrainer.train", diverge)
+    monkeypatch.setattr("clp.training.trainer.CLPTrainer.train", diverge)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "train", "--output-dir", tmp_path / "r", *SMALL)
     error = capsys.readouterr().err.splitlines()[-1]
@@ -184,7 +185,7 @@ def test_ctrl_c_in_a_file_run_says_how_to_go_on(monkeypatch, capsys, trained, tm
     def interrupted(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clp.sampler.Sampler.step", interrupted)
+    monkeypatch.setattr("clp.engine.sampler.Sampler.step", interrupted)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "sample", trained, "Tom", "--weights", "joy=1", "--output",
             tmp_path / "out.jsonl")  # fmt: skip
@@ -195,7 +196,7 @@ def test_ctrl_c_in_a_file_run_says_how_to_go_on(monkeypatch, capsys, trained, tm
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_prompt_loop_with_its_option_or_on_a_terminal(monkeypatch, capsys, trained, terminal):
     lines = iter(["Tom", "/w", "/quit"])
-    monkeypatch.setattr("clp.sample_command.input", lambda shown: next(lines), raising=False)
+    monkeypatch.setattr("clp.cli.sample.input", lambda shown: next(lines), raising=False)
     if terminal:
         monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
         monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
@@ -366,7 +367,7 @@ def test_help_lists_the_commands(monkeypatch, capsys):
 def test_bad_input_is_said_and_ends_with_code_2(
     monkeypatch, capsys, trained, tmp_path, argv, message
 ):
-    monkeypatch.setattr("clp.policy.load_base", not_reached)
+    monkeypatch.setattr("clp.policies.lora.load_base", not_reached)
     before = sorted(trained.iterdir())
     filled = [a.format(run=trained, tmp=tmp_path / "t") for a in argv]
     assert message in refused(monkeypatch, capsys, *filled)
@@ -442,7 +443,7 @@ def test_ctrl_c_is_one_line_and_code_130(monkeypatch, capsys, trained, tmp_path,
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clp.sampler.Sampler.step", interrupted)
+    monkeypatch.setattr("clp.engine.sampler.Sampler.step", interrupted)
     monkeypatch.setattr("clp_kernels.export_adapter", interrupted)
     argv, hint = {
         "train": (

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from clp import cli
-from clp.policy import Policy
-from clp.sampler import Sampler
+from clp.engine.sampler import Sampler
+from clp.policies.lora import Policy
 
 FOREIGN = "cuda"
 

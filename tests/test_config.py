@@ -2,7 +2,7 @@
 
 import pytest
 
-from clp.config import LARGEST_LORA_ALPHA, LARGEST_R, CLPConfig, config_from, load_config
+from clp.training.config import LARGEST_LORA_ALPHA, LARGEST_R, CLPConfig, config_from, load_config
 from clp_kernels.nn.mixed_lora import MAX_ALPHA, MAX_RANK
 
 

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from clp.conversation import is_conversation, message_text, prompt_text
-from clp.json_lines import read_lines
-from clp.policy import TINY, Policy
-from clp.prompts import check_prompts, load_prompts
-from clp.requests import SamplingParams, parse_prompt
+from clp.data.conversation import is_conversation, message_text, prompt_text
+from clp.data.json_lines import read_lines
+from clp.data.paths import TINY
+from clp.data.prompts import check_prompts, load_prompts
+from clp.engine.requests import SamplingParams, parse_prompt
+from clp.engine.sampler import Sampler
+from clp.policies.lora import Policy
 from clp.rewards import BUILTIN, sentiment
-from clp.sample_lines import Defaults, sample_lines
-from clp.sampler import Sampler
+from clp.serving.jsonl import Defaults, sample_lines
 
 TEMPLATE = (
     "{% for m in messages %}"

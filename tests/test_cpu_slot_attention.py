@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clp.kv_cache import Decode, KVCache
+from clp.engine.kv_cache import Decode, KVCache
 from clp_kernels import native, testing
 from clp_kernels.ops.slot_attention.cpu import slot_attention, why_not
 

@@ -6,8 +6,8 @@ from decoding_alone import new_spread_policy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clp.decoder import FILTERS, Decoder, Drawn, _bucket, _same
-from clp.sampler import Sampler, SamplingParams
+from clp.engine.runner import FILTERS, Decoder, Drawn, _bucket, _same
+from clp.engine.sampler import Sampler, SamplingParams
 
 BYTES = 4 * 2 * 2 * 32 * 4  # tiny: layers, keys and values, heads, width, float32
 ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]

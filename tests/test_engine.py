@@ -22,8 +22,8 @@ from hypothesis.stateful import (
 )
 
 import clp_kernels
-from clp.kv_cache import BLOCK
-from clp.sampler import Sampler, SamplingParams
+from clp.engine.kv_cache import BLOCK
+from clp.engine.sampler import Sampler, SamplingParams
 
 IDS = torch.randint(3, 1000, (80,), generator=torch.Generator().manual_seed(2)).tolist()
 # Beginnings in common of 17 to 40 tokens and shorter ones, some prompts twice as likely.

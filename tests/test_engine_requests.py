@@ -13,9 +13,9 @@ import torch
 from decoding_alone import Alone, spread_policy
 
 import clp_kernels
-from clp.kv_cache import Decode
-from clp.requests import Request, Row
-from clp.sampler import Sampler, SamplingParams
+from clp.engine.kv_cache import Decode
+from clp.engine.requests import Request, Row
+from clp.engine.sampler import Sampler, SamplingParams
 
 IDS = torch.randint(3, 1000, (300,), generator=torch.Generator().manual_seed(2)).tolist()
 # (prompt, weights, parameters, simplex): each is refused with a ValueError or TypeError.

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from clp.evaluate import Frontier, evaluate, pareto
-from clp.policy import Policy
-from clp.report import plot_frontier, print_frontier, print_samples, save_evaluation
+from clp.engine.sampler import SamplingParams
+from clp.evaluation.frontier import Frontier, evaluate, pareto
+from clp.evaluation.report import plot_frontier, print_frontier, print_samples, save_evaluation
+from clp.policies.lora import Policy
 from clp.rewards import distinct_2, load_rewards
-from clp.sampler import SamplingParams
 from clp_kernels.nn.mixed_lora import steered_layers
 
 ROWS = [{"prompt": p} for p in ("Tom had a red kite.", "Mia was sad.", "Sam was at the lake.")]
@@ -114,7 +114,7 @@ def no_sampler(monkeypatch):
     def made(*args, **kwargs):
         raise AssertionError("a sampler was made")
 
-    monkeypatch.setattr("clp.evaluate.Sampler", made)
+    monkeypatch.setattr("clp.evaluation.frontier.Sampler", made)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_what_fails_while_it_is_written_leaves_the_earlier_evaluation(two, tmp_p
     before = {p.name: p.read_bytes() for p in (tmp_path / "new/folder").iterdir()}
     assert sorted(before) == ["frontier.json", "pareto.png", "samples.jsonl"]
     for place, error in {
-        "clp.report.plot_frontier": OSError("disk full"),
-        "clp.evaluate.Frontier.save": KeyboardInterrupt(),
+        "clp.evaluation.report.plot_frontier": OSError("disk full"),
+        "clp.evaluation.frontier.Frontier.save": KeyboardInterrupt(),
     }.items():
         with monkeypatch.context() as patch, pytest.raises(type(error)):
             patch.setattr(place, Mock(side_effect=error))

@@ -26,7 +26,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from clp import Policy, Sampler, SamplingParams
-from clp.policy import TINY, load_base
+from clp.data.paths import TINY
+from clp.policies.lora import load_base
 from clp_kernels import (
     MixedLinear,
     adapter_names,

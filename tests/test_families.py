@@ -11,8 +11,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import clp_kernels
-from clp.policy import Policy, load_base
-from clp.sampler import Sampler, SamplingParams
+from clp.engine.sampler import Sampler, SamplingParams
+from clp.policies.lora import Policy, load_base
 from clp_kernels.nn.mixed_lora import steered_layers
 
 WINDOW = 6  # shorter than most sequences here, longer than the five tokens of the decoder's check
@@ -76,7 +76,7 @@ SERVED = {
         SIZES | {"layer_types": MIXED, "local_attention": 2 * WINDOW},
     ),
 }
-# Values decide which experts run: their step is no list of calls (clp/recording.py).
+# Values decide which experts run: their step is no list of calls (clp/engine/recording.py).
 UNRECORDED = {"qwen3_moe", "mixtral", "deepseek_v3, values narrower than keys", "ernie4_5_moe",
               "qwen2_moe, which flattens tokens for its shared expert"}  # fmt: skip
 # name: (model_type, sizes and options, what the refusal says)

@@ -7,11 +7,12 @@ import transformers
 from torch.autograd.graph import saved_tensors_hooks
 
 import clp_kernels
-from clp.config import CLPConfig
-from clp.gradient_checkpointing import checkpointing
-from clp.policy import TINY, Policy
-from clp.rollout import Batch, token_stats
-from clp.train import CLPTrainer
+from clp.data.paths import TINY
+from clp.policies.lora import Policy
+from clp.training.config import CLPConfig
+from clp.training.gradient_checkpointing import checkpointing
+from clp.training.rollout import Batch, token_stats
+from clp.training.trainer import CLPTrainer
 
 LAYERS = 3
 COMMON = {"vocab_size": 64, "max_position_embeddings": 64}

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clp import json_lines as module
-from clp.json_lines import MOST_NESTING, parse_json, read_lines
+from clp.data import json_lines as module
+from clp.data.json_lines import MOST_NESTING, parse_json, read_lines
 
 
 def test_read_lines_counts_blank_lines_and_gives_the_others():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clp.kv_cache import IMPLEMENTATION, Decode, KVCache, Prefill, Segment, slot_attention
+from clp.engine.kv_cache import IMPLEMENTATION, Decode, KVCache, Prefill, Segment, slot_attention
 
 D, DV = 8, 4  # keys and values of other widths
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6}

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import clp_kernels
-from clp.losses import policy_loss, rloo_advantages, scale_rewards
-from clp.weights import draw_weights, weight_grid
+from clp.data.weights import draw_weights, weight_grid
+from clp.training.losses import policy_loss, rloo_advantages, scale_rewards
 
 
 def test_scale_rewards_batch_and_group():

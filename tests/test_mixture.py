@@ -7,10 +7,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clp_kernels
-from clp.mixture import LogitMixture
-from clp.policy import TINY, Policy, load_base
-from clp.requests import SamplingParams
-from clp.sampler import Sampler
+from clp.data.paths import TINY
+from clp.engine.requests import SamplingParams
+from clp.engine.sampler import Sampler
+from clp.policies.logit_mixture import LogitMixture
+from clp.policies.lora import Policy, load_base
 from clp_kernels.nn.mixed_lora import steered_layers
 
 PROMPTS = ["Tom had a red kite.", "Mia", "One day, the old dog was at the lake.", "Sam"]

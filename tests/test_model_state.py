@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from decoding_alone import new_spread_policy
 from torch import nn
 
-from clp import recording
-from clp.mixture import LogitMixture
-from clp.model_state import ModelState
-from clp.policy import load_base
-from clp.sampler import Sampler, SamplingParams
+from clp.engine import recording
+from clp.engine.model_state import ModelState
+from clp.engine.sampler import Sampler, SamplingParams
+from clp.policies.logit_mixture import LogitMixture
+from clp.policies.lora import load_base
 from clp_kernels.nn.mixed_lora import steered_layers
 
 PROMPT = torch.randint(3, 1000, (40,), generator=torch.Generator().manual_seed(2)).tolist()

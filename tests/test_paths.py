@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clp.config import CLPConfig
-from clp.paths import (
+from clp.data.paths import (
     absolute,
     check_folder,
     classifier_source,
@@ -14,6 +13,7 @@ from clp.paths import (
     model_location,
     reward_locations,
 )
+from clp.training.config import CLPConfig
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,10 @@ from transformers import (
 
 import clp_kernels
 from clp import cli
-from clp.mixture import LogitMixture
-from clp.policy import TINY, Policy, load_base, torch_device
-from clp.weights import weight_grid
+from clp.data.paths import TINY
+from clp.data.weights import weight_grid
+from clp.policies.logit_mixture import LogitMixture
+from clp.policies.lora import Policy, load_base, torch_device
 from clp_kernels.nn.mixed_lora import steered_layers
 
 IDS = torch.tensor([[1, 5, 9, 30], [1, 7, 8, 40]])
@@ -277,7 +278,7 @@ def test_devices_are_checked_before_a_model_is_loaded(device, tmp_path, monkeypa
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    for place in ("clp.policy.load_base", "clp.mixture.load_base"):
+    for place in ("clp.policies.lora.load_base", "clp.policies.logit_mixture.load_base"):
         monkeypatch.setattr(place, load)
     for make in (
         lambda: Policy.create("tiny", ["joy"], device=device),

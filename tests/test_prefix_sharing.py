@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import clp_kernels
-from clp.policy import Policy
-from clp.sampler import Sampler, SamplingParams
+from clp.engine.sampler import Sampler, SamplingParams
+from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
 
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from clp.config import CLPConfig
-from clp.policy import Policy
-from clp.prompt_lengths import fitting_rows
-from clp.sampler import Sampler
-from clp.train import CLPTrainer
+from clp.engine.sampler import Sampler
+from clp.policies.lora import Policy
+from clp.training.config import CLPConfig
+from clp.training.prompt_lengths import fitting_rows
+from clp.training.trainer import CLPTrainer
 
 SMALL = {"num_prompts": 2, "num_generations": 2, "max_completion_length": 4, "max_steps": 1,
          "r": 2}  # fmt: skip
@@ -91,7 +91,7 @@ def test_lengths_that_cannot_be_are_refused(policy, length, monkeypatch):
         fitting_rows(rows, policy, sampler, 4, context - 3)
     with pytest.raises(ValueError, match="all 2 prompts have more than"):
         fitting_rows([{"prompt": LONG}] * 2, policy, sampler, 4, 3)
-    monkeypatch.setattr("clp.prompt_lengths.encode_prompt", lambda prompt, tokenizer: [])
+    monkeypatch.setattr("clp.training.prompt_lengths.encode_prompt", lambda prompt, tokenizer: [])
     with pytest.raises(ValueError, match=r"train_dataset\[0\]: the prompt has no tokens"):
         fitting_rows(rows, policy, sampler, 4)
     assert sampler.unfinished == 0

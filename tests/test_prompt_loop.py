@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from clp.policy import Policy
-from clp.prompt_loop import HELP, prompt_loop
-from clp.sampler import Sampler, SamplingParams
+from clp.engine.sampler import Sampler, SamplingParams
+from clp.policies.lora import Policy
+from clp.serving.prompt_loop import HELP, prompt_loop
 
 PARAMS = SamplingParams(max_tokens=8, seed=1)
 

@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from clp.prompts import (
+from clp.data.prompts import (
     ARGUMENTS,
     HELDOUT_PROMPTS,
     TRAIN_PROMPTS,

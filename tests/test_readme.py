@@ -84,7 +84,7 @@ def run_snippets(
 
     `make` and `pip` change environments: tests/newcomer.sh and continuous integration run those.
     """
-    from clp.policy import TINY
+    from clp.data.paths import TINY
 
     shutil.copytree(TINY, "path/to/model")
     prompts = ["Once upon a time", "One day", "Tom had a red kite."]

@@ -8,9 +8,9 @@ import torch
 from decoding_alone import new_spread_policy
 from torch import nn
 
-from clp import recording
-from clp.recording import ROWS_NEEDED, Inputs, Unrecordable, record
-from clp.sampler import Sampler, SamplingParams, with_seeds
+from clp.engine import recording
+from clp.engine.recording import ROWS_NEEDED, Inputs, Unrecordable, record
+from clp.engine.sampler import Sampler, SamplingParams, with_seeds
 from clp_kernels.nn.mixed_lora import steered_layers
 
 WIDTH = 8

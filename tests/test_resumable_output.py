@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from clp.resumable_output import Run, Start, find_start, open_output, sidecar, write_group
-from clp.sample_lines import Group, Source
+from clp.serving.jsonl import Group, Source
+from clp.serving.resumable_output import Run, Start, find_start, open_output, sidecar, write_group
 
 RUN = Run("in", "policy", {"temperature": 1.0, "stop": ("a",), "n": 1})
 # Line 2 is blank; line 3 is bad: one record where the bar expects three.

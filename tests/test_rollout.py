@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from clp.policy import Policy
+from clp.engine.sampler import Completion, Sampler, SamplingParams
+from clp.policies.lora import Policy
 from clp.rewards import load_rewards
-from clp.rollout import make_batch, roll_out, token_stats
-from clp.sampler import Completion, Sampler, SamplingParams
+from clp.training.rollout import make_batch, roll_out, token_stats
 from clp_kernels.nn.mixed_lora import steered_layers
 
 ROWS = [{"prompt": "Tom had a red kite."}, {"prompt": "Mia"}, {"prompt": "Sam was at the lake."}]

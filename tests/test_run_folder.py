@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from clp.config import CLPConfig
-from clp.prompts import TRAIN_PROMPTS
+from clp.data.prompts import TRAIN_PROMPTS
 from clp.rewards import brevity, sentiment
-from clp.run_folder import Inputs, RunLock
-from clp.train import CLPTrainer
+from clp.training.config import CLPConfig
+from clp.training.run_folder import Inputs, RunLock
+from clp.training.trainer import CLPTrainer
 
 SMALL = {
     "num_prompts": 2, "num_generations": 2, "max_completion_length": 4, "max_steps": 4,

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clp.sampler import Sampler, SamplingParams
+from clp.engine.sampler import Sampler, SamplingParams
 from clp_kernels import linear_logprob, native, sample
 from clp_kernels.ops import reference
 from clp_kernels.ops.sample import cpu as cpu_sample

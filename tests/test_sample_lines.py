@@ -6,9 +6,10 @@ import json
 import pytest
 from tqdm import tqdm
 
-from clp.json_lines import Line, read_lines
-from clp.policy import Policy
-from clp.sample_lines import (
+from clp.data.json_lines import Line, read_lines
+from clp.engine.sampler import Sampler, SamplingParams
+from clp.policies.lora import Policy
+from clp.serving.jsonl import (
     Defaults,
     Source,
     check_defaults,
@@ -16,7 +17,6 @@ from clp.sample_lines import (
     line_seed,
     sample_lines,
 )
-from clp.sampler import Sampler, SamplingParams
 
 DEFAULTS = Defaults(SamplingParams(max_tokens=4), "joy=0.5,brief=0.5", True)
 

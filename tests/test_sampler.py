@@ -10,7 +10,7 @@ import torch
 from decoding_alone import new_spread_policy
 
 import clp_kernels
-from clp.sampler import Sampler, SamplingParams, with_seeds
+from clp.engine.sampler import Sampler, SamplingParams, with_seeds
 
 PROMPTS = [
     "Tom had a red kite.",

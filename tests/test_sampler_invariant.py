@@ -6,7 +6,7 @@ import pytest
 from decoding_alone import new_spread_policy
 
 import clp_kernels
-from clp.sampler import Sampler, SamplingParams
+from clp.engine.sampler import Sampler, SamplingParams
 
 BUDGETS = [2048, 24]
 

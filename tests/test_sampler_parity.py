@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import clp_kernels
-from clp.policy import Policy, load_base
-from clp.rollout import make_batch, token_stats
-from clp.sampler import Sampler, SamplingParams, with_seeds
+from clp.engine.sampler import Sampler, SamplingParams, with_seeds
+from clp.policies.lora import Policy, load_base
+from clp.training.rollout import make_batch, token_stats
 from clp_kernels.nn.mixed_lora import steered_layers
 
 NAMES = ["joy", "brief"]

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from clp import scoring
+from clp.data import scoring
+from clp.data.scoring import RewardLog, dry_call
 from clp.rewards import brevity, rouge
-from clp.scoring import RewardLog, dry_call
 
 
 def score(reward_funcs, prompts, completions, columns, **changes):

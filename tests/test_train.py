@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from clp.checkpoint import checkpoints
-from clp.config import CLPConfig
-from clp.evaluate import evaluate
-from clp.policy import Policy
+from clp.engine.sampler import SamplingParams
+from clp.evaluation.frontier import evaluate
+from clp.policies.lora import Policy
 from clp.rewards import brevity, sentiment
-from clp.run_folder import cut_lines
-from clp.sampler import SamplingParams
-from clp.train import CLPTrainer
+from clp.training.checkpoint import checkpoints
+from clp.training.config import CLPConfig
+from clp.training.run_folder import cut_lines
+from clp.training.trainer import CLPTrainer
 from clp_kernels import registry
 
 SMALL = {

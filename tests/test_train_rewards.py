@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from clp.config import CLPConfig
-from clp.evaluate import evaluate
-from clp.metrics import metric_names
+from clp.engine.sampler import SamplingParams
+from clp.evaluation.frontier import evaluate
 from clp.rewards import brevity, sentiment
-from clp.sampler import SamplingParams
-from clp.train import CLPTrainer
+from clp.training.config import CLPConfig
+from clp.training.metrics import metric_names
+from clp.training.trainer import CLPTrainer
 
 ROWS = [{"prompt": "Tom had a red kite.", "gold": "red"}, {"prompt": "Mia was sad.", "gold": None}]
 
@@ -67,7 +67,7 @@ async def odd_later(completions, **kwargs):
 def test_a_wrong_reward_fails_by_name_before_anything_is_sampled(
     tmp_path, monkeypatch, function, error
 ):
-    monkeypatch.setattr("clp.train.roll_out", lambda *args: pytest.fail("it sampled"))
+    monkeypatch.setattr("clp.training.trainer.roll_out", lambda *args: pytest.fail("it sampled"))
     with pytest.raises(error, match="reward 'odd'"):  # in the message, or in its note
         make(tmp_path / "r", {"joy": sentiment, "odd": function})
     assert list(tmp_path.iterdir()) == []
@@ -90,7 +90,7 @@ def test_a_reward_that_fails_later_teaches_nothing(tmp_path):
 
 
 def test_a_model_is_no_function(tmp_path):
-    from clp.policy import load_base
+    from clp.policies.lora import load_base
 
     model, _ = load_base("tiny", torch.float32)
     with pytest.raises(ValueError, match=r"'judge' is a model; clp\.rewards\.classifier"):

@@ -13,10 +13,10 @@ from trl.rewards import (
     think_format_reward,
 )
 
-from clp import scoring
-from clp.config import CLPConfig
-from clp.scoring import RewardLog
-from clp.train import CLPTrainer
+from clp.data import scoring
+from clp.data.scoring import RewardLog
+from clp.training.config import CLPConfig
+from clp.training.trainer import CLPTrainer
 
 FUNCTIONS = [
     think_format_reward, accuracy_reward, reasoning_accuracy_reward,

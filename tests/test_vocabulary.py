@@ -7,12 +7,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clp_kernels
-from clp.mixture import LogitMixture
-from clp.policy import Policy, load_base
-from clp.requests import SamplingParams
-from clp.rollout import make_batch, token_stats
-from clp.sampler import Sampler, with_seeds
-from clp.text import completion_text
+from clp.engine.detokenizer import completion_text
+from clp.engine.requests import SamplingParams
+from clp.engine.sampler import Sampler, with_seeds
+from clp.policies.logit_mixture import LogitMixture
+from clp.policies.lora import Policy, load_base
+from clp.training.rollout import make_batch, token_stats
 
 TOKENS = 1024  # of the embedded model's tokenizer
 

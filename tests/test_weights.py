@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clp.weights import draw_weights, parse_rows, parse_weights, weight_grid
+from clp.data.weights import draw_weights, parse_rows, parse_weights, weight_grid
 
 NAMES = ("joy", "brief")
 

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("transformers", exc_type=ImportError)
 
-from clp.decoder import Decoder
-from clp.policy import Policy
-from clp.sampler import Sampler, SamplingParams
+from clp.engine.runner import Decoder
+from clp.engine.sampler import Sampler, SamplingParams
+from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
 
 pytestmark = [

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from clp.paths import home_expanded
+from clp.data.paths import home_expanded
 
 # transformers and torch are imported inside: `clp --help` is immediate.
 
@@ -88,13 +88,13 @@ def sample(argv: Sequence[str]) -> None:
 
 def _run(command: SampleCommand) -> int:
     """Does what the command says; how many lines failed."""
-    from clp.policy import Policy, read_card
-    from clp.prompt_loop import prompt_loop
-    from clp.requests import SamplingParams
-    from clp.sample_file import sample_file
-    from clp.sample_lines import Defaults, Source, check_defaults
-    from clp.sampler import Sampler
-    from clp.weights import parse_weights
+    from clp.data.weights import parse_weights
+    from clp.engine.requests import SamplingParams
+    from clp.engine.sampler import Sampler
+    from clp.policies.lora import Policy, read_card
+    from clp.serving.jsonl import Defaults, Source, check_defaults
+    from clp.serving.jsonl_file import sample_file
+    from clp.serving.prompt_loop import prompt_loop
 
     names = [f.name for f in fields(SamplingParams)]
     params = SamplingParams(**{name: getattr(command, name) for name in names})

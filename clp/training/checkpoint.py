@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from clp.json_lines import read_json
-from clp.policy import Policy
+from clp.data.json_lines import read_json
+from clp.policies.lora import Policy
 
 _NAME = re.compile("checkpoint-([0-9]+)")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

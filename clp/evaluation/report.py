@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from clp.conversation import message_text
-from clp.evaluate import Frontier
+from clp.data.conversation import message_text
+from clp.evaluation.frontier import Frontier
 
 # The last says what the others belong to.
 FILES = ("samples.jsonl", "pareto.png", "frontier.json")

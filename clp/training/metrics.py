@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clp.rollout import Rollout, TokenStats
+from clp.training.rollout import Rollout, TokenStats
 
 _NAMES = (
     "step", "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std",

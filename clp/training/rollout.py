@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import TrainerState
 
 import clp_kernels
-from clp.conversation import encode_prompt
-from clp.policy import Policy
-from clp.prompts import columns
-from clp.requests import Completion, SamplingParams
+from clp.data.conversation import encode_prompt
+from clp.data.prompts import columns
+from clp.data.scoring import RewardLog, score
+from clp.engine.requests import Completion, SamplingParams
+from clp.engine.sampler import Sampler, with_seeds
+from clp.policies.lora import Policy
 from clp.rewards import RewardFunc
-from clp.sampler import Sampler, with_seeds
-from clp.scoring import RewardLog, score
 
 
 @dataclass

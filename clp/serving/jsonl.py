@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from clp.json_lines import Line
-from clp.requests import MOST_COMPLETIONS, Completion, Request, SamplingParams
-from clp.sampler import Sampler
+from clp.data.json_lines import Line
+from clp.engine.requests import MOST_COMPLETIONS, Completion, Request, SamplingParams
+from clp.engine.sampler import Sampler
 
 # Requests that wait, run, or wait to be given out, in batches: enough that a free slot finds one.
 QUEUED_BATCHES = 4
@@ -132,7 +132,7 @@ class _Pending(NamedTuple):
 
 
 def _record(line: int, c: Completion, kept: dict[str, Any]) -> dict[str, Any]:
-    # clp/resumable_output.py knows records by their first three keys.
+    # clp/serving/resumable_output.py knows records by their first three keys.
     record: dict[str, Any] = {"line": line, "index": c.index, "finish_reason": c.finish_reason}
     if c.error is not None:
         record["error"] = c.error

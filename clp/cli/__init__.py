@@ -15,9 +15,9 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from tqdm import tqdm
 
-from clp.config import CLPConfig, load_config
-from clp.paths import absolute, check_folder, home_expanded, reward_locations
-from clp.sample_command import sample
+from clp.cli.sample import sample
+from clp.data.paths import absolute, check_folder, home_expanded, reward_locations
+from clp.training.config import CLPConfig, load_config
 
 # transformers, torch and matplotlib are imported inside the commands: `clp --help` is immediate.
 
@@ -90,8 +90,8 @@ def train(argv: Sequence[str]) -> None:
     run = home_expanded(config.output_dir)
     if config.resume and not given and (run / "config.yaml").is_file():
         config = parsed(CLPConfig.of_run(run))
-    from clp.checkpoint import checkpoints
-    from clp.train import CLPTrainer
+    from clp.training.checkpoint import checkpoints
+    from clp.training.trainer import CLPTrainer
 
     trainer = CLPTrainer(args=config)
     try:
@@ -128,12 +128,12 @@ def evaluate(argv: Sequence[str]) -> None:
     command = tyro.cli(EvalCommand, prog="clp eval", args=argv)
     from rich.console import Console
 
-    from clp.evaluate import check_reference_point
-    from clp.evaluate import evaluate as sweep
-    from clp.policy import Policy, read_card
-    from clp.prompts import HELDOUT_PROMPTS, load_prompts
-    from clp.report import FILES, print_frontier, print_samples, save_evaluation
-    from clp.requests import SamplingParams
+    from clp.data.prompts import HELDOUT_PROMPTS, load_prompts
+    from clp.engine.requests import SamplingParams
+    from clp.evaluation.frontier import check_reference_point
+    from clp.evaluation.frontier import evaluate as sweep
+    from clp.evaluation.report import FILES, print_frontier, print_samples, save_evaluation
+    from clp.policies.lora import Policy, read_card
     from clp.rewards import load_rewards
 
     for name in ("num_prompts", "max_batch_size"):
@@ -194,8 +194,8 @@ def export(argv: Sequence[str]) -> None:
     """clp export RUN FOLDER --weights "joy=0.7,brief=0.3": one PEFT adapter."""
     command = tyro.cli(ExportCommand, prog="clp export", args=argv)
     import clp_kernels
-    from clp.policy import Policy, model_path, read_card
-    from clp.weights import parse_weights
+    from clp.data.weights import parse_weights
+    from clp.policies.lora import Policy, model_path, read_card
 
     run, output = home_expanded(command.run), home_expanded(command.output)
     row = parse_weights(command.weights, read_card(run)["objectives"], simplex=command.simplex)
@@ -302,7 +302,3 @@ def _end(code: int, message: str = "") -> NoReturn:
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clp.json_lines import read_lines
-from clp.resumable_output import Run, Start, find_start, open_output, write_group
-from clp.sample_lines import Defaults, Group, Source, completions_of, sample_lines
-from clp.sampler import Sampler
+from clp.data.json_lines import read_lines
+from clp.engine.sampler import Sampler
+from clp.serving.jsonl import Defaults, Group, Source, completions_of, sample_lines
+from clp.serving.resumable_output import Run, Start, find_start, open_output, write_group
 
 
 def sample_file(
@@ -22,7 +22,7 @@ def sample_file(
     policy_sha256: str = "",
     base_model: str | None = None,
 ) -> int:
-    """Samples for every line, in order, and writes what clp.sample_lines.sample_lines describes.
+    """Samples for every line, in order, and writes what clp.serving.jsonl.sample_lines describes.
 
     Run again with the same arguments, it continues behind what is written, with the seeds of the
     first run; where everything is written it says so. Changing max_batch_size, cache_gib or the
@@ -30,7 +30,8 @@ def sample_file(
 
     Args:
         source: The lines.
-        output: JSON Lines; clp/resumable_output.py writes a second file beside it. None: the
+        output: JSON Lines; clp/serving/resumable_output.py writes a second file beside it. None:
+        the
             terminal, where errors go to standard error.
         defaults: What holds for lines that do not say otherwise.
         make_sampler: Called when it is clear that there is something to do, before anything is

@@ -8,11 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clp.conversation import encode_prompt
-from clp.json_lines import read_lines
-from clp.paths import home_expanded
-from clp.policy import Policy
-from clp.sampler import Sampler, SamplingParams
+from clp.data.conversation import encode_prompt
+from clp.data.json_lines import read_lines
+from clp.data.paths import home_expanded
+from clp.engine.sampler import Sampler, SamplingParams
+from clp.policies.lora import Policy
 
 
 def fitting_rows(

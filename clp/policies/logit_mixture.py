@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import clp_kernels
-from clp.policy import (
+from clp.policies.interface import Network
+from clp.policies.lora import (
     Policy,
     context_length,
     end_ids,
@@ -18,7 +19,6 @@ from clp.policy import (
     torch_device,
     vocab_size,
 )
-from clp.steerable import Network
 
 
 class LogitMixture:

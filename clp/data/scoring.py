@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from transformers import TrainerState
 
-from clp.conversation import Messages, is_conversation
-from clp.prompts import ARGUMENTS, columns
+from clp.data.conversation import Messages, is_conversation
+from clp.data.prompts import ARGUMENTS, columns
 from clp.rewards import RewardFunc
 
 

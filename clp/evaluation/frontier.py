@@ -15,15 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerState
 
-from clp.conversation import encode_prompt
-from clp.policy import Policy
-from clp.prompts import columns
-from clp.requests import Completion, SamplingParams
+from clp.data.conversation import encode_prompt
+from clp.data.prompts import columns
+from clp.data.scoring import RewardLog, dry_call, numbers_or_none, score
+from clp.data.weights import weight_grid
+from clp.engine.requests import Completion, SamplingParams
+from clp.engine.sampler import Sampler, with_seeds
+from clp.policies.lora import Policy
 from clp.rewards import RewardFunc, distinct_2
-from clp.rollout import make_batch, token_stats
-from clp.sampler import Sampler, with_seeds
-from clp.scoring import RewardLog, dry_call, numbers_or_none, score
-from clp.weights import weight_grid
+from clp.training.rollout import make_batch, token_stats
 
 # The sampling parameters that an evaluation depends on, as Frontier holds them.
 _RECORDED = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "stop_token_ids",
@@ -126,7 +126,7 @@ def evaluate(
     Raises:
         ValueError: before anything is sampled, objectives that differ, no rows, n other than 1, a
             reference point that is not m finite numbers, a head on which there is no exact KL,
-            prompts that do not fit, or what clp.scoring.score raises of two short completions.
+            prompts that do not fit, or what clp.data.scoring.score raises of two short completions.
             Afterwards, what it raises of the sampled ones, or an objective that applies to no
             completion at some weights.
     """

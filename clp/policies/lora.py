@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import clp_kernels
-from clp.json_lines import read_json
-from clp.paths import model_location
-from clp.steerable import Network
+from clp.data.json_lines import read_json
+from clp.data.paths import TINY, model_location
+from clp.policies.interface import Network
 from clp_kernels.nn.mixed_lora import steered_layers
 from clp_kernels.nn.probe import check_start
 from clp_kernels.nn.steering import SteeredLayer
 
-TINY = Path(__file__).parent / "tiny"
 # What transformers raises on a folder that is incomplete or damaged, or that needs a package which
 # is not here.
 LOAD_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
@@ -226,7 +225,7 @@ class Policy:
 
     @property
     def networks(self) -> list[Network]:
-        """The one model that runs for every token (clp.steerable.Steerable)."""
+        """The one model that runs for every token (clp.policies.interface.Steerable)."""
         return [Network(self.model, self.steer)]
 
     mode = "geometric"  # unused: there is one network
@@ -394,7 +393,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The frozen base model in eval mode, and its tokenizer (with a padding token).
 
     Args:
-        name: "tiny" for the embedded model, else a path or hub name (see clp.paths).
+        name: "tiny" for the embedded model, else a path or hub name (see clp.data.paths).
 
     Raises: ValueError if it is not a transformers causal LM with its tokenizer.
     """

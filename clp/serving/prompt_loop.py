@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from typing import Any, TextIO
 
-from clp.json_lines import parse_json
-from clp.requests import SamplingParams
-from clp.sampler import Sampler
-from clp.weights import parse_weights
+from clp.data.json_lines import parse_json
+from clp.data.weights import parse_weights
+from clp.engine.requests import SamplingParams
+from clp.engine.sampler import Sampler
 
 HELP = """\
 a text                        is continued; one that begins with / is typed with //

@@ -17,13 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from clp.checkpoint import checkpoints
-from clp.config import CLPConfig, load_config
-from clp.files import hold, write_whole
-from clp.json_lines import parse_json, read_json
-from clp.paths import classifier_source, home_expanded, located
-from clp.policy import read_card
+from clp.data.files import hold, write_whole
+from clp.data.json_lines import parse_json, read_json
+from clp.data.paths import classifier_source, home_expanded, located
+from clp.policies.lora import read_card
 from clp.rewards import BUILTIN, RewardFunc
+from clp.training.checkpoint import checkpoints
+from clp.training.config import CLPConfig, load_config
 
 _FORMAT = 1
 # What a resumed run may have otherwise: where it lives, how often it saves, and what does not

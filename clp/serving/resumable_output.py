@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from clp.files import hold, write_whole
-from clp.json_lines import Line, read_json, read_lines
-from clp.sample_lines import Group, Source, completions_of
+from clp.data.files import hold, write_whole
+from clp.data.json_lines import Line, read_json, read_lines
+from clp.serving.jsonl import Group, Source, completions_of
 
 FORMAT = 1
-# How every record begins (clp/sample_lines.py): a bad line's has an error as its third key.
+# How every record begins (clp/serving/jsonl.py): a bad line's has an error as its third key.
 _RECORD = re.compile(rb'\{"line": (\d+), "index": (\d+), "(error|finish_reason)": "(\w*)')
 
 

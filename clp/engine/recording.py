@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
-from clp.model_state import ModelState
+from clp.engine.model_state import ModelState
 from clp_kernels.nn.steering import SteeredLayer
 
 # What of a tensor may be looked at in Python: nothing that its values decide.
@@ -40,7 +40,7 @@ ROWS_NEEDED = max(RECORDED + COMPARED)
 
 
 class Inputs(NamedTuple):
-    """What a step depends on: int64 [B, 1] each, and the plan (clp.kv_cache.Decode)."""
+    """What a step depends on: int64 [B, 1] each, and the plan (clp.engine.kv_cache.Decode)."""
 
     tokens: Tensor
     positions: Tensor

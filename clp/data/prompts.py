@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clp.conversation import check_conversation, is_conversation
-from clp.json_lines import read_lines
-from clp.paths import home_expanded
-from clp.policy import TINY
+from clp.data.conversation import check_conversation, is_conversation
+from clp.data.json_lines import read_lines
+from clp.data.paths import TINY, home_expanded
 
 TRAIN_PROMPTS = TINY / "prompts.jsonl"
 HELDOUT_PROMPTS = TINY / "heldout.jsonl"
@@ -21,7 +20,7 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file: objects with "prompt" (text) and any columns the rewards use.
 
     Raises:
-        ValueError: a missing or empty file; a line that clp.json_lines refuses, that is not an
+        ValueError: a missing or empty file; a line that clp.data.json_lines refuses, that is not an
             object with a non-empty string "prompt", or that lacks a column of the first line; a
             column in ARGUMENTS; with file and line number.
     """

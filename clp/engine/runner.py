@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 import clp_kernels
-from clp.kv_cache import BLOCK, Decode, KVCache, Prefill, Segment
-from clp.model_state import ModelState
-from clp.recording import ROWS_NEEDED, Inputs, Recording, Unrecordable, record
-from clp.requests import Row
-from clp.slot_check import fault
-from clp.steerable import Steerable
-from clp.turns import in_turn, locks_of
+from clp.engine.kv_cache import BLOCK, Decode, KVCache, Prefill, Segment
+from clp.engine.model_check import fault
+from clp.engine.model_state import ModelState
+from clp.engine.recording import ROWS_NEEDED, Inputs, Recording, Unrecordable, record
+from clp.engine.requests import Row
+from clp.engine.turns import in_turn, locks_of
+from clp.policies.interface import Steerable
 from clp_kernels.invariant import is_batch_invariant
 from clp_kernels.registry import BackendError
 

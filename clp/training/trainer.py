@@ -27,18 +27,27 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerState
 
-from clp.checkpoint import Progress, checkpoints, load_optimizer, load_progress, save_checkpoint
-from clp.config import CLPConfig
-from clp.gradient_checkpointing import checkpointed_layers, checkpointing
-from clp.losses import policy_loss, rloo_advantages, scale_rewards
-from clp.metrics import metric_names, rollout_metrics
-from clp.paths import located
-from clp.policy import Policy
-from clp.prompt_lengths import fitting_rows
-from clp.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
+from clp.data.paths import located
+from clp.data.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
+from clp.data.scoring import dry_call, numbers_or_none
+from clp.data.weights import draw_weights
+from clp.engine.sampler import Sampler, SamplingParams
+from clp.policies.lora import Policy
 from clp.rewards import RewardFunc, load_rewards
-from clp.rollout import Rollout, TokenStats, roll_out, token_stats
-from clp.run_folder import (
+from clp.training.checkpoint import (
+    Progress,
+    checkpoints,
+    load_optimizer,
+    load_progress,
+    save_checkpoint,
+)
+from clp.training.config import CLPConfig
+from clp.training.gradient_checkpointing import checkpointed_layers, checkpointing
+from clp.training.losses import policy_loss, rloo_advantages, scale_rewards
+from clp.training.metrics import metric_names, rollout_metrics
+from clp.training.prompt_lengths import fitting_rows
+from clp.training.rollout import Rollout, TokenStats, roll_out, token_stats
+from clp.training.run_folder import (
     Inputs,
     RunLock,
     check_free,
@@ -47,9 +56,6 @@ from clp.run_folder import (
     cut_lines,
     lines_until,
 )
-from clp.sampler import Sampler, SamplingParams
-from clp.scoring import dry_call, numbers_or_none
-from clp.weights import draw_weights
 
 # Each step draws other prompts, weights and completions. Where half of the draws give no finite
 # gradient, one run of ten in 1,000 is all skipped; a policy that has diverged loses ten steps.

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clp.kv_cache import Decode, KVCache, Prefill, Segment
+from clp.engine.kv_cache import Decode, KVCache, Prefill, Segment
 
 
 @torch.no_grad()
@@ -15,7 +15,7 @@ def fault(network: Any, cache: KVCache, rows: Tensor) -> str | None:
     Five tokens run through the slots and through the model as it is.
 
     Args:
-        network: A clp.steerable.Network.
+        network: A clp.policies.interface.Network.
         cache: Its slots; there must be room for one row of five tokens.
         rows: The row of weights [1, m].
     """

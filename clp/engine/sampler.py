@@ -2,8 +2,8 @@
 
 A request waits until a slot is free; its prompt is prefilled, and from then on each step draws one
 token for every row at once, whatever their weights, lengths and parameters. A row that is done
-leaves its slot to the next request at the following step. `clp/decoder.py` is what runs on the
-device, `clp/kv_cache.py` the slots, `clp/requests.py` what is asked and answered.
+leaves its slot to the next request at the following step. `clp/engine/runner.py` is what runs on
+the device, `clp/engine/kv_cache.py` the slots, `clp/engine/requests.py` what is asked and answered.
 """
 
 import itertools
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clp.conversation import Prompt
-from clp.decoder import Decoder
-from clp.kv_cache import Segment
-from clp.requests import (
+from clp.data.conversation import Prompt
+from clp.data.weights import WeightSpec, parse_rows, parse_weights
+from clp.engine.kv_cache import Segment
+from clp.engine.requests import (
     MOST_TOKENS,
     Completion,
     Request,
@@ -31,9 +31,9 @@ from clp.requests import (
     parse_prompt,
     stream_news,
 )
-from clp.steerable import Steerable
-from clp.turns import one_thread
-from clp.weights import WeightSpec, parse_rows, parse_weights
+from clp.engine.runner import Decoder
+from clp.engine.turns import one_thread
+from clp.policies.interface import Steerable
 from clp_kernels.invariant import is_batch_invariant
 
 # What a model's code and PyTorch raise in a forward pass (out of memory is a RuntimeError).
@@ -115,7 +115,8 @@ class Sampler:
             simplex: Refuse rows off the simplex (negative entries, sum other than 1).
 
         Raises:
-            ValueError, TypeError: bad weights (see clp.weights.parse_weights), a prompt that is
+            ValueError, TypeError: bad weights (see clp.data.weights.parse_weights), a prompt that
+            is
                 empty, outside the vocabulary, too long for the context with max_tokens, or for
                 the cache; params that are no SamplingParams. The other requests go on.
         """

@@ -8,7 +8,7 @@ import jinja2
 import numpy as np
 from torch import Tensor
 
-from clp.text import encode
+from clp.engine.detokenizer import encode
 
 # A longer prompt is an error, not minutes of a tokenizer.
 MOST_CHARACTERS = 2**24
@@ -60,8 +60,8 @@ def prompt_text(prompt: str | Messages, tokenizer: Any, name: str = "prompt") ->
 def encode_prompt(prompt: str | Messages, tokenizer: Any, name: str = "prompt") -> list[int]:
     """The token ids that a model continues; the same for sampling, training and evaluation.
 
-    A text is encoded by clp.text.encode. The special tokens of a conversation are those that the
-    template writes, as in transformers' `apply_chat_template`.
+    A text is encoded by clp.engine.detokenizer.encode. The special tokens of a conversation are
+    those that the template writes, as in transformers' `apply_chat_template`.
 
     Raises:
         ValueError: as prompt_text; a text too long to tokenize, or with half a surrogate pair.

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from clp.config import CLPConfig
+from clp.training.config import CLPConfig
+
+# The embedded model and its prompts.
+TINY = Path(__file__).resolve().parents[1] / "tiny"
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*|[A-Za-z0-9][\w-]*", re.ASCII)
 

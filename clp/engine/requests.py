@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from clp.conversation import encode_prompt, is_conversation
-from clp.text import Text, completion_text, special_texts
+from clp.data.conversation import encode_prompt, is_conversation
+from clp.engine.detokenizer import Text, completion_text, special_texts
 
 # Bounds on what a single request may ask for: beyond them it is an error, not an attack on memory.
 MOST_COMPLETIONS = 1024

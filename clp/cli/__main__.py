@@ -1,0 +1,5 @@
+"""`python -m clp.cli`."""
+
+from clp.cli import main
+
+main()
