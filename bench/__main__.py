@@ -13,7 +13,9 @@ from types import ModuleType
 
 import torch
 
-from bench import linear_logprob, mixed_lora, rows, sample, tables, timing
+from bench import timing
+from bench.ops import linear_logprob, mixed_lora, sample
+from bench.report import rows, tables
 
 QUICK = timing.Protocol(warmup=1, repeats=20, seconds=0.2)
 Case = sample.Case | mixed_lora.Case | linear_logprob.Case
@@ -112,7 +114,7 @@ def plan(args: argparse.Namespace) -> tuple[ModuleType, Sequence[Case], timing.P
 
 def sampler_runs(args: argparse.Namespace) -> int:
     """Measures `sampler`; gives the exit status."""
-    from bench import sampler  # transformers, which a machine that times kernels may lack
+    from bench.engine import sampler  # transformers, which a machine that times kernels may lack
 
     device = torch.device(args.device)
     name = args.model or ("tiny" if args.device == "cpu" else sampler.RANDOM)
@@ -166,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.command == "results":
         # matplotlib, which a machine that only measures may lack
-        from bench import plot, plot_sampler
+        from bench.report import plot, plot_sampler
 
         plot.write_plots()
         plot_sampler.write_plots()

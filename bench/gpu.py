@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from bench import rows, tables
+from bench.report import rows, tables
 
 DEADLINE = 470  # seconds for everything
 PYTHON = sys.executable

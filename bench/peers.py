@@ -31,7 +31,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from bench.workload import Batch, Served
+from bench.engine.workload import Batch, Served
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -127,7 +127,7 @@ def cut_cross_entropy(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
 
 
 class Vllm:
-    """vLLM over a base model; an engine of bench/engines.py.
+    """vLLM over a base model; an engine of bench/engine/engines.py.
 
     Args:
         model: A transformers causal LM on the GPU.

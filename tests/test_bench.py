@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import gpu, linear_logprob, mixed_lora, plot, plot_sampler, rows, sample, tables, timing
+from bench import gpu, timing
+from bench.ops import linear_logprob, mixed_lora, sample
+from bench.report import plot, plot_sampler, rows, tables
 from clp_kernels import mix_logits, registry
 
 CPU = torch.device("cpu")

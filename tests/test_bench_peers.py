@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as command
-from bench import linear_logprob, peers, rows, sample, timing
+from bench import peers, timing
+from bench.ops import linear_logprob, sample
+from bench.report import rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOY = timing.Protocol(warmup=1, repeats=2, least=1, seconds=1)

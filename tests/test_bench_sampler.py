@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import engines, peers, plot_sampler, rows, sampler, tables, timing, workload
-from bench.judge import Judge
-from bench.workload import Batch, Served
+from bench import peers, timing
+from bench.engine import engines, sampler, workload
+from bench.engine.judge import Judge
+from bench.engine.workload import Batch, Served
+from bench.report import plot_sampler, rows, tables
 from clp.engine.runner import Decoder
 
 CPU = torch.device("cpu")

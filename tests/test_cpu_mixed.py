@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import mixed_lora as bench_mixed_lora
+from bench.ops import mixed_lora as bench_mixed_lora
 from bench.timing import peak_bytes_cpu
 from clp_kernels import batch_invariant, mixed_linear, mixed_lora, native, registry
 from clp_kernels.ops import reference

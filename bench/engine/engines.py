@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
 
+from bench.engine.workload import Batch, Served
 from bench.peers import refusable
-from bench.workload import Batch, Served
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
 from clp.policies.interface import Network, Steerable

@@ -7,9 +7,9 @@ from typing import Any
 from matplotlib import pyplot
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bench.plot import apart, spread
-from bench.rows import RESULTS, Row, read
-from bench.tables import case_of, latest, rate
+from bench.report.plot import apart, spread
+from bench.report.rows import RESULTS, Row, read
+from bench.report.tables import case_of, latest, rate
 
 OP = "sampler"
 COLORS = {

@@ -12,9 +12,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bench import mixed_lora
-from bench.rows import RESULTS, Row, is_baseline, read
-from bench.tables import latest
+from bench.ops import mixed_lora
+from bench.report.rows import RESULTS, Row, is_baseline, read
+from bench.report.tables import latest
 
 # Ours are thick, each path of a kernel thin and dashed in its colour; the plain forms are thin.
 COLORS = {

@@ -17,7 +17,7 @@ import torch
 
 from bench.timing import Timing
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 FIELDS = (
     "date",  # UTC, one for the whole run

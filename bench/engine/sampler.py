@@ -1,9 +1,9 @@
 """The subject `sampler`: whole generation runs of requests with unequal lengths.
 
-Requests have log-normal prompts and completions (bench/workload.py); `ignore_eos` and temperature
-1, so that each completion has exactly its length. Tokens a second count those alone, whatever a
-provider computes beyond. Requests are dealt 1, 4, 16 or 64 distinct weight rows over two adapters
-of rank 8 with random B.
+Requests have log-normal prompts and completions (bench/engine/workload.py); `ignore_eos` and
+temperature 1, so that each completion has exactly its length. Tokens a second count those alone,
+whatever a provider computes beyond. Requests are dealt 1, 4, 16 or 64 distinct weight rows over two
+adapters of rank 8 with random B.
 
 Providers. Times with weight rows are of each number of rows; those of the base model do not depend
 on it, and their one time of a run stands in each case.
@@ -27,7 +27,7 @@ growth of resident memory), plus the keys and values that the provider holds bef
 peft_merged_generate, the copy of the base's weights); vLLM's is that of another process, and
 empty. Memory of captured graphs is not in it.
 
-Error gate: the number of tokens of each request, and greedy tokens (bench/judge.py).
+Error gate: the number of tokens of each request, and greedy tokens (bench/engine/judge.py).
 """
 
 import copy
@@ -43,12 +43,13 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from bench import engines, peers, timing
-from bench.judge import Judge
-from bench.rows import Row, provenance
-from bench.rows import rows as rows_of
-from bench.tables import RANDOM, case_of, rate
-from bench.workload import GATE, Batch, Served, Workload, counted, percentile, workload
+from bench import peers, timing
+from bench.engine import engines
+from bench.engine.judge import Judge
+from bench.engine.workload import GATE, Batch, Served, Workload, counted, percentile, workload
+from bench.report.rows import Row, provenance
+from bench.report.rows import rows as rows_of
+from bench.report.tables import RANDOM, case_of, rate
 from clp.policies.lora import Policy, load_base
 from clp_kernels import inject
 from clp_kernels.nn.mixed_lora import steered_layers

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.workload import Batch, Row, Served
+from bench.engine.workload import Batch, Row, Served
 from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import is_transposed, steered_layers
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.rows import RESULTS, ROOT, Row, is_baseline, read
+from bench.report.rows import RESULTS, ROOT, Row, is_baseline, read
 from bench.timing import BASE
 
-RANDOM = "llama-1b-random"  # bench/sampler.py's model on a GPU where none is named
+RANDOM = "llama-1b-random"  # bench/engine/sampler.py's model on a GPU where none is named
 CAT = "torch_cat"  # the plain form that ours are set against where there is a base
 
 HEAD = """\
@@ -22,8 +22,8 @@ Times are microseconds a call, median [20th, 80th percentile]. `torch...` and `p
 baselines. **Floor** is the time to move the bytes once at the measured bandwidth of a large copy
 (inputs that stay in a cache can be read faster), **floor_flops** the time of the multiplications at
 the measured rate of a large square product of the same dtype. What the providers are stands at the
-top of `bench/sample.py`, `bench/linear_logprob.py`, `bench/mixed_lora.py` and `bench/sampler.py`;
-in the second and third, large outputs are judged on evenly spaced rows.
+top of `bench/ops/sample.py`, `bench/ops/linear_logprob.py`, `bench/ops/mixed_lora.py` and
+`bench/engine/sampler.py`; in the second and third, large outputs are judged on evenly spaced rows.
 
 A load average well above zero before a run means that other processes held cores meanwhile. With
 as many threads as cores, times then jump by whole time slices (4 to 8 ms) while one thread of a
