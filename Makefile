@@ -38,7 +38,7 @@ test: .venv/.ready  ## the whole CPU test suite
 	$(BIN)/python -m pytest -n 2
 
 gate: .venv/.ready  ## compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU (4 minutes)
-	$(BIN)/python -m pytest -m gate tests/test_compile_gate.py
+	$(BIN)/python -m pytest -m gate tests/ops/test_compile_gate.py
 
 check: .venv/.ready  ## ruff, mypy, imports, README commands, pins against the package index
 	$(BIN)/ruff check .

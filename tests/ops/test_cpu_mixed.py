@@ -491,7 +491,7 @@ def test_a_nan_example_keeps_its_nan(path: str) -> None:
 
 
 def test_equal_rows_are_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 alone; see tests/test_expert_steps.py for 16 bits."""
+    """In float32 alone; see tests/ops/mixed_linear/test_expert_steps.py for 16 bits."""
     monkeypatch.setattr(cpu_mixed_linear, "has_native_gemm", lambda _: True)
     merged: list[torch.dtype] = []
     one_product = cpu_mixed_linear._merged

@@ -263,7 +263,7 @@ def test_conversations_without_a_template_leave_no_folder(tmp_path):
 
 
 def test_the_page_on_metrics_has_them_all():
-    page = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
+    page = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
     named = re.findall(r"^\| `(.*?)` \|", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(named) == len(set(named))
     assert {name.replace("<objective>", "joy") for name in named} == metric_names(["joy"])

@@ -1,7 +1,7 @@
 """The Triton kernels of mixed_lora in Triton's interpreter, against the definition in float64.
 
-Compiled code is judged elsewhere: tests/test_compile_gate.py compiles every variant, and tests/gpu
-runs the kernels. bfloat16 is not run here: the interpreter's bfloat16 dot is wrong.
+Compiled code is judged elsewhere: tests/ops/test_compile_gate.py compiles every variant, and
+tests/gpu runs the kernels. bfloat16 is not run here: the interpreter's bfloat16 dot is wrong.
 """
 
 import random
