@@ -27,8 +27,11 @@ def test_cuda_targets() -> None:
     assert cuda_targets() == ["80", "90a", "100"]
 
 
+@pytest.mark.gate
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on this machine")
-@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc").glob("*.cu")))
+@pytest.mark.parametrize(
+    "source", sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
+)
 def test_cuda_compiles_without_spills(source: str, tmp_path: Path) -> None:
     """All targets in one run of nvcc: three runs compile the host's part three times (sample.cu:
     16 instead of 12 s of a processor)."""
@@ -37,7 +40,8 @@ def test_cuda_compiles_without_spills(source: str, tmp_path: Path) -> None:
         [
             *(str(NVCC), "-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra"),
             *(f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets),
-            *("-c", str(ROOT / "csrc" / source), "-o", str(tmp_path / "kernel.o")),
+            *("-I", str(ROOT / "csrc"), "-c", str(ROOT / source)),
+            *("-o", str(tmp_path / "kernel.o")),
         ],
         capture_output=True,
         text=True,
@@ -102,9 +106,10 @@ def test_setup_with_an_unknown_wish(tmp_path: Path, value: str) -> None:
     assert f"clp-steer: CLP_KERNELS_SKIP_CUDA must be 0 or 1, got '{value}'" in output
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
 def test_setup_without_nvcc(tmp_path: Path) -> None:
+    """Compiles everything for the CPU again: two to four minutes of a processor."""
     status, output, built = build(tmp_path, CLP_KERNELS_SKIP_CUDA="1")
     assert status == 0, output
     assert built == ["_cpu"]

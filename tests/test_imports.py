@@ -19,7 +19,9 @@ def python_files(*packages: str) -> list[Path]:
     return sorted(p for package in packages for p in (ROOT / package).rglob("*.py"))
 
 
-def imports(tree: ast.AST, package: str, *, at_import_time: bool) -> Iterator[tuple[str, int]]:
+def imports(
+    tree: ast.AST, package: str, *, at_import_time: bool = False
+) -> Iterator[tuple[str, int]]:
     """(module, line) of every import; with `at_import_time`, of those outside of functions."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
@@ -35,7 +37,7 @@ def imports(tree: ast.AST, package: str, *, at_import_time: bool) -> Iterator[tu
             yield from imports(node, package, at_import_time=at_import_time)
 
 
-def offences(package: str, forbidden: set[str], *, at_import_time: bool) -> list[str]:
+def offences(package: str, forbidden: set[str], *, at_import_time: bool = False) -> list[str]:
     found = []
     for path in python_files(package):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -43,6 +45,89 @@ def offences(package: str, forbidden: set[str], *, at_import_time: bool) -> list
             if module.split(".")[0] in forbidden:
                 found.append(f"{path.relative_to(ROOT)}:{line}: {module}")
     return found
+
+
+# The map of the packages. A part imports its own files and the parts to the left of it in its line;
+# clp imports clp_kernels; bench and tests import both, and nothing imports them.
+PARTS = (
+    ("clp_kernels", "checks native invariant registry testing", "ops", "nn", "peft"),
+    ("clp", "data rewards", "policies", "engine", "training", "methods", "evaluation", "cli"),
+    ("clp", "data rewards", "policies", "engine", "serving", "cli"),
+)
+# An op may use the reference and the kernels of these others.
+OPS = {"mixed_linear": {"mixed_lora"}, "linear_logprob": {"mixed_lora", "mixed_linear"},
+       "sample": {"mix_logits"}}  # fmt: skip
+ROOT_FILES = {
+    "clp_kernels": {"__init__", "checks", "info", "invariant", "native", "registry", "testing"},
+    "clp": {"__init__", "rewards"},
+}
+# Who alone may import these, at any time.
+ALONE = {
+    "tyro": ("clp/cli",),
+    "accelerate": ("clp/training/distributed.py",),
+    "transformers": (
+        "clp/policies",
+        "clp/engine/attention.py",
+        "clp/rewards.py",
+        "clp/data/scoring.py",
+    ),
+}
+
+
+def edges(package: str) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """(file, its module, module that it imports) for every import inside a package."""
+    for path in python_files(package):
+        own = path.relative_to(ROOT).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                # What is imported from a package may be a module of it.
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for module in modules:
+                if module.split(".")[0] == package:
+                    yield path, [*own, ""], [*module.split("."), ""]
+
+
+@pytest.mark.parametrize("package", ["clp_kernels", "clp"])
+def test_parts_import_what_is_to_their_left(package: str) -> None:
+    order: dict[str, set[str]] = {}
+    for _, *groups in (line for line in PARTS if line[0] == package):
+        left: set[str] = set()
+        for group in groups:
+            left |= set(group.split())
+            for one in group.split():
+                order.setdefault(one, set()).update(left)
+    wrong = []
+    for path, own, module in edges(package):
+        assert own[1] in order or own[1] in ROOT_FILES[package], f"{path} is in no part of the map"
+        if own[1] in order and module[1] not in order[own[1]]:
+            wrong.append(f"{path.relative_to(ROOT)} imports {'.'.join(module)}")
+    assert not wrong
+
+
+def test_ops_import_the_ops_that_they_are_made_of() -> None:
+    wrong = []
+    for path, own, module in edges("clp_kernels"):
+        inside = (
+            own[1] == module[1] == "ops" and (ROOT / "clp_kernels" / "ops" / module[2]).is_dir()
+        )
+        if inside and own[2] != module[2] and module[2] not in OPS.get(own[2], set()):
+            wrong.append(f"{path.relative_to(ROOT)} imports {'.'.join(module)}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", ["clp_kernels", "clp"])
+def test_no_file_lies_beside_the_map(package: str) -> None:
+    assert {p.stem for p in (ROOT / package).glob("*.py")} <= ROOT_FILES[package]
+
+
+@pytest.mark.parametrize("library", ALONE)
+def test_a_library_is_imported_in_one_place(library: str) -> None:
+    found = offences("clp", {library}) + offences("clp_kernels", {library})
+    assert not [line for line in found if not line.startswith(ALONE[library])]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +140,7 @@ def offences(package: str, forbidden: set[str], *, at_import_time: bool) -> list
 )
 def test_import_directions(package: str, forbidden: set[str]) -> None:
     """csrc <- clp_kernels <- clp; nothing imports bench or tests."""
-    assert not offences(package, forbidden, at_import_time=False)
+    assert not offences(package, forbidden)
 
 
 def test_clp_kernels_loads_no_model_library() -> None:
@@ -65,7 +150,7 @@ def test_clp_kernels_loads_no_model_library() -> None:
 
 def test_testing_needs_only_torch_and_the_standard_library() -> None:
     tree = ast.parse((ROOT / "clp_kernels" / "testing.py").read_text(encoding="utf-8"))
-    names = {m.split(".")[0] for m, _ in imports(tree, "clp_kernels", at_import_time=False)}
+    names = {m.split(".")[0] for m, _ in imports(tree, "clp_kernels")}
     assert names - sys.stdlib_module_names == {"torch"}
 
 
@@ -87,9 +172,7 @@ def imported(*packages: str) -> set[str]:
     modules = {
         module.split(".")[0]
         for path in python_files(*packages)
-        for module, _ in imports(
-            ast.parse(path.read_text(encoding="utf-8")), packages[0], at_import_time=False
-        )
+        for module, _ in imports(ast.parse(path.read_text(encoding="utf-8")), packages[0])
     }
     return {normal(providers.get(module, [module])[0]) for module in modules - here}
 
@@ -121,7 +204,7 @@ def f():
     tree = ast.parse(source)
     loaded = [m for m, _ in imports(tree, "clp", at_import_time=True)]
     assert loaded == ["os", "clp.train", "tests.x", "peft"]
-    everything = [m for m, _ in imports(tree, "clp", at_import_time=False)]
+    everything = [m for m, _ in imports(tree, "clp")]
     assert everything == [*loaded, "bench.timing", "clp"]
 
 
