@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 import reprlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from rapidfuzz.distance import LCSseq
 from clp.data.conversation import Messages, is_conversation, message_text
 from clp.data.paths import classifier_source, home_expanded
 from clp.data.prompts import ARGUMENTS
+from clp.data.scoring import RewardFunc
 
 Texts = Sequence[str | Messages]
-RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 _SPEC = re.compile(r"(?:([^=:]*)=)?(.*)", re.DOTALL)
 _OBJECTIVE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -158,7 +158,7 @@ def classifier(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from clp.policies.lora import loading
+    from clp.policies.loading import load_errors
 
     folder = home_expanded(path)
     wrong = f"{str(folder)!r} is not a folder with a sequence classifier"
@@ -168,7 +168,7 @@ def classifier(
     if (folder / "adapter_config.json").exists():  # its load report would hide the base model's
         raise ValueError(f"{problem}it has an adapter_config.json; merge the adapter first")
     local = {"local_files_only": True, "trust_remote_code": False}
-    with loading(wrong):
+    with load_errors(wrong):
         tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left", **local)
         # A "_attn_implementation" in config.json may name a kernel to download, and wins over the
         # argument unless the config comes as an object (transformers 5.23).

@@ -133,7 +133,8 @@ def evaluate(argv: Sequence[str]) -> None:
     from clp.evaluation.frontier import check_reference_point
     from clp.evaluation.frontier import evaluate as sweep
     from clp.evaluation.report import FILES, print_frontier, print_samples, save_evaluation
-    from clp.policies.lora import Policy, read_card
+    from clp.policies.card import read_card
+    from clp.policies.lora import Policy
     from clp.rewards import load_rewards
 
     for name in ("num_prompts", "max_batch_size"):
@@ -195,7 +196,9 @@ def export(argv: Sequence[str]) -> None:
     command = tyro.cli(ExportCommand, prog="clp export", args=argv)
     import clp_kernels
     from clp.data.weights import parse_weights
-    from clp.policies.lora import Policy, model_path, read_card
+    from clp.policies.card import read_card
+    from clp.policies.loading import model_path
+    from clp.policies.lora import Policy
 
     run, output = home_expanded(command.run), home_expanded(command.output)
     row = parse_weights(command.weights, read_card(run)["objectives"], simplex=command.simplex)

@@ -91,7 +91,8 @@ def _run(command: SampleCommand) -> int:
     from clp.data.weights import parse_weights
     from clp.engine.requests import SamplingParams
     from clp.engine.sampler import Sampler
-    from clp.policies.lora import Policy, read_card
+    from clp.policies.card import read_card
+    from clp.policies.lora import Policy
     from clp.serving.jsonl import Defaults, Source, check_defaults
     from clp.serving.jsonl_file import sample_file
     from clp.serving.prompt_loop import prompt_loop

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerState
 
 from clp.data.conversation import Messages, is_conversation
 from clp.data.prompts import ARGUMENTS, columns
-from clp.rewards import RewardFunc
+
+RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 
 @dataclass
@@ -110,7 +110,7 @@ def score(
     extra_columns: Mapping[str, Sequence[Any]],
     *,
     completion_ids: Sequence[Sequence[int]],
-    trainer_state: TrainerState,
+    trainer_state: Any,
     log: RewardLog,
 ) -> torch.Tensor:
     """The reward matrix, float32 `[N, m]` on the CPU; column i is the i-th of `reward_funcs`.
@@ -122,7 +122,7 @@ def score(
             [{"role": "assistant", "content": text}].
         extra_columns: The dataset's other columns.
         completion_ids: Token ids of each completion, the end token included.
-        trainer_state: What has been trained so far.
+        trainer_state: What has been trained so far, a transformers TrainerState.
         log: Takes what functions log.
 
     Async functions run concurrently, beside the others, on one event loop in a thread of its own,
@@ -190,7 +190,7 @@ def dry_call(
     reward_funcs: Mapping[str, RewardFunc],
     rows: Sequence[dict[str, Any]],
     tokenizer: Any,
-    trainer_state: TrainerState,
+    trainer_state: Any,
     reserved: frozenset[str] = frozenset(),
 ) -> None:
     """Scores two short completions of the first and the last row; what functions log is dropped.

@@ -3,11 +3,13 @@
 import difflib
 import re
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from clp.data.paths import absolute, home_expanded, model_location, reward_locations
 
 # What clp_kernels.load_adapters reads: a larger adapter could be trained, but not loaded.
 LARGEST_R, LARGEST_LORA_ALPHA = 4096, 1_000_000
@@ -246,3 +248,18 @@ def _as_float(name: str, value: float) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} must be a number in the range of a float") from None
+
+
+def located(config: CLPConfig) -> CLPConfig:
+    """The configuration with whatever it names as it is found from any folder.
+
+    Raises: ValueError as model_location.
+    """
+    return replace(
+        config,
+        model=model_location(config.model),
+        rewards=reward_locations(config.rewards),
+        prompts=None if config.prompts is None else absolute(config.prompts),
+        eval_prompts=None if config.eval_prompts is None else absolute(config.eval_prompts),
+        output_dir=str(home_expanded(config.output_dir)),
+    )

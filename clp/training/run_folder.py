@@ -19,11 +19,11 @@ from typing import Any
 
 from clp.data.files import hold, write_whole
 from clp.data.json_lines import parse_json, read_json
-from clp.data.paths import classifier_source, home_expanded, located
-from clp.policies.lora import read_card
+from clp.data.paths import classifier_source, home_expanded
+from clp.policies.card import read_card
 from clp.rewards import BUILTIN, RewardFunc
 from clp.training.checkpoint import checkpoints
-from clp.training.config import CLPConfig, load_config
+from clp.training.config import CLPConfig, load_config, located
 
 _FORMAT = 1
 # What a resumed run may have otherwise: where it lives, how often it saves, and what does not

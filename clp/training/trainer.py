@@ -27,7 +27,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerState
 
-from clp.data.paths import located
 from clp.data.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.data.scoring import dry_call, numbers_or_none
 from clp.data.weights import draw_weights
@@ -41,7 +40,7 @@ from clp.training.checkpoint import (
     load_progress,
     save_checkpoint,
 )
-from clp.training.config import CLPConfig
+from clp.training.config import CLPConfig, located
 from clp.training.gradient_checkpointing import checkpointed_layers, checkpointing
 from clp.training.losses import policy_loss, rloo_advantages, scale_rewards
 from clp.training.metrics import metric_names, rollout_metrics

@@ -11,7 +11,7 @@ import torch
 
 from clp import cli
 from clp.data.paths import TINY
-from clp.policies.lora import torch_device
+from clp.policies.loading import torch_device
 from clp.training.config import load_config
 
 SMALL = [

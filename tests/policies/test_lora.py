@@ -20,8 +20,9 @@ import clp_kernels
 from clp import cli
 from clp.data.paths import TINY
 from clp.data.weights import weight_grid
+from clp.policies.loading import load_base, torch_device
 from clp.policies.logit_mixture import LogitMixture
-from clp.policies.lora import Policy, load_base, torch_device
+from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
 
 IDS = torch.tensor([[1, 5, 9, 30], [1, 7, 8, 40]])

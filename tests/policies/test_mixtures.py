@@ -10,8 +10,9 @@ import clp_kernels
 from clp.data.paths import TINY
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
+from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
-from clp.policies.lora import Policy, load_base
+from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
 
 PROMPTS = ["Tom had a red kite.", "Mia", "One day, the old dog was at the lake.", "Sam"]

@@ -90,7 +90,7 @@ def test_a_reward_that_fails_later_teaches_nothing(tmp_path):
 
 
 def test_a_model_is_no_function(tmp_path):
-    from clp.policies.lora import load_base
+    from clp.policies.loading import load_base
 
     model, _ = load_base("tiny", torch.float32)
     with pytest.raises(ValueError, match=r"'judge' is a model; clp\.rewards\.classifier"):
