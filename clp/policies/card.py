@@ -1,4 +1,4 @@
-"""clp.json, the card of a saved policy: its base model, objectives, rewards and adapters' digests."""
+"""clp.json, the card of a saved policy: base model, objectives, rewards, digests of adapters."""
 
 import hashlib
 import json

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from clp.data.files import hold, write_whole
+from clp.data.files import lock_file, write_whole
 from clp.data.json_lines import Line, read_json, read_lines
 from clp.serving.jsonl import Group, Source, completions_of
 
@@ -94,7 +94,7 @@ def open_output(path: Path, run: Run, start: Start) -> Iterator[BinaryIO]:
     """
     handle = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     with handle:
-        if not hold(handle.fileno()):
+        if not lock_file(handle.fileno()):
             raise ValueError(f"output {path} is being written by another process")
         if os.fstat(handle.fileno()).st_size != start.size:
             raise ValueError(f"output {path} has been changed by another process")

@@ -13,7 +13,8 @@ from clp.engine.sampler import Sampler, with_seeds
 from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
 from clp.policies.lora import Policy
-from clp.training.rollout import make_batch, token_stats
+from clp.policies.token_stats import token_stats
+from clp.training.rollout import make_batch
 
 TOKENS = 1024  # of the embedded model's tokenizer
 

@@ -13,7 +13,7 @@ from clp.engine.sampler import SamplingParams
 from clp.evaluation.frontier import evaluate
 from clp.rewards import brevity, sentiment
 from clp.training.config import CLPConfig
-from clp.training.metrics import metric_names
+from clp.training.rollout import metric_names
 from clp.training.trainer import CLPTrainer
 
 ROWS = [{"prompt": "Tom had a red kite.", "gold": "red"}, {"prompt": "Mia was sad.", "gold": None}]

@@ -6,8 +6,9 @@ from transformers import TrainerState
 
 from clp.engine.sampler import Completion, Sampler, SamplingParams
 from clp.policies.lora import Policy
+from clp.policies.token_stats import token_stats
 from clp.rewards import load_rewards
-from clp.training.rollout import make_batch, roll_out, token_stats
+from clp.training.rollout import make_batch, roll_out
 from clp_kernels.nn.mixed_lora import steered_layers
 
 ROWS = [{"prompt": "Tom had a red kite."}, {"prompt": "Mia"}, {"prompt": "Sam was at the lake."}]

@@ -279,7 +279,7 @@ def test_two_trainings_in_one_folder(tmp_path):
 
 def test_of_two_new_trainings_one_gets_the_folder(tmp_path, monkeypatch):
     """Both find it free, and load their models; the second to be ready is refused."""
-    real = CLPTrainer._prepare
+    real = CLPTrainer.prepare
     won = []
 
     def prepare(self, *args):
@@ -288,7 +288,7 @@ def test_of_two_new_trainings_one_gets_the_folder(tmp_path, monkeypatch):
             won.append(1)
             won.append(CLPTrainer(args=config(tmp_path / "r")))
 
-    monkeypatch.setattr(CLPTrainer, "_prepare", prepare)
+    monkeypatch.setattr(CLPTrainer, "prepare", prepare)
     with pytest.raises(ValueError, match="in use by another training"):
         CLPTrainer(args=config(tmp_path / "r"))
     won.pop().lock.release()
@@ -299,7 +299,7 @@ def test_of_two_new_trainings_one_gets_the_folder(tmp_path, monkeypatch):
 def test_a_lock_ends_with_its_process_however_it_ends(tmp_path):
     script = f"""
 from pathlib import Path
-from clp.run_folder import RunLock
+from clp.training.run_folder import RunLock
 lock = RunLock(Path({str(tmp_path)!r}))
 lock.acquire()
 print("held", flush=True)

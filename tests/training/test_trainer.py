@@ -188,7 +188,7 @@ def test_resume_of_another_configuration_is_refused(whole):
 
 def broken(trainer, bad_steps, value=float("nan")):
     """Makes the gradient of one parameter wrong in these steps (from 1)."""
-    real = trainer._accumulate_gradients
+    real = trainer.accumulate_gradients
 
     def accumulate(rollout, weights):
         result = real(rollout, weights)
@@ -196,7 +196,7 @@ def broken(trainer, bad_steps, value=float("nan")):
             next(iter(trainer.parameters.values())).grad.view(-1)[0] = value
         return result
 
-    trainer._accumulate_gradients = accumulate
+    trainer.accumulate_gradients = accumulate
     return trainer
 
 
@@ -218,8 +218,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, v
 
 def test_a_loss_that_is_not_finite_skips_the_step(tmp_path):
     trainer = CLPTrainer(args=config(tmp_path / "r"))
-    real = trainer._accumulate_gradients
-    trainer._accumulate_gradients = lambda *a: (float("nan"), real(*a)[1])
+    real = trainer.accumulate_gradients
+    trainer.accumulate_gradients = lambda *a: (float("nan"), real(*a)[1])
     before = [p.clone() for p in trainer.parameters.values()]
     assert trainer.train_step()["skipped_steps"] == 1
     assert all(map(torch.equal, before, trainer.parameters.values()))
@@ -300,7 +300,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     script = f"""
 import resource, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_train import CLPTrainer, config
+from test_trainer import CLPTrainer, config
 trainer = CLPTrainer(args=config({str(tmp_path / "full")!r}))
 trainer.train_step(); trainer.train_step(); trainer.save()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
