@@ -134,7 +134,7 @@ class CLPTrainer:
     def prepare(
         self, checkpoint: Path | None, rewards: Sequence[str], prompts: str | Path | None
     ) -> None:
-        """Makes policy, optimizer, sampler, new or from a checkpoint; checks prompts and rewards."""
+        """Makes policy, optimizer and sampler, new or from a checkpoint; checks what goes in."""
         args = self.args
         dtype = getattr(torch, args.dtype)
         if checkpoint is None:

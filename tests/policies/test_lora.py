@@ -81,7 +81,9 @@ def test_adapters_of_the_embedded_model_name_a_folder_that_peft_loads(tmp_path):
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "p/adapters/joy").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, logits(policy, rows.tolist()))
-    cli.export([str(tmp_path / "p"), str(tmp_path / "out"), "--weights", "joy=1,brief=0"])
+    cli.COMMANDS["export"](
+        [str(tmp_path / "p"), str(tmp_path / "out"), "--weights", "joy=1,brief=0"]
+    )
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, logits(policy, rows.tolist()))

@@ -9,14 +9,8 @@ from tqdm import tqdm
 from clp.data.json_lines import Line, read_lines
 from clp.engine.sampler import Sampler, SamplingParams
 from clp.policies.lora import Policy
-from clp.serving.jsonl import (
-    Defaults,
-    Source,
-    check_defaults,
-    completions_of,
-    line_seed,
-    sample_lines,
-)
+from clp.serving.jsonl import Defaults, check_defaults, line_seed, sample_lines
+from clp.serving.resumable_output import Source, completions_of
 
 DEFAULTS = Defaults(SamplingParams(max_tokens=4), "joy=0.5,brief=0.5", True)
 

@@ -14,9 +14,8 @@ from clp import cli
 from clp.engine.sampler import Sampler, SamplingParams
 from clp.policies.lora import Policy
 from clp.serving import resumable_output
-from clp.serving.jsonl import Defaults, Source
-from clp.serving.jsonl_file import sample_file
-from clp.serving.resumable_output import sidecar
+from clp.serving.jsonl import Defaults, sample_file
+from clp.serving.resumable_output import Source, sidecar
 from clp_kernels.nn.mixed_lora import steered_layers
 
 DEFAULTS = Defaults(SamplingParams(max_tokens=12), "joy=0.5,brief=0.5", True)
