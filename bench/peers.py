@@ -131,7 +131,7 @@ class Vllm:
 
     Args:
         model: A transformers causal LM on the GPU.
-        count, longest: Requests at once, and tokens of the longest.
+        count, longest: Requests in one batch, and tokens of the longest.
         memory: Share of the GPU's memory that it may take beside what is loaded here.
     """
 
@@ -176,7 +176,7 @@ class Vllm:
                 first[i] = first[i] or time.perf_counter() - begin
         return Served(tokens, first)
 
-    def held(self) -> None:
+    def kept_bytes(self) -> None:
         """Unknown: its memory is that of another process."""
 
     def close(self) -> None:
@@ -188,13 +188,13 @@ def samplers(device: torch.device, top_p: float) -> dict[str, Sampler]:
     found: dict[str, Sampler] = {"flashinfer": flashinfer}
     if top_p == 1:
         found["flashinfer_logits"] = flashinfer_logits
-    return _installed(device, found | {"vllm": vllm})
+    return installed(device, found | {"vllm": vllm})
 
 
 def heads(device: torch.device) -> dict[str, Head]:
     """Those that can run there, by provider's name."""
     found: dict[str, Head] = {"liger": liger, "cut_cross_entropy": cut_cross_entropy}
-    return _installed(device, found)
+    return installed(device, found)
 
 
 PACKAGES = {
@@ -213,7 +213,8 @@ def vllm_missing(device: torch.device) -> str | None:
     return None if importlib.util.find_spec("vllm") else "vllm is not installed"
 
 
-def _installed(device: torch.device, forms: dict[str, Any]) -> dict[str, Any]:
+def installed(device: torch.device, forms: dict[str, Any]) -> dict[str, Any]:
+    """Those of the forms whose packages are installed; none without a GPU."""
     if device.type != "cuda":
         return {}
     return {n: form for n, form in forms.items() if importlib.util.find_spec(PACKAGES[n])}

@@ -1,7 +1,7 @@
 """The ways to serve a batch of requests that `bench sampler` compares.
 
-Each is an object with `serve(batch, greedy) -> Served`, `held()`, the bytes of keys and values
-that it keeps between its calls, and `close()`.
+Each is an object with `serve(batch, greedy) -> Served`, `kept_bytes()`, those of keys and values
+that stay between its calls, and `close()`.
 """
 
 import copy
@@ -35,40 +35,33 @@ class Engine(Protocol):
     def serve(self, batch: Batch, greedy: bool) -> Served:
         """Every request's completion, at temperature 1 or greedy."""
 
-    def held(self) -> int | None:
+    def kept_bytes(self) -> int | None:
         """Bytes kept between calls; None where they cannot be told."""
 
     def close(self) -> None:
         """Gives everything back."""
 
 
-class Bare:
+class Bare(Steerable):
     """A plain causal LM as a policy with one objective, for the sampler without adapters."""
 
-    objectives: tuple[str, ...] = ("none",)
-    mode = "geometric"  # unused: there is one network
+    objectives = ("none",)
 
-    def __init__(self, model: Any, like: Policy) -> None:
-        self.model, self.tokenizer = model, like.tokenizer
-        self.device, self.context_length = like.device, like.context_length
-        self.vocab_size, self.end_ids = like.vocab_size, like.end_ids
-        self.drawable_ids = like.drawable_ids
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
 
     @property
     def networks(self) -> list[Network]:
-        return [Network(self.model, lambda rows: nullcontext())]
+        return [Network(self.model, lambda weights: nullcontext())]
 
-    def logit_weights(self, rows: Tensor) -> None:
-        return None
-
-    def cache_key(self, row: Tensor) -> bytes:
+    def cache_key(self, weights: Tensor) -> bytes:
         return b""
 
 
 class Clp:
-    """The project's sampler: all requests at once, each with its own row.
+    """The project's sampler: all requests in one batch, each with its own weights.
 
-    `rows` False: for a policy with one objective, every row is 1.
+    `rows` False: for a policy with one objective, whose weight is 1.
     """
 
     def __init__(self, policy: Steerable, count: int, *, rows: bool = True) -> None:
@@ -108,7 +101,7 @@ class Clp:
                 raise RuntimeError(f"request {i} failed: {completion.error}")
         return Served([completion.token_ids for completion in done], first)
 
-    def held(self) -> int:
+    def kept_bytes(self) -> int:
         return self.sampler.cache_bytes
 
     def close(self) -> None:
@@ -175,7 +168,7 @@ class Generate:
         tokens, at = generate(self.model, batch.prompts, batch.lengths, greedy)
         return Served(tokens, [at - begin] * len(tokens))
 
-    def held(self) -> int:
+    def kept_bytes(self) -> int:
         return 0
 
     def close(self) -> None:
@@ -183,10 +176,10 @@ class Generate:
 
 
 class PeftMerged:
-    """PEFT: for each distinct row a `cat` adapter of the row's weights, merged into the base.
+    """PEFT: for all distinct weights a `cat` adapter mixed by them, merged into the base.
 
-    Then `generate` for that row's requests in one padded batch. A merged adapter is taken out
-    again by subtraction, which leaves rounding: the base's weights are then put back.
+    Then `generate` for the requests with these weights in one padded batch. A merged adapter is
+    removed by subtraction, which leaves rounding: the base's parameters are then copied back.
     """
 
     def __init__(self, policy: Policy, model: Any) -> None:
@@ -223,9 +216,9 @@ class PeftMerged:
         for row, group in groupby(order, key=lambda i: batch.rows[i]):
             members = list(group)
             self.model.add_weighted_adapter(
-                self.names, list(row), adapter_name="row", combination_type="cat"
+                self.names, list(row), adapter_name="mixed", combination_type="cat"
             )
-            self.model.set_adapter("row")
+            self.model.set_adapter("mixed")
             self.model.merge_adapter()
             found, at = generate(
                 self.model,
@@ -236,12 +229,12 @@ class PeftMerged:
             self.model.unmerge_adapter()
             for weight, base in self.bases.items():
                 weight.copy_(base)
-            self.model.delete_adapter("row")
+            self.model.delete_adapter("mixed")
             for i, own in zip(members, found, strict=True):
                 tokens[i], first[i] = own, at - begin
         return Served(tokens, first)
 
-    def held(self) -> int:
+    def kept_bytes(self) -> int:
         """The copy of the base's weights that merging needs."""
         return sum(base.nbytes for base in self.bases.values())
 
@@ -250,7 +243,7 @@ class PeftMerged:
 
 
 class ContinuousBatching:
-    """transformers' continuous batching over the base model, its paged cache made beforehand."""
+    """transformers\' continuous batching over the base model, its paged cache made beforehand."""
 
     def __init__(self, model: Any, count: int, longest: int) -> None:
         # Of its own: the manager changes the attention of its model.
@@ -263,7 +256,7 @@ class ContinuousBatching:
             max_new_tokens=self.longest, eos_token_id=NO_END, pad_token_id=0, **_drawing(greedy)
         )
         # By default it takes most of the free memory; here what all requests need, half as much
-        # again (it keeps a margin free), and as many tokens a step as ours prefills.
+        # again (it keeps a margin free), and as many tokens per step as ours prefills.
         pages = self.count * -(-self.longest // PAGE)
         sizes = ContinuousBatchingConfig(
             page_size=PAGE,
@@ -313,7 +306,7 @@ class ContinuousBatching:
         tokens = [list(result.generated_tokens) for result in done]
         return Served(tokens, [result.timestamps[0] - begin for result in done])
 
-    def held(self) -> int | None:
+    def kept_bytes(self) -> int | None:
         """The pages of its cache."""
         if self._manager is None:
             return None

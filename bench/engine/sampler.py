@@ -70,6 +70,17 @@ TRANSFORMERS, VLLM = "transformers_cb", "vllm"
 class Ids:
     """Stands in for the tokenizer of a model that has none: a text is its ids."""
 
+    eos_token = unk_token = eos_token_id = unk_token_id = None
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return "".join(f"{i} " for i in ids)
 
@@ -96,22 +107,17 @@ def models(name: str, device: torch.device) -> tuple[Policy, Any]:
     """(a policy with random adapters, its bare base model), float32 on the CPU, else bfloat16.
 
     Args:
-        name: As for clp.policies.lora.load_base, or RANDOM.
+        name: As for clp.policies.loading.load_base, or RANDOM.
 
     Raises: ValueError as load_base.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    tokenizer: Any = Ids()
     if name == RANDOM:
         config = transformers.LlamaConfig(
-            hidden_size=2048,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            intermediate_size=8192,
-            vocab_size=128_256,
-            max_position_embeddings=2048,
-        )
+            hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+            intermediate_size=8192, vocab_size=128_256, max_position_embeddings=2048,
+        )  # fmt: skip
+        tokenizer: Any = Ids(config.vocab_size)
         torch.manual_seed(0)
         with device:
             base: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -141,7 +147,7 @@ def ways(policy: Policy, base: Any, work: Workload) -> tuple[list[Way], dict[str
     device = policy.device
     count = len(work.prompts)
     longest = max(p + c for p, c in zip(work.prompts, work.completions, strict=True))
-    bare = engines.Bare(base, policy)
+    bare = engines.Bare(base, policy.tokenizer)
     made: dict[str, tuple[Callable[[], engines.Engine], bool]] = {
         OURS: (partial(engines.Clp, policy, count), True),
         BARE: (partial(engines.Clp, bare, count, rows=False), False),
@@ -191,10 +197,10 @@ class Runner:
 
     def peak(self, device: torch.device) -> int | None:
         """Bytes, as the module's text says."""
-        held = self.way.engine.held()
+        kept = self.way.engine.kept_bytes()
         take = timing.peak_bytes_gpu if device.type == "cuda" else timing.resident_growth
-        grown = take(self.run) if held is not None else None
-        return None if held is None or grown is None else held + grown
+        grown = take(self.run) if kept is not None else None
+        return None if kept is None or grown is None else kept + grown
 
     def first_us(self, rounds: Sequence[list[float]]) -> tuple[float, float]:
         """(mean, 95th percentile) of the time to first token, medians over the rounds."""
@@ -270,7 +276,7 @@ def _label(way: Way, weight_rows: int) -> str:
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
-    """The three ratios of tokens a second that matter, as lines of text, for rows of one case."""
+    """The three ratios of tokens per second that matter, as lines of text, for rows of one case."""
     rates = {(case_of(row)["weight_rows"], row["provider"]): rate(row) for row in rows}
     few, most = min(count for count, _ in rates), max(count for count, _ in rates)
     pairs = [(most, MERGED), (most, PLAIN), (few, OURS)]

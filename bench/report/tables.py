@@ -18,27 +18,27 @@ Made from `bench/results/*.csv` by `python -m bench results`: the latest row of 
 provider on each machine. Protocol: `bench/timing.py`. Every provider passed its error gate on the
 inputs it was timed with.
 
-Times are microseconds a call, median [20th, 80th percentile]. `torch...` and `peft` are the
+Times are microseconds per call, median [20th, 80th percentile]. `torch...` and `peft` are the
 baselines. **Floor** is the time to move the bytes once at the measured bandwidth of a large copy
 (inputs that stay in a cache can be read faster), **floor_flops** the time of the multiplications at
 the measured rate of a large square product of the same dtype. What the providers are stands at the
 top of `bench/ops/sample.py`, `bench/ops/linear_logprob.py`, `bench/ops/mixed_lora.py` and
 `bench/engine/sampler.py`; in the second and third, large outputs are judged on evenly spaced rows.
 
-A load average well above zero before a run means that other processes held cores meanwhile. With
+A load average well above zero before a run means that other processes used cores meanwhile. With
 as many threads as cores, times then jump by whole time slices (4 to 8 ms) while one thread of a
 parallel region waits for its core: read the sections with one thread, or measure again on an idle
 machine.
 """
 SPEED_UP = """\
-Microseconds a call (median). Speed-up: the time of the fastest baseline of the same case and run
+Microseconds per call (median). Speed-up: the time of the fastest baseline of the same case and run
 over the own time; above 1 is faster."""
 OVER_BASE = """\
 Each cell: time over that of the bare layer (`base`), and in brackets the microseconds beyond it;
 medians over the rounds, each against the base of its own round. "cat extra / X's": the extra time
 of torch_cat over that of X (all: X has none); "X / cat": the whole time of X over torch_cat's."""
 RATE = """\
-Useful tokens a second: the sum of the completions' lengths (`tokens`, of `N` requests) over the
+Useful tokens per second: the sum of the completions' lengths (`tokens`, of `N` requests) over the
 median time of a run. Floor: reading all weights once for each token of the longest completion, at
 the bandwidth of a large copy."""
 FIRST = """\
@@ -46,10 +46,10 @@ Milliseconds to a request's first token: mean / 95th percentile over the request
 runs."""
 PLOTS = {
     "mixed_lora": "time over the base against T",
-    "sampler": "tokens a second against the number of weight rows",
+    "sampler": "tokens per second against the number of distinct weights",
 }
-HELD = """\
-Peak memory beyond the weights, MB: keys and values that are held, and what a run adds."""
+MEMORY = """\
+Peak memory beyond the weights, MB: keys and values that are kept, and what a run adds."""
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -84,7 +84,7 @@ def tables(rows: Sequence[Row], *, spread: bool = True) -> str:
 
 
 def table(rows: Sequence[Row], *, spread: bool = True) -> str:
-    """Times of one op on one machine, a line a case; `spread` adds p20 and p80."""
+    """Times of one op on one machine, one line per case; `spread` adds p20 and p80."""
     cases, names, cell = _columns(rows)
     fields = _fields(cases)
     ours = [n for n in names if _is_ours(n)]
@@ -138,22 +138,22 @@ def memory_table(rows: Sequence[Row]) -> str:
         base = cell.get((key, first))
         if base is None:
             continue
-        held = float(base["peak_bytes"])
+        first_bytes = float(base["peak_bytes"])
         peaks = [cell[key, name]["peak_bytes"] if (key, name) in cell else "" for name in rest]
-        line = [*(str(case.get(field, "")) for field in fields), f"{held / 1e6:.1f}"]
-        lines.append(line + [f"{float(peak) / held:.2f}" if peak else "" for peak in peaks])
+        line = [*(str(case.get(field, "")) for field in fields), f"{first_bytes / 1e6:.1f}"]
+        lines.append(line + [f"{float(peak) / first_bytes:.2f}" if peak else "" for peak in peaks])
     return _aligned(lines)
 
 
 def rate_tables(rows: Sequence[Row]) -> str:
-    """Tokens a second, time to first token and peak memory of generation runs, a line a case."""
+    """Tokens per second, time to first token, peak memory of generation runs; one line per case."""
     parts = [_cells(rows, lambda row: _short(rate(row))), RATE]
     timed = [row for row in rows if row["ttft_us"]]
     if timed:
         parts += [_cells(timed, _first), FIRST]
     weighed = [row for row in rows if row["peak_bytes"]]
     if weighed:
-        parts += [_cells(weighed, lambda row: _short(float(row["peak_bytes"]) / 1e6)), HELD]
+        parts += [_cells(weighed, lambda row: _short(float(row["peak_bytes"]) / 1e6)), MEMORY]
     return "\n\n".join(parts)
 
 
@@ -164,7 +164,7 @@ def case_of(row: Row) -> dict[str, Any]:
 
 
 def rate(row: Row) -> float:
-    """Useful tokens a second of a generation run."""
+    """Useful tokens per second of a generation run."""
     return float(case_of(row)["tokens"]) / float(row["p50_us"]) * 1e6
 
 
@@ -174,7 +174,7 @@ def _first(row: Row) -> str:
 
 
 def _cells(rows: Sequence[Row], text: Callable[[Row], str]) -> str:
-    """A line a case, a column a provider."""
+    """One line per case, one column per provider."""
     cases, names, cell = _columns(rows)
     fields = _fields(cases)
     lines = [[*fields, *names]]

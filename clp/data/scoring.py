@@ -53,7 +53,7 @@ class RewardLog:
     def log_metric(self, name: str, value: float) -> None:
         """Adds a value of a metric; the mean of its values is reported.
 
-        Raises: ValueError where `name` is one of the trainer's own metrics.
+        Raises: ValueError if `name` is one of the trainer's own metrics.
         """
         if not isinstance(name, str):
             raise TypeError(f"log_metric: name must be a string, got {reprlib.repr(name)}")
@@ -62,12 +62,12 @@ class RewardLog:
         self.metrics.setdefault(name, []).append(float(value))
 
     def check(self, count: int) -> None:
-        """Raises ValueError where a column has not one value per completion."""
+        """Raises ValueError if a column does not have one value per completion."""
         for objective, logged in self.extra.items():
             for column, values in logged.items():
                 if len(values) != count:
                     raise ValueError(
-                        f"reward {objective!r}: log_extra({column!r}, values) needs one value a "
+                        f"reward {objective!r}: log_extra({column!r}, values) needs one value per "
                         f"completion, got {len(values)} for {count} completions"
                     )
 
@@ -115,7 +115,7 @@ def score(
 ) -> torch.Tensor:
     """The reward matrix, float32 `[N, m]` on the CPU; column i is the i-th of `reward_funcs`.
 
-    NaN stands where a function returned None: that objective does not apply to that example.
+    NaN stands for None: that objective does not apply to that example.
 
     Args:
         prompts: Texts, or conversations; completions of these are given to the functions as
@@ -125,17 +125,16 @@ def score(
         trainer_state: What has been trained so far, a transformers TrainerState.
         log: Takes what functions log.
 
-    Async functions run concurrently, beside the others, on one event loop in a thread of its own,
-    which lasts as long as the process: clients that a function keeps between calls stay usable, and
-    a loop that already runs in this thread (Jupyter) does no harm. The others run in this thread,
-    in order. Each function gets its own copies of the lists and of what is a list or dict in
-    them. Arrays, iterators, booleans, and scalars of numpy and torch are accepted as results.
+    Async functions run concurrently, beside the others, on one event loop in its own thread, which
+    lasts as long as the process: clients that a function keeps between calls stay usable, and a
+    loop that already runs in this thread (Jupyter) does no harm. The others run in this thread, in
+    order. Each function gets its own copies of the lists, and of the lists and dicts in them.
+    Arrays, iterators, booleans, and scalars of numpy and torch are accepted as results.
 
     Raises:
         ValueError: a wrong number of values, NaN or a value not finite in float32, or an example
             for which every function returned None. TypeError: another non-number. Both name the
-            objective, and all values are sound or none returns. What a function raises passes
-            through, with a note that names the objective.
+            objective. What a function raises passes through, with a note that names the objective.
     """
     if not reward_funcs:
         raise ValueError("reward_funcs is empty: at least one objective is needed")
@@ -146,7 +145,7 @@ def score(
             raise ValueError(f"the column {name!r} has the name of an argument; rename it")
         if len(column) != count:
             came = f"{len(column)} values for {count} completions"
-            raise ValueError(f"{name!r} must have one value a completion, got {came}")
+            raise ValueError(f"{name!r} must have one value per completion, got {came}")
     given["completions"] = [
         [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
         for prompt, text in zip(prompts, completions, strict=True)
@@ -195,7 +194,7 @@ def dry_call(
 ) -> None:
     """Scores two short completions of the first and the last row; what functions log is dropped.
 
-    A function that cannot be called, or returns what `score` refuses, so fails before anything is
+    So a function that cannot be called, or returns what `score` refuses, fails before anything is
     sampled.
 
     Raises: what `score` raises.
@@ -229,7 +228,7 @@ class _Noted:
 
 
 def _call(func: RewardFunc, given: Mapping[str, Any], tools: Mapping[str, Any]) -> Any:
-    # A module's __call__ takes anything; its forward is what names arguments.
+    # A module's __call__ takes anything; its forward names the arguments.
     called: Callable[..., Any] = func.forward if isinstance(func, nn.Module) else func
     try:
         parameters = inspect.signature(called).parameters.values()
@@ -250,7 +249,7 @@ def _call(func: RewardFunc, given: Mapping[str, Any], tools: Mapping[str, Any]) 
 
 def _copy(value: Any) -> Any:
     if type(value) is list:
-        # Token ids are many and immutable: they need no look at each.
+        # Token ids are many and immutable: they need not be copied one by one.
         plain = not value or type(value[0]) is int
         return list(value) if plain else [_copy(one) for one in value]
     return {key: _copy(one) for key, one in value.items()} if type(value) is dict else value
@@ -274,7 +273,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
-    # These two end run_forever before it has told the thread that waits for the coroutine.
+    # These two end run_forever before the thread that waits for the coroutine gets them.
     while True:
         with contextlib.suppress(SystemExit, KeyboardInterrupt):
             loop.run_forever()

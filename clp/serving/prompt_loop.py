@@ -1,4 +1,4 @@
-"""A prompt loop: what is typed is continued token by token; lines that begin with / are commands."""
+"""A prompt loop: what is typed is continued token by token; lines with / first are commands."""
 
 import contextlib
 import signal

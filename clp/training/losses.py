@@ -1,6 +1,6 @@
 """The policy-gradient objective as pure tensor functions; shapes [G, K] = groups, generations.
 
-The objective of CLP (arXiv:2407.15762), for each prompt group with its weight row w:
+The objective of CLP (arXiv:2407.15762), for each prompt group with its weights w:
 
     J = E_{y ~ pi_w} [ (1 - alpha) w.R(y) ] - alpha KL(pi_w || pi_ref)
 
@@ -22,7 +22,7 @@ from torch import Tensor
 def scale_rewards(rewards: Tensor, how: str) -> Tensor:
     """Divides each objective of rewards [G, K, m] by its standard deviation ("batch", "group").
 
-    Normalising before weighting (GDPO) keeps one objective's units from drowning another's. The
+    Normalising before weighting (GDPO) keeps one objective's units from hiding another's. The
     standard deviation is that of the completions to which the objective applies (not NaN). One
     below 1e-4, or of none, leaves nothing to learn from: it divides by 1, not by noise.
     """
@@ -45,7 +45,7 @@ def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: float) 
 
     Args:
         rewards: [G, K, m], NaN where an objective does not apply. weights: [G, m].
-        kl: [G, K], nats a completion, detached.
+        kl: [G, K], nats per completion, detached.
 
     All completions of a group share prompt and weights, so the baseline is conditioned on both and
     the estimate is unbiased. Source: RLOO (Ahmadian et al., arXiv:2402.14740).

@@ -127,12 +127,9 @@ def test_a_line_without_weights_and_no_default(sampler):
     assert "no weights" in bad.records[0]["error"] and not good.failed
 
 
-def test_a_failed_forward_is_an_error_record_with_its_completion(sampler, monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr(sampler._decoder, "decode", fail)
-    (group,) = sampled(sampler, {"prompt": "Tom", "n": 2})
+def test_a_failed_forward_is_an_error_record_with_its_completion(sampler, failing):
+    with failing(sampler.policy.model):
+        (group,) = sampled(sampler, {"prompt": "Tom", "n": 2})
     assert [r["index"] for r in group.records] == [0, 1] and group.failed
     assert all(r["finish_reason"] == "error" for r in group.records)
     assert all("no memory" in r["error"] for r in group.records)
