@@ -16,7 +16,7 @@ Whole generation runs:
 FlashInfer and Liger give no log-probability or loss of the other sign by themselves: what is added
 is in the timed work. Written against the sources of flashinfer-python 0.7.2.post1, vllm 0.33.0,
 liger-kernel 0.8.5 and cut-cross-entropy 25.1.1, and unverified: none of it has run on a GPU here.
-An installed peer is never left out: what it raises refuses its row, as a failed error gate does.
+An installed peer is never left out: if it raises, its row is refused, as by a failed error gate.
 FlashInfer compiles its kernels at the first call unless flashinfer-jit-cache is installed.
 """
 

@@ -1,17 +1,17 @@
 """The one timing protocol, for every subject.
 
 Each provider first runs once on the inputs that will be timed, and its output must pass the error
-gate; what fails is refused: it gets a reason instead of a time. Then rounds: every provider once a
-round (A B A B, not A then B), in an order shuffled anew each round, so that drift of the machine
-and whatever the neighbour left in the caches hit all alike. The first rounds are warm-up.
+gate; one that fails is refused: it gets a reason instead of a time. Then rounds: every provider
+once per round (A B A B, not A then B), in a new random order each round, so that drift of the
+machine and the state of the caches affect all equally. The first rounds are warm-up.
 
-Where one provider is called "base", it stays to the last round, and the others are also compared
-with it round by round: the median of (own time - base's time of the same round), which a drift of
-the machine does not move, and which is far smaller than either time.
+If one provider is called "base", it runs in every round, and the others are also compared with it
+round by round: the median of (own time - base's time of the same round), which a drift of the
+machine does not change, and which is far smaller than either time.
 
 CPU times are wall-clock. GPU times lie between two events, after a write that pushes the inputs
 out of the L2 cache; with `graph`, what is timed is the replay of a captured CUDA graph, so that
-launch gaps are not. Peak memory is taken in a call of its own.
+launch gaps are not. Peak memory is taken in a separate call.
 """
 
 import ctypes
@@ -41,8 +41,8 @@ class Provider:
     check: the error gate: the share of the error budget that an output uses (0 to 1), or
         AssertionError.
     graph: whether it can be captured in a CUDA graph (it never reads the GPU on the host).
-    peak: takes the peak bytes where a plain call of `run` would not show them (what the provider
-        holds between its calls); None where they cannot be told.
+    peak: takes the peak bytes if a plain call of `run` would not show them (what the provider keeps
+        between its calls); None if they are unknown.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How often: `repeats` rounds after `warmup`, less where a provider has used its seconds.
+    """How often: `repeats` rounds after `warmup`, fewer if a provider has used its seconds.
 
     A slow provider leaves after `seconds`, but never with fewer than `least` times.
     """

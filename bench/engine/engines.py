@@ -1,8 +1,4 @@
-"""The ways to serve a batch of requests that `bench sampler` compares.
-
-Each is an object with `serve(batch, greedy) -> Served`, `kept_bytes()`, those of keys and values
-that stay between its calls, and `close()`.
-"""
+"""The ways to serve a batch of requests that `bench sampler` compares."""
 
 import copy
 import tempfile
@@ -10,7 +6,7 @@ import time
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,17 +25,19 @@ PAGE = 256  # tokens of a page of transformers' continuous batching (its default
 GIB = 2**30
 
 
-class Engine(Protocol):
+class Engine:
     """A way to serve."""
 
     def serve(self, batch: Batch, greedy: bool) -> Served:
         """Every request's completion, at temperature 1 or greedy."""
+        raise NotImplementedError
 
     def kept_bytes(self) -> int | None:
-        """Bytes kept between calls; None where they cannot be told."""
+        """Bytes kept between calls; None if they are unknown."""
+        return 0
 
     def close(self) -> None:
-        """Gives everything back."""
+        """Stops what it has started."""
 
 
 class Bare(Steerable):
@@ -58,14 +56,14 @@ class Bare(Steerable):
         return b""
 
 
-class Clp:
+class Clp(Engine):
     """The project's sampler: all requests in one batch, each with its own weights.
 
-    `rows` False: for a policy with one objective, whose weight is 1.
+    `weighted` False: for a policy with one objective, whose weight is 1.
     """
 
-    def __init__(self, policy: Steerable, count: int, *, rows: bool = True) -> None:
-        self.rows = rows
+    def __init__(self, policy: Steerable, count: int, *, weighted: bool = True) -> None:
+        self.weighted = weighted
         self.sampler = Sampler(policy, max_batch_size=count)
 
     def serve(self, batch: Batch, greedy: bool) -> Served:
@@ -74,7 +72,7 @@ class Clp:
         requests = [
             sampler.submit(
                 prompt,
-                list(row) if self.rows else [1.0],
+                list(weights) if self.weighted else [1.0],
                 SamplingParams(
                     max_tokens=length,
                     temperature=temperature,
@@ -82,8 +80,8 @@ class Clp:
                     ignore_eos=True,
                 ),
             )
-            for i, (prompt, length, row) in enumerate(
-                zip(batch.prompts, batch.lengths, batch.rows, strict=True)
+            for i, (prompt, length, weights) in enumerate(
+                zip(batch.prompts, batch.lengths, batch.weights, strict=True)
             )
         ]
         first = [0.0] * len(requests)
@@ -103,9 +101,6 @@ class Clp:
 
     def kept_bytes(self) -> int:
         return self.sampler.cache_bytes
-
-    def close(self) -> None:
-        del self.sampler
 
 
 class _First(StoppingCriteria):
@@ -148,7 +143,7 @@ def generate(
 
 
 def _endless(model: Any) -> Any:
-    """The model, without an end token of its own: every completion gets its whole length."""
+    """The model, without its end token: every completion gets its whole length."""
     model.generation_config.eos_token_id = None
     return model
 
@@ -157,7 +152,7 @@ def _drawing(greedy: bool) -> dict[str, Any]:
     return {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
 
-class Generate:
+class Generate(Engine):
     """The plain base model, all requests in one padded batch. Its end token is taken from it."""
 
     def __init__(self, model: Any) -> None:
@@ -168,14 +163,8 @@ class Generate:
         tokens, at = generate(self.model, batch.prompts, batch.lengths, greedy)
         return Served(tokens, [at - begin] * len(tokens))
 
-    def kept_bytes(self) -> int:
-        return 0
 
-    def close(self) -> None:
-        del self.model
-
-
-class PeftMerged:
+class PeftMerged(Engine):
     """PEFT: for all distinct weights a `cat` adapter mixed by them, merged into the base.
 
     Then `generate` for the requests with these weights in one padded batch. A merged adapter is
@@ -212,11 +201,11 @@ class PeftMerged:
         begin = time.perf_counter()
         tokens: list[list[int]] = [[] for _ in batch.prompts]
         first = [0.0] * len(tokens)
-        order = sorted(range(len(tokens)), key=lambda i: batch.rows[i])
-        for row, group in groupby(order, key=lambda i: batch.rows[i]):
+        order = sorted(range(len(tokens)), key=lambda i: batch.weights[i])
+        for weights, group in groupby(order, key=lambda i: batch.weights[i]):
             members = list(group)
             self.model.add_weighted_adapter(
-                self.names, list(row), adapter_name="mixed", combination_type="cat"
+                self.names, list(weights), adapter_name="mixed", combination_type="cat"
             )
             self.model.set_adapter("mixed")
             self.model.merge_adapter()
@@ -238,11 +227,8 @@ class PeftMerged:
         """The copy of the base's weights that merging needs."""
         return sum(base.nbytes for base in self.bases.values())
 
-    def close(self) -> None:
-        self.model, self.bases = None, {}
 
-
-class ContinuousBatching:
+class ContinuousBatching(Engine):
     """transformers\' continuous batching over the base model, its paged cache made beforehand."""
 
     def __init__(self, model: Any, count: int, longest: int) -> None:
@@ -274,7 +260,7 @@ class ContinuousBatching:
     @refusable
     @torch.no_grad()
     def serve(self, batch: Batch, greedy: bool) -> Served:
-        """Raises: RuntimeError for a request that failed, or where its thread has ended."""
+        """Raises: RuntimeError for a request that failed, or if its thread has ended."""
         if greedy:
             manager = self._start(greedy)
             try:
@@ -316,4 +302,3 @@ class ContinuousBatching:
         if self._manager is not None:
             self._manager.stop(block=True)
             self._manager.destroy()
-            self._manager = None

@@ -1,31 +1,31 @@
 """The subject `sampler`: whole generation runs of requests with unequal lengths.
 
 Requests have log-normal prompts and completions (bench/engine/workload.py); `ignore_eos` and
-temperature 1, so that each completion has exactly its length. Tokens a second count those alone,
-whatever a provider computes beyond. Requests are dealt 1, 4, 16 or 64 distinct weight rows over two
-adapters of rank 8 with random B.
+temperature 1, so that each completion has exactly its length. Tokens per second count only those,
+whatever else a provider computes. Requests have 1, 4, 16 or 64 distinct weights (`weight_rows`)
+over two adapters of rank 8 with random B.
 
-Providers. Times with weight rows are of each number of rows; those of the base model do not depend
-on it, and their one time of a run stands in each case.
-    clp                    the project's sampler, all rows in one batch
+Providers. Those with adapters are timed for each number of distinct weights. The base model does
+not depend on it: its one time is in each case.
+    clp                    the project's sampler, all weights in one batch
     clp_no_adapters        the same engine over the bare base model
     torch_generate_base    transformers' generate on the base model, one padded batch
-    peft_merged_generate   for each distinct row PEFT's `cat` adapter, merged, and generate for the
-                           row's requests; making, merging and taking it out are in the time
+    peft_merged_generate   for all distinct weights PEFT's `cat` adapter, merged, and generate for
+                           their requests; making, merging and removing it are in the time
     transformers_cb        transformers' continuous batching over the base model
     vllm                   vLLM over the base model, on a GPU where it is installed
 
-Every run has new prompts of the same lengths (those of a number of weight rows are the same for
-every provider): what an engine keeps of earlier prompts is of no use to it. Time to first token:
-from the first request's submission to the request's first token on the host; in
-peft_merged_generate the requests of a later row wait for the earlier rows. What engines keep
+Every run has new prompts of the same lengths (those of one number of distinct weights are the same
+for every provider), so that what an engine keeps of earlier prompts is of no use. Time to first
+token: from the first request's submission to the request's first token on the host; in
+peft_merged_generate the requests of later weights wait for those of earlier ones. What engines keep
 between runs (allocated caches, captured CUDA graphs) is there before the timed runs; the gate's run
 is the warm-up.
 
 Peak memory: what one more run allocates at most (on a GPU by PyTorch's allocator, on the CPU the
-growth of resident memory), plus the keys and values that the provider holds before it (for
-peft_merged_generate, the copy of the base's weights); vLLM's is that of another process, and
-empty. Memory of captured graphs is not in it.
+growth of resident memory), plus the keys and values that the provider keeps before it (for
+peft_merged_generate, the copy of the base's parameters); vLLM's is that of another process, and
+empty. Memory of captured graphs is not included.
 
 Error gate: the number of tokens of each request, and greedy tokens (bench/engine/judge.py).
 """
@@ -87,7 +87,7 @@ class Ids:
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a measurement: requests, and the numbers of distinct weight rows."""
+    """Sizes of a measurement: requests, and the numbers of distinct weights."""
 
     requests: int
     weight_rows: tuple[int, ...]
@@ -135,22 +135,22 @@ def models(name: str, device: torch.device) -> tuple[Policy, Any]:
 
 @dataclass(frozen=True)
 class Way:
-    """A provider: its engine, and whether weight rows change what it does."""
+    """A provider: its engine, and whether weights change what it does."""
 
     name: str
     engine: engines.Engine
-    rows: bool
+    weighted: bool
 
 
 def ways(policy: Policy, base: Any, work: Workload) -> tuple[list[Way], dict[str, str]]:
-    """Everything that can serve here, and why the rest cannot."""
+    """Everything that can serve here, and why the others cannot."""
     device = policy.device
     count = len(work.prompts)
     longest = max(p + c for p, c in zip(work.prompts, work.completions, strict=True))
     bare = engines.Bare(base, policy.tokenizer)
     made: dict[str, tuple[Callable[[], engines.Engine], bool]] = {
         OURS: (partial(engines.Clp, policy, count), True),
-        BARE: (partial(engines.Clp, bare, count, rows=False), False),
+        BARE: (partial(engines.Clp, bare, count, weighted=False), False),
         PLAIN: (partial(engines.Generate, base), False),
         MERGED: (partial(engines.PeftMerged, policy, base), True),
         TRANSFORMERS: (partial(engines.ContinuousBatching, base, count, longest), False),
@@ -161,12 +161,12 @@ def ways(policy: Policy, base: Any, work: Workload) -> tuple[list[Way], dict[str
         VLLM: peers.vllm_missing(device),
     }
     missing = {name: reason for name, reason in absent.items() if reason is not None}
-    found = [Way(n, make(), rows) for n, (make, rows) in made.items() if n not in missing]
+    found = [Way(n, make(), weighted) for n, (make, weighted) in made.items() if n not in missing]
     return found, missing
 
 
 class Runner:
-    """Runs one way with a number of rows, each time on the next run's prompts."""
+    """Runs one way with a number of distinct weights, each time on the next run's prompts."""
 
     def __init__(self, way: Way, work: Workload, weight_rows: int, judge: Judge, bar: Any) -> None:
         self.way, self.work, self.weight_rows = way, work, weight_rows
@@ -193,7 +193,7 @@ class Runner:
         short = asked._replace(lengths=[min(n, GREEDY) for n in asked.lengths])
         greedy = self.way.engine.serve(short, greedy=True)
         counted(greedy, short, vocab_size)
-        return self.judge.share(short, greedy, rows=self.way.rows)
+        return self.judge.share(short, greedy, weighted=self.way.weighted)
 
     def peak(self, device: torch.device) -> int | None:
         """Bytes, as the module's text says."""
@@ -216,22 +216,17 @@ def measure(
     protocol: timing.Protocol,
     bandwidth: float,
 ) -> tuple[list[Row], dict[str, str], dict[str, str]]:
-    """(rows, refusals by provider and weight rows, providers that are not here with the reason).
+    """(rows, refusals by provider and number of weights, missing providers and the reasons).
 
-    All providers and numbers of rows take turns in one measurement, so that their ratios are of
-    the same minutes.
+    All providers and numbers of weights take turns in one measurement, so that their ratios are
+    from the same minutes.
     """
     device = policy.device
-    work = workload(
-        case.requests,
-        policy.context_length,
-        policy.vocab_size,
-        case.completion_median,
-        case.completions,
-    )
+    context, vocab_size = policy.context_length, policy.vocab_size
+    work = workload(case.requests, context, vocab_size, case.completion_median, case.completions)
     found, missing = ways(policy, base, work)
     judge = Judge(policy, base)
-    each = {way.name: case.weight_rows if way.rows else case.weight_rows[:1] for way in found}
+    each = {way.name: case.weight_rows if way.weighted else case.weight_rows[:1] for way in found}
     most = sum(map(len, each.values())) * (protocol.warmup + protocol.repeats + 2)
     runners: dict[str, Runner] = {}
     try:
@@ -272,7 +267,7 @@ def measure(
 
 
 def _label(way: Way, weight_rows: int) -> str:
-    return f"{way.name}, {weight_rows} weight rows" if way.rows else way.name
+    return f"{way.name}, {weight_rows} weight rows" if way.weighted else way.name
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:

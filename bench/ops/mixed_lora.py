@@ -127,7 +127,7 @@ def cases(
 
 
 def too_slow(case: Case) -> bool:
-    """On this CPU: a large bfloat16 case where the processor has no bfloat16 product."""
+    """On this CPU: a large bfloat16 case if the processor has no bfloat16 product."""
     large = case.tokens * case.features**2 > SLOW
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return large and case.dtype == "bfloat16" and not native

@@ -9,7 +9,7 @@ from bench.report.rows import RESULTS, ROOT, Row, is_baseline, read
 from bench.timing import BASE
 
 RANDOM = "llama-1b-random"  # bench/engine/sampler.py's model on a GPU where none is named
-CAT = "torch_cat"  # the plain form that ours are set against where there is a base
+CAT = "torch_cat"  # the plain form that ours are compared with, if there is a base
 
 HEAD = """\
 # Results

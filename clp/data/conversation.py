@@ -58,14 +58,14 @@ def prompt_text(prompt: str | Messages, tokenizer: Any, name: str = "prompt") ->
 def encode(tokenizer: Any, text: str) -> list[int]:
     """The token ids of a prompt that is a text; the same for sampling, training and evaluation.
 
-    They are the tokenizer's own, with what it puts in front of every text (a BOS token), but
+    They are those of `tokenizer(text)`, with what it puts before every text (a BOS token), but
 
-    - not twice: a text that begins with the BOS token, as chat templates write it, keeps one;
-    - without what it puts behind every text (an EOS token): the completion goes on there. An EOS
-      token that stands in the text itself stays.
+    - once: a text that begins with the BOS token, as chat templates write it, does not get another;
+    - without what it puts after every text (an EOS token), because the completion follows. An EOS
+      token in the text itself stays.
     """
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    # A text without tokens of its own is what stands in front of every text.
+    # An empty text has no tokens but those that the tokenizer puts before every text.
     inner = plain or list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(text if plain else "a")["input_ids"])
     for front in range(len(whole) - len(inner) + 1):

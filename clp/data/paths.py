@@ -12,7 +12,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*|[A-Za-z0-9][\w-]*", re.ASC
 
 
 def home_expanded(path: str | Path) -> Path:
-    """The path with "~" as the home folder: no shell expands it behind "=" or in a YAML file.
+    """The path with "~" as the home folder: no shell expands it after "=" or in a YAML file.
 
     Raises: ValueError for an empty text, which would be the current folder, for a NUL character, or
         for what is not UTF-8: safetensors writes into such a folder and cannot read it again.

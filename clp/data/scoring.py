@@ -79,7 +79,7 @@ class RewardLog:
         }
 
     def means(self) -> dict[str, float | None]:
-        """The mean of each metric over its finite values; None where it has none."""
+        """The mean of each metric over its finite values; None if it has none."""
         return {name: _json(_mean(values)) for name, values in self.metrics.items()}
 
 
@@ -154,7 +154,7 @@ def score(
     try:
         # Those that wait for something else start first.
         for name in sorted(reward_funcs, key=lambda name: not _is_async(reward_funcs[name])):
-            with _Noted(name, count):
+            with _noted(name, count):
                 tools = {
                     "trainer_state": trainer_state,
                     "log_extra": functools.partial(log.log_extra, name),
@@ -167,7 +167,7 @@ def score(
                 found[name] = result
         for name, result in found.items():
             if isinstance(result, Future):
-                with _Noted(name, count):
+                with _noted(name, count):
                     found[name] = result.result()
     finally:
         for result in found.values():
@@ -209,22 +209,18 @@ def dry_call(
 
 
 def numbers_or_none(rewards: torch.Tensor) -> list[float | None]:
-    """A row of the matrix as JSON has it: None where an objective does not apply."""
+    """One completion's rewards as JSON has them: None if an objective does not apply."""
     return [None if math.isnan(value) else value for value in rewards.tolist()]
 
 
-class _Noted:
+@contextlib.contextmanager
+def _noted(objective: str, count: int) -> Iterator[None]:
     """Context that adds the objective's name to what its function raises."""
-
-    def __init__(self, objective: str, count: int) -> None:
-        self.note = f"raised by reward {objective!r}, called on {count} completions"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is not None:
-            error.add_note(self.note)
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"raised by reward {objective!r}, called on {count} completions")
+        raise
 
 
 def _call(func: RewardFunc, given: Mapping[str, Any], tools: Mapping[str, Any]) -> Any:

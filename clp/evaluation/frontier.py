@@ -42,7 +42,7 @@ class Frontier:
         distinct_2: [W], unique over all word bigrams of these completions; base_distinct_2.
         mean_length: [W], tokens per completion.
         spearman: objective -> rank correlation of its weight with its reward over the grid; None
-            where a reward does not vary.
+            if its reward is constant.
         hypervolume, base_hypervolume: area (volume) between the reference point and the points
             of `rewards`, or the base's point; 0 if none of them exceeds it in every objective.
         reference_point: [m]. pareto: [W], whether no other point dominates this one; equal points
@@ -52,7 +52,7 @@ class Frontier:
             completions were sampled; see SamplingParams.
         metrics: name -> mean of what reward functions logged by log_metric.
         run, reward_specs, prompts_file: what was evaluated, on what; None if it was given in
-            Python, where it has no name.
+            Python and has no name.
     """
 
     objectives: list[str]
@@ -239,7 +239,7 @@ def _kl_sums(
 ) -> tuple[Tensor, Tensor]:
     """KL to the base summed over each completion, and its number of tokens; float64 [N]."""
     pad = policy.tokenizer.pad_token_id or 0
-    # Greedy sampling has no distribution of its own; its KL is taken at temperature 1.
+    # Greedy sampling has no distribution; its KL is taken at temperature 1.
     tau = temperature or 1.0
     sums = []
     starts = range(0, len(done), size)

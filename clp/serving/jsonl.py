@@ -112,7 +112,7 @@ def sample_lines(
     line's, if that is more). A bad line becomes a record with "error"; the others go on.
 
     Args:
-        sampler: With nothing else to do.
+        sampler: Without other requests.
         lines: {"prompt": text, token ids or messages} with optional "weights", "id" (any JSON
             value, copied to the records) and the fields of SamplingParams.
         defaults: For what a line does not give.

@@ -72,7 +72,7 @@ def completions_of(line: Line, n: int) -> int:
 
 
 class Group(NamedTuple):
-    """A line's records: its n completions, or the one that says what is wrong with it."""
+    """A line's records: its n completions, or one that says what is wrong with the line."""
 
     line: int
     records: list[dict[str, Any]]

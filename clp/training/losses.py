@@ -8,7 +8,7 @@ whose optimum is pi* ~ pi_ref exp( ((1 - alpha) / alpha) w.R ). KL is that of th
 as the sum over tokens of the exact KL between the next-token distributions, which is the
 Rao-Blackwellised estimate of the sequence KL: lower variance than sampled log-ratios.
 
-Where objective i does not apply to completion k (its reward is NaN), w_i counts as 0 for k: the
+If objective i does not apply to completion k (its reward is NaN), w_i counts as 0 for k: the
 objective adds nothing to the completion's return, its advantage or the means and standard
 deviations of the others. So the policy is drawn neither to nor from completions to which an
 objective does not apply: the expected gradient of its part is that of E[R_i | i applies], times the
@@ -44,7 +44,7 @@ def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: float) 
     to no other completion.
 
     Args:
-        rewards: [G, K, m], NaN where an objective does not apply. weights: [G, m].
+        rewards: [G, K, m], NaN if an objective does not apply. weights: [G, m].
         kl: [G, K], nats per completion, detached.
 
     All completions of a group share prompt and weights, so the baseline is conditioned on both and

@@ -34,7 +34,7 @@ class Rollout:
     """A step's completions: N = G * K sequences, in groups of K.
 
     Attributes:
-        batch: The tensors. rewards: [G, K, m], NaN where an objective does not apply.
+        batch: The tensors. rewards: [G, K, m], NaN if an objective does not apply.
         sampler_logprobs: [N, C], as the sampler saw them.
         completions: The N completions. log: What the reward functions logged about them.
     """

@@ -26,8 +26,8 @@ from clp.training.checkpoint import checkpoints
 from clp.training.config import CLPConfig, load_config, located
 
 _FORMAT = 1
-# What a resumed run may have otherwise: where it lives, how often it saves, and what does not
-# change a bit of the result.
+# What a resumed run may change: its folder, how often it saves, and what does not change a bit of
+# the result.
 _MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device", "eval_prompts",
                "gradient_checkpointing"}  # fmt: skip
 # Compared by their content.

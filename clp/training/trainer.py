@@ -1,7 +1,7 @@
 """CLPTrainer: LoRA-conditioned CLP with a leave-one-out policy gradient, read top to bottom.
 
 Against the paper (arXiv:2407.15762): the conditioned parameters are LoRA adapters, the baseline is
-the mean of the other completions of the prompt group (RLOO) where the paper has a value function,
+the mean of the other completions of the prompt group (RLOO) in place of a value function,
 and KL is the exact per-token divergence, in the objective and in its gradient.
 
 Each step is a function of (seed, step) and the parameters alone: weights, prompts and sampling
@@ -31,7 +31,8 @@ from clp.data.json_lines import parse_json
 from clp.data.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.data.scoring import dry_call, numbers_or_none
 from clp.data.weights import draw_weights
-from clp.engine.sampler import Sampler, SamplingParams
+from clp.engine.requests import SamplingParams
+from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
 from clp.policies.token_stats import TokenStats, token_stats
 from clp.rewards import RewardFunc, load_rewards

@@ -61,11 +61,11 @@ def test_every_run_has_new_prompts_of_the_same_lengths_and_dealt_rows(work) -> N
     assert first == work.batch(0, 3)
     others = [work.batch(*run).prompts for run in ((1, 3), (workload.GATE, 3), (0, 1))]
     assert all(first.prompts[i] != prompts[i] for prompts in others for i in range(6))
-    assert len(set(first.rows)) == 3 and first.rows[:3] == first.rows[3:]
+    assert len(set(first.weights)) == 3 and first.weights[:3] == first.weights[3:]
     assert first.seed + len(first.prompts) <= second.seed
-    for row in workload.spread_rows(64):
+    for row in workload.spread_weights(64):
         assert sum(row) == 1 and all(0 < w < 1 for w in row)
-    assert workload.spread_rows(1) == [(0.5, 0.5)]
+    assert workload.spread_weights(1) == [(0.5, 0.5)]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def made(models: tuple[Any, Any]) -> dict[str, tuple[engines.Engine, bool]]:
     return {
         "clp": (engines.Clp(policy, 6), True),
         "clp_no_adapters": (
-            engines.Clp(engines.Bare(base, policy.tokenizer), 6, rows=False),
+            engines.Clp(engines.Bare(base, policy.tokenizer), 6, weighted=False),
             False,
         ),
         "torch_generate_base": (engines.Generate(base), False),
@@ -110,10 +110,10 @@ def test_greedy_tokens_of_all_engines_agree(models, work, judge) -> None:
     pytest.importorskip("peft")
     batch = work.batch(0, 3)
     tokens: dict[str, list[list[int]]] = {}
-    for name, (engine, with_rows) in made(models).items():
+    for name, (engine, weighted) in made(models).items():
         served = engine.serve(batch, greedy=True)
         workload.counted(served, batch, work.vocab_size)
-        assert judge.share(batch, served, rows=with_rows) <= 1
+        assert judge.share(batch, served, weighted=weighted) <= 1
         assert all(first > 0 for first in served.first)
         if name == "peft_merged_generate":  # by row: one waits for the other
             assert len(set(served.first)) == 3
@@ -138,9 +138,9 @@ def test_a_model_without_a_tokenizer_is_served(models, work, judge) -> None:
     ids = sampler.Ids(policy.vocab_size)
     batch = work.batch(0, 3)
     for model in (Policy(policy.model, ids, sampler.ADAPTERS, "random"), engines.Bare(base, ids)):
-        engine = engines.Clp(model, 6, rows=model.model is policy.model)
+        engine = engines.Clp(model, 6, weighted=model.model is policy.model)
         served = engine.serve(batch, greedy=True)
-        assert judge.share(batch, served, rows=engine.rows) <= 1
+        assert judge.share(batch, served, weighted=engine.weighted) <= 1
 
 
 class Wrong:
@@ -165,8 +165,8 @@ class Wrong:
 @pytest.mark.parametrize(
     "on, change, message",
     [
-        ("batch", lambda b: b._replace(rows=b.rows[1:] + b.rows[:1]), "greedy token"),
-        ("batch", lambda b: b._replace(rows=[(0.5, 0.5)] * 6), "greedy token"),
+        ("batch", lambda b: b._replace(weights=b.weights[1:] + b.weights[:1]), "greedy token"),
+        ("batch", lambda b: b._replace(weights=[(0.5, 0.5)] * 6), "greedy token"),
         ("batch", lambda b: b._replace(lengths=[n - 1 for n in b.lengths]), "has . tokens, expect"),
         (
             "served",
@@ -212,10 +212,10 @@ def test_a_16_bit_model_is_judged_by_its_own_rounding(models, work) -> None:
     policy.model, base = policy.model.bfloat16(), base.bfloat16()
     judge, batch = Judge(policy, base), work.batch(0, 3)
     served = engines.Clp(policy, 6).serve(batch, greedy=True)
-    assert judge.share(batch, served, rows=True) <= 1
+    assert judge.share(batch, served, weighted=True) <= 1
     wrong = served._replace(tokens=[[t ^ 1 for t in tokens] for tokens in served.tokens])
     with pytest.raises(AssertionError, match="greedy token"):
-        judge.share(batch, wrong, rows=True)
+        judge.share(batch, wrong, weighted=True)
 
 
 def test_a_measurement_gives_rows_and_says_what_is_missing(models, monkeypatch, tmp_path) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_runs import randomised
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clp_kernels
@@ -13,7 +14,6 @@ from clp.engine.sampler import Sampler
 from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
 from clp.policies.lora import Policy
-from clp_kernels.nn.mixed_lora import steered_layers
 
 PROMPTS = ["Tom had a red kite.", "Mia", "One day, the old dog was at the lake.", "Sam"]
 ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
@@ -80,10 +80,7 @@ def test_ipa_adds_the_adapters_to_a_larger_base(models, tokenizer):
 
 
 def test_mod_over_the_adapters_of_one_model(tokenizer):
-    policy = Policy.create("tiny", ["joy", "brief"], r=4)
-    generator = torch.Generator().manual_seed(5)
-    for layer in steered_layers(policy.model).values():
-        layer.lora_B.data.normal_(0, 0.15, generator=generator)
+    policy = randomised(0.15, 5, r=4)
 
     def alone(i):
         def run(ids):

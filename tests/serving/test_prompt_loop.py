@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from clp.engine.sampler import Sampler, SamplingParams
+from clp.engine.requests import SamplingParams
+from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
 from clp.serving.prompt_loop import HELP, prompt_loop
 

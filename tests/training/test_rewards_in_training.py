@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clp.engine.sampler import SamplingParams
+from clp.engine.requests import SamplingParams
 from clp.evaluation.frontier import evaluate
 from clp.rewards import brevity, sentiment
 from clp.training.config import CLPConfig

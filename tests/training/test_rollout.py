@@ -2,25 +2,21 @@
 
 import pytest
 import torch
+from tiny_runs import randomised
 from transformers import TrainerState
 
-from clp.engine.sampler import Completion, Sampler, SamplingParams
-from clp.policies.lora import Policy
+from clp.engine.requests import Completion, SamplingParams
+from clp.engine.sampler import Sampler
 from clp.policies.token_stats import token_stats
 from clp.rewards import load_rewards
 from clp.training.rollout import make_batch, roll_out
-from clp_kernels.nn.mixed_lora import steered_layers
 
 ROWS = [{"prompt": "Tom had a red kite."}, {"prompt": "Mia"}, {"prompt": "Sam was at the lake."}]
 
 
 @pytest.fixture(scope="module")
 def policy():
-    made = Policy.create("tiny", ["joy", "brief"], r=4)
-    generator = torch.Generator().manual_seed(2)
-    for layer in steered_layers(made.model).values():
-        layer.lora_B.data.normal_(0, 0.05, generator=generator)
-    return made
+    return randomised(0.05, 2, r=4)
 
 
 def roll(policy, temperature=1.0, seed=0):
