@@ -145,12 +145,9 @@ class Vllm:
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
             return LLM(
-                model=folder,
-                skip_tokenizer_init=True,
-                max_model_len=self.longest + 1,
-                max_num_seqs=self.count,
-                gpu_memory_utilization=self.memory,
-            ).llm_engine
+                model=folder, skip_tokenizer_init=True, max_model_len=self.longest + 1,
+                max_num_seqs=self.count, gpu_memory_utilization=self.memory,
+            ).llm_engine  # fmt: skip
 
     @refusable
     def serve(self, batch: Batch, greedy: bool) -> Served:
@@ -161,11 +158,9 @@ class Vllm:
         begin = time.perf_counter()
         for i, (prompt, length) in enumerate(zip(batch.prompts, batch.lengths, strict=True)):
             how = SamplingParams(
-                max_tokens=length,
-                temperature=0.0 if greedy else 1.0,
-                ignore_eos=True,
+                max_tokens=length, temperature=0.0 if greedy else 1.0, ignore_eos=True,
                 detokenize=False,
-            )
+            )  # fmt: skip
             self._engine.add_request(str(i), {"prompt_token_ids": prompt}, how)
         tokens: list[list[int]] = [[] for _ in batch.prompts]
         first = [0.0] * len(tokens)
@@ -198,12 +193,9 @@ def heads(device: torch.device) -> dict[str, Head]:
 
 
 PACKAGES = {
-    "flashinfer": "flashinfer",
-    "flashinfer_logits": "flashinfer",
-    "vllm": "vllm",
-    "liger": "liger_kernel",
-    "cut_cross_entropy": "cut_cross_entropy",
-}
+    "flashinfer": "flashinfer", "flashinfer_logits": "flashinfer", "vllm": "vllm",
+    "liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy",
+}  # fmt: skip
 
 
 def vllm_missing(device: torch.device) -> str | None:

@@ -74,16 +74,14 @@ class Clp(Engine):
                 prompt,
                 list(weights) if self.weighted else [1.0],
                 SamplingParams(
-                    max_tokens=length,
-                    temperature=temperature,
-                    seed=batch.seed + i,
+                    max_tokens=length, temperature=temperature, seed=batch.seed + i,
                     ignore_eos=True,
                 ),
             )
             for i, (prompt, length, weights) in enumerate(
                 zip(batch.prompts, batch.lengths, batch.weights, strict=True)
             )
-        ]
+        ]  # fmt: skip
         first = [0.0] * len(requests)
         waiting = list(range(len(requests)))
         while sampler.unfinished:
@@ -210,11 +208,9 @@ class PeftMerged(Engine):
             self.model.set_adapter("mixed")
             self.model.merge_adapter()
             found, at = generate(
-                self.model,
-                [batch.prompts[i] for i in members],
-                [batch.lengths[i] for i in members],
-                greedy,
-            )
+                self.model, [batch.prompts[i] for i in members],
+                [batch.lengths[i] for i in members], greedy,
+            )  # fmt: skip
             self.model.unmerge_adapter()
             for weight, base in self.bases.items():
                 weight.copy_(base)
@@ -245,11 +241,9 @@ class ContinuousBatching(Engine):
         # again (it keeps a margin free), and as many tokens per step as ours prefills.
         pages = self.count * -(-self.longest // PAGE)
         sizes = ContinuousBatchingConfig(
-            page_size=PAGE,
-            num_blocks=pages + pages // 2 + 2,
-            max_batch_tokens=2048,
+            page_size=PAGE, num_blocks=pages + pages // 2 + 2, max_batch_tokens=2048,
             max_requests_per_batch=self.count,
-        )
+        )  # fmt: skip
         manager = self.model.init_continuous_batching(
             generation_config=how, continuous_batching_config=sizes
         )

@@ -201,11 +201,9 @@ def _gate(data: Inputs) -> Callable[[Outputs], float]:
 
     def form(dtype: torch.dtype) -> Outputs:
         some = Inputs(
-            data.hidden[every].to(dtype),
-            data.head.to(dtype),
-            data.targets[every],
+            data.hidden[every].to(dtype), data.head.to(dtype), data.targets[every],
             data.upstream[every],
-        )
+        )  # fmt: skip
         if data.weights is None:
             return _train(some, partial(materialised, some.head, some.targets))
         token_weights = data.weights[data.example_ids[every]].to(dtype)

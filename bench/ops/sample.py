@@ -217,14 +217,9 @@ def _peer(data: Inputs, form: peers.Sampler) -> Callable[[], Draw]:
 def _draw(data: Inputs, backend: str) -> Callable[[], Draw]:
     def draw() -> Draw:
         return clp_kernels.sample(
-            data.logits,
-            weights=data.weights,
-            mode=data.mode,
-            seed=data.seed,
-            position=data.position,
-            top_p=data.top_p,
-            backend=backend,
-        )[:2]
+            data.logits, weights=data.weights, mode=data.mode, seed=data.seed,
+            position=data.position, top_p=data.top_p, backend=backend,
+        )[:2]  # fmt: skip
 
     return draw
 

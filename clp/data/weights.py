@@ -112,11 +112,9 @@ def parse_rows(
     if isinstance(specs, Tensor):
         specs = specs.cpu()  # one transfer for all
     if len(specs) != count:
-        raise ValueError(
-            f"weights must be one row or {count} rows (one per prompt), got {len(specs)}"
-        )
-    rows = [parse_weights(s, objectives, simplex=simplex) for s in specs]  # type: ignore[arg-type, union-attr]
-    return torch.stack(rows) if rows else torch.zeros(0, len(objectives))
+        raise ValueError(f"weights must be given once or for all {count} prompts, got {len(specs)}")
+    parsed = [parse_weights(s, objectives, simplex=simplex) for s in specs]  # type: ignore[arg-type, union-attr]
+    return torch.stack(parsed) if parsed else torch.zeros(0, len(objectives))
 
 
 def _is_number(value: object) -> bool:

@@ -64,14 +64,9 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     attention = "sdpa" if getattr(transformers, causal[0])._supports_sdpa else "eager"
     with load_errors(f"model {name!r} cannot be loaded"):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+            path, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
         model, report = loaded
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     # transformers drops what it does not know, and takes the numbers as they are stored.

@@ -195,11 +195,9 @@ class Policy(Steerable):
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states [B, S, d] before the head; padding may be on either side."""
         output = self.model.base_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        )
+            input_ids=input_ids, attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask), use_cache=False,
+        )  # fmt: skip
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def head(self) -> tuple[Tensor, Tensor | None, float]:

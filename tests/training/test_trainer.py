@@ -105,12 +105,9 @@ def test_kernels_on_and_off_give_the_same_loss_curve(
     for backend in ("auto", "reference"):
         monkeypatch.setenv("CLP_KERNELS_BACKEND", backend)
         args = CLPConfig(
-            output_dir=str(tmp_path / backend),
-            model=str(shared_models / "stories260k"),
-            num_prompts=8,
-            max_completion_length=tokens,
-            max_steps=steps,
-        )
+            output_dir=str(tmp_path / backend), model=str(shared_models / "stories260k"),
+            num_prompts=8, max_completion_length=tokens, max_steps=steps,
+        )  # fmt: skip
         CLPTrainer(args=args).train()
         runs[backend] = metrics(tmp_path / backend)
     assert len(runs["auto"]) == steps
@@ -350,23 +347,15 @@ def test_training_steers(tmp_path):
     """Twenty-five steps at a high learning rate already separate the two ends."""
     trainer = CLPTrainer(
         args=config(
-            tmp_path / "s",
-            num_prompts=12,
-            num_generations=4,
-            max_steps=25,
-            max_completion_length=24,
-            learning_rate=1e-2,
-            corner_probability=1.0,
-            save_steps=25,
+            tmp_path / "s", num_prompts=12, num_generations=4, max_steps=25,
+            max_completion_length=24, learning_rate=1e-2, corner_probability=1.0, save_steps=25,
         )
-    )
+    )  # fmt: skip
     trainer.train()
     front, _ = evaluate(
-        trainer.policy,
-        trainer.reward_funcs,
-        trainer.rows[:32],
+        trainer.policy, trainer.reward_funcs, trainer.rows[:32],
         params=SamplingParams(max_tokens=24),
-    )
+    )  # fmt: skip
     brief_end, joy_end = front.rewards[0], front.rewards[-1]
     assert front.weights[0] == [0, 1] and front.weights[-1] == [1, 0]
     assert joy_end[0] > brief_end[0] + 0.02
