@@ -379,15 +379,8 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
 
 
 def _double(data: Inputs) -> Inputs:
-    return replace(
-        data,
-        x=data.x.double(),
-        base_weight=data.base_weight.double(),
-        lora_A=data.lora_A.double(),
-        lora_B=data.lora_B.double(),
-        weights=data.weights.double(),
-        dy=None if data.dy is None else data.dy.double(),
-    )
+    wide = {name: t.double() for name, t in vars(data).items() if isinstance(t, Tensor)}
+    return replace(data, **wide)  # type: ignore[arg-type]
 
 
 def _gates(data: Inputs) -> tuple[Gate, Gate]:
