@@ -13,7 +13,6 @@ from clp.data.prompts import columns
 from clp.data.scoring import RewardLog, score
 from clp.engine.requests import Completion, SamplingParams
 from clp.engine.sampler import Sampler, with_seeds
-from clp.policies.lora import Policy
 from clp.policies.token_stats import Batch, TokenStats
 from clp.rewards import RewardFunc
 
@@ -72,7 +71,6 @@ def untrained_state() -> TrainerState:
 
 
 def roll_out(
-    policy: Policy,
     sampler: Sampler,
     reward_funcs: Mapping[str, RewardFunc],
     rows: Sequence[dict[str, Any]],
@@ -81,20 +79,20 @@ def roll_out(
     params: SamplingParams,
     generator: torch.Generator,
     trainer_state: TrainerState,
-    reserved: frozenset[str] = frozenset(),
 ) -> Rollout:
     """Samples and scores num_generations completions for each of the G prompts, weights [G, m].
 
     Every completion draws with its own seed from `generator`. Reward functions get `trainer_state`,
-    and may not log metrics with `reserved` names.
+    and may not log metrics with the names of a step's own.
     """
+    policy = sampler.policy
     repeated = [row for row in rows for _ in range(num_generations)]
     repeated_weights = weights.repeat_interleave(num_generations, 0)
     ids = [encode_prompt(row["prompt"], policy.tokenizer) for row in rows]
     prompt_ids = [p for p in ids for _ in range(num_generations)]
     seeds = torch.randint(2**62, (len(repeated),), generator=generator).tolist()
     completions = sampler.generate(prompt_ids, repeated_weights, with_seeds(params, seeds))
-    log = RewardLog(reserved)
+    log = RewardLog(metric_names(policy.objectives))
     rewards = score(
         reward_funcs, [row["prompt"] for row in repeated], [done.text for done in completions],
         columns(repeated), completion_ids=[done.token_ids for done in completions],

@@ -16,7 +16,7 @@ import os
 import reprlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -254,18 +254,11 @@ class CLPTrainer:
             generator,
         )  # fmt: skip
         rows = self._prompts_of(step)
+        params = SamplingParams(max_tokens=args.max_completion_length, temperature=args.temperature)
         rollout = roll_out(
-            self.policy,
-            self.sampler,
-            self.reward_funcs,
-            rows,
-            weights,
-            args.num_generations,
-            SamplingParams(max_tokens=args.max_completion_length, temperature=args.temperature),
-            generator,
-            self.state,
-            metric_names(self.policy.objectives),
-        )
+            self.sampler, self.reward_funcs, rows, weights, args.num_generations, params,
+            generator, self.state,
+        )  # fmt: skip
         lr = args.learning_rate * _lr_factor(step, args)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -408,9 +401,5 @@ def _lr_factor(step: int, args: CLPConfig) -> float:
     if step < args.warmup_steps:
         return (step + 1) / args.warmup_steps
     done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    shapes: dict[str, Callable[[float], float]] = {
-        "constant": lambda x: 1.0,
-        "linear": lambda x: 1 - x,
-        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
-    }
-    return shapes[args.lr_scheduler_type](done)
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return {"constant": 1.0, "linear": 1 - done, "cosine": cosine}[args.lr_scheduler_type]

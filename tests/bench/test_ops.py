@@ -418,7 +418,7 @@ def test_peak_memory_on_the_cpu() -> None:
         a = before + 1  # 4 MB
         b = a.double()  # + 8 MB: the peak
         del a
-        return b[: size // 2] * 2  # + 4 MB, while b is held: 12 MB again
+        return b[: size // 2] * 2  # + 4 MB, while b is allocated: 12 MB again
 
     assert timing.peak_bytes_cpu(call) == pytest.approx(12 * size, abs=1000)
     assert timing.peak_bytes_cpu(lambda: before.view(-1, 2)) < 1000

@@ -21,16 +21,11 @@ def policy():
 
 def roll(policy, temperature=1.0, seed=0):
     return roll_out(
-        policy,
-        Sampler(policy),
-        load_rewards(["joy=sentiment", "brief=brevity"]),
-        ROWS,
-        torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]),
-        4,
+        Sampler(policy), load_rewards(["joy=sentiment", "brief=brevity"]), ROWS,
+        torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]), 4,
         SamplingParams(max_tokens=12, temperature=temperature),
-        torch.Generator().manual_seed(seed),
-        TrainerState(),
-    )
+        torch.Generator().manual_seed(seed), TrainerState(),
+    )  # fmt: skip
 
 
 def test_make_batch_pads_prompts_left_and_completions_right():

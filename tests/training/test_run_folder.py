@@ -298,13 +298,13 @@ from pathlib import Path
 from clp.training.run_folder import RunLock
 lock = RunLock(Path({str(tmp_path)!r}))
 lock.acquire()
-print("held", flush=True)
+print("locked", flush=True)
 input()
 """
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "held\n"
+    assert process.stdout.readline() == "locked\n"
     lock = RunLock(tmp_path)
     with pytest.raises(ValueError, match=f"process {process.pid} on"):
         lock.acquire()
