@@ -136,7 +136,7 @@ def sampler_runs(args: argparse.Namespace) -> int:
         if not args.no_save:
             rows.append(rows.RESULTS / f"{args.device}.csv", found)
         print(tables.tables(found, spread=False))
-        print("\nTokens a second over tokens a second:")
+        print("\nTokens per second over tokens per second:")
         print("\n".join(sampler.ratios(found)))
         for which, reason in missing.items():
             print(f"not measured: {which}: {reason}")
@@ -168,10 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.command == "results":
         # matplotlib, which a machine that only measures may lack
-        from bench.report import plot, plot_sampler
+        from bench.report import plot
 
         plot.write_plots()
-        plot_sampler.write_plots()
         tables.write_results()
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():

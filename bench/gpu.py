@@ -2,15 +2,15 @@
 
 Builds the modules in place, runs tests/gpu, runs its small cases under compute-sanitizer, and
 measures the ladders of `mixed_lora` (decode in CUDA graphs, prefill, forward and backward), of
-`sample` and `linear_logprob`, and, where transformers is installed, the generation runs of
+`sample` and `linear_logprob`, and, if transformers is installed, the generation runs of
 `sampler`; what torch.compile takes part in comes last, as far as the time goes. Needs a CUDA build
 of PyTorch, nvcc, pytest and what `import clp_kernels` needs (safetensors); nothing has to be
 installed first. Appends to bench/results/cuda.csv, and copies bench/results/*.csv to the folder
-$OUT where that is set. Outside a git checkout, $GIT_COMMIT is the commit that the rows name.
+$OUT if that is set. Outside a git checkout, $GIT_COMMIT is the commit that the rows name.
 
-What fails its tests is not measured: those of `mixed_lora` and `mixed_linear` are a stage of their
-own, and so are the sampler's, so that none keeps the others from their ladders. Exit status: 0 all
-is well, 1 something failed or did not run to its end, 2 there is no GPU.
+What fails its tests is not measured. The tests of `mixed_lora` and `mixed_linear` are one stage,
+and the sampler's another, so that a failure leaves the other ladders. Exit status: 0 all passed, 1
+something failed or did not run to its end, 2 there is no GPU.
 """
 
 import importlib.util
@@ -59,7 +59,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage. `ok` is None where it was not run."""
+    """What became of a stage. `ok` is None if it was not run."""
 
     name: str
     ok: bool | None
@@ -68,10 +68,10 @@ class Outcome:
 
 
 def stages(sanitizer: str | None) -> list[Stage]:
-    """In the order in which they run; without the sanitizer where its program is missing.
+    """In the order in which they run; without the sanitizer if its program is missing.
 
     The limits of all up to the last mixed_lora ladder add up to DEADLINE: a stage that hangs takes
-    none of the time of those.
+    no time from these.
     """
     built = ("build", "load")
     tested, mixed = (*built, "tests"), (*built, "tests, mixed")
@@ -101,8 +101,8 @@ def stages(sanitizer: str | None) -> list[Stage]:
 
 
 def run(command: list[str], limit: float) -> tuple[int | None, str]:
-    """(exit status, or None where the limit stopped it; output), printing as it comes."""
-    # Without PyTorch's cache every tensor is an allocation of its own, so that the sanitizer sees
+    """(exit status, or None if the limit stopped it; output), printing as it comes."""
+    # Without PyTorch's cache every tensor has its own allocation, so that the sanitizer sees
     # a read past its end.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "--error-exitcode" in command else {}
     process = subprocess.Popen(
@@ -187,7 +187,7 @@ def main() -> int:
 
 
 def exit_status(outcomes: list[Outcome]) -> int:
-    """1 where a stage failed or was left out for a reason other than what is not installed."""
+    """1 if a stage failed, or was left out for another reason than a missing package."""
     return int(any(o.ok is False or o.note.startswith("not run") for o in outcomes))
 
 

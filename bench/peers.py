@@ -16,7 +16,7 @@ Whole generation runs:
 FlashInfer and Liger give no log-probability or loss of the other sign by themselves: what is added
 is in the timed work. Written against the sources of flashinfer-python 0.7.2.post1, vllm 0.33.0,
 liger-kernel 0.8.5 and cut-cross-entropy 25.1.1, and unverified: none of it has run on a GPU here.
-An installed peer is never left out: what it raises refuses its row, as a failed error gate does.
+An installed peer is never left out: if it raises, its row is refused, as by a failed error gate.
 FlashInfer compiles its kernels at the first call unless flashinfer-jit-cache is installed.
 """
 
@@ -131,7 +131,7 @@ class Vllm:
 
     Args:
         model: A transformers causal LM on the GPU.
-        count, longest: Requests at once, and tokens of the longest.
+        count, longest: Requests in one batch, and tokens of the longest.
         memory: Share of the GPU's memory that it may take beside what is loaded here.
     """
 
@@ -145,12 +145,9 @@ class Vllm:
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
             return LLM(
-                model=folder,
-                skip_tokenizer_init=True,
-                max_model_len=self.longest + 1,
-                max_num_seqs=self.count,
-                gpu_memory_utilization=self.memory,
-            ).llm_engine
+                model=folder, skip_tokenizer_init=True, max_model_len=self.longest + 1,
+                max_num_seqs=self.count, gpu_memory_utilization=self.memory,
+            ).llm_engine  # fmt: skip
 
     @refusable
     def serve(self, batch: Batch, greedy: bool) -> Served:
@@ -161,11 +158,9 @@ class Vllm:
         begin = time.perf_counter()
         for i, (prompt, length) in enumerate(zip(batch.prompts, batch.lengths, strict=True)):
             how = SamplingParams(
-                max_tokens=length,
-                temperature=0.0 if greedy else 1.0,
-                ignore_eos=True,
+                max_tokens=length, temperature=0.0 if greedy else 1.0, ignore_eos=True,
                 detokenize=False,
-            )
+            )  # fmt: skip
             self._engine.add_request(str(i), {"prompt_token_ids": prompt}, how)
         tokens: list[list[int]] = [[] for _ in batch.prompts]
         first = [0.0] * len(tokens)
@@ -176,7 +171,7 @@ class Vllm:
                 first[i] = first[i] or time.perf_counter() - begin
         return Served(tokens, first)
 
-    def held(self) -> None:
+    def kept_bytes(self) -> None:
         """Unknown: its memory is that of another process."""
 
     def close(self) -> None:
@@ -188,22 +183,19 @@ def samplers(device: torch.device, top_p: float) -> dict[str, Sampler]:
     found: dict[str, Sampler] = {"flashinfer": flashinfer}
     if top_p == 1:
         found["flashinfer_logits"] = flashinfer_logits
-    return _installed(device, found | {"vllm": vllm})
+    return installed(device, found | {"vllm": vllm})
 
 
 def heads(device: torch.device) -> dict[str, Head]:
     """Those that can run there, by provider's name."""
     found: dict[str, Head] = {"liger": liger, "cut_cross_entropy": cut_cross_entropy}
-    return _installed(device, found)
+    return installed(device, found)
 
 
 PACKAGES = {
-    "flashinfer": "flashinfer",
-    "flashinfer_logits": "flashinfer",
-    "vllm": "vllm",
-    "liger": "liger_kernel",
-    "cut_cross_entropy": "cut_cross_entropy",
-}
+    "flashinfer": "flashinfer", "flashinfer_logits": "flashinfer", "vllm": "vllm",
+    "liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy",
+}  # fmt: skip
 
 
 def vllm_missing(device: torch.device) -> str | None:
@@ -213,7 +205,8 @@ def vllm_missing(device: torch.device) -> str | None:
     return None if importlib.util.find_spec("vllm") else "vllm is not installed"
 
 
-def _installed(device: torch.device, forms: dict[str, Any]) -> dict[str, Any]:
+def installed(device: torch.device, forms: dict[str, Any]) -> dict[str, Any]:
+    """Those of the forms whose packages are installed; none without a GPU."""
     if device.type != "cuda":
         return {}
     return {n: form for n, form in forms.items() if importlib.util.find_spec(PACKAGES[n])}

@@ -1,17 +1,17 @@
 """The one timing protocol, for every subject.
 
 Each provider first runs once on the inputs that will be timed, and its output must pass the error
-gate; what fails is refused: it gets a reason instead of a time. Then rounds: every provider once a
-round (A B A B, not A then B), in an order shuffled anew each round, so that drift of the machine
-and whatever the neighbour left in the caches hit all alike. The first rounds are warm-up.
+gate; one that fails is refused: it gets a reason instead of a time. Then rounds: every provider
+once per round (A B A B, not A then B), in a new random order each round, so that drift of the
+machine and the state of the caches affect all equally. The first rounds are warm-up.
 
-Where one provider is called "base", it stays to the last round, and the others are also compared
-with it round by round: the median of (own time - base's time of the same round), which a drift of
-the machine does not move, and which is far smaller than either time.
+If one provider is called "base", it runs in every round, and the others are also compared with it
+round by round: the median of (own time - base's time of the same round), which a drift of the
+machine does not change, and which is far smaller than either time.
 
 CPU times are wall-clock. GPU times lie between two events, after a write that pushes the inputs
 out of the L2 cache; with `graph`, what is timed is the replay of a captured CUDA graph, so that
-launch gaps are not. Peak memory is taken in a call of its own.
+launch gaps are not. Peak memory is taken in a separate call.
 """
 
 import ctypes
@@ -41,8 +41,8 @@ class Provider:
     check: the error gate: the share of the error budget that an output uses (0 to 1), or
         AssertionError.
     graph: whether it can be captured in a CUDA graph (it never reads the GPU on the host).
-    peak: takes the peak bytes where a plain call of `run` would not show them (what the provider
-        holds between its calls); None where they cannot be told.
+    peak: takes the peak bytes if a plain call of `run` would not show them (what the provider keeps
+        between its calls); None if they are unknown.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How often: `repeats` rounds after `warmup`, less where a provider has used its seconds.
+    """How often: `repeats` rounds after `warmup`, fewer if a provider has used its seconds.
 
     A slow provider leaves after `seconds`, but never with fewer than `least` times.
     """
@@ -67,7 +67,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: median, 20th and 80th percentile; the gate's result; peak bytes.
+    """Microseconds per call: median, 20th and 80th percentile; the gate's result; peak bytes.
 
     extra_us and over_base: medians over the rounds of own time - base's, and own time / base's.
     ttft_us, ttft_p95_us: of whole generation runs, the time to a request's first token.
@@ -199,13 +199,13 @@ def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def peak_bytes_gpu(run: Callable[[], Any]) -> int:
-    """GPU memory that one call takes beyond what is held before it, its outputs included."""
+    """GPU memory that one call takes beyond what is allocated before it, its outputs included."""
     torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - held
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peak_bytes_cpu(run: Callable[[], Any]) -> int:
@@ -223,10 +223,10 @@ def peak_bytes_cpu(run: Callable[[], Any]) -> int:
         profile.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     steps = [event for event in events if event["name"] == "[memory]"]
-    held = peak = 0
+    allocated = peak = 0
     for step in sorted(steps, key=lambda event: event["ts"]):
-        held += step["args"]["Bytes"]
-        peak = max(peak, held)
+        allocated += step["args"]["Bytes"]
+        peak = max(peak, allocated)
     return peak
 
 
@@ -276,7 +276,7 @@ def _quantiles(seconds: Iterable[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Roofs:
-    """What the device can do at best: bytes a second copied, FLOP a second of a dtype's GEMM."""
+    """What the device can do at best: bytes copied per second, FLOP/s of a dtype's GEMM."""
 
     bandwidth: float
     flops: Mapping[str, float]
@@ -289,7 +289,7 @@ def roofs(device: torch.device, dtypes: Iterable[str]) -> Roofs:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP a second of F.linear with a square matrix: the roof of whatever multiplies."""
+    """FLOP per second of F.linear with a square matrix: the roof of whatever multiplies."""
     size = size or (8192 if device.type == "cuda" else 1024)
     x = torch.randn(size, size, device=device).to(dtype)  # a GPU draws less power for constants
     provider = Provider("gemm", lambda: torch.nn.functional.linear(x, x), lambda _: 0.0)
@@ -298,7 +298,7 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, size: int | None = None)
 
 
 def copy_bandwidth(device: torch.device, size: int = 512 * 2**20) -> float:
-    """Bytes a second of a large copy, read plus written: the roof of whatever moves bytes."""
+    """Bytes per second of a large copy, read plus written: the roof of whatever moves bytes."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     provider = Provider("copy", lambda: target.copy_(source), lambda _: 0.0)

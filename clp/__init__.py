@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-_HOMES = {
+_MODULES = {
     "CLPConfig": "clp.training.config",
     "CLPTrainer": "clp.training.trainer",
     "Completion": "clp.engine.requests",
@@ -14,11 +14,11 @@ _HOMES = {
     "evaluate": "clp.evaluation.frontier",
     "weight_grid": "clp.data.weights",
 }
-__all__ = list(_HOMES)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line's help must not wait for torch and transformers.
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'clp' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

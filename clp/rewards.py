@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 import reprlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from rapidfuzz.distance import LCSseq
 from clp.data.conversation import Messages, is_conversation, message_text
 from clp.data.paths import classifier_source, home_expanded
 from clp.data.prompts import ARGUMENTS
+from clp.data.scoring import RewardFunc
 
 Texts = Sequence[str | Messages]
-RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 _SPEC = re.compile(r"(?:([^=:]*)=)?(.*)", re.DOTALL)
 _OBJECTIVE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -70,15 +70,16 @@ def sentiment(prompts: Texts, completions: Texts, **columns) -> list[float]:
 def brevity(prompts: Texts, completions: Texts, **columns) -> list[float]:
     """`exp(-n / 20)` for a completion of n > 0 words, 0 for n = 0. In [0, 1).
 
-    Each word more costs 4.9 % of what is left: 0.951 at 1 word, 0.050 at 60, where one word still
-    moves it by 0.0026; a clipped line would have no slope past its end. A completion without a word
-    is worth nothing: were it the best, ending at once would be the optimum for every prompt.
+    Each word costs 4.9 % of the rest: 0.951 at 1 word, 0.050 at 60, where one word still changes it
+    by 0.0026; a clipped line would be constant past its end. A completion without a word gets 0: if
+    it got 1, an empty completion would be the optimum for every prompt.
     """
     counts = [len(words(message_text(text))) for text in completions]
     return [math.exp(-count / 20) if count else 0.0 for count in counts]
 
 
-def _syllables(word: str) -> int:
+def syllables(word: str) -> int:
+    """The syllables of an English word, by the rule that `readability` states."""
     letters = word.lower().replace("'", "")
     return max(1, len(re.findall("[aeiouy]+", letters)) - bool(_SILENT_E.search(letters)))
 
@@ -86,8 +87,8 @@ def _syllables(word: str) -> int:
 def _reading_ease(text: str) -> float:
     tokens = words(text)
     sentences = max(1, sum(len(words(part)) >= 3 for part in re.split("[.!?]+", text)))
-    syllables, count = sum(map(_syllables, tokens)), max(1, len(tokens))
-    ease = 206.835 - 1.015 * count / sentences - 84.6 * syllables / count
+    spoken, count = sum(map(syllables, tokens)), max(1, len(tokens))
+    ease = 206.835 - 1.015 * count / sentences - 84.6 * spoken / count
     return min(1.0, len(set(map(str.lower, tokens))) / 10) * min(1.0, max(0.0, ease / 100))
 
 
@@ -97,9 +98,9 @@ def readability(prompts: Texts, completions: Texts, **columns) -> list[float]:
         ease  = 206.835 - 1.015 * words / sentences - 84.6 * syllables / words
         value = min(1, different words / 10) * clip(ease / 100, 0, 1)
 
-    Syllables by rule, as no dictionary is at hand: groups of adjacent vowels (aeiouy), less one for
+    Syllables by rule, without a dictionary: groups of adjacent vowels (aeiouy), less one for
     a final "e", "ed" (not after d, t) or "es" (not after c, g, h, s, x, z) after a consonant (but
-    not after consonant + "l"), at least one a word. Two guards, as the formula was fitted to
+    not after consonant + "l"), at least one per word. Two guards, as the formula was fitted to
     passages of 100 words and any few short words exceed 100: a part of fewer than 3 words ends no
     sentence (a text has at least one), so "Wow! Wow! Wow! ..." is one growing sentence; below 10
     different words the value shrinks in proportion, so repeating a phrase cannot win. No word
@@ -124,7 +125,7 @@ def rouge(prompts: Texts, completions: Texts, **columns) -> list[float]:
 
         F1 = 2 * LCS(a, b) / (len(a) + len(b)), on lower-cased alphanumeric tokens, unstemmed
 
-    In [0, 1]; without a token 0. ValueError where the column is missing or has another length,
+    In [0, 1]; without a token 0. ValueError if the column is missing or has another length,
     TypeError for a reference of another kind. Source: Lin 2004; the LCS by rapidfuzz.
     """
     references = columns.get("reference")
@@ -148,17 +149,17 @@ def classifier(
     """A reward function from a folder with a transformers sequence classifier. In [0, 1].
 
     The score is the softmax probability of `label` (a name, else an index; default the last) for
-    `prompt + completion`, and the sigmoid of its logit where the model has one output or is of type
+    `prompt + completion`, or the sigmoid of its logit if the model has one output or is of type
     multi_label_classification. A conversation becomes a text by the classifier's own chat template,
     or without one as its messages' contents, joined by newlines. A text beyond the model's length
     loses its beginning.
     Nothing is downloaded, no code of the folder runs, no pickle is read; float32, eval mode. Texts
     are deduplicated and batched in a fixed order: permuted examples give permuted scores, bit for
-    bit. ValueError where the folder is no complete sequence classifier or lacks the label.
+    bit. ValueError if the folder is not a complete sequence classifier or lacks the label.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from clp.policies.lora import loading
+    from clp.policies.loading import load_errors
 
     folder = home_expanded(path)
     wrong = f"{str(folder)!r} is not a folder with a sequence classifier"
@@ -168,7 +169,7 @@ def classifier(
     if (folder / "adapter_config.json").exists():  # its load report would hide the base model's
         raise ValueError(f"{problem}it has an adapter_config.json; merge the adapter first")
     local = {"local_files_only": True, "trust_remote_code": False}
-    with loading(wrong):
+    with load_errors(wrong):
         tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left", **local)
         # A "_attn_implementation" in config.json may name a kernel to download, and wins over the
         # argument unless the config comes as an object (transformers 5.23).

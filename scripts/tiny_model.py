@@ -31,7 +31,7 @@ PEAK_RATE, WARM_UP = 4e-3, 100
 
 
 def write_prompts(path: Path, count: int, held_out: bool, rng: random.Random) -> None:
-    """Write `count` different opening sentences, one JSON object a line."""
+    """Write `count` different opening sentences, one JSON object per line."""
     prompts: dict[str, None] = {}
     while len(prompts) < count:
         prompts[opening(rng, held_out)[0]] = None
@@ -76,14 +76,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        model_max_length=CONTEXT,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        model_max_length=CONTEXT, padding_side="left", clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 def new_model() -> LlamaForCausalLM:
@@ -123,7 +118,7 @@ def pad(rows: list[list[int]]) -> torch.Tensor:
 
 
 def token_loss(model: LlamaForCausalLM, tokens: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Cross-entropy (nats a token) of every token after the first; padding does not count."""
+    """Cross-entropy (nats per token) of every token after the first; padding does not count."""
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
     return cross_entropy(
         logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PAD, reduction=reduction
@@ -132,7 +127,7 @@ def token_loss(model: LlamaForCausalLM, tokens: torch.Tensor, reduction: str) ->
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, rows: list[list[int]]) -> float:
-    """Mean loss (nats a token) on stories whose hero and thing never met in training."""
+    """Mean loss (nats per token) on stories whose hero and thing never met in training."""
     parts = [pad(rows[start : start + 128]) for start in range(0, len(rows), 128)]
     total = sum(token_loss(model, part, "sum").item() for part in parts)
     return total / sum(len(row) - 1 for row in rows)
@@ -211,13 +206,9 @@ def main() -> None:
     print(f"{sum(weight.numel() for weight in model.parameters())} parameters")
     train(model, rows, unseen_rows, options.steps, rng)
     model.generation_config = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=64,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
+        do_sample=True, top_k=0, max_new_tokens=64, pad_token_id=PAD, bos_token_id=BOS,
         eos_token_id=EOS,
-    )
+    )  # fmt: skip
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     print(f"wrote {options.output} in {time.time() - begin:.0f} s")

@@ -4,7 +4,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 # OpenMP reads this when torch is loaded. With its default, active waiting, a small parallel op
@@ -59,6 +60,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def failing() -> Callable[[torch.nn.Module], AbstractContextManager[None]]:
+    """failing(model): a context in which the model's forward raises RuntimeError("no memory")."""
+
+    @contextmanager
+    def context(model: torch.nn.Module) -> Iterator[None]:
+        def fail(*args: object) -> None:
+            raise RuntimeError("no memory")
+
+        handle = model.register_forward_pre_hook(fail)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,4 @@
-"""The ways to serve a batch of requests that `bench sampler` compares.
-
-Each is an object with `serve(batch, greedy) -> Served`, `held()`, the bytes of keys and values
-that it keeps between its calls, and `close()`.
-"""
+"""The ways to serve a batch of requests that `bench sampler` compares."""
 
 import copy
 import tempfile
@@ -10,7 +6,7 @@ import time
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,50 +25,45 @@ PAGE = 256  # tokens of a page of transformers' continuous batching (its default
 GIB = 2**30
 
 
-class Engine(Protocol):
+class Engine:
     """A way to serve."""
 
     def serve(self, batch: Batch, greedy: bool) -> Served:
         """Every request's completion, at temperature 1 or greedy."""
+        raise NotImplementedError
 
-    def held(self) -> int | None:
-        """Bytes kept between calls; None where they cannot be told."""
+    def kept_bytes(self) -> int | None:
+        """Bytes kept between calls; None if they are unknown."""
+        return 0
 
     def close(self) -> None:
-        """Gives everything back."""
+        """Stops what it has started."""
 
 
-class Bare:
+class Bare(Steerable):
     """A plain causal LM as a policy with one objective, for the sampler without adapters."""
 
-    objectives: tuple[str, ...] = ("none",)
-    mode = "geometric"  # unused: there is one network
+    objectives = ("none",)
 
-    def __init__(self, model: Any, like: Policy) -> None:
-        self.model, self.tokenizer = model, like.tokenizer
-        self.device, self.context_length = like.device, like.context_length
-        self.vocab_size, self.end_ids = like.vocab_size, like.end_ids
-        self.drawable_ids = like.drawable_ids
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
 
     @property
     def networks(self) -> list[Network]:
-        return [Network(self.model, lambda rows: nullcontext())]
+        return [Network(self.model, lambda weights: nullcontext())]
 
-    def logit_weights(self, rows: Tensor) -> None:
-        return None
-
-    def cache_key(self, row: Tensor) -> bytes:
+    def cache_key(self, weights: Tensor) -> bytes:
         return b""
 
 
-class Clp:
-    """The project's sampler: all requests at once, each with its own row.
+class Clp(Engine):
+    """The project's sampler: all requests in one batch, each with its own weights.
 
-    `rows` False: for a policy with one objective, every row is 1.
+    `weighted` False: for a policy with one objective, whose weight is 1.
     """
 
-    def __init__(self, policy: Steerable, count: int, *, rows: bool = True) -> None:
-        self.rows = rows
+    def __init__(self, policy: Steerable, count: int, *, weighted: bool = True) -> None:
+        self.weighted = weighted
         self.sampler = Sampler(policy, max_batch_size=count)
 
     def serve(self, batch: Batch, greedy: bool) -> Served:
@@ -81,18 +72,16 @@ class Clp:
         requests = [
             sampler.submit(
                 prompt,
-                list(row) if self.rows else [1.0],
+                list(weights) if self.weighted else [1.0],
                 SamplingParams(
-                    max_tokens=length,
-                    temperature=temperature,
-                    seed=batch.seed + i,
+                    max_tokens=length, temperature=temperature, seed=batch.seed + i,
                     ignore_eos=True,
                 ),
             )
-            for i, (prompt, length, row) in enumerate(
-                zip(batch.prompts, batch.lengths, batch.rows, strict=True)
+            for i, (prompt, length, weights) in enumerate(
+                zip(batch.prompts, batch.lengths, batch.weights, strict=True)
             )
-        ]
+        ]  # fmt: skip
         first = [0.0] * len(requests)
         waiting = list(range(len(requests)))
         while sampler.unfinished:
@@ -108,11 +97,8 @@ class Clp:
                 raise RuntimeError(f"request {i} failed: {completion.error}")
         return Served([completion.token_ids for completion in done], first)
 
-    def held(self) -> int:
+    def kept_bytes(self) -> int:
         return self.sampler.cache_bytes
-
-    def close(self) -> None:
-        del self.sampler
 
 
 class _First(StoppingCriteria):
@@ -155,7 +141,7 @@ def generate(
 
 
 def _endless(model: Any) -> Any:
-    """The model, without an end token of its own: every completion gets its whole length."""
+    """The model, without its end token: every completion gets its whole length."""
     model.generation_config.eos_token_id = None
     return model
 
@@ -164,7 +150,7 @@ def _drawing(greedy: bool) -> dict[str, Any]:
     return {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
 
-class Generate:
+class Generate(Engine):
     """The plain base model, all requests in one padded batch. Its end token is taken from it."""
 
     def __init__(self, model: Any) -> None:
@@ -175,18 +161,12 @@ class Generate:
         tokens, at = generate(self.model, batch.prompts, batch.lengths, greedy)
         return Served(tokens, [at - begin] * len(tokens))
 
-    def held(self) -> int:
-        return 0
 
-    def close(self) -> None:
-        del self.model
+class PeftMerged(Engine):
+    """PEFT: for all distinct weights a `cat` adapter mixed by them, merged into the base.
 
-
-class PeftMerged:
-    """PEFT: for each distinct row a `cat` adapter of the row's weights, merged into the base.
-
-    Then `generate` for that row's requests in one padded batch. A merged adapter is taken out
-    again by subtraction, which leaves rounding: the base's weights are then put back.
+    Then `generate` for the requests with these weights in one padded batch. A merged adapter is
+    removed by subtraction, which leaves rounding: the base's parameters are then copied back.
     """
 
     def __init__(self, policy: Policy, model: Any) -> None:
@@ -219,38 +199,33 @@ class PeftMerged:
         begin = time.perf_counter()
         tokens: list[list[int]] = [[] for _ in batch.prompts]
         first = [0.0] * len(tokens)
-        order = sorted(range(len(tokens)), key=lambda i: batch.rows[i])
-        for row, group in groupby(order, key=lambda i: batch.rows[i]):
+        order = sorted(range(len(tokens)), key=lambda i: batch.weights[i])
+        for weights, group in groupby(order, key=lambda i: batch.weights[i]):
             members = list(group)
             self.model.add_weighted_adapter(
-                self.names, list(row), adapter_name="row", combination_type="cat"
+                self.names, list(weights), adapter_name="mixed", combination_type="cat"
             )
-            self.model.set_adapter("row")
+            self.model.set_adapter("mixed")
             self.model.merge_adapter()
             found, at = generate(
-                self.model,
-                [batch.prompts[i] for i in members],
-                [batch.lengths[i] for i in members],
-                greedy,
-            )
+                self.model, [batch.prompts[i] for i in members],
+                [batch.lengths[i] for i in members], greedy,
+            )  # fmt: skip
             self.model.unmerge_adapter()
             for weight, base in self.bases.items():
                 weight.copy_(base)
-            self.model.delete_adapter("row")
+            self.model.delete_adapter("mixed")
             for i, own in zip(members, found, strict=True):
                 tokens[i], first[i] = own, at - begin
         return Served(tokens, first)
 
-    def held(self) -> int:
+    def kept_bytes(self) -> int:
         """The copy of the base's weights that merging needs."""
         return sum(base.nbytes for base in self.bases.values())
 
-    def close(self) -> None:
-        self.model, self.bases = None, {}
 
-
-class ContinuousBatching:
-    """transformers' continuous batching over the base model, its paged cache made beforehand."""
+class ContinuousBatching(Engine):
+    """transformers\' continuous batching over the base model, its paged cache made beforehand."""
 
     def __init__(self, model: Any, count: int, longest: int) -> None:
         # Of its own: the manager changes the attention of its model.
@@ -263,14 +238,12 @@ class ContinuousBatching:
             max_new_tokens=self.longest, eos_token_id=NO_END, pad_token_id=0, **_drawing(greedy)
         )
         # By default it takes most of the free memory; here what all requests need, half as much
-        # again (it keeps a margin free), and as many tokens a step as ours prefills.
+        # again (it keeps a margin free), and as many tokens per step as ours prefills.
         pages = self.count * -(-self.longest // PAGE)
         sizes = ContinuousBatchingConfig(
-            page_size=PAGE,
-            num_blocks=pages + pages // 2 + 2,
-            max_batch_tokens=2048,
+            page_size=PAGE, num_blocks=pages + pages // 2 + 2, max_batch_tokens=2048,
             max_requests_per_batch=self.count,
-        )
+        )  # fmt: skip
         manager = self.model.init_continuous_batching(
             generation_config=how, continuous_batching_config=sizes
         )
@@ -281,7 +254,7 @@ class ContinuousBatching:
     @refusable
     @torch.no_grad()
     def serve(self, batch: Batch, greedy: bool) -> Served:
-        """Raises: RuntimeError for a request that failed, or where its thread has ended."""
+        """Raises: RuntimeError for a request that failed, or if its thread has ended."""
         if greedy:
             manager = self._start(greedy)
             try:
@@ -313,7 +286,7 @@ class ContinuousBatching:
         tokens = [list(result.generated_tokens) for result in done]
         return Served(tokens, [result.timestamps[0] - begin for result in done])
 
-    def held(self) -> int | None:
+    def kept_bytes(self) -> int | None:
         """The pages of its cache."""
         if self._manager is None:
             return None
@@ -323,4 +296,3 @@ class ContinuousBatching:
         if self._manager is not None:
             self._manager.stop(block=True)
             self._manager.destroy()
-            self._manager = None

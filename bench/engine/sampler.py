@@ -1,31 +1,31 @@
 """The subject `sampler`: whole generation runs of requests with unequal lengths.
 
 Requests have log-normal prompts and completions (bench/engine/workload.py); `ignore_eos` and
-temperature 1, so that each completion has exactly its length. Tokens a second count those alone,
-whatever a provider computes beyond. Requests are dealt 1, 4, 16 or 64 distinct weight rows over two
-adapters of rank 8 with random B.
+temperature 1, so that each completion has exactly its length. Tokens per second count only those,
+whatever else a provider computes. Requests have 1, 4, 16 or 64 distinct weights (`weight_rows`)
+over two adapters of rank 8 with random B.
 
-Providers. Times with weight rows are of each number of rows; those of the base model do not depend
-on it, and their one time of a run stands in each case.
-    clp                    the project's sampler, all rows in one batch
+Providers. Those with adapters are timed for each number of distinct weights. The base model does
+not depend on it: its one time is in each case.
+    clp                    the project's sampler, all weights in one batch
     clp_no_adapters        the same engine over the bare base model
     torch_generate_base    transformers' generate on the base model, one padded batch
-    peft_merged_generate   for each distinct row PEFT's `cat` adapter, merged, and generate for the
-                           row's requests; making, merging and taking it out are in the time
+    peft_merged_generate   for all distinct weights PEFT's `cat` adapter, merged, and generate for
+                           their requests; making, merging and removing it are in the time
     transformers_cb        transformers' continuous batching over the base model
     vllm                   vLLM over the base model, on a GPU where it is installed
 
-Every run has new prompts of the same lengths (those of a number of weight rows are the same for
-every provider): what an engine keeps of earlier prompts is of no use to it. Time to first token:
-from the first request's submission to the request's first token on the host; in
-peft_merged_generate the requests of a later row wait for the earlier rows. What engines keep
+Every run has new prompts of the same lengths (those of one number of distinct weights are the same
+for every provider), so that what an engine keeps of earlier prompts is of no use. Time to first
+token: from the first request's submission to the request's first token on the host; in
+peft_merged_generate the requests of later weights wait for those of earlier ones. What engines keep
 between runs (allocated caches, captured CUDA graphs) is there before the timed runs; the gate's run
 is the warm-up.
 
 Peak memory: what one more run allocates at most (on a GPU by PyTorch's allocator, on the CPU the
-growth of resident memory), plus the keys and values that the provider holds before it (for
-peft_merged_generate, the copy of the base's weights); vLLM's is that of another process, and
-empty. Memory of captured graphs is not in it.
+growth of resident memory), plus the keys and values that the provider keeps before it (for
+peft_merged_generate, the copy of the base's parameters); vLLM's is that of another process, and
+empty. Memory of captured graphs is not included.
 
 Error gate: the number of tokens of each request, and greedy tokens (bench/engine/judge.py).
 """
@@ -50,7 +50,8 @@ from bench.engine.workload import GATE, Batch, Served, Workload, counted, percen
 from bench.report.rows import Row, provenance
 from bench.report.rows import rows as rows_of
 from bench.report.tables import RANDOM, case_of, rate
-from clp.policies.lora import Policy, load_base
+from clp.policies.loading import load_base
+from clp.policies.lora import Policy
 from clp_kernels import inject
 from clp_kernels.nn.mixed_lora import steered_layers
 
@@ -69,13 +70,24 @@ TRANSFORMERS, VLLM = "transformers_cb", "vllm"
 class Ids:
     """Stands in for the tokenizer of a model that has none: a text is its ids."""
 
+    eos_token = unk_token = eos_token_id = unk_token_id = None
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return "".join(f"{i} " for i in ids)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a measurement: requests, and the numbers of distinct weight rows."""
+    """Sizes of a measurement: requests, and the numbers of distinct weights."""
 
     requests: int
     weight_rows: tuple[int, ...]
@@ -95,22 +107,17 @@ def models(name: str, device: torch.device) -> tuple[Policy, Any]:
     """(a policy with random adapters, its bare base model), float32 on the CPU, else bfloat16.
 
     Args:
-        name: As for clp.policies.lora.load_base, or RANDOM.
+        name: As for clp.policies.loading.load_base, or RANDOM.
 
     Raises: ValueError as load_base.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    tokenizer: Any = Ids()
     if name == RANDOM:
         config = transformers.LlamaConfig(
-            hidden_size=2048,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            intermediate_size=8192,
-            vocab_size=128_256,
-            max_position_embeddings=2048,
-        )
+            hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+            intermediate_size=8192, vocab_size=128_256, max_position_embeddings=2048,
+        )  # fmt: skip
+        tokenizer: Any = Ids(config.vocab_size)
         torch.manual_seed(0)
         with device:
             base: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -128,22 +135,22 @@ def models(name: str, device: torch.device) -> tuple[Policy, Any]:
 
 @dataclass(frozen=True)
 class Way:
-    """A provider: its engine, and whether weight rows change what it does."""
+    """A provider: its engine, and whether weights change what it does."""
 
     name: str
     engine: engines.Engine
-    rows: bool
+    weighted: bool
 
 
 def ways(policy: Policy, base: Any, work: Workload) -> tuple[list[Way], dict[str, str]]:
-    """Everything that can serve here, and why the rest cannot."""
+    """Everything that can serve here, and why the others cannot."""
     device = policy.device
     count = len(work.prompts)
     longest = max(p + c for p, c in zip(work.prompts, work.completions, strict=True))
-    bare = engines.Bare(base, policy)
+    bare = engines.Bare(base, policy.tokenizer)
     made: dict[str, tuple[Callable[[], engines.Engine], bool]] = {
         OURS: (partial(engines.Clp, policy, count), True),
-        BARE: (partial(engines.Clp, bare, count, rows=False), False),
+        BARE: (partial(engines.Clp, bare, count, weighted=False), False),
         PLAIN: (partial(engines.Generate, base), False),
         MERGED: (partial(engines.PeftMerged, policy, base), True),
         TRANSFORMERS: (partial(engines.ContinuousBatching, base, count, longest), False),
@@ -154,12 +161,12 @@ def ways(policy: Policy, base: Any, work: Workload) -> tuple[list[Way], dict[str
         VLLM: peers.vllm_missing(device),
     }
     missing = {name: reason for name, reason in absent.items() if reason is not None}
-    found = [Way(n, make(), rows) for n, (make, rows) in made.items() if n not in missing]
+    found = [Way(n, make(), weighted) for n, (make, weighted) in made.items() if n not in missing]
     return found, missing
 
 
 class Runner:
-    """Runs one way with a number of rows, each time on the next run's prompts."""
+    """Runs one way with a number of distinct weights, each time on the next run's prompts."""
 
     def __init__(self, way: Way, work: Workload, weight_rows: int, judge: Judge, bar: Any) -> None:
         self.way, self.work, self.weight_rows = way, work, weight_rows
@@ -186,14 +193,14 @@ class Runner:
         short = asked._replace(lengths=[min(n, GREEDY) for n in asked.lengths])
         greedy = self.way.engine.serve(short, greedy=True)
         counted(greedy, short, vocab_size)
-        return self.judge.share(short, greedy, rows=self.way.rows)
+        return self.judge.share(short, greedy, weighted=self.way.weighted)
 
     def peak(self, device: torch.device) -> int | None:
         """Bytes, as the module's text says."""
-        held = self.way.engine.held()
+        kept = self.way.engine.kept_bytes()
         take = timing.peak_bytes_gpu if device.type == "cuda" else timing.resident_growth
-        grown = take(self.run) if held is not None else None
-        return None if held is None or grown is None else held + grown
+        grown = take(self.run) if kept is not None else None
+        return None if kept is None or grown is None else kept + grown
 
     def first_us(self, rounds: Sequence[list[float]]) -> tuple[float, float]:
         """(mean, 95th percentile) of the time to first token, medians over the rounds."""
@@ -209,22 +216,17 @@ def measure(
     protocol: timing.Protocol,
     bandwidth: float,
 ) -> tuple[list[Row], dict[str, str], dict[str, str]]:
-    """(rows, refusals by provider and weight rows, providers that are not here with the reason).
+    """(rows, refusals by provider and number of weights, missing providers and the reasons).
 
-    All providers and numbers of rows take turns in one measurement, so that their ratios are of
-    the same minutes.
+    All providers and numbers of weights take turns in one measurement, so that their ratios are
+    from the same minutes.
     """
     device = policy.device
-    work = workload(
-        case.requests,
-        policy.context_length,
-        policy.vocab_size,
-        case.completion_median,
-        case.completions,
-    )
+    context, vocab_size = policy.context_length, policy.vocab_size
+    work = workload(case.requests, context, vocab_size, case.completion_median, case.completions)
     found, missing = ways(policy, base, work)
     judge = Judge(policy, base)
-    each = {way.name: case.weight_rows if way.rows else case.weight_rows[:1] for way in found}
+    each = {way.name: case.weight_rows if way.weighted else case.weight_rows[:1] for way in found}
     most = sum(map(len, each.values())) * (protocol.warmup + protocol.repeats + 2)
     runners: dict[str, Runner] = {}
     try:
@@ -265,11 +267,11 @@ def measure(
 
 
 def _label(way: Way, weight_rows: int) -> str:
-    return f"{way.name}, {weight_rows} weight rows" if way.rows else way.name
+    return f"{way.name}, {weight_rows} weight rows" if way.weighted else way.name
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
-    """The three ratios of tokens a second that matter, as lines of text, for rows of one case."""
+    """The three ratios of tokens per second that matter, as lines of text, for rows of one case."""
     rates = {(case_of(row)["weight_rows"], row["provider"]): rate(row) for row in rows}
     few, most = min(count for count, _ in rates), max(count for count, _ in rates)
     pairs = [(most, MERGED), (most, PLAIN), (few, OURS)]

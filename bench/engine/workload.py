@@ -9,15 +9,15 @@ from typing import NamedTuple
 PROMPT_MEDIAN, PROMPT_RANGE = 16, (4, 64)
 SPREAD = 0.7  # sigma of both log-normals: a long completion is several times a short one
 GATE = -1
-Row = tuple[float, float]
+Weights = tuple[float, float]
 
 
 class Batch(NamedTuple):
-    """The requests of one run: prompts (token ids), completion lengths, weight rows, a seed."""
+    """The requests of one run: prompts (token ids), completion lengths, weights, a seed."""
 
     prompts: list[list[int]]
     lengths: list[int]
-    rows: list[Row]
+    weights: list[Weights]
     seed: int
 
 
@@ -33,7 +33,8 @@ class Workload:
     """Lengths that every run of a measurement shares; token ids are new in each run.
 
     New ids, because engines keep the keys and values of earlier prompts: a second run over the
-    same prompts would skip their prefill. Run k with n weight rows is the same for every provider.
+    same prompts would skip their prefill. Run k with n distinct weights is the same for all
+    providers.
 
     Attributes:
         prompts, completions: Lengths by request.
@@ -50,15 +51,15 @@ class Workload:
         return sum(self.completions)
 
     def batch(self, run: int, weight_rows: int) -> Batch:
-        """The requests of run number `run` with so many distinct weight rows, dealt in turn.
+        """The requests of run number `run`, with `weight_rows` distinct weights in turn.
 
-        Run GATE is the error gate's, whose prompts are no timed run's either.
+        Run GATE is the error gate's, whose prompts are not those of a timed run.
         """
         draw = random.Random(f"{run}, {weight_rows}")
         prompts = [[draw.randrange(self.vocab_size) for _ in range(n)] for n in self.prompts]
-        distinct = spread_rows(weight_rows)
-        rows = [distinct[i % weight_rows] for i in range(len(prompts))]
-        return Batch(prompts, list(self.completions), rows, seed=run * len(prompts))
+        distinct = spread_weights(weight_rows)
+        weights = [distinct[i % weight_rows] for i in range(len(prompts))]
+        return Batch(prompts, list(self.completions), weights, seed=run * len(prompts))
 
 
 def workload(
@@ -75,7 +76,7 @@ def workload(
         vocab_size: Of the model.
         completion_median, completions: Of the completions' lengths: median, (least, most).
 
-    Raises: ValueError where the context has no room for the shortest request.
+    Raises: ValueError if the context has no room for the shortest request.
     """
     least = PROMPT_RANGE[0] + completions[0]
     if context < least:
@@ -94,8 +95,8 @@ def workload(
     return Workload(tuple(prompts), tuple(lengths), vocab_size)
 
 
-def spread_rows(count: int) -> list[Row]:
-    """Rows (t, 1 - t) on the simplex, evenly spread; one is (1/2, 1/2)."""
+def spread_weights(count: int) -> list[Weights]:
+    """Weights (t, 1 - t) on the simplex, evenly spread; one is (1/2, 1/2)."""
     shares = [(i + 0.5) / count for i in range(count)]
     return [(t, 1 - t) for t in shares]
 

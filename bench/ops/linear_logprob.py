@@ -104,7 +104,7 @@ class Inputs:
 
     @property
     def example_ids(self) -> Tensor:
-        """The row of weights of each token, int64 [T]."""
+        """The example of each token, int64 [T]."""
         return torch.arange(len(self.hidden), device=self.hidden.device) // (
             len(self.hidden) // EXAMPLES
         )
@@ -132,9 +132,9 @@ def materialised(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
     return logp.gather(-1, targets[:, None])[:, 0]
 
 
-def mixed(omega: Tensor, head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
+def mixed(token_weights: Tensor, head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
     """The plain form of a mixed head."""
-    columns = omega.to(hidden.dtype).t()[..., None]
+    columns = token_weights.to(hidden.dtype).t()[..., None]
     first, *others = (w * F.linear(hidden, part) for w, part in zip(columns, head, strict=True))
     logp = torch.log_softmax(sum(others, first), dim=-1)
     return logp.gather(-1, targets[:, None])[:, 0]
@@ -201,15 +201,13 @@ def _gate(data: Inputs) -> Callable[[Outputs], float]:
 
     def form(dtype: torch.dtype) -> Outputs:
         some = Inputs(
-            data.hidden[every].to(dtype),
-            data.head.to(dtype),
-            data.targets[every],
+            data.hidden[every].to(dtype), data.head.to(dtype), data.targets[every],
             data.upstream[every],
-        )
+        )  # fmt: skip
         if data.weights is None:
             return _train(some, partial(materialised, some.head, some.targets))
-        omega = data.weights[data.example_ids[every]].to(dtype)
-        return _train(some, partial(mixed, omega, some.head, some.targets))
+        token_weights = data.weights[data.example_ids[every]].to(dtype)
+        return _train(some, partial(mixed, token_weights, some.head, some.targets))
 
     wide, same = form(torch.float64), form(data.hidden.dtype)
 

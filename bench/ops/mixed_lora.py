@@ -1,4 +1,4 @@
-"""The subject `mixed_lora`: a linear layer with m LoRA adapters, mixed by a row of weights each.
+"""The subject `mixed_lora`: a linear layer with m LoRA adapters, mixed by each example's weights.
 
 What counts is the time beyond the bare layer, `base`. Shapes below: T tokens in B examples, in and
 out features d, m adapters of rank r, R = m * r. What a serving system prepares once (concatenated,
@@ -8,23 +8,23 @@ for the plain forms; ours go through clp_kernels.mixed_lora, argument checks inc
 Providers.
     base                F.linear; with `grad` forward and backward of the frozen layer (dx)
     torch_loop          adapter by adapter, x scaled first: the form of PEFT's X-LoRA
-    torch_cat           concatenated rank: y += ((x Acat^T) * omega) Bcat^T, in place
+    torch_cat           concatenated rank: y += ((x Acat^T) * scales) Bcat^T, in place
     torch_cat_by_hand   with `grad`: the same with a hand-written backward, added up in place
     torch_cat_compiled  torch_cat under torch.compile (optional: it compiles anew for each case)
     torch_stacked       one product with [W; Acat], then the expand. Not with `grad`: the adapters
                         change in every step, and so would the stacked copy of W
     torch_side_stream   on a GPU, forward: the shrink on a second stream while the base runs
-    peft                a PEFT LoraLayer with m active adapters. PEFT cannot give the examples of a
-                        batch rows of their own: all take the first example's, as the layer's
-                        scalings. No gradient of the weights either
+    peft                a PEFT LoraLayer with m active adapters. PEFT cannot mix per example: all
+                        take the first example's weights, as the layer's scalings. No gradient of
+                        the weights either
     reference, cpu, triton, cuda    ours, those of clp_kernels.registry that can run the case
     triton_fused, triton_split      beside triton, forward: its two paths, without the checks
-    <ours>_equal_rows   where the case compares rows: every example with the first one's weights
+    <ours>_equal_rows   if the case has equal_rows: every example with the first one's weights
 
 Error gate: the output and each gradient within the project's budget (clp_kernels.testing) of the
 float64 definition. The plain form of the same dtype is torch_cat; for torch_loop and peft, which
 round y after each adapter, torch_by_adapter. Of outputs and input gradients with more than JUDGED
-elements, evenly spaced rows are held to it, and all must be finite.
+elements, evenly spaced rows are compared, and all must be finite.
 """
 
 import importlib.util
@@ -58,7 +58,7 @@ Named = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call. `grad`: forward and backward; `equal_rows`: ours also with equal rows."""
+    """Sizes of one call. `grad`: forward and backward; `equal_rows`: ours with equal ones too."""
 
     features: int
     tokens: int
@@ -127,7 +127,7 @@ def cases(
 
 
 def too_slow(case: Case) -> bool:
-    """On this CPU: a large bfloat16 case where the processor has no bfloat16 product."""
+    """On this CPU: a large bfloat16 case if the processor has no bfloat16 product."""
     large = case.tokens * case.features**2 > SLOW
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return large and case.dtype == "bfloat16" and not native
@@ -171,32 +171,32 @@ def inputs(case: Case, device: torch.device) -> Inputs:
     )
 
 
-def omega(weights: Tensor, tokens: int, r: int, dtype: torch.dtype) -> Tensor:
+def token_scales(weights: Tensor, tokens: int, r: int, dtype: torch.dtype) -> Tensor:
     """weights [B, m] as [T, R], adapter by adapter."""
     return weights.to(dtype).repeat_interleave(r, 1).repeat_interleave(tokens // len(weights), 0)
 
 
-def torch_loop(x: Tensor, base: Tensor, lora_A: Tensor, lora_B: Tensor, omega: Tensor) -> Tensor:
+def torch_loop(x: Tensor, base: Tensor, lora_A: Tensor, lora_B: Tensor, scales: Tensor) -> Tensor:
     """lora_A [m, r, d], lora_B [m, d, r]."""
     y = F.linear(x, base)
     for i, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
-        scale = omega[:, i * len(a), None]
+        scale = scales[:, i * len(a), None]
         y = y + F.linear(F.linear(x * scale, a), b)
     return y
 
 
-def torch_cat(x: Tensor, base: Tensor, cat_A: Tensor, cat_B: Tensor, omega: Tensor) -> Tensor:
+def torch_cat(x: Tensor, base: Tensor, cat_A: Tensor, cat_B: Tensor, scales: Tensor) -> Tensor:
     """cat_A [R, d], cat_B [d, R]."""
-    return F.linear(x, base).addmm_((x @ cat_A.t()) * omega, cat_B.t())
+    return F.linear(x, base).addmm_((x @ cat_A.t()) * scales, cat_B.t())
 
 
 def torch_by_adapter(
-    x: Tensor, base: Tensor, lora_A: Tensor, lora_B: Tensor, omega: Tensor
+    x: Tensor, base: Tensor, lora_A: Tensor, lora_B: Tensor, scales: Tensor
 ) -> Tensor:
     """A judge, not a provider: torch_loop with fewer roundings, y still rounded m times."""
     y = F.linear(x, base)
     for i, (a, b) in enumerate(zip(lora_A, lora_B, strict=True)):
-        y = torch.addmm(y, (x * omega[:, i * len(a), None]) @ a.t(), b.t())
+        y = torch.addmm(y, (x * scales[:, i * len(a), None]) @ a.t(), b.t())
     return y
 
 
@@ -205,38 +205,38 @@ class _ByHand(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Tensor) -> Tensor:  # type: ignore[override]
-        x, base, cat_A, cat_B, omega = args
+        x, base, cat_A, cat_B, scales = args
         u = x @ cat_A.t()
         ctx.save_for_backward(*args, u)
-        return F.linear(x, base).addmm_(u * omega, cat_B.t())
+        return F.linear(x, base).addmm_(u * scales, cat_B.t())
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, base, cat_A, cat_B, omega, u = ctx.saved_tensors
+        x, base, cat_A, cat_B, scales, u = ctx.saved_tensors
         g = dy @ cat_B
-        du = g * omega
-        return (dy @ base).addmm_(du, cat_A), None, du.t() @ x, dy.t() @ (u * omega), g * u
+        du = g * scales
+        return (dy @ base).addmm_(du, cat_A), None, du.t() @ x, dy.t() @ (u * scales), g * u
 
 
 def torch_stacked(stacked: Tensor) -> Callable[..., Tensor]:
     """stacked [d + R, d] is [W; Acat]; W and Acat themselves are not read."""
 
-    def form(x: Tensor, base: Tensor, cat_A: Tensor, cat_B: Tensor, omega: Tensor) -> Tensor:
+    def form(x: Tensor, base: Tensor, cat_A: Tensor, cat_B: Tensor, scales: Tensor) -> Tensor:
         both = F.linear(x, stacked)
         out = len(cat_B)
-        return torch.addmm(both[:, :out], both[:, out:] * omega, cat_B.t())
+        return torch.addmm(both[:, :out], both[:, out:] * scales, cat_B.t())
 
     return form
 
 
 def torch_side_stream(side: torch.cuda.Stream) -> Callable[..., Tensor]:
-    """torch_cat with its shrink on `side`; the next call waits, so z may be freed at once."""
+    """torch_cat with its shrink on `side`; the next call waits, so z may be freed."""
 
-    def form(x: Tensor, base: Tensor, cat_A: Tensor, cat_B: Tensor, omega: Tensor) -> Tensor:
+    def form(x: Tensor, base: Tensor, cat_A: Tensor, cat_B: Tensor, scales: Tensor) -> Tensor:
         main = torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            z = (x @ cat_A.t()) * omega
+            z = (x @ cat_A.t()) * scales
         y = F.linear(x, base)
         main.wait_stream(side)
         return y.addmm_(z, cat_B.t())
@@ -274,7 +274,7 @@ def _plain(data: Inputs, form: Callable[..., Tensor], *, cat: bool = True) -> Ru
         adapters = data.lora_A.reshape(m * r, d), data.lora_B.transpose(0, 1).reshape(-1, m * r)
 
     def spread(weights: Tensor) -> Tensor:
-        return omega(weights, len(x), r, x.dtype)
+        return token_scales(weights, len(x), r, x.dtype)
 
     if data.dy is None:
         prepared = (x, data.base_weight, *adapters, spread(data.weights))
@@ -379,15 +379,8 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
 
 
 def _double(data: Inputs) -> Inputs:
-    return replace(
-        data,
-        x=data.x.double(),
-        base_weight=data.base_weight.double(),
-        lora_A=data.lora_A.double(),
-        lora_B=data.lora_B.double(),
-        weights=data.weights.double(),
-        dy=None if data.dy is None else data.dy.double(),
-    )
+    wide = {name: t.double() for name, t in vars(data).items() if isinstance(t, Tensor)}
+    return replace(data, **wide)  # type: ignore[arg-type]
 
 
 def _gates(data: Inputs) -> tuple[Gate, Gate]:
@@ -403,7 +396,7 @@ def _gates(data: Inputs) -> tuple[Gate, Gate]:
 
 
 def _base_gate(data: Inputs) -> Gate:
-    """The base can only be held to its own error: it is the plain form in its dtype."""
+    """The base can only be compared with its own error: it is the plain form in its dtype."""
 
     def check(output: Outputs) -> float:
         got = _judged(output, 1)

@@ -62,7 +62,7 @@ class Case:
         return self.m * self.batch * self.vocab_size * getattr(torch, self.dtype).itemsize
 
     def floors(self, roofs: Roofs) -> dict[str, float]:
-        """Microseconds that the bytes take: there is no matrix product in it."""
+        """Microseconds that the bytes take: nothing is multiplied."""
         return {"floor": self.floor_bytes() / roofs.bandwidth * 1e6}
 
 
@@ -140,7 +140,7 @@ def torch_gumbel(data: Inputs) -> Draw:
 
 
 def torch_cdf(data: Inputs) -> Draw:
-    """One uniform a row instead of one a token, which is what counts on a CPU."""
+    """One uniform per example instead of one per token, which is what counts on a CPU."""
     probs = probabilities(data)
     cdf = probs.cumsum(-1)
     u = torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:]
@@ -217,14 +217,9 @@ def _peer(data: Inputs, form: peers.Sampler) -> Callable[[], Draw]:
 def _draw(data: Inputs, backend: str) -> Callable[[], Draw]:
     def draw() -> Draw:
         return clp_kernels.sample(
-            data.logits,
-            weights=data.weights,
-            mode=data.mode,
-            seed=data.seed,
-            position=data.position,
-            top_p=data.top_p,
-            backend=backend,
-        )[:2]
+            data.logits, weights=data.weights, mode=data.mode, seed=data.seed,
+            position=data.position, top_p=data.top_p, backend=backend,
+        )[:2]  # fmt: skip
 
     return draw
 

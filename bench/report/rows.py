@@ -5,6 +5,7 @@ the machine.
 """
 
 import csv
+import io
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.timing import Timing
+from clp.data.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -127,11 +129,11 @@ def rows(
 
 
 def append(path: Path, new: Iterable[Row]) -> None:
-    """Adds rows at the end of the file, with a header where it is new.
+    """Adds rows at the end of the file, with a header if it is new.
 
     A file from before the last columns gets them first, empty in its rows (`migrate`).
 
-    Raises: ValueError where the file has other columns; values that are there are never touched.
+    Raises: ValueError if the file has other columns; values that are there never change.
     """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,12 +149,11 @@ def append(path: Path, new: Iterable[Row]) -> None:
 
 def migrate(path: Path) -> None:
     """Writes a file without the last columns anew with them, empty; every value stays as it is."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(read(path))
-    os.replace(new, path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(read(path))
+    write_whole(path, text.getvalue().encode())
 
 
 def _header(path: Path) -> tuple[str, ...]:
@@ -161,7 +162,7 @@ def _header(path: Path) -> tuple[str, ...]:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, oldest first, columns that it lacks empty; none where it is missing."""
+    """The rows of a file, oldest first, columns that it lacks empty; [] if it is missing."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:

@@ -9,7 +9,7 @@ from bench.report.rows import RESULTS, ROOT, Row, is_baseline, read
 from bench.timing import BASE
 
 RANDOM = "llama-1b-random"  # bench/engine/sampler.py's model on a GPU where none is named
-CAT = "torch_cat"  # the plain form that ours are set against where there is a base
+CAT = "torch_cat"  # the plain form that ours are compared with, if there is a base
 
 HEAD = """\
 # Results
@@ -18,27 +18,27 @@ Made from `bench/results/*.csv` by `python -m bench results`: the latest row of 
 provider on each machine. Protocol: `bench/timing.py`. Every provider passed its error gate on the
 inputs it was timed with.
 
-Times are microseconds a call, median [20th, 80th percentile]. `torch...` and `peft` are the
+Times are microseconds per call, median [20th, 80th percentile]. `torch...` and `peft` are the
 baselines. **Floor** is the time to move the bytes once at the measured bandwidth of a large copy
 (inputs that stay in a cache can be read faster), **floor_flops** the time of the multiplications at
 the measured rate of a large square product of the same dtype. What the providers are stands at the
 top of `bench/ops/sample.py`, `bench/ops/linear_logprob.py`, `bench/ops/mixed_lora.py` and
 `bench/engine/sampler.py`; in the second and third, large outputs are judged on evenly spaced rows.
 
-A load average well above zero before a run means that other processes held cores meanwhile. With
+A load average well above zero before a run means that other processes used cores meanwhile. With
 as many threads as cores, times then jump by whole time slices (4 to 8 ms) while one thread of a
 parallel region waits for its core: read the sections with one thread, or measure again on an idle
 machine.
 """
 SPEED_UP = """\
-Microseconds a call (median). Speed-up: the time of the fastest baseline of the same case and run
+Microseconds per call (median). Speed-up: the time of the fastest baseline of the same case and run
 over the own time; above 1 is faster."""
 OVER_BASE = """\
 Each cell: time over that of the bare layer (`base`), and in brackets the microseconds beyond it;
 medians over the rounds, each against the base of its own round. "cat extra / X's": the extra time
 of torch_cat over that of X (all: X has none); "X / cat": the whole time of X over torch_cat's."""
 RATE = """\
-Useful tokens a second: the sum of the completions' lengths (`tokens`, of `N` requests) over the
+Useful tokens per second: the sum of the completions' lengths (`tokens`, of `N` requests) over the
 median time of a run. Floor: reading all weights once for each token of the longest completion, at
 the bandwidth of a large copy."""
 FIRST = """\
@@ -46,10 +46,12 @@ Milliseconds to a request's first token: mean / 95th percentile over the request
 runs."""
 PLOTS = {
     "mixed_lora": "time over the base against T",
-    "sampler": "tokens a second against the number of weight rows",
+    "sampler": "tokens per second against the number of distinct weights",
 }
-HELD = """\
-Peak memory beyond the weights, MB: keys and values that are held, and what a run adds."""
+MEMORY = """\
+Peak memory beyond the weights, MB: keys and values that are kept, and what a run adds."""
+
+Cells = dict[str, Row]  # the rows of one case by provider
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -84,76 +86,70 @@ def tables(rows: Sequence[Row], *, spread: bool = True) -> str:
 
 
 def table(rows: Sequence[Row], *, spread: bool = True) -> str:
-    """Times of one op on one machine, a line a case; `spread` adds p20 and p80."""
-    cases, names, cell = _columns(rows)
-    fields = _fields(cases)
+    """Times of one op on one machine, one line per case; `spread` adds p20 and p80."""
+    names = _providers(rows)
     ours = [n for n in names if _is_ours(n)]
-    lines = [[*fields, *names, *(f"{n} {what}" for n in ours for what in ("speed-up", "/ floor"))]]
-    for key, case in cases.items():
-        line = [str(case.get(field, "")) for field in fields]
-        line += [_time(cell.get((key, name)), spread) for name in names]
-        floor = cell.get((key, "floor"))
-        for name in ours:
-            row = cell.get((key, name))
-            line.append(f"{float(row['ratio']):.2f}" if row and row["ratio"] else "")
+
+    def line(own: Cells) -> list[str]:
+        cells = [_time(own.get(name), spread) for name in names]
+        floor = own.get("floor")
+        for row in map(own.get, ours):
+            cells.append(f"{float(row['ratio']):.2f}" if row and row["ratio"] else "")
             share = float(row["p50_us"]) / float(floor["p50_us"]) if row and floor else None
-            line.append("" if share is None else f"{share:.1f}")
-        lines.append(line)
-    return _aligned(lines)
+            cells.append("" if share is None else f"{share:.1f}")
+        return cells
+
+    heads = [*names, *(f"{n} {what}" for n in ours for what in ("speed-up", "/ floor"))]
+    return _aligned(rows, heads, line)
 
 
 def over_base_table(rows: Sequence[Row], *, spread: bool = True) -> str:
     """Floors and the base in microseconds, every provider against the base, ours against CAT."""
-    cases, names, cell = _columns(rows)
-    fields = _fields(cases)
+    names = _providers(rows)
     timed = [n for n in names if n.startswith("floor") or n == BASE]
     rest = [n for n in names if n not in timed]
     ours = [n for n in rest if _is_ours(n)]
-    ratios = [head for name in ours for head in (f"cat extra / {name}'s", f"{name} / cat")]
-    lines = [[*fields, *timed, *rest, *ratios]]
-    for key, case in cases.items():
-        line = [str(case.get(field, "")) for field in fields]
-        line += [_time(cell.get((key, name)), spread) for name in timed]
-        line += [_over(cell.get((key, name))) for name in rest]
-        cat = cell.get((key, CAT))
-        for name in ours:
-            row = cell.get((key, name))
+
+    def line(own: Cells) -> list[str]:
+        cells = [_time(own.get(name), spread) for name in timed]
+        cells += [_over(own.get(name)) for name in rest]
+        cat = own.get(CAT)
+        for row in map(own.get, ours):
             if row is None or cat is None or not (row["extra_us"] and cat["extra_us"]):
-                line += ["", ""]
+                cells += ["", ""]
                 continue
-            own = float(row["extra_us"])
-            line.append(f"{float(cat['extra_us']) / own:.2f}" if own > 0 else "all")
-            line.append(f"{float(row['p50_us']) / float(cat['p50_us']):.3f}")
-        lines.append(line)
-    return _aligned(lines)
+            extra = float(row["extra_us"])
+            cells.append(f"{float(cat['extra_us']) / extra:.2f}" if extra > 0 else "all")
+            cells.append(f"{float(row['p50_us']) / float(cat['p50_us']):.3f}")
+        return cells
+
+    ratios = [head for name in ours for head in (f"cat extra / {name}'s", f"{name} / cat")]
+    return _aligned(rows, [*timed, *rest, *ratios], line)
 
 
 def memory_table(rows: Sequence[Row]) -> str:
     """The peak of the base, or of the first baseline, in MB, and every other provider's over it."""
-    cases, names, cell = _columns(rows)
-    fields = _fields(cases)
-    first, *rest = [n for n in names if not n.startswith("floor")]
-    lines = [[*fields, f"{first} MB", *rest]]
-    for key, case in cases.items():
-        base = cell.get((key, first))
-        if base is None:
-            continue
-        held = float(base["peak_bytes"])
-        peaks = [cell[key, name]["peak_bytes"] if (key, name) in cell else "" for name in rest]
-        line = [*(str(case.get(field, "")) for field in fields), f"{held / 1e6:.1f}"]
-        lines.append(line + [f"{float(peak) / held:.2f}" if peak else "" for peak in peaks])
-    return _aligned(lines)
+    first, *rest = [n for n in _providers(rows) if not n.startswith("floor")]
+
+    def line(own: Cells) -> list[str]:
+        if first not in own:
+            return []
+        least = float(own[first]["peak_bytes"])
+        peaks = [own[name]["peak_bytes"] if name in own else "" for name in rest]
+        return [f"{least / 1e6:.1f}", *(f"{float(p) / least:.2f}" if p else "" for p in peaks)]
+
+    return _aligned(rows, [f"{first} MB", *rest], line)
 
 
 def rate_tables(rows: Sequence[Row]) -> str:
-    """Tokens a second, time to first token and peak memory of generation runs, a line a case."""
+    """Tokens per second, time to first token, peak memory of generation runs; one line per case."""
     parts = [_cells(rows, lambda row: _short(rate(row))), RATE]
     timed = [row for row in rows if row["ttft_us"]]
     if timed:
         parts += [_cells(timed, _first), FIRST]
     weighed = [row for row in rows if row["peak_bytes"]]
     if weighed:
-        parts += [_cells(weighed, lambda row: _short(float(row["peak_bytes"]) / 1e6)), HELD]
+        parts += [_cells(weighed, lambda row: _short(float(row["peak_bytes"]) / 1e6)), MEMORY]
     return "\n\n".join(parts)
 
 
@@ -164,7 +160,7 @@ def case_of(row: Row) -> dict[str, Any]:
 
 
 def rate(row: Row) -> float:
-    """Useful tokens a second of a generation run."""
+    """Useful tokens per second of a generation run."""
     return float(case_of(row)["tokens"]) / float(row["p50_us"]) * 1e6
 
 
@@ -174,32 +170,18 @@ def _first(row: Row) -> str:
 
 
 def _cells(rows: Sequence[Row], text: Callable[[Row], str]) -> str:
-    """A line a case, a column a provider."""
-    cases, names, cell = _columns(rows)
-    fields = _fields(cases)
-    lines = [[*fields, *names]]
-    for key, case in cases.items():
-        own = [cell.get((key, name)) for name in names]
-        line = [str(case.get(field, "")) for field in fields]
-        lines.append(line + ["" if row is None else text(row) for row in own])
-    return _aligned(lines)
+    """One line per case, one column per provider."""
+    names = _providers(rows)
+    return _aligned(rows, names, lambda own: [text(own[n]) if n in own else "" for n in names])
 
 
-def _columns(
-    rows: Sequence[Row],
-) -> tuple[dict[str, dict[str, Any]], list[str], dict[tuple[str, str], Row]]:
-    """Cases by their JSON; providers, floors first, then the base, baselines, ours; the cells."""
-    cases = {row["case"]: json.loads(row["case"]) for row in rows}
-    names = list(dict.fromkeys(row["provider"] for row in rows))
-    names.sort(
-        key=lambda n: (not n.startswith("floor"), n != BASE, not is_baseline(n), n != "reference")
+def _providers(rows: Sequence[Row]) -> list[str]:
+    """Floors first, then the base, baselines, the reference, ours."""
+    names = dict.fromkeys(row["provider"] for row in rows)
+    return sorted(
+        names,
+        key=lambda n: (not n.startswith("floor"), n != BASE, not is_baseline(n), n != "reference"),
     )
-    return cases, names, {(row["case"], row["provider"]): row for row in rows}
-
-
-def _fields(cases: dict[str, dict[str, Any]]) -> list[str]:
-    fields = dict.fromkeys(field for case in cases.values() for field in case)
-    return [field for field in fields if field not in ("mode", "rows")]
 
 
 def _is_ours(name: str) -> bool:
@@ -224,12 +206,23 @@ def _short(us: float) -> str:
     return f"{us:.1f}" if us < 100 else f"{us:.0f}"
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def _aligned(rows: Sequence[Row], heads: list[str], line: Callable[[Cells], list[str]]) -> str:
+    """A Markdown table with a line per case: its fields, and what `line` gives, if anything."""
+    cases: dict[str, Cells] = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["provider"]] = row
+    known = {key: json.loads(key) for key in cases}
+    fields = dict.fromkeys(field for case in known.values() for field in case)
+    shown = [field for field in fields if field not in ("mode", "rows")]
+    lines = [[*shown, *heads]]
+    for key, own in cases.items():
+        if cells := line(own):
+            lines.append([*(str(known[key].get(field, "")) for field in shown), *cells])
     # At least "-:", the shortest rule of a Markdown table.
     widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    padded = ([c.rjust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    padded = ([c.rjust(w) for c, w in zip(cells, widths, strict=True)] for cells in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
 def write_results(folder: Path = RESULTS, target: Path = ROOT / "bench" / "RESULTS.md") -> None:

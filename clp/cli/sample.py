@@ -1,17 +1,18 @@
-"""clp sample: the command's options, and what it does with them."""
+"""clp sample: its options, and what it does with them."""
 
 import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Annotated
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from clp.data.paths import home_expanded
 
-# transformers and torch are imported inside: `clp --help` is immediate.
+if TYPE_CHECKING:
+    from clp.engine.requests import SamplingParams
 
 
 @dataclass
@@ -29,31 +30,9 @@ class SampleCommand:
     interactive: bool = False
     """Type prompts, see completions as they are drawn; /help lists the loop's commands."""
     weights: str | None = None
-    """Row for prompts without their own, such as "joy=0.7,brief=0.3"."""
+    """Of prompts without their own, such as "joy=0.7,brief=0.3"."""
     simplex: bool = True
-    """Refuse rows with negative entries or a sum other than 1."""
-    max_tokens: int | None = 64
-    """Tokens a completion at most; none: as many as fit."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int = 0
-    """0 or -1 is off."""
-    top_p: float = 1.0
-    """1 is off."""
-    min_p: float = 0.0
-    """0 is off."""
-    seed: int | None = None
-    """Same seed, prompt and row: same completion. Default: another one for each line."""
-    stop: list[str] = field(default_factory=list)
-    """Strings that end a completion."""
-    stop_token_ids: list[int] = field(default_factory=list)
-    """Token ids that end a completion, beside the model's own."""
-    ignore_eos: bool = False
-    """Go on behind the model's end tokens."""
-    n: int = 1
-    """Completions a prompt."""
-    logprobs: int = 0
-    """Write this many most likely tokens of each position, with log-probabilities, to the JSONL."""
+    """Refuse weights that are negative or have a sum other than 1."""
     max_batch_size: int = 64
     """Sequences decoded together."""
     cache_gib: float = 4.0
@@ -64,9 +43,19 @@ class SampleCommand:
     """Device to run on."""
 
 
-def sample(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> None:
     """clp sample RUN "prompt" ... | --input FILE | --interactive: continue prompts."""
-    command = tyro.cli(SampleCommand, prog="clp sample", args=argv)
+    from clp.engine.requests import SamplingParams
+
+    def together(
+        command: Annotated[SampleCommand, tyro.conf.arg(name="")],
+        params: Annotated[SamplingParams, tyro.conf.arg(name="")],
+    ) -> tuple[SampleCommand, SamplingParams]:
+        return command, params
+
+    command, params = tyro.cli(
+        together, prog="clp sample", args=argv, description=SampleCommand.__doc__
+    )
     given = bool(command.prompts) + (command.input is not None) + command.interactive
     if given > 1:
         raise ValueError("give one of: prompts, --input, --interactive")
@@ -76,36 +65,34 @@ def sample(argv: Sequence[str]) -> None:
     if not given and not terminal:
         raise ValueError("give prompts, or a file of them with --input, or --interactive")
     try:
-        failed = _run(command)
+        failed = _sample(command, params)
     except KeyboardInterrupt:
-        going_on = "the same command goes on from here" if command.output is not None else ""
-        raise KeyboardInterrupt(going_on) from None
+        hint = "the same command goes on from here" if command.output is not None else ""
+        raise KeyboardInterrupt(hint) from None
     if failed:
         where = f': see "error" in {command.output}' if command.output is not None else ""
         print(f"clp sample: lines that failed: {failed}{where}", file=sys.stderr)
         raise SystemExit(1)
 
 
-def _run(command: SampleCommand) -> int:
-    """Does what the command says; how many lines failed."""
+def _sample(command: SampleCommand, params: "SamplingParams") -> int:
+    """Does what the command says; returns how many lines failed."""
     from clp.data.weights import parse_weights
-    from clp.engine.requests import SamplingParams
     from clp.engine.sampler import Sampler
-    from clp.policies.lora import Policy, read_card
-    from clp.serving.jsonl import Defaults, Source, check_defaults
-    from clp.serving.jsonl_file import sample_file
+    from clp.policies.card import read_card
+    from clp.policies.lora import Policy
+    from clp.serving.jsonl import Defaults, check_defaults, sample_file
     from clp.serving.prompt_loop import prompt_loop
+    from clp.serving.resumable_output import Source
 
-    names = [f.name for f in fields(SamplingParams)]
-    params = SamplingParams(**{name: getattr(command, name) for name in names})
     defaults = Defaults(params, command.weights, command.simplex)
-    run = home_expanded(command.run)
-    card = read_card(run)
+    folder = home_expanded(command.run)
+    card = read_card(folder)
     if command.weights is not None:
         parse_weights(command.weights, card["objectives"], simplex=command.simplex)
 
     def make_sampler() -> Sampler:
-        policy = Policy.load(run, base_model=command.base_model, device=command.device)
+        policy = Policy.load(folder, base_model=command.base_model, device=command.device)
         sampler = Sampler(
             policy, max_batch_size=command.max_batch_size, cache_gib=command.cache_gib
         )

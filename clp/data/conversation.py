@@ -8,9 +8,7 @@ import jinja2
 import numpy as np
 from torch import Tensor
 
-from clp.engine.detokenizer import encode
-
-# A longer prompt is an error, not minutes of a tokenizer.
+# A longer prompt is an error: a tokenizer would take minutes.
 MOST_CHARACTERS = 2**24
 Messages = list[dict[str, Any]]
 # What the sampler takes: a text, token ids, or messages.
@@ -40,7 +38,7 @@ def prompt_text(prompt: str | Messages, tokenizer: Any, name: str = "prompt") ->
 
     Raises:
         ValueError: a message without a role or content of text, a tokenizer without a chat
-            template, or a conversation that the template refuses; the message names `name`.
+            template, or a conversation that the template refuses; the error names `name`.
     """
     if isinstance(prompt, str):
         return prompt
@@ -57,10 +55,30 @@ def prompt_text(prompt: str | Messages, tokenizer: Any, name: str = "prompt") ->
     return str(text)
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a prompt that is a text; the same for sampling, training and evaluation.
+
+    They are those of `tokenizer(text)`, with what it puts before every text (a BOS token), but
+
+    - once: a text that begins with the BOS token, as chat templates write it, does not get another;
+    - without what it puts after every text (an EOS token), because the completion follows. An EOS
+      token in the text itself stays.
+    """
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # An empty text has no tokens but those that the tokenizer puts before every text.
+    inner = plain or list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(text if plain else "a")["input_ids"])
+    for front in range(len(whole) - len(inner) + 1):
+        if whole[front : front + len(inner)] == inner:
+            prefix = whole[:front]
+            return plain if plain[:front] == prefix else prefix + plain
+    return whole
+
+
 def encode_prompt(prompt: str | Messages, tokenizer: Any, name: str = "prompt") -> list[int]:
     """The token ids that a model continues; the same for sampling, training and evaluation.
 
-    A text is encoded by clp.engine.detokenizer.encode. The special tokens of a conversation are
+    A text is encoded by `encode`. The special tokens of a conversation are
     those that the template writes, as in transformers' `apply_chat_template`.
 
     Raises:

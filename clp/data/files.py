@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and files that one process holds alone."""
+"""Files that are whole or absent, and files that one process locks."""
 
 import fcntl
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces the file by a rename, with the content on disk before: readers see old or new."""
+    """Replaces the file by a rename once its content is on disk: readers see the old or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as handle:
@@ -18,7 +18,7 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def hold(handle: int) -> bool:
+def lock_file(handle: int) -> bool:
     """Locks an open file until it is closed, also by the end of the process, however it ends.
 
     Returns: False if it is locked already, by this process or another one.

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-# A longer line is a bad one, and is not read into memory: 2^20 token ids are 8 MB of text.
+# A longer line is an error, and is not read into memory: 2^20 token ids are 8 MB of text.
 MOST_LINE_BYTES = 2**26
 # Python itself nests a few hundred values, but not in every place: writing one back, or showing it
 # in a message, has less of the stack left than reading it had.
 MOST_NESTING = 100
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# What files begin with that are no UTF-8 text.
+# What files begin with that are not UTF-8 text.
 _OTHERS = {
     b"\x1f\x8b": "compressed by gzip", b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"BZh": "compressed by bzip2", b"\xfd7zXZ\x00": "compressed by xz", b"PK\x03\x04": "a zip file",
@@ -32,7 +32,7 @@ class Line(NamedTuple):
     raw: bytes
 
     def parse(self) -> dict[str, Any]:
-        """The object. Raises: ValueError if the line is none."""
+        """The object. Raises: ValueError if the line is not one."""
         if len(self.raw) > MOST_LINE_BYTES:
             raise ValueError(f"longer than {MOST_LINE_BYTES} bytes")
         found = parse_json(self.raw)
@@ -94,8 +94,8 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"not JSON: byte {error.start + 1} is not UTF-8") from None
     except RecursionError:
         raise ValueError(f"nested too deeply: more than {MOST_NESTING} levels") from None
-    # Most lines have neither, and are spared the walk: half a surrogate comes from an escape, or
-    # from a terminal whose bytes are no UTF-8.
+    # Most lines have neither, and need no search: half a surrogate comes from an escape, or from a
+    # terminal whose bytes are not UTF-8.
     if text.count("[") + text.count("{") > MOST_NESTING or "\\u" in text or not text.isascii():
         _check_value(found)
     return found

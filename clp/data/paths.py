@@ -3,10 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-
-from clp.training.config import CLPConfig
 
 # The embedded model and its prompts.
 TINY = Path(__file__).resolve().parents[1] / "tiny"
@@ -15,7 +12,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*|[A-Za-z0-9][\w-]*", re.ASC
 
 
 def home_expanded(path: str | Path) -> Path:
-    """The path with "~" as the home folder: no shell expands it behind "=" or in a YAML file.
+    """The path with "~" as the home folder: no shell expands it after "=" or in a YAML file.
 
     Raises: ValueError for an empty text, which would be the current folder, for a NUL character, or
         for what is not UTF-8: safetensors writes into such a folder and cannot read it again.
@@ -63,7 +60,7 @@ def model_location(name: str) -> str:
     of a hub: "gpt2", "org/model". What looks like a path is never one of a hub: it begins with
     ".", "~" or "/", it has more than one "/", it exists, or its first part is a folder here.
 
-    Raises: ValueError for what looks like a path and is no folder.
+    Raises: ValueError for what looks like a path and is not a folder.
     """
     if name == "tiny":
         return name
@@ -101,18 +98,3 @@ def reward_locations(specs: Sequence[str]) -> list[str]:
             target = absolute(path) + ("" if label is None else f"#{label}")
         found.append(objective + mark + target)
     return found
-
-
-def located(config: CLPConfig) -> CLPConfig:
-    """The configuration with whatever it names as it is found from any folder.
-
-    Raises: ValueError as model_location.
-    """
-    return replace(
-        config,
-        model=model_location(config.model),
-        rewards=reward_locations(config.rewards),
-        prompts=None if config.prompts is None else absolute(config.prompts),
-        eval_prompts=None if config.eval_prompts is None else absolute(config.eval_prompts),
-        output_dir=str(home_expanded(config.output_dir)),
-    )

@@ -1,4 +1,4 @@
-"""Reading prompts: JSON Lines, one object with a "prompt" (a text or a conversation) a line."""
+"""Reading prompts: JSON Lines, one object with a "prompt" (a text or a conversation) per line."""
 
 from collections.abc import Sequence
 from pathlib import Path

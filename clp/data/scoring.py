@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerState
 
 from clp.data.conversation import Messages, is_conversation
 from clp.data.prompts import ARGUMENTS, columns
-from clp.rewards import RewardFunc
+
+RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 
 @dataclass
@@ -53,7 +53,7 @@ class RewardLog:
     def log_metric(self, name: str, value: float) -> None:
         """Adds a value of a metric; the mean of its values is reported.
 
-        Raises: ValueError where `name` is one of the trainer's own metrics.
+        Raises: ValueError if `name` is one of the trainer's own metrics.
         """
         if not isinstance(name, str):
             raise TypeError(f"log_metric: name must be a string, got {reprlib.repr(name)}")
@@ -62,12 +62,12 @@ class RewardLog:
         self.metrics.setdefault(name, []).append(float(value))
 
     def check(self, count: int) -> None:
-        """Raises ValueError where a column has not one value per completion."""
+        """Raises ValueError if a column does not have one value per completion."""
         for objective, logged in self.extra.items():
             for column, values in logged.items():
                 if len(values) != count:
                     raise ValueError(
-                        f"reward {objective!r}: log_extra({column!r}, values) needs one value a "
+                        f"reward {objective!r}: log_extra({column!r}, values) needs one value per "
                         f"completion, got {len(values)} for {count} completions"
                     )
 
@@ -79,7 +79,7 @@ class RewardLog:
         }
 
     def means(self) -> dict[str, float | None]:
-        """The mean of each metric over its finite values; None where it has none."""
+        """The mean of each metric over its finite values; None if it has none."""
         return {name: _json(_mean(values)) for name, values in self.metrics.items()}
 
 
@@ -110,32 +110,31 @@ def score(
     extra_columns: Mapping[str, Sequence[Any]],
     *,
     completion_ids: Sequence[Sequence[int]],
-    trainer_state: TrainerState,
+    trainer_state: Any,
     log: RewardLog,
 ) -> torch.Tensor:
     """The reward matrix, float32 `[N, m]` on the CPU; column i is the i-th of `reward_funcs`.
 
-    NaN stands where a function returned None: that objective does not apply to that example.
+    NaN stands for None: that objective does not apply to that example.
 
     Args:
         prompts: Texts, or conversations; completions of these are given to the functions as
             [{"role": "assistant", "content": text}].
         extra_columns: The dataset's other columns.
         completion_ids: Token ids of each completion, the end token included.
-        trainer_state: What has been trained so far.
+        trainer_state: What has been trained so far, a transformers TrainerState.
         log: Takes what functions log.
 
-    Async functions run concurrently, beside the others, on one event loop in a thread of its own,
-    which lasts as long as the process: clients that a function keeps between calls stay usable, and
-    a loop that already runs in this thread (Jupyter) does no harm. The others run in this thread,
-    in order. Each function gets its own copies of the lists and of what is a list or dict in
-    them. Arrays, iterators, booleans, and scalars of numpy and torch are accepted as results.
+    Async functions run concurrently, beside the others, on one event loop in its own thread, which
+    lasts as long as the process: clients that a function keeps between calls stay usable, and a
+    loop that already runs in this thread (Jupyter) does no harm. The others run in this thread, in
+    order. Each function gets its own copies of the lists, and of the lists and dicts in them.
+    Arrays, iterators, booleans, and scalars of numpy and torch are accepted as results.
 
     Raises:
         ValueError: a wrong number of values, NaN or a value not finite in float32, or an example
             for which every function returned None. TypeError: another non-number. Both name the
-            objective, and all values are sound or none returns. What a function raises passes
-            through, with a note that names the objective.
+            objective. What a function raises passes through, with a note that names the objective.
     """
     if not reward_funcs:
         raise ValueError("reward_funcs is empty: at least one objective is needed")
@@ -146,7 +145,7 @@ def score(
             raise ValueError(f"the column {name!r} has the name of an argument; rename it")
         if len(column) != count:
             came = f"{len(column)} values for {count} completions"
-            raise ValueError(f"{name!r} must have one value a completion, got {came}")
+            raise ValueError(f"{name!r} must have one value per completion, got {came}")
     given["completions"] = [
         [{"role": "assistant", "content": text}] if is_conversation(prompt) else text
         for prompt, text in zip(prompts, completions, strict=True)
@@ -155,7 +154,7 @@ def score(
     try:
         # Those that wait for something else start first.
         for name in sorted(reward_funcs, key=lambda name: not _is_async(reward_funcs[name])):
-            with _Noted(name, count):
+            with _noted(name, count):
                 tools = {
                     "trainer_state": trainer_state,
                     "log_extra": functools.partial(log.log_extra, name),
@@ -168,7 +167,7 @@ def score(
                 found[name] = result
         for name, result in found.items():
             if isinstance(result, Future):
-                with _Noted(name, count):
+                with _noted(name, count):
                     found[name] = result.result()
     finally:
         for result in found.values():
@@ -190,12 +189,12 @@ def dry_call(
     reward_funcs: Mapping[str, RewardFunc],
     rows: Sequence[dict[str, Any]],
     tokenizer: Any,
-    trainer_state: TrainerState,
+    trainer_state: Any,
     reserved: frozenset[str] = frozenset(),
 ) -> None:
     """Scores two short completions of the first and the last row; what functions log is dropped.
 
-    A function that cannot be called, or returns what `score` refuses, so fails before anything is
+    So a function that cannot be called, or returns what `score` refuses, fails before anything is
     sampled.
 
     Raises: what `score` raises.
@@ -210,26 +209,22 @@ def dry_call(
 
 
 def numbers_or_none(rewards: torch.Tensor) -> list[float | None]:
-    """A row of the matrix as JSON has it: None where an objective does not apply."""
+    """One completion's rewards as JSON has them: None if an objective does not apply."""
     return [None if math.isnan(value) else value for value in rewards.tolist()]
 
 
-class _Noted:
+@contextlib.contextmanager
+def _noted(objective: str, count: int) -> Iterator[None]:
     """Context that adds the objective's name to what its function raises."""
-
-    def __init__(self, objective: str, count: int) -> None:
-        self.note = f"raised by reward {objective!r}, called on {count} completions"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is not None:
-            error.add_note(self.note)
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"raised by reward {objective!r}, called on {count} completions")
+        raise
 
 
 def _call(func: RewardFunc, given: Mapping[str, Any], tools: Mapping[str, Any]) -> Any:
-    # A module's __call__ takes anything; its forward is what names arguments.
+    # A module's __call__ takes anything; its forward names the arguments.
     called: Callable[..., Any] = func.forward if isinstance(func, nn.Module) else func
     try:
         parameters = inspect.signature(called).parameters.values()
@@ -250,7 +245,7 @@ def _call(func: RewardFunc, given: Mapping[str, Any], tools: Mapping[str, Any]) 
 
 def _copy(value: Any) -> Any:
     if type(value) is list:
-        # Token ids are many and immutable: they need no look at each.
+        # Token ids are many and immutable: they need not be copied one by one.
         plain = not value or type(value[0]) is int
         return list(value) if plain else [_copy(one) for one in value]
     return {key: _copy(one) for key, one in value.items()} if type(value) is dict else value
@@ -274,7 +269,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
-    # These two end run_forever before it has told the thread that waits for the coroutine.
+    # These two end run_forever before the thread that waits for the coroutine gets them.
     while True:
         with contextlib.suppress(SystemExit, KeyboardInterrupt):
             loop.run_forever()

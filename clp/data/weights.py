@@ -1,4 +1,4 @@
-"""Weight rows: points of the simplex that are drawn, listed, parsed and checked."""
+"""Weights: points of the simplex that are drawn, listed, parsed and checked."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -17,26 +17,24 @@ _ARRAYS = (Tensor, np.ndarray, np.generic)
 def draw_weights(
     count: int, m: int, concentration: float, corner_probability: float, generator: torch.Generator
 ) -> Tensor:
-    """Rows [count, m] from Dirichlet(concentration), some of them moved to a corner.
+    """Weights [count, m] from Dirichlet(concentration), some of them moved to a corner.
 
-    Each row is a corner e_i (i uniform) with probability `corner_probability`. Float32, sums to 1.
-    CLP leaves the distribution open (arXiv:2407.15762); Dirichlet(1) is uniform on the simplex.
+    Each is a corner e_i (i uniform) with probability `corner_probability`. Float32, sums to 1. CLP
+    leaves the distribution open (arXiv:2407.15762); Dirichlet(1) is uniform on the simplex.
     """
-
     # torch has no Dirichlet draw that takes a generator, so numpy draws, seeded by ours.
     seed = int(torch.randint(2**62, (), generator=generator))
-    rows = torch.from_numpy(np.random.default_rng(seed).dirichlet([concentration] * m, count))
+    inner = torch.from_numpy(np.random.default_rng(seed).dirichlet([concentration] * m, count))
     corner = torch.rand(count, generator=generator) < corner_probability
-    which = torch.randint(m, (count,), generator=generator)
-    corners = torch.eye(m, dtype=rows.dtype)[which]
-    return torch.where(corner[:, None], corners, rows).float()
+    corners = torch.eye(m, dtype=inner.dtype)[torch.randint(m, (count,), generator=generator)]
+    return torch.where(corner[:, None], corners, inner).float()
 
 
 def weight_grid(m: int) -> Tensor:
-    """The evaluation grid: 11 rows for two objectives, a Das-Dennis lattice above.
+    """The evaluation grid [W, m]: 11 weights for two objectives, a Das-Dennis lattice above.
 
-    All rows whose entries are multiples of 1/n and sum to 1, from the last corner to the first:
-    n = 10 for m = 2 (11 rows), 4 for m = 3 (15), 3 for m = 4 (20), 2 above. m = 1 has one row.
+    All weights that are multiples of 1/n and sum to 1, from the last corner to the first: n = 10
+    for m = 2 (W = 11), 4 for m = 3 (15), 3 for m = 4 (20), 2 above; W = 1 for m = 1.
     """
     n = {1: 1, 2: 10, 3: 4, 4: 3}.get(m, 2)
     counts = [c for c in itertools.product(range(n + 1), repeat=m) if sum(c) == n]
@@ -44,14 +42,14 @@ def weight_grid(m: int) -> Tensor:
 
 
 def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool = True) -> Tensor:
-    """One row [m] from "joy=0.7,brief=0.3", a mapping (missing names are 0), or m numbers.
+    """Weights [m] from "joy=0.7,brief=0.3", a mapping (missing names are 0), or m numbers.
 
     Args:
         spec: The weights; a string may also be "0.7,0.3". Numbers are Python's, NumPy's or tensors
             without axes, and m of them also a tensor or an array [m].
         objectives: The m names in order.
         simplex: Require entries >= 0 that sum to 1 within 1e-3, or within the rounding of their
-            dtype (what a policy was trained on); otherwise any finite row is taken.
+            dtype (what a policy was trained on); otherwise any finite weights are taken.
 
     Raises:
         ValueError: unknown objective, wrong length, not a number, not finite in float32, off the
@@ -67,9 +65,8 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
                 )
         values: list[object] = [spec.get(name, 0.0) for name in objectives]
     elif isinstance(spec, (Tensor, np.ndarray)):
-        values = (
-            list(spec.cpu() if isinstance(spec, Tensor) else spec) if spec.ndim == 1 else [spec]
-        )
+        spec = spec.cpu() if isinstance(spec, Tensor) else spec
+        values = list(spec) if spec.ndim == 1 else [spec]
     elif isinstance(spec, Sequence) and not isinstance(spec, (bytes, bytearray)):
         values = list(spec)
     else:
@@ -79,22 +76,22 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
             f"weights must have {len(objectives)} entries ({', '.join(objectives)}), "
             f"got {len(values)}"
         )
-    row: list[float] = []
+    parsed: list[float] = []
     for name, given in zip(objectives, values, strict=True):
         value: Any = given.item() if isinstance(given, _ARRAYS) and given.ndim == 0 else given
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"weights: {name} must be a number, got {given!r}")
         if not abs(value) <= LARGEST:  # type: ignore[operator]  # Real has them
             raise ValueError(f"weights: {name} must be finite in float32, got {value}")
-        row.append(float(value))
+        parsed.append(float(value))
     off = max(1e-3, *map(_rounding, values))
-    if simplex and (min(row) < 0 or abs(sum(row) - 1) > off):
-        shown = ", ".join(f"{n}={v:g}" for n, v in zip(objectives, row, strict=True))
+    if simplex and (min(parsed) < 0 or abs(sum(parsed) - 1) > off):
+        shown = ", ".join(f"{n}={v:g}" for n, v in zip(objectives, parsed, strict=True))
         raise ValueError(
             f"weights must be >= 0 and sum to 1, got {shown}; simplex=False (--no-simplex) allows "
-            "any row, outside what the policy was trained on"
+            "any weights, outside what the policy was trained on"
         )
-    return torch.tensor(row, dtype=torch.float32)
+    return torch.tensor(parsed, dtype=torch.float32)
 
 
 def parse_rows(
@@ -104,7 +101,7 @@ def parse_rows(
     *,
     simplex: bool = True,
 ) -> Tensor:
-    """Rows [count, m] from one specification for all, or from a list of `count` of them."""
+    """Weights [count, m] from one specification for all, or from a list of `count` of them."""
     many = (
         isinstance(specs, Sequence)
         and not isinstance(specs, str)
@@ -113,13 +110,11 @@ def parse_rows(
     if not many:
         return parse_weights(specs, objectives, simplex=simplex).expand(count, -1)  # type: ignore[arg-type]
     if isinstance(specs, Tensor):
-        specs = specs.cpu()  # read at once
+        specs = specs.cpu()  # one transfer for all
     if len(specs) != count:
-        raise ValueError(
-            f"weights must be one row or {count} rows (one a prompt), got {len(specs)}"
-        )
-    rows = [parse_weights(s, objectives, simplex=simplex) for s in specs]  # type: ignore[arg-type, union-attr]
-    return torch.stack(rows) if rows else torch.zeros(0, len(objectives))
+        raise ValueError(f"weights must be given once or for all {count} prompts, got {len(specs)}")
+    parsed = [parse_weights(s, objectives, simplex=simplex) for s in specs]  # type: ignore[arg-type, union-attr]
+    return torch.stack(parsed) if parsed else torch.zeros(0, len(objectives))
 
 
 def _is_number(value: object) -> bool:

@@ -1,27 +1,7 @@
-"""Text to token ids and back: how a prompt is encoded, and the text of a completion as it comes."""
+"""Token ids to text: the text of a completion as it comes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of a prompt that is a text; the same for sampling, training and evaluation.
-
-    They are the tokenizer's own, with what it puts in front of every text (a BOS token), but
-
-    - not twice: a text that begins with the BOS token, as chat templates write it, keeps one;
-    - without what it puts behind every text (an EOS token): the completion goes on there. An EOS
-      token that stands in the text itself stays.
-    """
-    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    # A text without tokens of its own is what stands in front of every text.
-    inner = plain or list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer(text if plain else "a")["input_ids"])
-    for front in range(len(whole) - len(inner) + 1):
-        if whole[front : front + len(inner)] == inner:
-            prefix = whole[:front]
-            return plain if plain[:front] == prefix else prefix + plain
-    return whole
 
 
 def special_texts(tokenizer: Any) -> dict[int, str]:

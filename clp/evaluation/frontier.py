@@ -13,17 +13,18 @@ import torch
 from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
-from transformers import TrainerState
 
 from clp.data.conversation import encode_prompt
+from clp.data.files import write_whole
 from clp.data.prompts import columns
 from clp.data.scoring import RewardLog, dry_call, numbers_or_none, score
 from clp.data.weights import weight_grid
 from clp.engine.requests import Completion, SamplingParams
 from clp.engine.sampler import Sampler, with_seeds
 from clp.policies.lora import Policy
+from clp.policies.token_stats import token_stats
 from clp.rewards import RewardFunc, distinct_2
-from clp.training.rollout import make_batch, token_stats
+from clp.training.rollout import make_batch, untrained_state
 
 # The sampling parameters that an evaluation depends on, as Frontier holds them.
 _RECORDED = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "stop_token_ids",
@@ -32,26 +33,26 @@ _RECORDED = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "st
 
 @dataclass(frozen=True)
 class Frontier:
-    """The trade-off curve of a policy; larger rewards are better. Rows follow `weights`.
+    """The trade-off curve of a policy; larger rewards are better. Lists follow `weights` [W, m].
 
     Attributes:
         objectives, weights [W, m], rewards [W, m] (means over the prompts to whose completions an
             objective applies), base_rewards [m].
-        kl_per_token: [W], exact KL to the base, nats, mean over all sampled tokens of the row.
-        distinct_2: [W], unique over all word bigrams of the row's completions; base_distinct_2.
-        mean_length: [W], tokens a completion.
+        kl_per_token: [W], exact KL to the base, nats, mean over all tokens sampled with weights[i].
+        distinct_2: [W], unique over all word bigrams of these completions; base_distinct_2.
+        mean_length: [W], tokens per completion.
         spearman: objective -> rank correlation of its weight with its reward over the grid; None
-            where a reward does not vary.
-        hypervolume, base_hypervolume: area (volume) between the reference point and the rows
+            if its reward is constant.
+        hypervolume, base_hypervolume: area (volume) between the reference point and the points
             of `rewards`, or the base's point; 0 if none of them exceeds it in every objective.
-        reference_point: [m]. pareto: [W], whether no other row dominates this one; of rows with
-            equal rewards none dominates another.
+        reference_point: [m]. pareto: [W], whether no other point dominates this one; equal points
+            do not dominate each other.
         prompts, seed: how many prompts, and the seed of the completions.
         max_tokens, temperature, top_k, top_p, min_p, stop, stop_token_ids, ignore_eos: how the
             completions were sampled; see SamplingParams.
         metrics: name -> mean of what reward functions logged by log_metric.
         run, reward_specs, prompts_file: what was evaluated, on what; None if it was given in
-            Python, where it has no name.
+            Python and has no name.
     """
 
     objectives: list[str]
@@ -85,12 +86,8 @@ class Frontier:
 
     def save(self, path: Path) -> None:
         """Writes the JSON (no NaN in it), replacing the file by a rename."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            temporary.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = json.dumps(asdict(self), indent=1, allow_nan=False)
+        write_whole(path, f"{text}\n".encode())
 
 
 def evaluate(
@@ -103,34 +100,34 @@ def evaluate(
     reference_point: Sequence[float] | None = None,
     max_batch_size: int = 64,
     progress: bool = False,
-    trainer_state: TrainerState | None = None,
+    trainer_state: Any = None,
 ) -> tuple[Frontier, list[dict[str, Any]]]:
-    """Samples every prompt at every row of the grid, and with the base model.
+    """Samples every prompt with all weights of the grid, and with the base model.
 
     Args:
         policy, reward_funcs: Objectives must agree in name and order. Each function is called once
             on two short completions before anything is sampled.
         rows: Held-out prompts (texts or conversations) with the rewards' columns.
         params: Sampling; its seed is ignored, n must be 1.
-        seed: Any integer. Prompt i draws with the same seed at every row, so that rows differ by
-            their weights and not by luck.
+        seed: Any integer. Prompt i draws with the same seed for all weights, so that points differ
+            by their weights and not by luck.
         reference_point: Of the hypervolume; the origin if None, since built-in rewards are >= 0.
         max_batch_size: Sequences decoded together.
         trainer_state: What reward functions get under that name, such as CLPTrainer's `state`; if
-            None, one at step 0 of 0.
+            None, a TrainerState at step 0 of 0.
 
     Returns:
-        The frontier, and one dict a completion: prompt, weights (None: base), text, rewards (None
+        The frontier, and one dict per completion: prompt, weights (None: base), text, rewards (None
         where an objective does not apply), and if reward functions log columns, "extra".
 
     Raises:
         ValueError: before anything is sampled, objectives that differ, no rows, n other than 1, a
-            reference point that is not m finite numbers, a head on which there is no exact KL,
+            reference point that is not m finite numbers, a head that has no exact KL,
             prompts that do not fit, or what clp.data.scoring.score raises of two short completions.
             Afterwards, what it raises of the sampled ones, or an objective that applies to no
             completion at some weights.
     """
-    trainer_state = TrainerState() if trainer_state is None else trainer_state
+    trainer_state = untrained_state() if trainer_state is None else trainer_state
     if tuple(reward_funcs) != policy.objectives:
         raise ValueError(
             f"reward_funcs must be {list(policy.objectives)}, got {list(reward_funcs)}"
@@ -144,7 +141,7 @@ def evaluate(
     head = policy.head()
     dry_call(reward_funcs, rows, policy.tokenizer, trainer_state)
     grid = weight_grid(m)
-    # The base model is the all-zero row; it shares the batches.
+    # Weights of zero give the base model, which shares the batches.
     sweep = torch.cat([grid, torch.zeros(1, m)])
     everyone = [row for _ in sweep for row in rows]
     weights = sweep.repeat_interleave(len(rows), 0)
@@ -242,7 +239,7 @@ def _kl_sums(
 ) -> tuple[Tensor, Tensor]:
     """KL to the base summed over each completion, and its number of tokens; float64 [N]."""
     pad = policy.tokenizer.pad_token_id or 0
-    # Greedy sampling has no distribution of its own; its KL is taken at temperature 1.
+    # Greedy sampling has no distribution; its KL is taken at temperature 1.
     tau = temperature or 1.0
     sums = []
     starts = range(0, len(done), size)
@@ -261,9 +258,9 @@ def _spearman(weights: np.ndarray, rewards: np.ndarray) -> float | None:
 
 
 def pareto(points: np.ndarray) -> list[bool]:
-    """For each row of points [W, m] whether no other is as large everywhere and larger somewhere.
+    """For each of the points [W, m] whether no other is as large everywhere and larger somewhere.
 
-    Equal rows do not dominate each other.
+    Equal points do not dominate each other.
     """
     return moocore.is_nondominated(points, maximise=True, keep_weakly=True).tolist()  # type: ignore[no-any-return]
 

@@ -1,5 +1,6 @@
 """What people look at after an evaluation: tables on the terminal and pareto.png."""
 
+import io
 import json
 import tempfile
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clp.data.conversation import message_text
+from clp.data.files import write_whole
 from clp.evaluation.frontier import Frontier
 
 # The last says what the others belong to.
@@ -17,13 +19,13 @@ FILES = ("samples.jsonl", "pareto.png", "frontier.json")
 
 
 def print_frontier(front: Frontier, console: Console) -> None:
-    """One line a weight row: rewards, KL, distinct-2, length; the figures below."""
-    table = Table(title=f"{front.prompts} held-out prompts a row", caption=_figures(front))
+    """Rewards, KL, distinct-2 and length for each of the weights; the figures below."""
+    table = Table(title=f"{front.prompts} held-out prompts per line", caption=_figures(front))
     for name in front.objectives:
         table.add_column(f"w {name}", justify="right")
     for name in front.objectives:
         table.add_column(name, justify="right", style="bold")
-    for name in ("KL a token", "distinct-2", "tokens", "Pareto"):
+    for name in ("KL per token", "distinct-2", "tokens", "Pareto"):
         table.add_column(name, justify="right")
     for w, r, kl, d2, length, best in zip(
         front.weights, front.rewards, front.kl_per_token, front.distinct_2, front.mean_length,
@@ -77,8 +79,9 @@ def print_samples(
         first = samples[p]
         table = Table(title=f"“{message_text(first['prompt'])}”", show_lines=True)
         for i in chosen:
-            row = zip(front.objectives, front.weights[i], strict=True)
-            table.add_column(" ".join(f"{n} {v:.2f}" for n, v in row), ratio=1, overflow="fold")
+            weights = zip(front.objectives, front.weights[i], strict=True)
+            title = " ".join(f"{n} {v:.2f}" for n, v in weights)
+            table.add_column(title, ratio=1, overflow="fold")
         table.add_row(*(samples[i * front.prompts + p]["text"].strip() for i in chosen))
         console.print(table)
 
@@ -106,7 +109,7 @@ def plot_frontier(front: Frontier, path: Path) -> None:
     steer.set_title("Steering")
     steer.legend()
     x = [w[0] for w in front.weights]
-    cost.plot(x, front.kl_per_token, "s-", color="C3", label="KL to the base, nats a token")
+    cost.plot(x, front.kl_per_token, "s-", color="C3", label="KL to the base, nats per token")
     cost.plot(x, front.distinct_2, "^-", color="C4", label="distinct-2")
     cost.axhline(front.base_distinct_2, color="C4", linestyle=":", linewidth=1, label="base's")
     cost.set_xlabel(f"weight of {front.objectives[0]}")
@@ -114,20 +117,17 @@ def plot_frontier(front: Frontier, path: Path) -> None:
     cost.set_title("What it costs")
     cost.legend()
     figure.tight_layout()
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    try:
-        figure.savefig(temporary, dpi=120)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(figure)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=120)
+    plt.close(figure)
+    write_whole(path, png.getvalue())
 
 
 def _draw_front(axis: Any, front: Frontier) -> None:
     xs, ys = ([r[i] for r in front.rewards] for i in (0, 1))
     axis.plot(xs, ys, "-", color="0.8", zorder=1)
-    row_colors = [w[0] for w in front.weights]
-    points = axis.scatter(xs, ys, c=row_colors, cmap="viridis", s=60, zorder=2)
+    colors = [w[0] for w in front.weights]
+    points = axis.scatter(xs, ys, c=colors, cmap="viridis", s=60, zorder=2)
     base = front.base_rewards[:2]
     axis.scatter(*base, marker="X", s=90, color="C3", zorder=3)
     axis.annotate("base model", base, xytext=(9, -4), textcoords="offset points", color="C3")

@@ -6,20 +6,26 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from clp.policies.loading import context_length, end_ids, token_count, vocab_size
+
 
 class Network(NamedTuple):
-    """A model that runs for every token, and the context that sets its weight rows [B, m]."""
+    """A model that runs for every token, and the context that sets its weights [B, m]."""
 
     model: Any
-    steer: Any  # rows -> context manager
+    steer: Any  # weights -> context manager
 
 
 class Steerable(Protocol):
-    """What the sampler asks of a policy: clp.Policy, or clp.LogitMixture over several models."""
+    """What the sampler asks of a policy: clp.Policy, or clp.LogitMixture over several models.
+
+    A subclass has `tokenizer`, `objectives` and `networks`. The rest is derived from them, for one
+    network whose weights change its keys and values.
+    """
 
     tokenizer: Any
     objectives: tuple[str, ...]
-    mode: str
+    mode: str = "geometric"  # of clp_kernels.sample, if there are logit_weights
 
     @property
     def networks(self) -> Sequence[Network]:
@@ -28,25 +34,35 @@ class Steerable(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
+        return torch.device(self.networks[0].model.device)
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Token ids that end a completion."""
+        """Token ids that end a completion: those of every model."""
+        return frozenset().union(*(end_ids(n.model, self.tokenizer) for n in self.networks))
 
     @property
     def context_length(self) -> int:
-        """Prompt and completion tokens that fit."""
+        """Prompt and completion tokens that fit every model."""
+        return min(context_length(network.model) for network in self.networks)
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it."""
+        """Rows of the smallest embedding: token ids are below it."""
+        return min(vocab_size(network.model) for network in self.networks)
 
     @property
     def drawable_ids(self) -> int:
-        """Token ids that are drawn are below it."""
+        """Token ids that are drawn are below it: the tokenizer and every model have them."""
+        return min(self.vocab_size, token_count(self.tokenizer))
 
-    def logit_weights(self, rows: Tensor) -> Tensor | None:
-        """Rows [B, m] -> weights of the networks' logits [B, n]; None for a single network."""
+    def logit_weights(self, weights: Tensor) -> Tensor | None:
+        """Weights [B, m] -> weights of the networks' logits [B, n]; None for a single network."""
+        return None
 
-    def cache_key(self, row: Tensor) -> bytes:
-        """Equal for rows whose keys and values are equal for equal tokens."""
+    def cache_key(self, weights: Tensor) -> bytes:
+        """Equal for weights [m] that give equal keys and values for equal tokens.
+
+        Here their bytes, where -0.0 counts as 0.0.
+        """
+        return bytes((weights + 0.0).numpy().tobytes())

@@ -9,28 +9,21 @@ import torch
 from torch import Tensor
 
 import clp_kernels
-from clp.policies.interface import Network
-from clp.policies.lora import (
-    Policy,
-    context_length,
-    end_ids,
-    load_base,
-    token_count,
-    torch_device,
-    vocab_size,
-)
+from clp.policies.interface import Network, Steerable
+from clp.policies.loading import load_base, token_count, torch_device, vocab_size
+from clp.policies.lora import Policy
 
 
-class LogitMixture:
-    """m models under one request type: a row of weights mixes their logits, token by token.
+class LogitMixture(Steerable):
+    """m models whose logits are mixed by each example's weights w, token by token.
 
         geometric:    pi(y | x; w)  proportional to  [p_base(y | x)] * prod_i p_i(y | x)^(alpha w_i)
         probability:  pi(y | x; w) = sum_i w_i p_i(y | x)
 
     Without a base and with alpha = 1 the geometric mixture is MOD (arXiv:2406.18853, reverse KL);
-    with a base it is Inference-time Policy Adapters (arXiv:2305.15065) with an adapter an
-    objective, whose models may be smaller than the base. Goes wherever `clp.Sampler` takes a
-    policy; each model has keys and values of its own, which do not depend on the weights.
+    with a base it is Inference-time Policy Adapters (arXiv:2305.15065) with one adapter per
+    objective, whose models may be smaller than the base. `clp.Sampler` takes it as a policy. Each
+    model has its own keys and values, which do not depend on the weights.
 
     Args:
         models: Objective -> transformers causal LM, in the order of the weights.
@@ -40,9 +33,9 @@ class LogitMixture:
         mode: "geometric" or "probability"; see clp_kernels.mix_logits.
 
     Raises:
-        ValueError: no model, models of different devices or dtypes, heads of different height of
-            which one has fewer rows than the tokenizer has tokens (others are mixed where all have
-            a row), bad alpha or mode, a base in probability mode.
+        ValueError: no model; models of different devices or dtypes; heads of different height, one
+            of them without a row for every token of the tokenizer (otherwise the ids that all
+            heads have are mixed); bad alpha or mode; a base in probability mode.
     """
 
     def __init__(
@@ -76,7 +69,7 @@ class LogitMixture:
             raise ValueError(f"alpha must be a positive number, got {alpha!r}")
         self.objectives, self.tokenizer, self.mode = objectives, tokenizer, mode
         self.alpha, self.base = alpha, base
-        self.networks = networks if base is None else [Network(base, _unsteered), *networks]
+        self._networks = networks if base is None else [Network(base, _unsteered), *networks]
         names = objectives if base is None else ("base", *objectives)
         first = self.networks[0].model
         tokens = token_count(tokenizer)
@@ -87,14 +80,17 @@ class LogitMixture:
                     f"models must agree in vocabulary: {names[0]} has {others}, {name} has {rows} "
                     f"token ids, the tokenizer {tokens}"
                 )
-            for what, own, wanted in (
-                ("device", model.device, first.device),
-                ("dtype", model.dtype, first.dtype),
-            ):
+            for what in ("device", "dtype"):
+                own, wanted = getattr(model, what), getattr(first, what)
                 if own != wanted:
                     raise ValueError(
                         f"models must agree in {what}: {names[0]} has {wanted}, {name} has {own}"
                     )
+
+    @property
+    def networks(self) -> list[Network]:
+        """The base, if there is one, then the models in the order of the objectives."""
+        return self._networks
 
     @classmethod
     def load(
@@ -109,8 +105,8 @@ class LogitMixture:
     ) -> "LogitMixture":
         """Reads the models, and the base, from folders or hub names.
 
-        Raises: ValueError as the constructor; one that cannot be loaded; different tokenizers; a
-            device that is not here.
+        Raises: ValueError as the constructor; a model that cannot be loaded; different tokenizers;
+            a device that is not here.
         """
         device = torch_device(device)
         loaded, tokenizer, first = {}, None, ""
@@ -142,46 +138,24 @@ class LogitMixture:
         made._set(policy.objectives, networks, policy.tokenizer, None, 1.0, mode)
         return made
 
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return torch.device(self.networks[0].model.device)
+    def logit_weights(self, weights: Tensor) -> Tensor:
+        """[B, m] -> [B, n]: alpha times the weights, after a column of ones for the base."""
+        if self.alpha != 1:
+            weights = weights * self.alpha
+        if self.base is None:
+            return weights
+        return torch.cat([weights.new_ones(len(weights), 1), weights], 1)
 
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """Token ids that end a completion: those of every model."""
-        return frozenset().union(*(end_ids(n.model, self.tokenizer) for n in self.networks))
-
-    @property
-    def context_length(self) -> int:
-        """Prompt and completion tokens that fit every model."""
-        return min(context_length(network.model) for network in self.networks)
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the smallest embedding: token ids are below it."""
-        return min(vocab_size(network.model) for network in self.networks)
-
-    @property
-    def drawable_ids(self) -> int:
-        """Token ids that are drawn are below it: the tokenizer and every model have them."""
-        return min(self.vocab_size, token_count(self.tokenizer))
-
-    def logit_weights(self, rows: Tensor) -> Tensor:
-        """[B, m] -> [B, n]: alpha times the rows, behind a column of ones for the base."""
-        rows = rows * self.alpha if self.alpha != 1 else rows
-        return rows if self.base is None else torch.cat([rows.new_ones(len(rows), 1), rows], 1)
-
-    def cache_key(self, row: Tensor) -> bytes:
+    def cache_key(self, weights: Tensor) -> bytes:
         """Empty: no model's keys and values depend on the weights."""
         return b""
 
 
-def _unsteered(rows: Tensor) -> AbstractContextManager[None]:
+def _unsteered(weights: Tensor) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _steered_by_one(policy: Policy, index: int, rows: Tensor) -> clp_kernels.steer:
-    alone = torch.zeros_like(rows)
+def _steered_by_one(policy: Policy, index: int, weights: Tensor) -> clp_kernels.steer:
+    alone = torch.zeros_like(weights)
     alone[:, index] = 1
     return policy.steer(alone)

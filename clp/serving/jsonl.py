@@ -1,73 +1,38 @@
-"""Lines of JSON to requests, and their completions to records, in order and in little memory."""
+"""JSON Lines of prompts to JSON Lines of completions, in order and in little memory."""
 
 import hashlib
-import io
-import json
 import math
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from clp.data.json_lines import Line
-from clp.engine.requests import MOST_COMPLETIONS, Completion, Request, SamplingParams
+from clp.data.json_lines import Line, read_lines
+from clp.engine.requests import Completion, Request, SamplingParams
 from clp.engine.sampler import Sampler
+from clp.serving.resumable_output import (
+    Group,
+    Run,
+    Source,
+    Start,
+    completions_of,
+    find_start,
+    open_output,
+    write_group,
+)
 
 # Requests that wait, run, or wait to be given out, in batches: enough that a free slot finds one.
 QUEUED_BATCHES = 4
 
 
-class Source(NamedTuple):
-    """Where the lines are: a file, or prompts held in memory as lines {"prompt": ...}."""
-
-    name: str
-    path: Path | None
-    text: bytes = b""
-
-    @classmethod
-    def of_prompts(cls, prompts: Sequence[str]) -> "Source":
-        """A line for each prompt."""
-        text = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-        return cls("the prompts", None, text.encode())
-
-    @classmethod
-    def of_file(cls, path: str | Path) -> "Source":
-        """The lines of a file, which is read twice: a pipe will not do.
-
-        Raises: ValueError where it is no file that can be read.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"input {path} cannot be read: it is no file (a pipe will not do)")
-        return cls(str(path), path)
-
-    def open(self) -> io.BytesIO | io.BufferedReader:
-        """From the beginning."""
-        return io.BytesIO(self.text) if self.path is None else self.path.open("rb")
-
-    def sha256(self) -> str:
-        """Of the content, in hex."""
-        with self.open() as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def completions_of(line: Line, n: int) -> int:
-    """Completions that a line asks for: its own "n", else `n` (for a bad line too)."""
-    if b'"n"' not in line.raw:
-        return n
-    try:
-        own = line.parse().get("n")
-    except ValueError:
-        return n
-    return own if type(own) is int and 1 <= own <= MOST_COMPLETIONS else n
-
-
 class Defaults(NamedTuple):
-    """What holds for lines that do not say otherwise."""
+    """What a line that does not say otherwise is sampled with."""
 
     params: SamplingParams
     weights: str | None
@@ -77,9 +42,9 @@ class Defaults(NamedTuple):
 def check_defaults(
     sampler: Sampler, defaults: Defaults, prompts: Sequence[str | Sequence[int]] = ()
 ) -> None:
-    """Raises ValueError where no line could be served with the defaults, or not these prompts.
+    """Raises ValueError if no line could be served with the defaults, or one of the prompts not.
 
-    Without prompts a single token stands for the shortest there is.
+    Without prompts a single token stands for the shortest possible one.
     """
     corner = [1.0] + [0.0] * (len(sampler.policy.objectives) - 1)
     weights = corner if defaults.weights is None else defaults.weights
@@ -98,22 +63,10 @@ def line_seed(base_seed: int, line: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{base_seed} {line}".encode()).digest()[:8], "big") >> 2
 
 
-class Group(NamedTuple):
-    """A line's records: its n completions, or the one that says what is wrong with it."""
-
-    line: int
-    records: list[dict[str, Any]]
-
-    @property
-    def failed(self) -> bool:
-        """Whether there is an error among them."""
-        return any("error" in record for record in self.records)
-
-
 class _Pending(NamedTuple):
     line: Line
     completions: int
-    row: dict[str, Any]  # as parsed, with the weights; {} where that failed
+    row: dict[str, Any]  # as parsed, with the weights; {} if that failed
     request: Request | None
     error: str = ""
 
@@ -159,11 +112,11 @@ def sample_lines(
     line's, if that is more). A bad line becomes a record with "error"; the others go on.
 
     Args:
-        sampler: With nothing else to do.
+        sampler: Without other requests.
         lines: {"prompt": text, token ids or messages} with optional "weights", "id" (any JSON
             value, copied to the records) and the fields of SamplingParams.
         defaults: For what a line does not give.
-        base_seed: A line without a seed, where the defaults have none, draws with `line_seed`.
+        base_seed: If neither a line nor the defaults have a seed, the line draws with `line_seed`.
         bar: Advances by completions.
 
     Records: "line", "index", "finish_reason", ["error"], ["id"], "prompt" and "weights" as given,
@@ -171,13 +124,13 @@ def sample_lines(
     for a bad line "line", "index" 0, "error", ["id"].
     """
     pending: deque[_Pending] = deque()
-    held, begin, drawn = 0, time.perf_counter(), sampler.tokens_drawn
+    asked, begin, drawn = 0, time.perf_counter(), sampler.tokens_drawn
     limit = QUEUED_BATCHES * sampler.max_batch_size
     try:
         while True:
-            while held < limit and (line := next(lines, None)) is not None:
+            while asked < limit and (line := next(lines, None)) is not None:
                 pending.append(entry := _submit(sampler, line, defaults, base_seed))
-                held += entry.completions
+                asked += entry.completions
                 if entry.request is None:
                     bar.update(entry.completions)
             if not pending:
@@ -188,7 +141,7 @@ def sample_lines(
                 bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             while pending and pending[0].finished:
                 entry = pending.popleft()
-                held -= entry.completions
+                asked -= entry.completions
                 yield entry.group()
     finally:
         for entry in pending:
@@ -214,3 +167,75 @@ def _submit(sampler: Sampler, line: Line, defaults: Defaults, base_seed: int) ->
     except (ValueError, TypeError) as error:
         return _Pending(line, completions_of(line, defaults.params.n), row, None, str(error))
     return _Pending(line, params.n, row, request)
+
+
+def sample_file(
+    source: Source,
+    output: Path | None,
+    defaults: Defaults,
+    make_sampler: Callable[[], Sampler],
+    *,
+    policy_sha256: str = "",
+    base_model: str | None = None,
+) -> int:
+    """Samples for every line, in order, and writes the records of `sample_lines`.
+
+    Called again with the same arguments, it continues after what is written, with the seeds of the
+    first run; if everything is written it says so. Changing max_batch_size, cache_gib or the
+    device in between is allowed: log-probabilities then differ by rounding.
+
+    Args:
+        source: The lines.
+        output: JSON Lines; clp/serving/resumable_output.py writes a second file beside it. None:
+            the terminal, where errors go to standard error.
+        defaults: For what a line does not give.
+        make_sampler: Called before anything is written, if there is something to sample.
+        policy_sha256, base_model: Which policy it is, recorded with the output.
+
+    Returns: How many lines failed, those of earlier runs included.
+    Raises: ValueError for an input without lines, or an output of another run.
+    """
+    n = defaults.params.n
+    with source.open() as stream:
+        total = sum(completions_of(line, n) for line in read_lines(stream, source.name))
+    if not total:
+        raise ValueError(f"{source.name} holds no prompt")
+
+    def sample(sampler: Sampler, start: Start, give: Callable[[Group], None]) -> int:
+        failed = start.failed
+        with (
+            source.open() as stream,
+            tqdm(total=total, initial=start.completions, desc="sampling", unit="seq") as bar,
+        ):
+            lines = (line for line in read_lines(stream) if line.number > start.line)
+            for group in sample_lines(sampler, lines, defaults, start.base_seed, bar):
+                give(group)
+                failed += group.failed
+        return failed
+
+    if output is None:
+        sampler = make_sampler()
+        return sample(sampler, Start.new(), partial(_show, sampler.policy.tokenizer))
+    options = asdict(defaults.params) | {"weights": defaults.weights, "simplex": defaults.simplex}
+    run = Run(source.sha256(), policy_sha256, options | {"base_model": base_model})
+    start = find_start(output, run, source, n)
+    if not start.rest:
+        tqdm.write(f"{output} is complete: nothing to do", file=sys.stderr)
+        return start.failed
+    sampler = make_sampler()
+    if start.line:
+        tqdm.write(f"{output}: going on behind line {start.line}", file=sys.stderr)
+    with open_output(output, run, start) as handle:
+        return sample(sampler, start, partial(write_group, handle))
+
+
+def _show(tokenizer: Any, group: Group) -> None:
+    for record in group.records:
+        if "error" in record:
+            tqdm.write(f"line {record['line']}: {record['error']}", file=sys.stderr)
+            continue
+        prompt = record["prompt"]
+        if not isinstance(prompt, str):
+            prompt = tokenizer.decode(prompt)
+        # Through tqdm, which takes the bar out of the way.
+        tqdm.write(f"[{record['weights']}] {prompt}{record['text']}")

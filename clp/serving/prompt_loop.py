@@ -1,4 +1,4 @@
-"""A prompt loop: what is typed is continued token by token; lines with / in front are commands."""
+"""A prompt loop: what is typed is continued token by token; lines with / first are commands."""
 
 import contextlib
 import signal
@@ -15,9 +15,9 @@ from clp.engine.sampler import Sampler
 
 HELP = """\
 a text                        is continued; one that begins with / is typed with //
-/weights joy=0.7,brief=0.3    the row of what follows (/w for short)
+/weights joy=0.7,brief=0.3    the weights of what follows (/w for short)
 /set temperature 0.7          a sampling parameter; /set temperature none: its default
-/show                         the row and the parameters
+/show                         the weights and the parameters
 /quit                         ends, as Ctrl-D does
 Ctrl-C                        stops a completion; at the prompt it ends the loop
 """
@@ -33,15 +33,15 @@ def prompt_loop(
     read: Callable[[str], str] = input,
     out: TextIO | None = None,
 ) -> None:
-    """Reads prompts and commands until the end; a bad one costs one line of error.
+    """Reads prompts and commands until the end; a bad one gives one line of error.
 
     Args:
         sampler: What completes them.
         params: To begin with.
-        weights: The row to begin with; None: equal for all objectives.
-        simplex: Refuse rows off the simplex.
-        read: Takes what to show before the line, gives the line; EOFError or KeyboardInterrupt
-            end the loop.
+        weights: To begin with; None: equal for all objectives.
+        simplex: Refuse weights off the simplex.
+        read: Takes the text to show before the line, returns the line; EOFError or
+            KeyboardInterrupt end the loop.
         out: Where everything is shown; default: standard output.
 
     Raises: ValueError for bad `weights`.
@@ -72,7 +72,7 @@ def prompt_loop(
 
 
 class _Loop:
-    """The row and the parameters that hold now."""
+    """The current weights and parameters."""
 
     def __init__(
         self,
@@ -89,8 +89,8 @@ class _Loop:
         self.weights = parse_weights(spec, self.objectives, simplex=simplex)
 
     def shown_weights(self) -> str:
-        row = zip(self.objectives, self.weights.tolist(), strict=True)
-        return "weights " + ",".join(f"{name}={value:.3g}" for name, value in row)
+        pairs = zip(self.objectives, self.weights.tolist(), strict=True)
+        return "weights " + ",".join(f"{name}={value:.3g}" for name, value in pairs)
 
     def command(self, name: str, rest: str) -> None:
         if name in ("weights", "w"):
@@ -120,7 +120,7 @@ class _Loop:
         self.out.write(f"{name} {_shown(getattr(self.params, name))}\n")
 
     def complete(self, prompt: str) -> None:
-        """Shows the n completions one below the other, the first of them as it is drawn."""
+        """Shows the n completions, one below the other, the first of them as it is drawn."""
         request = self.sampler.submit(prompt, self.weights, self.params, simplex=self.simplex)
         n = self.params.n
         waiting: list[list[str]] = [[] for _ in range(n)]
@@ -186,7 +186,7 @@ def _split(line: str) -> tuple[str, str]:
 
 
 def _value(name: str, text: str) -> Any:
-    """JSON, or true, false in any case, or none: the default. What is none of these is a text."""
+    """JSON, or true or false in any case, or none for the default. Anything else is a text."""
     if text.lower() == "none":
         return getattr(SamplingParams(), name)
     if text.lower() in _WORDS:

@@ -1,27 +1,86 @@
-"""Output in JSON Lines that a killed run continues: out.jsonl, and beside it out.jsonl.meta.json.
+"""Input lines, and output in JSON Lines that a killed run continues.
 
-The second file is written before the first line. It says which run the lines belong to: SHA-256 of
-the input and of the policy's clp.json, the options that change the output, and the seed from which
-those of the lines are made. Lines are written in the order of the input, a group (the completions
-of an input line) at once.
+Beside out.jsonl there is out.jsonl.meta.json, written before the first line. It says which run the
+lines belong to: SHA-256 of the input and of the policy's clp.json, the options that change the
+output, and the seed from which those of the lines are made. Lines are written in the order of the
+input, in groups: the completions of one input line.
 """
 
+import hashlib
+import io
 import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from clp.data.files import hold, write_whole
+from clp.data.files import lock_file, write_whole
 from clp.data.json_lines import Line, read_json, read_lines
-from clp.serving.jsonl import Group, Source, completions_of
+from clp.engine.requests import MOST_COMPLETIONS
 
 FORMAT = 1
-# How every record begins (clp/serving/jsonl.py): a bad line's has an error as its third key.
+# How every record begins (clp/serving/jsonl.py): that of a bad line has an error as third key.
 _RECORD = re.compile(rb'\{"line": (\d+), "index": (\d+), "(error|finish_reason)": "(\w*)')
+
+
+class Source(NamedTuple):
+    """The input lines: a file, or prompts in memory as lines {"prompt": ...}."""
+
+    name: str
+    path: Path | None
+    text: bytes = b""
+
+    @classmethod
+    def of_prompts(cls, prompts: Sequence[str]) -> "Source":
+        """One line per prompt."""
+        text = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+        return cls("the prompts", None, text.encode())
+
+    @classmethod
+    def of_file(cls, path: str | Path) -> "Source":
+        """The lines of a file, which is read twice: a pipe will not do.
+
+        Raises: ValueError if it is not a file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"input {path} cannot be read: it is not a file (a pipe will not do)")
+        return cls(str(path), path)
+
+    def open(self) -> io.BytesIO | io.BufferedReader:
+        """From the beginning."""
+        return io.BytesIO(self.text) if self.path is None else self.path.open("rb")
+
+    def sha256(self) -> str:
+        """Of the content, in hex."""
+        with self.open() as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def completions_of(line: Line, n: int) -> int:
+    """Completions that a line asks for: its own "n", else `n` (for a bad line too)."""
+    if b'"n"' not in line.raw:
+        return n
+    try:
+        own = line.parse().get("n")
+    except ValueError:
+        return n
+    return own if type(own) is int and 1 <= own <= MOST_COMPLETIONS else n
+
+
+class Group(NamedTuple):
+    """A line's records: its n completions, or one that says what is wrong with the line."""
+
+    line: int
+    records: list[dict[str, Any]]
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is an error among them."""
+        return any("error" in record for record in self.records)
 
 
 class Run(NamedTuple):
@@ -37,12 +96,12 @@ class Start(NamedTuple):
 
     Attributes:
         base_seed: The run's seed.
-        line: The last input line whose group is complete in the file; 0 where there is none.
-        completions: Those that the lines up to there ask for.
+        line: The last input line whose group is complete in the file; 0 if there is none.
+        completions: Those that the lines up to this one ask for.
         failed: Lines among them that failed.
         end: The file's bytes that are kept.
         size: Its bytes as they were found.
-        rest: Whether the input has lines behind `line`.
+        rest: Whether the input has lines after `line`.
     """
 
     base_seed: int
@@ -55,7 +114,7 @@ class Start(NamedTuple):
 
     @classmethod
     def new(cls) -> "Start":
-        """The beginning of a run, with a seed of its own."""
+        """The beginning of a run, with its own seed."""
         return cls(secrets.randbits(62))
 
 
@@ -69,11 +128,11 @@ def find_start(path: Path, run: Run, source: Source, n: int) -> Start:
 
     Args:
         path: The output.
-        run: What it is to be.
+        run: The run that is to write it.
         source: The input.
         n: Completions of a line that does not say.
 
-    Raises: ValueError where the path is no file that this run wrote, naming what differs.
+    Raises: ValueError if there is a file that this run did not write, naming what differs.
     """
     if not path.parent.is_dir():
         raise ValueError(f"output {path}: the folder {path.parent} does not exist")
@@ -88,18 +147,19 @@ def find_start(path: Path, run: Run, source: Source, n: int) -> Start:
 
 @contextmanager
 def open_output(path: Path, run: Run, start: Start) -> Iterator[BinaryIO]:
-    """The file, cut to what `start` keeps and open behind it; a new one gets its sidecar first.
+    """The file, cut to what `start` keeps and open at its end; a new one gets its sidecar first.
 
-    Raises: ValueError where another process writes it, or has since `find_start`.
+    Raises: ValueError if another process writes it, or has done so since `find_start`.
     """
     handle = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     with handle:
-        if not hold(handle.fileno()):
+        if not lock_file(handle.fileno()):
             raise ValueError(f"output {path} is being written by another process")
         if os.fstat(handle.fileno()).st_size != start.size:
             raise ValueError(f"output {path} has been changed by another process")
         if not start.size:
-            _write_sidecar(path, run, start.base_seed)
+            meta = {"format": FORMAT, **run._asdict(), "base_seed": start.base_seed}
+            write_whole(sidecar(path), f"{json.dumps(meta, indent=2)}\n".encode())
         handle.truncate(start.end)
         handle.seek(start.end)
         yield handle
@@ -112,13 +172,8 @@ def write_group(handle: BinaryIO, group: Group) -> None:
     handle.flush()
 
 
-def _write_sidecar(path: Path, run: Run, base_seed: int) -> None:
-    text = json.dumps({"format": FORMAT, **run._asdict(), "base_seed": base_seed}, indent=2)
-    write_whole(sidecar(path), f"{text}\n".encode())
-
-
 def _recorded_seed(path: Path, run: Run) -> int:
-    """The base seed of the sidecar. Raises: ValueError where it is not this run's."""
+    """The base seed of the sidecar. Raises: ValueError if it is not this run's."""
     meta = sidecar(path)
     try:
         found = read_json(meta)
@@ -156,14 +211,14 @@ class _Record(NamedTuple):
 
 
 def _records(path: Path, written: BinaryIO) -> Iterator[_Record]:
-    """The complete records of an output; a last line without its end is none."""
+    """The complete records of an output; a last line without its end is not counted."""
     end = 0
     for number, raw in enumerate(written, start=1):
         if not raw.endswith(b"\n"):
             return
         match = _RECORD.match(raw)
         if match is None or not raw.endswith(b"}\n"):
-            raise ValueError(f"{path}:{number} is no record of a sampling run")
+            raise ValueError(f"{path}:{number} is not a record of a sampling run")
         end += len(raw)
         line, index, third, value = match.groups()
         bad = third == b"error"

@@ -44,7 +44,7 @@ def save_checkpoint(
     Files and folder are flushed to disk before the rename, so that a folder of that name is
     complete whenever the machine stops. On an error (disk full) the partial folder is removed and
     the earlier checkpoints stay. Afterwards only the newest `keep` remain; folders with other
-    names than checkpoint-<number> are none of them.
+    names than checkpoint-<number> are not counted.
     """
     final = run / f"checkpoint-{progress.step:06d}"
     partial = run / f".{final.name}.partial"
@@ -103,7 +103,7 @@ def load_optimizer(
 ) -> None:
     """Restores AdamW's state, exactly.
 
-    Raises: ValueError where the file does not fit the parameters.
+    Raises: ValueError if the file does not fit the parameters.
     """
     path = checkpoint / "optimizer.safetensors"
     try:

@@ -3,11 +3,13 @@
 import difflib
 import re
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from clp.data.paths import absolute, home_expanded, model_location, reward_locations
 
 # What clp_kernels.load_adapters reads: a larger adapter could be trained, but not loaded.
 LARGEST_R, LARGEST_LORA_ALPHA = 4096, 1_000_000
@@ -22,7 +24,7 @@ class CLPConfig:
     model: str = "tiny"
     """Base model: "tiny" (the embedded one), or a path or hub name of a transformers causal LM."""
     rewards: list[str] = field(default_factory=lambda: ["joy=sentiment", "brief=brevity"])
-    """One objective each: a built-in reward, `objective=built-in`, or
+    """One per objective: a built-in reward, `objective=built-in`, or
     `objective=classifier:PATH#label`."""
     prompts: str | None = None
     """JSONL of training prompts ({"prompt": ..., columns for rewards}); default: the embedded
@@ -54,7 +56,7 @@ class CLPConfig:
     """KL strength in [0, 1): the objective is E[(1 - alpha) w.R - alpha KL(pi || pi_ref)], KL
     summed over the tokens of a completion, in nats."""
     dirichlet: float = 1.0
-    """Concentration of the Dirichlet that draws a weight row for each prompt group; 1: uniform."""
+    """Concentration of the Dirichlet that draws each prompt group's weights; 1: uniform."""
     corner_probability: float = 0.2
     """Probability that a group trains a single objective (a corner of the simplex) instead."""
     scale_rewards: Literal["none", "batch", "group"] = "batch"
@@ -63,11 +65,11 @@ class CLPConfig:
 
     # Parameters that control generation
     num_prompts: int = 24
-    """Prompt groups a step; each group has one prompt and one weight row."""
+    """Prompt groups per step; each group has one prompt and its own weights."""
     num_generations: int = 4
-    """Completions a group, at least 2: the others are the baseline of each (leave-one-out)."""
+    """Completions per group, at least 2: the others are the baseline of each (leave-one-out)."""
     max_completion_length: int = 48
-    """Tokens a completion at most."""
+    """Tokens per completion, at most."""
     temperature: float = 1.0
     """Sampling temperature, and that of the trained policy's log-probabilities."""
 
@@ -87,11 +89,11 @@ class CLPConfig:
     micro_batch_size: int = 128
     """Completions in one forward and backward; gradients accumulate over a step's completions."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward to save memory."""
+    """Recompute activations in the backward pass to save memory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the base model; the adapters are float32."""
     device: str = "auto"
-    """ "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ..."""
+    """ "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ..."""
 
     # Parameters that control saving
     save_steps: int = 50
@@ -99,7 +101,7 @@ class CLPConfig:
     save_total_limit: int = 2
     """Checkpoints kept; older ones are deleted."""
     seed: int = 0
-    """Seed of adapters, prompt order, weights and sampling: an integer of any size from 0 on."""
+    """Seed of adapters, prompt order, weights and sampling: an integer from 0 on, of any size."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -246,3 +248,18 @@ def _as_float(name: str, value: float) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} must be a number in the range of a float") from None
+
+
+def located(config: CLPConfig) -> CLPConfig:
+    """The configuration with whatever it names as it is found from any folder.
+
+    Raises: ValueError as model_location.
+    """
+    return replace(
+        config,
+        model=model_location(config.model),
+        rewards=reward_locations(config.rewards),
+        prompts=None if config.prompts is None else absolute(config.prompts),
+        eval_prompts=None if config.eval_prompts is None else absolute(config.eval_prompts),
+        output_dir=str(home_expanded(config.output_dir)),
+    )

@@ -33,14 +33,14 @@ def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def checkpointing(model: nn.Module) -> Iterator[None]:
-    """Context in which each layer saves its inputs alone and runs again in the backward.
+    """Context in which each layer saves only its inputs and runs again in the backward pass.
 
     Enter it outside `steer`: that makes the recomputation run with the weights of its forward, also
     after both contexts have ended. Gradients have the bits of those without it. No layer changes
     its mode, and afterwards the model is as it was before.
     """
     layers = checkpointed_layers(model)
-    # No random number is drawn in eval mode, so that there is no state to keep.
+    # In eval mode nothing is drawn, so no state of the generators needs to be kept.
     checkpoint = partial(
         torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False
     )
@@ -48,7 +48,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
     before = [{n: m.__dict__[n] for n in names if n in m.__dict__} for m in layers]
     try:
         for layer in layers:
-            # By this name `steer` finds the function and hands it the rows.
+            # `steer` finds the function by this name and passes it the weights.
             layer._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]
             layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
         yield

@@ -1,6 +1,6 @@
 """The policy-gradient objective as pure tensor functions; shapes [G, K] = groups, generations.
 
-The objective of CLP (arXiv:2407.15762), for each prompt group with its weight row w:
+The objective of CLP (arXiv:2407.15762), for each prompt group with its weights w:
 
     J = E_{y ~ pi_w} [ (1 - alpha) w.R(y) ] - alpha KL(pi_w || pi_ref)
 
@@ -8,7 +8,7 @@ whose optimum is pi* ~ pi_ref exp( ((1 - alpha) / alpha) w.R ). KL is that of th
 as the sum over tokens of the exact KL between the next-token distributions, which is the
 Rao-Blackwellised estimate of the sequence KL: lower variance than sampled log-ratios.
 
-Where objective i does not apply to completion k (its reward is NaN), w_i counts as 0 for k: the
+If objective i does not apply to completion k (its reward is NaN), w_i counts as 0 for k: the
 objective adds nothing to the completion's return, its advantage or the means and standard
 deviations of the others. So the policy is drawn neither to nor from completions to which an
 objective does not apply: the expected gradient of its part is that of E[R_i | i applies], times the
@@ -22,7 +22,7 @@ from torch import Tensor
 def scale_rewards(rewards: Tensor, how: str) -> Tensor:
     """Divides each objective of rewards [G, K, m] by its standard deviation ("batch", "group").
 
-    Normalising before weighting (GDPO) keeps one objective's units from drowning another's. The
+    Normalising before weighting (GDPO) keeps one objective's units from hiding another's. The
     standard deviation is that of the completions to which the objective applies (not NaN). One
     below 1e-4, or of none, leaves nothing to learn from: it divides by 1, not by noise.
     """
@@ -44,8 +44,8 @@ def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: float) 
     to no other completion.
 
     Args:
-        rewards: [G, K, m], NaN where an objective does not apply. weights: [G, m].
-        kl: [G, K], nats a completion, detached.
+        rewards: [G, K, m], NaN if an objective does not apply. weights: [G, m].
+        kl: [G, K], nats per completion, detached.
 
     All completions of a group share prompt and weights, so the baseline is conditioned on both and
     the estimate is unbiased. Source: RLOO (Ahmadian et al., arXiv:2402.14740).

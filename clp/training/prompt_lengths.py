@@ -11,7 +11,8 @@ from tqdm import tqdm
 from clp.data.conversation import encode_prompt
 from clp.data.json_lines import read_lines
 from clp.data.paths import home_expanded
-from clp.engine.sampler import Sampler, SamplingParams
+from clp.engine.requests import SamplingParams
+from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
 
 

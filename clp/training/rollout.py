@@ -1,4 +1,4 @@
-"""Rollouts: prompt groups with weight rows -> completions, tensors, rewards, log-probabilities."""
+"""A step's rollout: prompt groups and their weights -> completions, tensors, rewards, metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,43 +8,24 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
-import clp_kernels
 from clp.data.conversation import encode_prompt
 from clp.data.prompts import columns
 from clp.data.scoring import RewardLog, score
 from clp.engine.requests import Completion, SamplingParams
 from clp.engine.sampler import Sampler, with_seeds
-from clp.policies.lora import Policy
+from clp.policies.token_stats import Batch, TokenStats
 from clp.rewards import RewardFunc
 
-
-@dataclass
-class Batch:
-    """Prompts and completions as tensors: prompts padded left, completions right.
-
-    Attributes:
-        input_ids, attention_mask: [N, P + C].
-        completion_mask: [N, C], True on sampled tokens (the end token included).
-        weights: [N, m].
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
-    weights: Tensor
-
-    def rows(self, chosen: slice) -> "Batch":
-        """The sequences of a slice."""
-        return Batch(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
-
-
-@dataclass
-class TokenStats:
-    """Per-token values [N, C] of a batch's completions, zero where there is no token."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    kl: Tensor
+# docs/metrics.md explains each.
+_NAMES = (
+    "step", "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std",
+    "kl", "entropy", "completions/mean_length", "completions/min_length", "completions/max_length",
+    "completions/clipped_ratio", "completions/mean_terminated_length",
+    "completions/min_terminated_length", "completions/max_terminated_length", "num_tokens",
+    "skipped_steps",
+    "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "step_time",
+)  # fmt: skip
+_OF_OBJECTIVE = ("rewards/{}/mean", "rewards/{}/std", "reward_weights/{}")
 
 
 @dataclass
@@ -52,7 +33,7 @@ class Rollout:
     """A step's completions: N = G * K sequences, in groups of K.
 
     Attributes:
-        batch: The tensors. rewards: [G, K, m], NaN where an objective does not apply.
+        batch: The tensors. rewards: [G, K, m], NaN if an objective does not apply.
         sampler_logprobs: [N, C], as the sampler saw them.
         completions: The N completions. log: What the reward functions logged about them.
     """
@@ -84,42 +65,12 @@ def make_batch(
     return Batch(ids.to(device), mask.to(device), mask[:, p:].bool().to(device), weights.to(device))
 
 
-def token_stats(
-    policy: Policy, batch: Batch, head: tuple[Tensor, Tensor | None, float], temperature: float
-) -> TokenStats:
-    """Log-probability, entropy and exact KL to the base at every sampled token, with gradients.
-
-    All three under softmax(logits / temperature), as sampled. The base runs without gradients.
-    """
-    weight, bias, head_temperature = head
-    width = batch.completion_mask.shape[1]
-    mask = batch.completion_mask
-    # The hidden state before a token predicts it.
-    targets = batch.input_ids[:, -width:][mask]
-    with policy.steer(batch.weights):
-        hidden = policy.hidden_states(batch.input_ids, batch.attention_mask)
-    with policy.base():
-        ref_hidden = policy.hidden_states(batch.input_ids, batch.attention_mask)
-    out = clp_kernels.linear_logprob(
-        hidden[:, -width - 1 : -1][mask],
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature * head_temperature,
-        return_entropy=True,
-        ref_hidden=ref_hidden[:, -width - 1 : -1][mask],
-    )
-    return TokenStats(
-        *(
-            torch.zeros_like(mask, dtype=t.dtype).masked_scatter(mask, t)
-            for t in out
-            if t is not None
-        )
-    )
+def untrained_state() -> TrainerState:
+    """What reward functions get as `trainer_state` if nothing is trained: step 0 of 0."""
+    return TrainerState()
 
 
 def roll_out(
-    policy: Policy,
     sampler: Sampler,
     reward_funcs: Mapping[str, RewardFunc],
     rows: Sequence[dict[str, Any]],
@@ -128,29 +79,76 @@ def roll_out(
     params: SamplingParams,
     generator: torch.Generator,
     trainer_state: TrainerState,
-    reserved: frozenset[str] = frozenset(),
 ) -> Rollout:
-    """Samples and scores num_generations completions for each of the G prompts, row weights [G, m].
+    """Samples and scores num_generations completions for each of the G prompts, weights [G, m].
 
-    Every completion draws with a seed of its own from `generator`. Reward functions get
-    `trainer_state`, and may not log metrics with `reserved` names.
+    Every completion draws with its own seed from `generator`. Reward functions get `trainer_state`,
+    and may not log metrics with the names of a step's own.
     """
+    policy = sampler.policy
     repeated = [row for row in rows for _ in range(num_generations)]
-    row_weights = weights.repeat_interleave(num_generations, 0)
+    repeated_weights = weights.repeat_interleave(num_generations, 0)
     ids = [encode_prompt(row["prompt"], policy.tokenizer) for row in rows]
     prompt_ids = [p for p in ids for _ in range(num_generations)]
     seeds = torch.randint(2**62, (len(repeated),), generator=generator).tolist()
-    completions = sampler.generate(prompt_ids, row_weights, with_seeds(params, seeds))
-    log = RewardLog(reserved)
+    completions = sampler.generate(prompt_ids, repeated_weights, with_seeds(params, seeds))
+    log = RewardLog(metric_names(policy.objectives))
     rewards = score(
         reward_funcs, [row["prompt"] for row in repeated], [done.text for done in completions],
         columns(repeated), completion_ids=[done.token_ids for done in completions],
         trainer_state=trainer_state, log=log,
     )  # fmt: skip
     batch = make_batch(
-        prompt_ids, completions, row_weights, policy.tokenizer.pad_token_id or 0, policy.device
+        prompt_ids, completions, repeated_weights, policy.tokenizer.pad_token_id or 0, policy.device
     )
     sampled = [torch.tensor(done.logprobs) for done in completions]
     logprobs = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True).to(policy.device)
     shape = (len(rows), num_generations, len(reward_funcs))
     return Rollout(batch, rewards.view(shape).to(policy.device), logprobs, completions, log)
+
+
+def metric_names(objectives: Sequence[str]) -> frozenset[str]:
+    """The names of all metrics of a step, which reward functions may not log."""
+    return frozenset(_NAMES) | {each.format(n) for n in objectives for each in _OF_OBJECTIVE}
+
+
+def rollout_metrics(
+    rollout: Rollout, weights: Tensor, stats: TokenStats, objectives: Sequence[str]
+) -> dict[str, float | None]:
+    """The step's numbers about its completions, with what reward functions logged.
+
+    TRL's names mean what they mean in TRL 1.16's GRPOTrainer. The mean of an objective that applies
+    to no completion is None, and the standard deviation of one that applies to fewer than two.
+    """
+    rewards, mask = rollout.rewards.cpu(), rollout.batch.completion_mask
+    # The weight of an objective that does not apply counts as 0.
+    weighted = torch.einsum("gkm,gm->gk", rewards.nan_to_num(nan=0.0), weights)
+    spread = weighted.std(dim=1)
+    lengths = mask.sum(1).float().cpu()
+    ended = torch.tensor([done.finish_reason == "stop" for done in rollout.completions])
+    terminated = lengths[ended] if ended.any() else torch.zeros(1)
+    tokens = mask.sum()
+    drift = (stats.logprobs - rollout.sampler_logprobs).abs() * mask
+    values = {
+        "reward": weighted.mean(),
+        "reward_std": weighted.std(),
+        "frac_reward_zero_std": spread.isclose(torch.zeros_like(spread)).float().mean(),
+        "kl": stats.kl.sum() / tokens,
+        "entropy": stats.entropy.sum() / tokens,
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": (~ended).float().mean(),
+        "completions/mean_terminated_length": terminated.mean(),
+        "completions/min_terminated_length": terminated.min(),
+        "completions/max_terminated_length": terminated.max(),
+        "sampling/sampling_logp_difference/mean": drift.sum() / tokens,
+        "sampling/sampling_logp_difference/max": drift.max(),
+    }
+    out: dict[str, float | None] = {name: float(value) for name, value in values.items()}
+    for i, name in enumerate(objectives):
+        known = rewards[..., i][~rewards[..., i].isnan()]
+        out[f"rewards/{name}/mean"] = float(known.mean()) if len(known) > 0 else None
+        out[f"rewards/{name}/std"] = float(known.std()) if len(known) > 1 else None
+        out[f"reward_weights/{name}"] = float(weights[:, i].mean())
+    return out | rollout.log.means()

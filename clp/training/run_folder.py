@@ -1,8 +1,8 @@
 """The folder of a run: who may use it, and whether a run to resume is the same one.
 
 config.yaml has the run's settings. run.json has what they do not say and what must not change
-either: the order of the objectives, what each reward is, and the content of the prompts. While a
-training uses the folder it holds .lock, which says who that is.
+either: the order of the objectives, what each reward is, and the content of the prompts. .lock is
+locked while a training uses the folder, and says which one that is.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from clp.data.files import hold, write_whole
+from clp.data.files import lock_file, write_whole
 from clp.data.json_lines import parse_json, read_json
-from clp.data.paths import classifier_source, home_expanded, located
-from clp.policies.lora import read_card
+from clp.data.paths import classifier_source, home_expanded
+from clp.policies.card import read_card
 from clp.rewards import BUILTIN, RewardFunc
 from clp.training.checkpoint import checkpoints
-from clp.training.config import CLPConfig, load_config
+from clp.training.config import CLPConfig, load_config, located
 
 _FORMAT = 1
-# What a resumed run may have otherwise: where it lives, how often it saves, and what does not
-# change a bit of the result.
+# What a resumed run may change: its folder, how often it saves, and what does not change a bit of
+# the result.
 _MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device", "eval_prompts",
                "gradient_checkpointing"}  # fmt: skip
 # Compared by their content.
@@ -44,14 +44,14 @@ class RunLock:
         self._close: weakref.finalize[..., RunLock] | None = None
 
     def acquire(self) -> None:
-        """Takes the lock, unless it is held by this object; the folder must exist.
+        """Takes the lock, unless this object has it; the folder must exist.
 
-        Raises: ValueError if another one holds it, with its process, host and time.
+        Raises: ValueError if another object has it, with that one's process, host and time.
         """
         if self._close is not None and self._close.alive:
             return
         handle = os.open(self.run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        if not hold(handle):
+        if not lock_file(handle):
             holder = os.pread(handle, 1000, 0).decode("utf-8", "replace").strip()
             os.close(handle)
             raise ValueError(f"output_dir {self.run} is in use by another training ({holder})")
@@ -63,7 +63,7 @@ class RunLock:
         )
 
     def release(self) -> None:
-        """Gives the lock back; does nothing if it is not held."""
+        """Gives the lock back, if this object has it."""
         if self._close is not None:
             self._close()
 
@@ -116,14 +116,14 @@ class Inputs:
 
 
 def check_free(run: Path) -> None:
-    """Raises: ValueError if the folder holds a run, or is none."""
+    """Raises: ValueError if the folder holds a run, or is not a folder."""
     if os.path.lexists(run) and not run.is_dir():
         raise ValueError(f"output_dir {run} is not a folder")
     marks = ["config.yaml", "metrics.jsonl", "clp.json"]
-    held = [m for m in marks if (run / m).exists()] + [p.name for p in checkpoints(run)]
-    if held:
+    found = [m for m in marks if (run / m).exists()] + [p.name for p in checkpoints(run)]
+    if found:
         raise ValueError(
-            f"output_dir {run} holds another run ({held[0]}); choose another folder, or "
+            f"output_dir {run} holds another run ({found[0]}); choose another folder, or "
             "resume=True (--resume) to continue it"
         )
 
@@ -141,7 +141,7 @@ def claim(lock: RunLock, args: CLPConfig, inputs: Inputs, *, new: bool) -> None:
         check_free(run)
     record = {"format": _FORMAT, "rewards": inputs.rewards, "prompts_sha256": inputs.prompts}
     write_whole(run / "run.json", (json.dumps(record, indent=2) + "\n").encode())
-    # The last file: without it there is no run in the folder.
+    # The last file: a folder without it does not hold a run.
     write_whole(run / "config.yaml", replace(args, resume=False).to_yaml().encode())
 
 
@@ -238,7 +238,7 @@ def _read_inputs(run: Path) -> Inputs | None:
 
 
 def _older_inputs(run: Path, saved: CLPConfig, now: Inputs, card: dict[str, Any] | None) -> Inputs:
-    """What is known of a run that was begun before run.json was written."""
+    """What is known of a run that was begun before there was a run.json."""
     if card is None:  # nothing has been learned from them
         return replace(now, prompts=None)
     warnings.warn(

@@ -1,11 +1,11 @@
 """CLPTrainer: LoRA-conditioned CLP with a leave-one-out policy gradient, read top to bottom.
 
 Against the paper (arXiv:2407.15762): the conditioned parameters are LoRA adapters, the baseline is
-the mean of the other completions of the prompt group (RLOO) where the paper has a value function,
+the mean of the other completions of the prompt group (RLOO) in place of a value function,
 and KL is the exact per-token divergence, in the objective and in its gradient.
 
-Each step is a function of (seed, step) and the parameters alone: weight rows, prompts and sampling
-seeds come from generators made anew, so a run resumed from a checkpoint repeats itself exactly.
+Each step is a function of (seed, step) and the parameters alone: weights, prompts and sampling
+seeds come from new generators, so a run resumed from a checkpoint repeats itself exactly.
 """
 
 import functools
@@ -16,8 +16,8 @@ import os
 import reprlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerState
 
-from clp.data.paths import located
+from clp.data.json_lines import parse_json
 from clp.data.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.data.scoring import dry_call, numbers_or_none
 from clp.data.weights import draw_weights
-from clp.engine.sampler import Sampler, SamplingParams
+from clp.engine.requests import SamplingParams
+from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
+from clp.policies.token_stats import TokenStats, token_stats
 from clp.rewards import RewardFunc, load_rewards
 from clp.training.checkpoint import (
     Progress,
@@ -41,12 +43,11 @@ from clp.training.checkpoint import (
     load_progress,
     save_checkpoint,
 )
-from clp.training.config import CLPConfig
+from clp.training.config import CLPConfig, located
 from clp.training.gradient_checkpointing import checkpointed_layers, checkpointing
 from clp.training.losses import policy_loss, rloo_advantages, scale_rewards
-from clp.training.metrics import metric_names, rollout_metrics
 from clp.training.prompt_lengths import fitting_rows
-from clp.training.rollout import Rollout, TokenStats, roll_out, token_stats
+from clp.training.rollout import Rollout, metric_names, roll_out, rollout_metrics
 from clp.training.run_folder import (
     Inputs,
     RunLock,
@@ -74,7 +75,7 @@ class CLPTrainer:
 
     Args:
         model: Path, hub name or "tiny"; None takes args.model.
-        reward_funcs: One objective each: a mapping from objective to function, or functions, or one
+        reward_funcs: One per objective: a mapping from objective to function, or functions, or one
             (called by their __name__). None takes args.rewards. Signature as in TRL:
             f(prompts, completions, **columns) -> list of numbers or None (docs/rewards.md). Each
             is called once here, on two short completions, so that a wrong one fails before
@@ -86,8 +87,8 @@ class CLPTrainer:
     Raises:
         ValueError: bad configuration, prompts, rewards or model; an output folder that holds
             another run or is in use; a run to resume whose settings, objectives, rewards or prompts
-            differ. TypeError: a reward function that returns what is no number. What a reward
-            function raises passes through. The folder is then as it was before.
+            differ. TypeError: a reward function that returns something other than numbers. What a
+            reward function raises passes through. The folder is then as it was before.
     """
 
     def __init__(
@@ -126,21 +127,21 @@ class CLPTrainer:
                 tqdm.write(f"{self.run} {start}", file=sys.stderr)
             self.args = args
             self.reward_funcs = {name: named[name] for name in inputs.rewards}
-            self._prepare(checkpoint, args.rewards if reward_funcs is None else (), path)
+            self.prepare(checkpoint, args.rewards if reward_funcs is None else (), path)
             # Last, so that a start that fails leaves the folder as it was.
             claim(self.lock, args, inputs, new=new)
             undo.pop_all()
 
-    def _prepare(
+    def prepare(
         self, checkpoint: Path | None, rewards: Sequence[str], prompts: str | Path | None
     ) -> None:
-        """Policy, optimizer and sampler, from a checkpoint or new; checks prompts and rewards."""
+        """Makes policy, optimizer and sampler, new or from a checkpoint; checks what goes in."""
         args = self.args
         dtype = getattr(torch, args.dtype)
         if checkpoint is None:
             targets: str | list[str] = args.target_modules
             self.policy = Policy.create(
-                # Functions given in Python cannot be named in a file; clp eval then asks for them.
+                # Functions given in Python have no name in a file; clp eval then asks for them.
                 args.model, list(self.reward_funcs), r=args.r,
                 rewards=rewards, lora_alpha=args.lora_alpha, dtype=dtype, device=args.device,
                 seed=_seed(args.seed),
@@ -163,7 +164,7 @@ class CLPTrainer:
         # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
         self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
         lines = lines_until(self.run / "metrics.jsonl", self.step)
-        self.log_history: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.log_history: list[dict[str, Any]] = [parse_json(line) for line in lines]
         self.rows = fitting_rows(
             self.rows, self.policy, self.sampler, args.max_completion_length,
             args.max_prompt_length, prompts,
@@ -253,23 +254,16 @@ class CLPTrainer:
             generator,
         )  # fmt: skip
         rows = self._prompts_of(step)
+        params = SamplingParams(max_tokens=args.max_completion_length, temperature=args.temperature)
         rollout = roll_out(
-            self.policy,
-            self.sampler,
-            self.reward_funcs,
-            rows,
-            weights,
-            args.num_generations,
-            SamplingParams(max_tokens=args.max_completion_length, temperature=args.temperature),
-            generator,
-            self.state,
-            metric_names(self.policy.objectives),
-        )
+            self.sampler, self.reward_funcs, rows, weights, args.num_generations, params,
+            generator, self.state,
+        )  # fmt: skip
         lr = args.learning_rate * _lr_factor(step, args)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss, stats = self._accumulate_gradients(rollout, weights)
+        loss, stats = self.accumulate_gradients(rollout, weights)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.max_grad_norm)
         progress = self.progress
         progress.step += 1
@@ -309,7 +303,7 @@ class CLPTrainer:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def _prompts_of(self, step: int) -> list[dict[str, Any]]:
-        """The step's prompts: epochs of the data, each in an order of its own."""
+        """The step's prompts: epochs of the data, each in its own order."""
         size, chosen = len(self.rows), []
         orders: dict[int, Tensor] = {}
         for i in range(step * self.args.num_prompts, (step + 1) * self.args.num_prompts):
@@ -331,21 +325,17 @@ class CLPTrainer:
             f"{self.step}; {last}. A lower learning_rate, or dtype float32, may help a new run"
         )
 
-    def _checkpointing(self) -> AbstractContextManager[None]:
-        return (
-            checkpointing(self.policy.model) if self.args.gradient_checkpointing else nullcontext()
-        )
-
-    def _accumulate_gradients(self, rollout: Rollout, weights: Tensor) -> tuple[float, TokenStats]:
+    def accumulate_gradients(self, rollout: Rollout, weights: Tensor) -> tuple[float, TokenStats]:
         """Backward over micro-batches of whole groups; the loss and the detached token stats."""
         args, k = self.args, self.args.num_generations
         rewards = scale_rewards(rollout.rewards, args.scale_rewards)
+        context: Any = checkpointing if args.gradient_checkpointing else nullcontext
         groups = max(1, args.micro_batch_size // k)
         total, parts = 0.0, []
         for first in range(0, args.num_prompts, groups):
             chosen = slice(first, first + groups)
-            batch = rollout.batch.rows(slice(first * k, (first + groups) * k))
-            with self._checkpointing():
+            batch = rollout.batch.part(slice(first * k, (first + groups) * k))
+            with context(self.policy.model):
                 stats = token_stats(self.policy, batch, self.head, args.temperature)
             kl = stats.kl.sum(1)
             advantages = rloo_advantages(
@@ -411,9 +401,5 @@ def _lr_factor(step: int, args: CLPConfig) -> float:
     if step < args.warmup_steps:
         return (step + 1) / args.warmup_steps
     done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    shapes: dict[str, Callable[[float], float]] = {
-        "constant": lambda x: 1.0,
-        "linear": lambda x: 1 - x,
-        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
-    }
-    return shapes[args.lr_scheduler_type](done)
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return {"constant": 1.0, "linear": 1 - done, "cosine": cosine}[args.lr_scheduler_type]

@@ -16,8 +16,8 @@ from bench import peers, timing
 from bench.engine import engines, sampler, workload
 from bench.engine.judge import Judge
 from bench.engine.workload import Batch, Served
-from bench.report import plot_sampler, rows, tables
-from clp.engine.runner import Decoder
+from bench.report import plot, rows, tables
+from clp.policies.lora import Policy
 
 CPU = torch.device("cpu")
 TOY = timing.Protocol(warmup=0, repeats=2, least=1, seconds=0.0)
@@ -61,11 +61,11 @@ def test_every_run_has_new_prompts_of_the_same_lengths_and_dealt_rows(work) -> N
     assert first == work.batch(0, 3)
     others = [work.batch(*run).prompts for run in ((1, 3), (workload.GATE, 3), (0, 1))]
     assert all(first.prompts[i] != prompts[i] for prompts in others for i in range(6))
-    assert len(set(first.rows)) == 3 and first.rows[:3] == first.rows[3:]
+    assert len(set(first.weights)) == 3 and first.weights[:3] == first.weights[3:]
     assert first.seed + len(first.prompts) <= second.seed
-    for row in workload.spread_rows(64):
+    for row in workload.spread_weights(64):
         assert sum(row) == 1 and all(0 < w < 1 for w in row)
-    assert workload.spread_rows(1) == [(0.5, 0.5)]
+    assert workload.spread_weights(1) == [(0.5, 0.5)]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,10 @@ def made(models: tuple[Any, Any]) -> dict[str, tuple[engines.Engine, bool]]:
     policy, base = models
     return {
         "clp": (engines.Clp(policy, 6), True),
-        "clp_no_adapters": (engines.Clp(engines.Bare(base, policy), 6, rows=False), False),
+        "clp_no_adapters": (
+            engines.Clp(engines.Bare(base, policy.tokenizer), 6, weighted=False),
+            False,
+        ),
         "torch_generate_base": (engines.Generate(base), False),
         "peft_merged_generate": (engines.PeftMerged(policy, base), True),
         "transformers_cb": (engines.ContinuousBatching(base, 6, 80), False),
@@ -107,10 +110,10 @@ def test_greedy_tokens_of_all_engines_agree(models, work, judge) -> None:
     pytest.importorskip("peft")
     batch = work.batch(0, 3)
     tokens: dict[str, list[list[int]]] = {}
-    for name, (engine, with_rows) in made(models).items():
+    for name, (engine, weighted) in made(models).items():
         served = engine.serve(batch, greedy=True)
         workload.counted(served, batch, work.vocab_size)
-        assert judge.share(batch, served, rows=with_rows) <= 1
+        assert judge.share(batch, served, weighted=weighted) <= 1
         assert all(first > 0 for first in served.first)
         if name == "peft_merged_generate":  # by row: one waits for the other
             assert len(set(served.first)) == 3
@@ -127,7 +130,17 @@ def test_merging_and_taking_out_leaves_the_base_to_the_bit(models, work) -> None
     for weight, base in engine.bases.items():
         assert torch.equal(weight, base)
     assert engine.serve(work.batch(0, 3), greedy=True).tokens == first.tokens
-    assert engine.held() == sum(base.nbytes for base in engine.bases.values()) > 0
+    assert engine.kept_bytes() == sum(base.nbytes for base in engine.bases.values()) > 0
+
+
+def test_a_model_without_a_tokenizer_is_served(models, work, judge) -> None:
+    policy, base = models
+    ids = sampler.Ids(policy.vocab_size)
+    batch = work.batch(0, 3)
+    for model in (Policy(policy.model, ids, sampler.ADAPTERS, "random"), engines.Bare(base, ids)):
+        engine = engines.Clp(model, 6, weighted=model.model is policy.model)
+        served = engine.serve(batch, greedy=True)
+        assert judge.share(batch, served, weighted=engine.weighted) <= 1
 
 
 class Wrong:
@@ -142,8 +155,8 @@ class Wrong:
         served = self.engine.serve(batch, greedy)
         return self.change(served) if self.on == "served" else served
 
-    def held(self) -> int | None:
-        return self.engine.held()
+    def kept_bytes(self) -> int | None:
+        return self.engine.kept_bytes()
 
     def close(self) -> None:
         self.engine.close()
@@ -152,8 +165,8 @@ class Wrong:
 @pytest.mark.parametrize(
     "on, change, message",
     [
-        ("batch", lambda b: b._replace(rows=b.rows[1:] + b.rows[:1]), "greedy token"),
-        ("batch", lambda b: b._replace(rows=[(0.5, 0.5)] * 6), "greedy token"),
+        ("batch", lambda b: b._replace(weights=b.weights[1:] + b.weights[:1]), "greedy token"),
+        ("batch", lambda b: b._replace(weights=[(0.5, 0.5)] * 6), "greedy token"),
         ("batch", lambda b: b._replace(lengths=[n - 1 for n in b.lengths]), "has . tokens, expect"),
         (
             "served",
@@ -174,24 +187,24 @@ def test_the_gate_refuses_a_wrong_engine(models, work, judge, on, change, messag
                 runner.check(served)
 
 
-def test_no_run_finds_its_prompts_in_the_cache(models, work, judge, monkeypatch) -> None:
+def test_no_run_finds_its_prompts_in_the_cache(models, work, judge) -> None:
     """Timed runs and the gate's prefill all but the last token of every prompt, each time."""
     counts: list[int] = []
-    prefill = Decoder.prefill
+    policy = models[0]
+    way = sampler.Way("clp", engines.Clp(policy, 6), True)
 
-    def counting(self: Decoder, parts: Any) -> None:
-        counts.append(sum(segment.stop - segment.start for _, segment in parts))
-        prefill(self, parts)
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        counts.append(kwargs["input_ids"].numel())
 
-    monkeypatch.setattr(Decoder, "prefill", counting)
-    way = sampler.Way("clp", engines.Clp(models[0], 6), True)
+    handle = policy.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     runners = [sampler.Runner(way, work, count, judge, BAR) for count in (1, 3)]
     for runner in runners:
         runner.check(runner.run())
         runner.run()
     for runner in runners:
         runner.run()
-    assert counts == [sum(work.prompts) - 6] * 8
+    handle.remove()
+    assert [number for number in counts if number > 6] == [sum(work.prompts) - 6] * 8
 
 
 def test_a_16_bit_model_is_judged_by_its_own_rounding(models, work) -> None:
@@ -199,10 +212,10 @@ def test_a_16_bit_model_is_judged_by_its_own_rounding(models, work) -> None:
     policy.model, base = policy.model.bfloat16(), base.bfloat16()
     judge, batch = Judge(policy, base), work.batch(0, 3)
     served = engines.Clp(policy, 6).serve(batch, greedy=True)
-    assert judge.share(batch, served, rows=True) <= 1
+    assert judge.share(batch, served, weighted=True) <= 1
     wrong = served._replace(tokens=[[t ^ 1 for t in tokens] for tokens in served.tokens])
     with pytest.raises(AssertionError, match="greedy token"):
-        judge.share(batch, wrong, rows=True)
+        judge.share(batch, wrong, weighted=True)
 
 
 def test_a_measurement_gives_rows_and_says_what_is_missing(models, monkeypatch, tmp_path) -> None:
@@ -249,7 +262,7 @@ def test_the_command(models, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sampler, "ways", only_ours)
     assert command.main(["sampler", "--quick", "--no-save"]) == 0
     printed = capsys.readouterr().out
-    assert "clp with 2 rows / clp with 1 rows: " in printed and "tokens a second" in printed
+    assert "clp with 2 rows / clp with 1 rows: " in printed and "tokens per second" in printed
     assert "not measured: vllm: needs a GPU" in printed
     right = engines.Clp.serve
 
@@ -296,11 +309,14 @@ NAMES = ("floor", "torch_generate_base", "peft_merged_generate", "transformers_c
 
 def test_tables_and_page(tmp_path: Path) -> None:
     rows.append(tmp_path / "cpu.csv", rate_rows(*NAMES, "clp_no_adapters"))
-    plot_sampler.write_plots(tmp_path)
+    plot.write_plots(tmp_path)
     tables.write_results(tmp_path, tmp_path / "RESULTS.md")
     page = re.sub(" +", " ", (tmp_path / "RESULTS.md").read_text())
     assert "python -m bench sampler --device cpu --model tiny`" in page
-    assert "![tokens a second against the number of weight rows](results/sampler_cpu.png)" in page
+    assert (
+        "![tokens per second against the number of distinct weights](results/sampler_cpu.png)"
+        in page
+    )
     lines = [line for line in page.splitlines() if line.startswith("|")]
     head = "| model | dtype | N | tokens | weight_rows |"
     names = "torch_generate_base | peft_merged_generate | transformers_cb | clp | clp_no_adapters |"
@@ -314,7 +330,7 @@ def test_tables_and_page(tmp_path: Path) -> None:
 def test_the_plot_is_written(tmp_path: Path) -> None:
     rows.append(tmp_path / "cpu.csv", rate_rows(*NAMES, "clp_no_adapters"))
     rows.append(tmp_path / "cuda.csv", [])
-    assert plot_sampler.write_plots(tmp_path) == [tmp_path / "sampler_cpu.png"]
+    assert plot.write_plots(tmp_path) == [tmp_path / "sampler_cpu.png"]
     png = (tmp_path / "sampler_cpu.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 20_000
 
@@ -365,5 +381,5 @@ def test_vllm_is_stepped_until_all_are_done(monkeypatch, work) -> None:
     batch = work.batch(0, 1)
     served = engine.serve(batch, greedy=False)
     assert served.tokens == [[i] * n for i, n in enumerate(batch.lengths)]
-    assert all(first > 0 for first in served.first) and engine.held() is None
+    assert all(first > 0 for first in served.first) and engine.kept_bytes() is None
     assert peers.vllm_missing(CPU) == "needs a GPU"

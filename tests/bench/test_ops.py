@@ -15,7 +15,7 @@ import torch
 from bench import __main__ as command
 from bench import gpu, timing
 from bench.ops import linear_logprob, mixed_lora, sample
-from bench.report import plot, plot_sampler, rows, tables
+from bench.report import plot, rows, tables
 from clp_kernels import mix_logits, registry
 
 CPU = torch.device("cpu")
@@ -95,9 +95,9 @@ def test_a_mixed_head_is_measured_against_the_sum_of_its_scaled_logits() -> None
     assert [provider.name for provider in found] == names
     for provider in found:
         assert provider.check(provider.run()) <= 1
-    logprobs, slope = found[-1].run()
+    logprobs, gradient = found[-1].run()
     with pytest.raises(AssertionError, match="logprobs"):
-        found[0].check((logprobs + 1e-3, slope))
+        found[0].check((logprobs + 1e-3, gradient))
 
 
 def test_a_token_that_the_filter_drops_is_refused() -> None:
@@ -418,7 +418,7 @@ def test_peak_memory_on_the_cpu() -> None:
         a = before + 1  # 4 MB
         b = a.double()  # + 8 MB: the peak
         del a
-        return b[: size // 2] * 2  # + 4 MB, while b is held: 12 MB again
+        return b[: size // 2] * 2  # + 4 MB, while b is allocated: 12 MB again
 
     assert timing.peak_bytes_cpu(call) == pytest.approx(12 * size, abs=1000)
     assert timing.peak_bytes_cpu(lambda: before.view(-1, 2)) < 1000
@@ -552,9 +552,8 @@ def test_results_command(monkeypatch) -> None:
     """The plots first: the page shows those that are there."""
     calls: list[str] = []
     monkeypatch.setattr(plot, "write_plots", lambda: calls.append("plots"))
-    monkeypatch.setattr(plot_sampler, "write_plots", lambda: calls.append("sampler's"))
     monkeypatch.setattr(tables, "write_results", lambda: calls.append("page"))
-    assert command.main(["results"]) == 0 and calls == ["plots", "sampler's", "page"]
+    assert command.main(["results"]) == 0 and calls == ["plots", "page"]
 
 
 def test_labels_keep_their_distance() -> None:

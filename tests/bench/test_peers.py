@@ -189,7 +189,7 @@ def test_installed_heads_have_rows(installed) -> None:
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_only_what_is_installed_and_only_on_a_gpu(installed, monkeypatch, package: str) -> None:
     def chosen(device: torch.device) -> set[str]:
-        forms = peers._installed(device, peers.PACKAGES)
+        forms = peers.installed(device, peers.PACKAGES)
         return {peers.PACKAGES[name] for name in forms}
 
     assert chosen(CUDA) == PACKAGES and chosen(CPU) == set()

@@ -11,7 +11,7 @@ import torch
 
 from clp import cli
 from clp.data.paths import TINY
-from clp.policies.lora import torch_device
+from clp.policies.loading import torch_device
 from clp.training.config import load_config
 
 SMALL = [
@@ -354,7 +354,7 @@ def test_help_lists_the_commands(monkeypatch, capsys):
         (["eval", "{run}", "--device", "xpu:3"], "device 'xpu:3' is not here"),
         (["train", "--device", "nope", "--output-dir", "{tmp}"], "device must be"),
         (["sample", "{run}", "Hi", "--weights", "joy=1", "--device", "meta"], "'meta' is not here"),
-        (["sample", "{run}", "--input", "{run}", "--weights", "joy=1"], "it is no file"),
+        (["sample", "{run}", "--input", "{run}", "--weights", "joy=1"], "it is not a file"),
         (["train", "--model", "runs/none/x", "--output-dir", "{tmp}"], "neither a folder nor"),
         (["sample", "{run}", "Hi", "--weights", "joy=1", "--base-model", ""], "neither a folder"),
         (["train", "--output-dir", "{tmp}\udcff"], "is not UTF-8"),

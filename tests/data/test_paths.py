@@ -9,11 +9,10 @@ from clp.data.paths import (
     check_folder,
     classifier_source,
     home_expanded,
-    located,
     model_location,
     reward_locations,
 )
-from clp.training.config import CLPConfig
+from clp.training.config import CLPConfig, located
 
 
 @pytest.fixture(autouse=True)

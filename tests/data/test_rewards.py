@@ -53,7 +53,7 @@ def test_distinct_2():
         distinct_2("one two")
 
 
-def test_sentiment():
+def test_sentiment(monkeypatch):
     # VADER: "good" has valence 1.9, negation multiplies by -0.74, compound = v / sqrt(v^2 + 15),
     # rounded to four places.
     assert one(sentiment, "good") == pytest.approx((1 + round(1.9 / math.sqrt(18.61), 4)) / 2)
@@ -61,7 +61,9 @@ def test_sentiment():
     expected = (1 + round(v / math.sqrt(v * v + 15), 4)) / 2
     assert one(sentiment, "not good") == pytest.approx(expected)
     assert one(sentiment, "") == one(sentiment, " \n") == one(sentiment, "The table.") == 0.5
-    assert rewards._analyser() is rewards._analyser()
+    with monkeypatch.context() as patch:  # the lexicon is read once
+        patch.delattr("vaderSentiment.vaderSentiment.SentimentIntensityAnalyzer")
+        assert one(sentiment, "The table.") == 0.5
 
 
 def test_brevity():
@@ -90,7 +92,7 @@ SYLLABLES = {
     ("count", "word"), [(count, word) for count, line in SYLLABLES.items() for word in line.split()]
 )
 def test_syllables(count, word):
-    assert rewards._syllables(word) == rewards._syllables(word.upper()) == count
+    assert rewards.syllables(word) == rewards.syllables(word.upper()) == count
 
 
 def test_readability():

@@ -250,7 +250,7 @@ def test_conversations():
     def vandal(prompts, completions, completion_ids, topic, **kwargs):
         seen.extend(zip(prompts, completions, strict=True))
         for one in (*prompts, *completions):
-            one[0]["content"] = "spoilt"
+            one[0]["content"] = "changed"
         completion_ids[0].clear()
         topic[0]["a"].append(1)
         return [0, 0]
@@ -260,7 +260,7 @@ def test_conversations():
         {"vandal": vandal, "brief": brevity, "count": Named()}, prompts, ["a b", "c"],
         {"topic": topic}, completion_ids=ids,
     )  # fmt: skip
-    assert [c for _, c in seen] == [[{"role": "assistant", "content": "spoilt"}]] * 2
+    assert [c for _, c in seen] == [[{"role": "assistant", "content": "changed"}]] * 2
     assert prompts[0] == [{"role": "user", "content": "Hi"}]
     assert topic[0] == {"a": []} and ids == [[5, 6], [7]]
     assert matrix[:, 1].tolist() == pytest.approx(brevity([], ["a b", "c"]))

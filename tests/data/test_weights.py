@@ -126,7 +126,7 @@ def test_parse_rows_takes_one_for_all_or_one_each():
     assert each.tolist() == [[1, 0], [0, 1]]
     assert parse_rows(torch.eye(2), 2, NAMES).tolist() == [[1, 0], [0, 1]]
     assert parse_rows([], 0, NAMES).shape == (0, 2)
-    with pytest.raises(ValueError, match="one row or 3 rows"):
+    with pytest.raises(ValueError, match="given once or for all 3 prompts"):
         parse_rows([{"joy": 1.0}], 3, NAMES)
 
 

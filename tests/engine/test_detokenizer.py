@@ -8,9 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from clp.engine.detokenizer import Text, completion_text, encode, special_texts
+from clp.data.conversation import encode
+from clp.engine.detokenizer import Text, completion_text, special_texts
 from clp.engine.requests import parse_prompt
-from clp.policies.lora import load_base
+from clp.policies.loading import load_base
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 BOS, EOS = 1, 2

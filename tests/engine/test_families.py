@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import clp_kernels
 from clp.engine.sampler import Sampler, SamplingParams
-from clp.policies.lora import Policy, load_base
+from clp.policies.loading import load_base
+from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
 
 WINDOW = 6  # shorter than most sequences here, longer than the five tokens of the decoder's check

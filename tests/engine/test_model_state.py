@@ -15,8 +15,8 @@ from torch import nn
 from clp.engine import recording
 from clp.engine.model_state import ModelState
 from clp.engine.sampler import Sampler, SamplingParams
+from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
-from clp.policies.lora import load_base
 from clp_kernels.nn.mixed_lora import steered_layers
 
 PROMPT = torch.randint(3, 1000, (40,), generator=torch.Generator().manual_seed(2)).tolist()

@@ -8,8 +8,10 @@ import torch
 
 import clp_kernels
 from clp.engine.sampler import Sampler, SamplingParams, with_seeds
-from clp.policies.lora import Policy, load_base
-from clp.training.rollout import make_batch, token_stats
+from clp.policies.loading import load_base
+from clp.policies.lora import Policy
+from clp.policies.token_stats import token_stats
+from clp.training.rollout import make_batch
 from clp_kernels.nn.mixed_lora import steered_layers
 
 NAMES = ["joy", "brief"]

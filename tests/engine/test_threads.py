@@ -14,8 +14,8 @@ import clp_kernels
 from clp.engine import kv_cache, turns
 from clp.engine.kv_cache import IMPLEMENTATION
 from clp.engine.sampler import Sampler, SamplingParams
+from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
-from clp.policies.lora import load_base
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True, seed=1)
 PROMPTS = [[5 + i, 9, 30 + i] for i in range(3)]

@@ -10,9 +10,11 @@ import clp_kernels
 from clp.engine.detokenizer import completion_text
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler, with_seeds
+from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
-from clp.policies.lora import Policy, load_base
-from clp.training.rollout import make_batch, token_stats
+from clp.policies.lora import Policy
+from clp.policies.token_stats import token_stats
+from clp.training.rollout import make_batch
 
 TOKENS = 1024  # of the embedded model's tokenizer
 

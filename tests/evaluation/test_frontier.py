@@ -7,28 +7,23 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tiny_runs import randomised
 
-from clp.engine.sampler import SamplingParams
+from clp.engine.requests import SamplingParams
 from clp.evaluation.frontier import Frontier, evaluate, pareto
 from clp.evaluation.report import plot_frontier, print_frontier, print_samples, save_evaluation
 from clp.policies.lora import Policy
 from clp.rewards import distinct_2, load_rewards
-from clp_kernels.nn.mixed_lora import steered_layers
 
 ROWS = [{"prompt": p} for p in ("Tom had a red kite.", "Mia was sad.", "Sam was at the lake.")]
 REWARDS = {"joy": "sentiment", "brief": "brevity", "clear": "readability"}
 
 
 def policy(names):
-    made = Policy.create("tiny", names, r=2)
-    generator = torch.Generator().manual_seed(4)
-    for layer in steered_layers(made.model).values():
-        layer.lora_B.data.normal_(0, 0.1, generator=generator)
-    return made
+    return randomised(0.1, 4, names, r=2)
 
 
 def sweep(names, **changes):

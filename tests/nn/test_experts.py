@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clp import Policy, Sampler, SamplingParams
 from clp.data.paths import TINY
-from clp.policies.lora import load_base
+from clp.policies.loading import load_base
 from clp_kernels import (
     MixedLinear,
     adapter_names,

@@ -6,6 +6,7 @@ import shutil
 import peft
 import pytest
 import torch
+from tiny_runs import randomised
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -20,8 +21,9 @@ import clp_kernels
 from clp import cli
 from clp.data.paths import TINY
 from clp.data.weights import weight_grid
+from clp.policies.loading import load_base, torch_device
 from clp.policies.logit_mixture import LogitMixture
-from clp.policies.lora import Policy, load_base, torch_device
+from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
 
 IDS = torch.tensor([[1, 5, 9, 30], [1, 7, 8, 40]])
@@ -31,18 +33,16 @@ SMALL = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
+CARD = {"format": 1, "base_model": "tiny", "objectives": [], "rewards": [], "adapters": {}}
+
 
 def logits(policy, weights):
     with torch.no_grad(), policy.steer(torch.tensor(weights)):
         return policy.model(IDS).logits
 
 
-def randomised(seed=0):
-    policy = Policy.create("tiny", ["joy", "brief"], rewards=["joy=sentiment", "brief=brevity"])
-    generator = torch.Generator().manual_seed(seed)
-    for layer in steered_layers(policy.model).values():
-        layer.lora_B.data.normal_(0, 0.1, generator=generator)
-    return policy
+def trained(seed=0):
+    return randomised(0.1, seed, rewards=["joy=sentiment", "brief=brevity"])
 
 
 def test_a_new_policy_is_its_base_for_every_row_bit_for_bit():
@@ -73,21 +73,23 @@ def test_modules_are_left_out():
 
 def test_adapters_of_the_embedded_model_name_a_folder_that_peft_loads(tmp_path):
     """The card keeps "tiny", which is found wherever the package is."""
-    policy = randomised()
+    policy = trained()
     policy.save(tmp_path / "p")
     assert json.loads((tmp_path / "p" / "clp.json").read_text())["base_model"] == "tiny"
     rows = torch.tensor([[1.0, 0.0]] * 2)
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "p/adapters/joy").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, logits(policy, rows.tolist()))
-    cli.export([str(tmp_path / "p"), str(tmp_path / "out"), "--weights", "joy=1,brief=0"])
+    cli.COMMANDS["export"](
+        [str(tmp_path / "p"), str(tmp_path / "out"), "--weights", "joy=1,brief=0"]
+    )
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, logits(policy, rows.tolist()))
 
 
 def test_zero_rows_give_the_base_bit_for_bit_beside_other_rows():
-    policy = randomised()
+    policy = trained()
     base, _ = load_base("tiny")
     with torch.no_grad():
         wanted = base(IDS).logits
@@ -97,7 +99,7 @@ def test_zero_rows_give_the_base_bit_for_bit_beside_other_rows():
 
 
 def test_save_and_load_are_bitwise(tmp_path):
-    policy = randomised()
+    policy = trained()
     policy.save(tmp_path / "p")
     again = Policy.load(tmp_path / "p")
     assert again.objectives == ("joy", "brief")
@@ -111,8 +113,8 @@ def test_save_and_load_are_bitwise(tmp_path):
 
 
 def test_load_refuses_a_tampered_adapter(tmp_path):
-    randomised(0).save(tmp_path / "p")
-    randomised(1).save(tmp_path / "q")
+    trained(0).save(tmp_path / "p")
+    trained(1).save(tmp_path / "q")
     shutil.copy(
         tmp_path / "q/adapters/joy/adapter_model.safetensors",
         tmp_path / "p/adapters/joy/adapter_model.safetensors",
@@ -127,36 +129,9 @@ def test_load_refuses_a_tampered_adapter(tmp_path):
         ("{", "not JSON"),
         ("[]", "format 1"),
         ('{"format": 1}', "base_model must be a str"),
-        (
-            {
-                "format": 1,
-                "base_model": "tiny",
-                "objectives": ["../x"],
-                "rewards": [],
-                "adapters": {},
-            },
-            "list of names",
-        ),
-        (
-            {
-                "format": 1,
-                "base_model": "tiny",
-                "objectives": ["a", "a"],
-                "rewards": [],
-                "adapters": {},
-            },
-            "all different",
-        ),
-        (
-            {
-                "format": 1,
-                "base_model": "tiny",
-                "objectives": ["a"],
-                "rewards": [3],
-                "adapters": {},
-            },
-            "rewards must be a list of texts",
-        ),
+        (CARD | {"objectives": ["../x"]}, "list of names"),
+        (CARD | {"objectives": ["a", "a"]}, "all different"),
+        (CARD | {"objectives": ["a"], "rewards": [3]}, "rewards must be a list of texts"),
         ("[" * 200_000, "nested too deeply"),
         ('{"format": 1, "format": 1}', "given twice"),
     ],
@@ -170,7 +145,7 @@ def test_load_refuses_a_malformed_card(tmp_path, card, message):
 def test_load_names_the_missing_card_and_adapter(tmp_path):
     with pytest.raises(ValueError, match=r"clp\.json is missing"):
         Policy.load(tmp_path)
-    randomised().save(tmp_path)
+    trained().save(tmp_path)
     (tmp_path / "adapters/brief/adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"lacks adapter_model\.safetensors"):
         Policy.load(tmp_path)
@@ -243,10 +218,7 @@ def test_head_refuses_a_soft_cap(tmp_path):
 
 def test_eleven_rows_of_a_real_pretrained_model_are_eleven_single_runs(shared_models):
     """stories260k with random adapters: logits to 1e-5, and the same greedy tokens."""
-    policy = Policy.create(str(shared_models / "stories260k"), ["a", "b"])
-    generator = torch.Generator().manual_seed(3)
-    for layer in steered_layers(policy.model).values():
-        layer.lora_B.data.normal_(0, 0.05, generator=generator)
+    policy = randomised(0.05, 3, ["a", "b"], str(shared_models / "stories260k"))
     rows = weight_grid(2)
     ids = policy.tokenizer(["Once upon a time, there was a little dog."] * 11, return_tensors="pt")
     with torch.no_grad(), policy.steer(rows):
@@ -273,7 +245,7 @@ def test_damaged_weights_are_refused(tmp_path):
 
 @pytest.mark.parametrize("device", ["nope", "", "cuda:x", "meta"])
 def test_devices_are_checked_before_a_model_is_loaded(device, tmp_path, monkeypatch):
-    randomised().save(tmp_path)
+    trained().save(tmp_path)
 
     def load(*args, **kwargs):
         raise AssertionError("a model was loaded")

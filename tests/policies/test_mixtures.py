@@ -4,15 +4,16 @@ import json
 
 import pytest
 import torch
+from tiny_runs import randomised
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clp_kernels
 from clp.data.paths import TINY
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
+from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
-from clp.policies.lora import Policy, load_base
-from clp_kernels.nn.mixed_lora import steered_layers
+from clp.policies.lora import Policy
 
 PROMPTS = ["Tom had a red kite.", "Mia", "One day, the old dog was at the lake.", "Sam"]
 ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
@@ -79,10 +80,7 @@ def test_ipa_adds_the_adapters_to_a_larger_base(models, tokenizer):
 
 
 def test_mod_over_the_adapters_of_one_model(tokenizer):
-    policy = Policy.create("tiny", ["joy", "brief"], r=4)
-    generator = torch.Generator().manual_seed(5)
-    for layer in steered_layers(policy.model).values():
-        layer.lora_B.data.normal_(0, 0.15, generator=generator)
+    policy = randomised(0.15, 5, r=4)
 
     def alone(i):
         def run(ids):
@@ -97,11 +95,14 @@ def test_mod_over_the_adapters_of_one_model(tokenizer):
 def test_rows_share_prompts_because_no_cache_depends_on_the_weights(models, tokenizer):
     sampler = Sampler(LogitMixture(models, tokenizer))
     counted = []
-    prefill = sampler._decoder.prefill
-    sampler._decoder.prefill = lambda parts: (counted.extend(s for _, s in parts), prefill(parts))
+    body = models["joy"].model
+    handle = body.register_forward_pre_hook(
+        lambda module, args, kwargs: counted.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     sampler.generate([PROMPTS[2]] * 4, ROWS, SamplingParams(max_tokens=2, seed=1))
+    handle.remove()
     tokens = len(tokenizer(PROMPTS[2])["input_ids"])
-    assert sum(s.stop - s.start for s in counted) == tokens - 1
+    assert counted == [tokens - 1, 4, 4]  # one prefill for all, then two steps
 
 
 def test_alone_and_together_are_the_same_bits_in_batch_invariant_mode(models, tokenizer):

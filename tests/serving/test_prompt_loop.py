@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from clp.engine.sampler import Sampler, SamplingParams
+from clp.engine.requests import SamplingParams
+from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
 from clp.serving.prompt_loop import HELP, prompt_loop
 
@@ -114,12 +115,8 @@ def test_a_bad_prompt_is_one_line_of_error(sampler):
     assert shown[4:5] == expected(sampler, "Tom", [0.5, 0.5], max_tokens=2)
 
 
-def test_a_failed_forward_is_one_line_of_error(sampler, monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("no memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sampler._decoder, "decode", fail)
+def test_a_failed_forward_is_one_line_of_error(sampler, failing):
+    with failing(sampler.policy.model):
         shown = typed(sampler, "Tom")
     assert any(text == "error: RuntimeError: no memory" for text in shown)
 

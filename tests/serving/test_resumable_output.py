@@ -4,8 +4,16 @@ import json
 
 import pytest
 
-from clp.serving.jsonl import Group, Source
-from clp.serving.resumable_output import Run, Start, find_start, open_output, sidecar, write_group
+from clp.serving.resumable_output import (
+    Group,
+    Run,
+    Source,
+    Start,
+    find_start,
+    open_output,
+    sidecar,
+    write_group,
+)
 
 RUN = Run("in", "policy", {"temperature": 1.0, "stop": ("a",), "n": 1})
 # Line 2 is blank; line 3 is bad: one record where the bar expects three.
@@ -129,8 +137,8 @@ def test_a_sidecar_of_another_format(path, source, whole):
         (lambda t: t.replace(b'"line": 3', b'"line": 2'), "of line 2 is where 0 of line 3"),
         (lambda t: t[t.index(b"\n") + 1 :], "of line 3 is where 0 of line 1"),
         (lambda t: t + t[: t.index(b"\n") + 1], "goes on behind the end"),
-        (lambda t: t.replace(b'{"line": 5', b'{"row": 5'), ":6 is no record"),
-        (lambda t: t + b"\0\0\0\n", ":7 is no record"),
+        (lambda t: t.replace(b'{"line": 5', b'{"row": 5'), ":6 is not a record"),
+        (lambda t: t + b"\0\0\0\n", ":7 is not a record"),
     ],
 )
 def test_an_output_that_was_edited_is_refused(path, source, whole, change, message):

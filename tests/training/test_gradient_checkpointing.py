@@ -9,9 +9,9 @@ from torch.autograd.graph import saved_tensors_hooks
 import clp_kernels
 from clp.data.paths import TINY
 from clp.policies.lora import Policy
+from clp.policies.token_stats import Batch, token_stats
 from clp.training.config import CLPConfig
 from clp.training.gradient_checkpointing import checkpointing
-from clp.training.rollout import Batch, token_stats
 from clp.training.trainer import CLPTrainer
 
 LAYERS = 3
@@ -72,10 +72,10 @@ def batch():
 
 def gradients(policy, recompute):
     """Gradients by name, and the bytes that autograd holds between forward and backward."""
-    held = {}
+    kept = {}
 
     def note(tensor):
-        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     parameters = policy.adapter_parameters()
@@ -88,7 +88,7 @@ def gradients(policy, recompute):
                 stats = token_stats(policy, batch(), policy.head(), 1.0)
         else:
             stats = token_stats(policy, batch(), policy.head(), 1.0)
-    size = sum(n for place, n in held.items() if place not in fixed)
+    size = sum(n for place, n in kept.items() if place not in fixed)
     # Both contexts have ended, and other weights are set: the rows of the forward must return.
     with policy.steer(torch.full((4, 2), 9.0)):
         (stats.kl - stats.logprobs).sum().backward()

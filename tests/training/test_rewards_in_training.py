@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from clp.engine.sampler import SamplingParams
+from clp.engine.requests import SamplingParams
 from clp.evaluation.frontier import evaluate
 from clp.rewards import brevity, sentiment
 from clp.training.config import CLPConfig
-from clp.training.metrics import metric_names
+from clp.training.rollout import metric_names
 from clp.training.trainer import CLPTrainer
 
 ROWS = [{"prompt": "Tom had a red kite.", "gold": "red"}, {"prompt": "Mia was sad.", "gold": None}]
@@ -90,7 +90,7 @@ def test_a_reward_that_fails_later_teaches_nothing(tmp_path):
 
 
 def test_a_model_is_no_function(tmp_path):
-    from clp.policies.lora import load_base
+    from clp.policies.loading import load_base
 
     model, _ = load_base("tiny", torch.float32)
     with pytest.raises(ValueError, match=r"'judge' is a model; clp\.rewards\.classifier"):

@@ -2,38 +2,30 @@
 
 import pytest
 import torch
+from tiny_runs import randomised
 from transformers import TrainerState
 
-from clp.engine.sampler import Completion, Sampler, SamplingParams
-from clp.policies.lora import Policy
+from clp.engine.requests import Completion, SamplingParams
+from clp.engine.sampler import Sampler
+from clp.policies.token_stats import token_stats
 from clp.rewards import load_rewards
-from clp.training.rollout import make_batch, roll_out, token_stats
-from clp_kernels.nn.mixed_lora import steered_layers
+from clp.training.rollout import make_batch, roll_out
 
 ROWS = [{"prompt": "Tom had a red kite."}, {"prompt": "Mia"}, {"prompt": "Sam was at the lake."}]
 
 
 @pytest.fixture(scope="module")
 def policy():
-    made = Policy.create("tiny", ["joy", "brief"], r=4)
-    generator = torch.Generator().manual_seed(2)
-    for layer in steered_layers(made.model).values():
-        layer.lora_B.data.normal_(0, 0.05, generator=generator)
-    return made
+    return randomised(0.05, 2, r=4)
 
 
 def roll(policy, temperature=1.0, seed=0):
     return roll_out(
-        policy,
-        Sampler(policy),
-        load_rewards(["joy=sentiment", "brief=brevity"]),
-        ROWS,
-        torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]),
-        4,
+        Sampler(policy), load_rewards(["joy=sentiment", "brief=brevity"]), ROWS,
+        torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]), 4,
         SamplingParams(max_tokens=12, temperature=temperature),
-        torch.Generator().manual_seed(seed),
-        TrainerState(),
-    )
+        torch.Generator().manual_seed(seed), TrainerState(),
+    )  # fmt: skip
 
 
 def test_make_batch_pads_prompts_left_and_completions_right():

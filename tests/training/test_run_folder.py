@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_runs import metrics
 
 from clp.data.prompts import TRAIN_PROMPTS
 from clp.rewards import brevity, sentiment
@@ -30,11 +31,6 @@ def mood(prompts, completions, mood, **columns):
 
 def config(folder, **changes):
     return CLPConfig(output_dir=str(folder), **(SMALL | changes))
-
-
-def rows_of(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "step_time"} for line in lines]
 
 
 def cut(folder, *, step=2):
@@ -73,7 +69,7 @@ def test_reward_functions_in_another_order_go_to_their_own_adapters(finished, st
     )  # fmt: skip
     assert list(trainer.reward_funcs) == list(trainer.policy.objectives) == ["tone", "mood"]
     trainer.train()
-    assert rows_of(stopped / "python") == rows_of(finished / "python")
+    assert metrics(stopped / "python") == metrics(finished / "python")
 
 
 def test_rewards_in_another_order_go_to_their_own_adapters(finished, stopped):
@@ -81,7 +77,7 @@ def test_rewards_in_another_order_go_to_their_own_adapters(finished, stopped):
     trainer = CLPTrainer(args=CLPConfig.of_run(stopped / "specs", rewards=specs))
     assert list(trainer.reward_funcs) == ["joy", "brief"]
     trainer.train()
-    assert rows_of(stopped / "specs") == rows_of(finished / "specs")
+    assert metrics(stopped / "specs") == metrics(finished / "specs")
     again = CLPConfig.of_run(stopped / "specs")
     assert again.rewards == specs[::-1]
 
@@ -89,7 +85,7 @@ def test_rewards_in_another_order_go_to_their_own_adapters(finished, stopped):
 def test_built_in_functions_given_in_python_are_the_specifications(finished, stopped):
     functions = {"brief": brevity, "joy": sentiment}
     CLPTrainer(reward_funcs=functions, args=CLPConfig.of_run(stopped / "specs")).train()
-    assert rows_of(stopped / "specs") == rows_of(finished / "specs")
+    assert metrics(stopped / "specs") == metrics(finished / "specs")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +130,7 @@ def test_prompts_are_compared_by_content(finished, stopped, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(lines))
     args = CLPConfig.of_run(stopped / "python", prompts=str(tmp_path / "p.jsonl"))
     CLPTrainer(reward_funcs=functions, args=args).train()
-    assert rows_of(stopped / "python") == rows_of(finished / "python")
+    assert metrics(stopped / "python") == metrics(finished / "python")
     # A file that changes under the same name.
     (tmp_path / "p.jsonl").write_text("".join(lines).replace("kites", "boats"))
     with pytest.raises(ValueError, match="other prompts"):
@@ -174,7 +170,7 @@ def test_a_run_that_is_older_than_run_json_is_resumed_with_a_warning(finished, s
     functions = {"mood": mood, "tone": sentiment}
     with pytest.warns(UserWarning, match=r"no run\.json"):
         CLPTrainer(reward_funcs=functions, args=args, train_dataset=ROWS).train()
-    assert rows_of(stopped / "python") == rows_of(finished / "python")
+    assert metrics(stopped / "python") == metrics(finished / "python")
     specs = stopped / "specs"
     for rewards, message in [
         (["joy=brevity", "brief=sentiment"], "run with sentiment as the reward of joy"),
@@ -192,9 +188,9 @@ def test_max_steps_may_grow_and_nothing_is_lost(finished, stopped):
         CLPTrainer(args=CLPConfig.of_run(specs, max_steps=3))
     CLPTrainer(args=CLPConfig.of_run(specs)).train()
     CLPTrainer(args=CLPConfig.of_run(specs, max_steps=6, save_steps=3)).train()
-    rows = rows_of(specs)
+    rows = metrics(specs)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert rows[:4] == rows_of(finished / "specs")
+    assert rows[:4] == metrics(finished / "specs")
     # A linear decay to zero over six steps, the first of which warms up.
     assert rows[4]["learning_rate"] == pytest.approx(2e-3 * (1 - 3 / 5))
     saved = CLPConfig.of_run(specs)
@@ -207,7 +203,7 @@ def test_what_changes_no_bit_may_change(finished, stopped):
         save_total_limit=5, device="cpu",
     )  # fmt: skip
     CLPTrainer(args=args).train()
-    assert rows_of(stopped / "specs") == rows_of(finished / "specs")
+    assert metrics(stopped / "specs") == metrics(finished / "specs")
     with pytest.raises(ValueError, match="micro_batch_size=128; resume asks for 2"):
         CLPTrainer(args=CLPConfig.of_run(stopped / "specs", micro_batch_size=2))
 
@@ -274,12 +270,12 @@ def test_two_trainings_in_one_folder(tmp_path):
     second.train()
     with pytest.raises(ValueError, match="trained further, to checkpoint-000002"):
         first.train()
-    assert [row["step"] for row in rows_of(tmp_path / "r")] == [1, 2]
+    assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 2]
 
 
 def test_of_two_new_trainings_one_gets_the_folder(tmp_path, monkeypatch):
     """Both find it free, and load their models; the second to be ready is refused."""
-    real = CLPTrainer._prepare
+    real = CLPTrainer.prepare
     won = []
 
     def prepare(self, *args):
@@ -288,7 +284,7 @@ def test_of_two_new_trainings_one_gets_the_folder(tmp_path, monkeypatch):
             won.append(1)
             won.append(CLPTrainer(args=config(tmp_path / "r")))
 
-    monkeypatch.setattr(CLPTrainer, "_prepare", prepare)
+    monkeypatch.setattr(CLPTrainer, "prepare", prepare)
     with pytest.raises(ValueError, match="in use by another training"):
         CLPTrainer(args=config(tmp_path / "r"))
     won.pop().lock.release()
@@ -299,16 +295,16 @@ def test_of_two_new_trainings_one_gets_the_folder(tmp_path, monkeypatch):
 def test_a_lock_ends_with_its_process_however_it_ends(tmp_path):
     script = f"""
 from pathlib import Path
-from clp.run_folder import RunLock
+from clp.training.run_folder import RunLock
 lock = RunLock(Path({str(tmp_path)!r}))
 lock.acquire()
-print("held", flush=True)
+print("locked", flush=True)
 input()
 """
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout.readline() == "held\n"
+    assert process.stdout.readline() == "locked\n"
     lock = RunLock(tmp_path)
     with pytest.raises(ValueError, match=f"process {process.pid} on"):
         lock.acquire()

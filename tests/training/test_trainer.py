@@ -1,7 +1,6 @@
 """The trainer: it learns, resumes exactly, survives kills and full disks, refuses bad input."""
 
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import metrics
 
-from clp.engine.sampler import SamplingParams
+from clp.engine.requests import SamplingParams
 from clp.evaluation.frontier import evaluate
 from clp.policies.lora import Policy
 from clp.rewards import brevity, sentiment
@@ -31,11 +31,6 @@ SMALL = {
 
 def config(folder, **changes):
     return CLPConfig(output_dir=str(folder), **(SMALL | changes))
-
-
-def metrics(folder):
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "step_time"} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +105,9 @@ def test_kernels_on_and_off_give_the_same_loss_curve(
     for backend in ("auto", "reference"):
         monkeypatch.setenv("CLP_KERNELS_BACKEND", backend)
         args = CLPConfig(
-            output_dir=str(tmp_path / backend),
-            model=str(shared_models / "stories260k"),
-            num_prompts=8,
-            max_completion_length=tokens,
-            max_steps=steps,
-        )
+            output_dir=str(tmp_path / backend), model=str(shared_models / "stories260k"),
+            num_prompts=8, max_completion_length=tokens, max_steps=steps,
+        )  # fmt: skip
         CLPTrainer(args=args).train()
         runs[backend] = metrics(tmp_path / backend)
     assert len(runs["auto"]) == steps
@@ -125,22 +117,27 @@ def test_kernels_on_and_off_give_the_same_loss_curve(
         assert on["kl"] == pytest.approx(off["kl"], abs=limit)
 
 
+def train_until(trainer, count):
+    """Trains until as many steps are done, and is interrupted."""
+    real, done = trainer.train_step, []
+
+    def stopping():
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real()
+
+    trainer.train_step = stopping
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_resume_from_a_checkpoint_is_bitwise_the_uninterrupted_run(whole, tmp_path, stop_after):
     """Stops between checkpoints: the steps after the last one are repeated."""
     folder = tmp_path / "cut"
     trainer = CLPTrainer(args=config(folder))
-    real_step, done = trainer.train_step, []
-
-    def stopping():
-        if len(done) == stop_after:
-            raise KeyboardInterrupt
-        done.append(1)
-        return real_step()
-
-    trainer.train_step = stopping
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    train_until(trainer, stop_after)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     CLPTrainer(args=config(folder, resume=True)).train()
@@ -188,7 +185,7 @@ def test_resume_of_another_configuration_is_refused(whole):
 
 def broken(trainer, bad_steps, value=float("nan")):
     """Makes the gradient of one parameter wrong in these steps (from 1)."""
-    real = trainer._accumulate_gradients
+    real = trainer.accumulate_gradients
 
     def accumulate(rollout, weights):
         result = real(rollout, weights)
@@ -196,7 +193,7 @@ def broken(trainer, bad_steps, value=float("nan")):
             next(iter(trainer.parameters.values())).grad.view(-1)[0] = value
         return result
 
-    trainer._accumulate_gradients = accumulate
+    trainer.accumulate_gradients = accumulate
     return trainer
 
 
@@ -218,8 +215,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, v
 
 def test_a_loss_that_is_not_finite_skips_the_step(tmp_path):
     trainer = CLPTrainer(args=config(tmp_path / "r"))
-    real = trainer._accumulate_gradients
-    trainer._accumulate_gradients = lambda *a: (float("nan"), real(*a)[1])
+    real = trainer.accumulate_gradients
+    trainer.accumulate_gradients = lambda *a: (float("nan"), real(*a)[1])
     before = [p.clone() for p in trainer.parameters.values()]
     assert trainer.train_step()["skipped_steps"] == 1
     assert all(map(torch.equal, before, trainer.parameters.values()))
@@ -227,18 +224,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path):
 
 def test_skipped_steps_are_resumed_exactly_and_their_metrics_are_json(tmp_path):
     broken(CLPTrainer(args=config(tmp_path / "a")), {2, 3, 5}).train()
-    cut = broken(CLPTrainer(args=config(tmp_path / "b")), {2, 3, 5})
-    real, done = cut.train_step, []
-
-    def stopping():
-        if len(done) == 4:
-            raise KeyboardInterrupt
-        done.append(1)
-        return real()
-
-    cut.train_step = stopping
-    with pytest.raises(KeyboardInterrupt):
-        cut.train()
+    train_until(broken(CLPTrainer(args=config(tmp_path / "b")), {2, 3, 5}), 4)
     broken(CLPTrainer(args=config(tmp_path / "b", resume=True)), {2, 3, 5}).train()
     rows = metrics(tmp_path / "a")
     assert metrics(tmp_path / "b") == rows
@@ -266,15 +252,8 @@ def test_seeds_of_any_size(tmp_path):
 def test_the_metrics_of_a_run_are_cut_at_newlines_alone(tmp_path):
     path = tmp_path / "metrics.jsonl"
     deep = "[" * 200_000
-    lines = [
-        '{"step": 1, "a": "x\u2028y"}',
-        "5",
-        "[1]",
-        deep,
-        '{"a": 1}',
-        '{"step": 2}',
-        '{"step": 3}',
-    ]
+    lines = ['{"step": 1, "a": "x\u2028y"}', "5", "[1]", deep, '{"a": 1}', '{"step": 2}']
+    lines.append('{"step": 3}')
     path.write_text("\n".join(lines) + '\n{"step": 2, "lo')
     cut_lines(path, 2)
     assert path.read_text() == '{"step": 1, "a": "x\u2028y"}\n{"step": 2}\n'
@@ -299,8 +278,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     """The kernel refuses to write more than 20 kB to a file: a checkpoint cannot be completed."""
     script = f"""
 import resource, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_train import CLPTrainer, config
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+from test_trainer import CLPTrainer, config
 trainer = CLPTrainer(args=config({str(tmp_path / "full")!r}))
 trainer.train_step(); trainer.train_step(); trainer.save()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -368,23 +347,15 @@ def test_training_steers(tmp_path):
     """Twenty-five steps at a high learning rate already separate the two ends."""
     trainer = CLPTrainer(
         args=config(
-            tmp_path / "s",
-            num_prompts=12,
-            num_generations=4,
-            max_steps=25,
-            max_completion_length=24,
-            learning_rate=1e-2,
-            corner_probability=1.0,
-            save_steps=25,
+            tmp_path / "s", num_prompts=12, num_generations=4, max_steps=25,
+            max_completion_length=24, learning_rate=1e-2, corner_probability=1.0, save_steps=25,
         )
-    )
+    )  # fmt: skip
     trainer.train()
     front, _ = evaluate(
-        trainer.policy,
-        trainer.reward_funcs,
-        trainer.rows[:32],
+        trainer.policy, trainer.reward_funcs, trainer.rows[:32],
         params=SamplingParams(max_tokens=24),
-    )
+    )  # fmt: skip
     brief_end, joy_end = front.rewards[0], front.rewards[-1]
     assert front.weights[0] == [0, 1] and front.weights[-1] == [1, 0]
     assert joy_end[0] > brief_end[0] + 0.02

@@ -1,0 +1,75 @@
+"""clp.json, the card of a saved policy: base model, objectives, rewards, digests of adapters."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clp.data.files import write_whole
+from clp.data.json_lines import read_json
+
+
+def write_card(
+    directory: Path, base_model: str, objectives: Sequence[str], rewards: Sequence[str]
+) -> None:
+    """Writes clp.json for the adapters in the folder."""
+    card = {
+        "format": 1,
+        "base_model": base_model,
+        "objectives": list(objectives),
+        "rewards": list(rewards),
+        "adapters": {name: _digest(directory / "adapters" / name) for name in objectives},
+    }
+    write_whole(directory / "clp.json", (json.dumps(card, indent=2) + "\n").encode())
+
+
+def checked_adapters(directory: Path, card: dict[str, Any]) -> list[Path]:
+    """The adapters' folders, in the order of the objectives.
+
+    Raises: ValueError if one is incomplete, or differs from the digest in the card.
+    """
+    folders = [directory / "adapters" / name for name in card["objectives"]]
+    for folder in folders:
+        if _digest(folder) != card["adapters"].get(folder.name):
+            raise ValueError(f"{folder} is not the adapter that {directory / 'clp.json'} names")
+    return folders
+
+
+def read_card(directory: Path) -> dict[str, Any]:
+    """clp.json of a folder written by Policy.save. Raises: ValueError if it is malformed."""
+    path = directory / "clp.json"
+    try:
+        card = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        unfinished = any(directory.glob("checkpoint-*/clp.json"))
+        hint = "; the training has not ended: name one of its checkpoints" if unfinished else ""
+        raise ValueError(f"{directory} holds no policy: {path} is missing{hint}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    want = {"base_model": str, "objectives": list, "rewards": list, "adapters": dict}
+    if not isinstance(card, dict) or card.get("format") != 1:
+        raise ValueError(f"{path} must be an object with format 1")
+    for key, kind in want.items():
+        if not isinstance(card.get(key), kind):
+            raise ValueError(f"{path}: {key} must be a {kind.__name__}, got {card.get(key)!r}")
+    if not all(isinstance(spec, str) for spec in card["rewards"]):
+        raise ValueError(f"{path}: rewards must be a list of texts, got {card['rewards']!r}")
+    names = card["objectives"]
+    good = all(isinstance(n, str) and n.isidentifier() for n in names)
+    if not names or not good or len(set(names)) != len(names):
+        raise ValueError(
+            f"{path}: objectives must be a list of names, all different, got {names!r}"
+        )
+    return card
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the two files of an adapter folder."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"adapter {folder} lacks {name}")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
