@@ -6,6 +6,8 @@
 namespace clp {
 namespace CLP_ISA {
 
+using namespace lanes;
+
 // Output columns whose update is held beside y (16 rows in 3 KB), and those whose base weights stay
 // in the cache for all rows: whole blocks of dots.h, whole registers.
 constexpr int64_t kBlock = 48, kBaseColumns = CLP_ISA_LEVEL < 2 ? 24 : 16;
