@@ -6,7 +6,6 @@
 #include <array>
 #include <string>
 
-#include "bindings/fast_path.h"
 #include "bindings/sample_fields.h"
 #include "cpu/isa.h"
 #include "cpu/linear_logprob/linear_logprob.h"
@@ -82,6 +81,9 @@ py::tuple philox(const std::array<uint32_t, 4>& counter, const std::array<uint32
 
 }  // namespace
 
+void bind_fast_path(py::module_& module);
+void bind_slot_attention(py::module_& module);
+
 PYBIND11_MODULE(_cpu, module) {
   module.def("use_torch", &tensor::use_torch);
   module.def("isa", [] { return clp::isa_name(clp::resolve_isa("")); });
@@ -93,7 +95,8 @@ PYBIND11_MODULE(_cpu, module) {
   CLP_CPU(module, linear_logprob_backward, LogprobBackwardArgs, LOGPROB_BACKWARD_FIELDS)
   CLP_CPU(module, mix_logits, MixLogitsArgs, MIX_FORWARD_FIELDS)
   CLP_CPU(module, mix_logits_backward, MixLogitsBackwardArgs, MIX_BACKWARD_FIELDS)
-  fast_path::bind(module);
+  bind_fast_path(module);
+  bind_slot_attention(module);
   module.def("philox", &philox);
   module.def("uniform", &uniform);
   module.def("exp2", &exp2_each);

@@ -58,6 +58,15 @@ bool describe(py::handle object, View* out) {
   return false;
 }
 
+py::object owned(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+py::object call(PyObject* function) { return owned(PyObject_CallNoArgs(function)); }
+
+int num_threads() { return int(PyLong_AsLong(call(torch.num_threads).ptr())); }
+
 int64_t View::count() const {
   int64_t product = 1;
   for (int i = 0; i < dims; ++i) product *= size[i];

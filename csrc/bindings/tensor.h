@@ -37,6 +37,10 @@ struct View {
   bool is_contiguous() const;
   bool dtype(clp::DType* out) const;  // false if the kernels do not read it
   bool is(int element_type, std::initializer_list<int64_t> sizes) const;
+  template <class T>
+  T* at() const {
+    return static_cast<T*>(data);
+  }
 };
 
 // PyTorch's objects, as clp_kernels/native.py passes them to use_torch.
@@ -49,8 +53,15 @@ extern Torch torch;
 // They live as long as the interpreter. Throws py::import_error for another DLPack than 1.
 void use_torch(const py::dict& objects);
 
-// False for what is no tensor, and for a tensor without storage or with a layout, device or dtype
-// that DLPack does not describe (sparse, meta, quantised).
+// False for an object that is not a tensor, and for a tensor without storage or of a layout, device
+// or dtype that DLPack does not describe (sparse, meta, quantised).
 bool describe(py::handle object, View* out);
+
+// The result of a call of Python's C API. Throws py::error_already_set if it failed.
+py::object owned(PyObject* result);
+// function()
+py::object call(PyObject* function);
+// PyTorch's number of threads.
+int num_threads();
 
 }  // namespace tensor

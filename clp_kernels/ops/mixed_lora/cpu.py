@@ -121,13 +121,14 @@ def fast_path() -> Callable[..., Tensor | None] | None:
     """
     if native.cpu_missing() is not None:
         return None
-    work, base_rows = [], []
+    work, base_tokens = [], []
     for dtype in native.DTYPES:
         wide = dtype == torch.float32 or not has_native_gemm(dtype)
         work.append(FAST_PATH_WORK if wide else NATIVE_WORK_16_BITS)
         most = BASE_ROWS if dtype == torch.float32 else FAST_PATH_WORK
-        base_rows.append(most if use_native_base(1, BASE_SIZE, dtype) else 0)
-    return native.cpu().mixed_lora_fast_path(work, base_rows, BASE_SIZE)  # type: ignore[no-any-return]
+        base_tokens.append(most if use_native_base(1, BASE_SIZE, dtype) else 0)
+    native.cpu().set_mixed_lora_limits(work, base_tokens, BASE_SIZE)
+    return native.cpu().mixed_lora_fast_path  # type: ignore[no-any-return]
 
 
 def run_native(
