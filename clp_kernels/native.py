@@ -33,6 +33,15 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     return module, None
 
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_interpreter = torch._C._functorch.peek_interpreter_stack
+
+
+def mode_active() -> bool:
+    """Whether a dispatch mode or a functorch transform is active, which has to see every op."""
+    return _dispatch_modes() > 0 or _interpreter() is not None
+
+
 def _torch_objects() -> dict[str, Any]:
     """What csrc/bindings uses of PyTorch."""
     names = ("Tensor", "get_num_threads", "is_grad_enabled", "is_autocast_enabled")
@@ -41,8 +50,7 @@ def _torch_objects() -> dict[str, Any]:
         **{name: getattr(torch, name) for name in (*names, *dtypes)},
         "Parameter": torch.nn.Parameter,
         "linear": torch.nn.functional.linear,
-        "dispatch_modes": torch._C._len_torch_dispatch_stack,
-        "interpreter": torch._C._functorch.peek_interpreter_stack,
+        "mode_active": mode_active,
     }
 
 

@@ -35,8 +35,7 @@ bool takes(py::handle backend) {
   if (!(named.empty() || named == "auto" || named == "cpu")) return false;
   static PyObject* const cpu = PyUnicode_InternFromString("cpu");
   return (is(backend, "auto") || is(backend, "cpu")) &&
-         PyLong_AsLong(call(torch.dispatch_modes).ptr()) == 0 &&
-         call(torch.interpreter).is_none() &&
+         call(torch.mode_active).ptr() == Py_False &&
          owned(PyObject_CallOneArg(torch.autocast_enabled, cpu)).ptr() == Py_False;
 }
 

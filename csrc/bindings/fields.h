@@ -33,7 +33,7 @@ inline void read(PyObject* value, clp::DType* out) {
   *out = value == torch.float32    ? clp::DType::kFloat32
          : value == torch.bfloat16 ? clp::DType::kBFloat16
                                    : clp::DType::kFloat16;
-  if (*out == clp::DType::kFloat16 && value != torch.float16) throw py::type_error("a dtype");
+  if (*out == clp::DType::kFloat16 && value != torch.float16) throw py::type_error("float32, bfloat16 or float16");
 }
 // A tensor, None, or an address (of a CUDA stream).
 template <class T>
@@ -46,7 +46,7 @@ void read(PyObject* value, T** out) {
   } else if (tensor::describe(value, &view)) {
     *out = static_cast<T*>(view.data);
   } else {
-    throw py::type_error("a tensor with storage");
+    throw py::type_error("a tensor with storage, or None");
   }
 }
 

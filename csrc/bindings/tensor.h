@@ -43,10 +43,10 @@ struct View {
   }
 };
 
-// PyTorch's objects, as clp_kernels/native.py passes them to use_torch.
+// PyTorch's objects and native.mode_active, as clp_kernels/native.py passes them to use_torch.
 struct Torch {
   PyObject *tensor, *parameter, *linear, *num_threads, *grad_enabled, *autocast_enabled,
-      *dispatch_modes, *interpreter, *float32, *bfloat16, *float16, *int64;
+      *mode_active, *float32, *bfloat16, *float16, *int64;
 };
 extern Torch torch;
 

@@ -1,4 +1,4 @@
-// Many dot products at once: the inner loop of mixed_lora and mixed_linear on the CPU, for each
+// Many dot products in one pass: the inner loop of mixed_lora and mixed_linear on the CPU, for each
 // instruction set.
 //
 //   out[t][n] = sum over pieces p, elements l:  a[t][p][l] * b[p][n][l]

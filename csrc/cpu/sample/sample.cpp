@@ -185,7 +185,7 @@ void filtered_row(const SampleArgs& a, const SampleKernels& kernels, int64_t b, 
         kept += kernels.keep(z + t.first, t.first, t.count, maximum, temperature, result.least,
                              candidates + kept);
       }
-      const SampleCandidate& best = race(limits, a.seed[b], a.position[b], candidates, kept);
+      const SampleCandidate& best = best_candidate(limits, a.seed[b], a.position[b], candidates, kept);
       a.tokens[b] = int64_t(best.id);
       logit = double(best.z);
     } else {
