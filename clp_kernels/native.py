@@ -1,9 +1,9 @@
 """Loads the compiled modules once and launches their kernels.
 
 `_cpu` and `_cuda` are imported when first asked for, `_cuda` only where PyTorch sees a GPU. Where a
-module is missing, `cpu_missing` and `cuda_missing` say why in a sentence. The launchers take
-pointers only after shapes, dtypes, devices and layout have been checked here; the values (NaN,
-ranges) are the caller's business.
+module is missing, `cpu_missing` and `cuda_missing` say why in a sentence. Their functions take
+tensors (None for a null pointer), dtypes and numbers by name, and check none of them: shapes,
+dtypes, devices and values are what the public ops have checked.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of clp::DType
 _REBUILD = "reinstall from source with a C++17 compiler, and nvcc for the GPU"
 
 
@@ -23,26 +23,34 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """(module, None), or (None, why it is missing)."""
     try:
         module = importlib.import_module(f"clp_kernels.{name}")
+        module.use_torch(_torch_objects())
     except ModuleNotFoundError:
         return None, f"clp_kernels.{name} has not been built; {_REBUILD}"
     except ImportError as error:
         return None, f"clp_kernels.{name} does not load: {error}"
     if name == "_cpu":
         module.isa()  # raises where the environment names an instruction set that is not here
-        module.at_once_uses(_torch_objects())
     return module, None
 
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_interpreter = torch._C._functorch.peek_interpreter_stack
+
+
+def mode_active() -> bool:
+    """Whether a dispatch mode or a functorch transform is active, which has to see every op."""
+    return _dispatch_modes() > 0 or _interpreter() is not None
+
+
 def _torch_objects() -> dict[str, Any]:
-    """What csrc/bindings/at_once.cpp uses of PyTorch."""
+    """What csrc/bindings uses of PyTorch."""
     names = ("Tensor", "get_num_threads", "is_grad_enabled", "is_autocast_enabled")
+    dtypes = ("float32", "bfloat16", "float16", "int64")
     return {
-        **{name: getattr(torch, name) for name in (*names, "int64", "float64")},
-        **{str(dtype).removeprefix("torch."): dtype for dtype in DTYPES},
+        **{name: getattr(torch, name) for name in (*names, *dtypes)},
         "Parameter": torch.nn.Parameter,
         "linear": torch.nn.functional.linear,
-        "dispatch_modes": torch._C._len_torch_dispatch_stack,
-        "interpreter": torch._C._functorch.peek_interpreter_stack,
+        "mode_active": mode_active,
     }
 
 
@@ -126,26 +134,53 @@ def isa() -> str:
 
 
 def sample_arguments(
-    logits: Tensor, weights: Tensor | None, mode: str, rows: tuple[Tensor | None, ...]
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...], list[Tensor | None]]:
-    """What the launchers of `sample` pass on, as functional.sample has checked it.
+    logits: Tensor,
+    weights: Tensor | None,
+    mode: str,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seed: Tensor,
+    position: Tensor,
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """The outputs of `sample`, and the arguments that its two C++ functions share.
 
-    logits [m, B, V] of any strides for m and B; weights float32 [B, m], or None when m is 1; rows:
-    the other arguments, [B] each or None, floating (read as float64) and int64, in the order of the
-    C++ function.
-
-    Returns:
-        The outputs: tokens int64, logprobs and filtered_logprobs float32, [B]; the C++ function's
-        arguments up to them; the tensors they point to, to be held during the call.
+    The arguments are those of the launchers, as the public function has checked them: logits
+    [m, B, V] of any strides for m and B; weights float32 [B, m], or None if m is 1; the others
+    [B] each or None, floating (read as float64) or int64. Outputs: tokens int64, logprobs and
+    filtered_logprobs float32, [B].
     """
     m, batch, vocab_size = logits.shape
     if vocab_size > 1 and logits.stride(2) != 1:
         logits = logits.contiguous()
-    wide = [t.double() if t is not None and t.is_floating_point() else t for t in rows]
-    held: list[Tensor | None] = [None if t is None else t.contiguous() for t in (weights, *wide)]
-    first, *rest = [0 if t is None else t.data_ptr() for t in held]
-    sizes = (m, batch, vocab_size, logits.stride(0), logits.stride(1))
-    head = (logits.data_ptr(), DTYPES[logits.dtype], *sizes, first, mode == "probability")
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
     logprobs, filtered = (torch.empty(batch, device=logits.device) for _ in range(2))
-    return (tokens, logprobs, filtered), (*head, *rest), [logits, *held]
+    arguments = {
+        "logits": logits,
+        "dtype": logits.dtype,
+        "m": m,
+        "B": batch,
+        "V": vocab_size,
+        "stride_m": logits.stride(0),
+        "stride_b": logits.stride(1),
+        "weights": None if weights is None else weights.contiguous(),
+        "probability": mode == "probability",
+        "temperature": _wide(temperature),
+        "seed": _wide(seed),
+        "position": _wide(position),
+        "top_k": _wide(top_k),
+        "top_p": _wide(top_p),
+        "min_p": _wide(min_p),
+        "tokens": tokens,
+        "logprobs": logprobs,
+        "filtered_logprobs": filtered,
+    }
+    return (tokens, logprobs, filtered), arguments
+
+
+def _wide(values: Tensor | None) -> Tensor | None:
+    """Contiguous, in float64 if floating."""
+    if values is None:
+        return None
+    return (values.double() if values.is_floating_point() else values).contiguous()

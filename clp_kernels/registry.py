@@ -51,14 +51,14 @@ def _never() -> None:
 class Backend:
     """An implementation of one op: `run(*args)`, and `why_not(*args)`: None or a sentence.
 
-    at_once: gives None, or a function that the public one tries before all else on its unchecked
-    arguments; that gives the result, or None to have the call checked and dispatched.
+    fast_path: returns None, or a function that the public one tries first, on its unchecked
+    arguments; that returns the result, or None to have the call checked and dispatched.
     """
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
-    at_once: Callable[[], Callable[..., Any] | None] = _never
+    fast_path: Callable[[], Callable[..., Any] | None] = _never
 
 
 def _always(*_: Any) -> str | None:
@@ -114,7 +114,7 @@ def missing(backend: str) -> str | None:
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {
     "mixed_lora": (
-        Backend("cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not, cpu_mixed_lora.at_once),
+        Backend("cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not, cpu_mixed_lora.fast_path),
         _compiled("cuda", cuda_mixed_lora, "mixed_lora"),
         _triton("triton_mixed_lora", "mixed_lora"),
         _reference("mixed_lora"),
@@ -146,7 +146,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
         _reference("mix_logits_backward"),
     ),
     "sample": (
-        Backend("cpu", cpu_sample.sample, cpu_sample.why_not, cpu_sample.at_once),
+        Backend("cpu", cpu_sample.sample, cpu_sample.why_not, cpu_sample.fast_path),
         _compiled("cuda", cuda_sample, "sample"),
         _triton("triton_sample", "sample"),
         _reference("sample"),

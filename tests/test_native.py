@@ -83,6 +83,33 @@ def test_missing_module_says_why(
         native._load.cache_clear()
 
 
+def draw_by_name(**changed: object) -> None:
+    _, given = native.sample_arguments(*arguments())  # type: ignore[arg-type]
+    given |= {"num_threads": 1, "isa": ""} | changed
+    native.cpu().sample(**{k: v for k, v in given.items() if v is not ...})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"temprature": 1}, r"sample\(\) has no argument temprature"),
+        ({"top_k": ...}, r"sample\(\) needs the argument top_k"),
+        ({"isa": ...}, r"sample\(\) needs the argument isa"),
+        ({"probability": 1}, r"sample\(\) needs a bool as probability"),
+        ({"dtype": torch.float64}, r"sample\(\) needs float32, bfloat16 or float16 as dtype"),
+        ({"logits": [1.0]}, r"sample\(\) needs a tensor with storage, or None as logits"),
+        ({"logits": torch.zeros(3, device="meta")}, r"sample\(\) needs a tensor with storage"),
+        ({"m": "1"}, "integer"),
+    ],
+)
+def test_arguments_are_bound_by_name(changed: dict[str, object], message: str) -> None:
+    draw_by_name()
+    with pytest.raises(TypeError, match=message):
+        draw_by_name(**changed)
+    with pytest.raises(TypeError, match=r"sample\(\) takes keyword arguments only"):
+        native.cpu().sample(1)
+
+
 @pytest.mark.parametrize(
     ("built", "capability", "runs"),
     [

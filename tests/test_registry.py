@@ -141,9 +141,9 @@ def test_an_empty_environment_is_as_none(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("CLP_KERNELS_BACKEND", "")
     assert registry.requested("auto") == "auto"
     assert torch.equal(sample(torch.zeros(3, 7), seed=0, position=0).tokens, wanted.tokens)
-    if (at_once := registry.BACKENDS["sample"][0].at_once()) is not None:
+    if (fast_path := registry.BACKENDS["sample"][0].fast_path()) is not None:
         options = (None, "geometric", 1.0, 0, 1.0, 0.0, 0, 0, "auto")
-        assert at_once(torch.zeros(3, 7), *options) is not None
+        assert fast_path(torch.zeros(3, 7), *options) is not None
 
 
 @pytest.mark.usefixtures("built")

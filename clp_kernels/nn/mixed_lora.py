@@ -173,7 +173,7 @@ class MixedLoRALinear(SteeredLayer):
             bias = None if bias is None else bias.to(dtype)
         ids, backend = example_ids, self.backend
         if not torch.is_grad_enabled():
-            # A few rows then take one call (clp_kernels.ops.mixed_lora.cpu.at_once).
+            # A few rows then take one call (clp_kernels.ops.mixed_lora.cpu.fast_path).
             return mixed_lora(
                 x,
                 base_weight,

@@ -81,9 +81,9 @@ def mixed_lora(
     """
     # Few frames on the way: each costs microseconds where the caches are full of weights.
     if not torch.compiler.is_dynamo_compiling():
-        at_once = registry.BACKENDS["mixed_lora"][0].at_once()
-        if at_once is not None:
-            y = at_once(
+        fast_path = registry.BACKENDS["mixed_lora"][0].fast_path()
+        if fast_path is not None:
+            y = fast_path(
                 x,
                 base_weight,
                 lora_A,
@@ -320,10 +320,10 @@ def sample(
     Source: Gumbel-max (Maddison et al., arXiv:1411.0030); Philox (Salmon et al., SC 2011).
     """
     if not torch.compiler.is_dynamo_compiling():
-        at_once = registry.BACKENDS["sample"][0].at_once()
-        if at_once is not None:
+        fast_path = registry.BACKENDS["sample"][0].fast_path()
+        if fast_path is not None:
             filters = (temperature, top_k, top_p, min_p)
-            drawn = at_once(logits, weights, mode, *filters, seed, position, backend)
+            drawn = fast_path(logits, weights, mode, *filters, seed, position, backend)
             if drawn is not None:
                 return Sample(*drawn)
     if not isinstance(logits, Tensor) or logits.dim() != (2 if weights is None else 3):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clp_kernels import registry
+from clp_kernels import native, registry
 from clp_kernels.ops import reference
 
 _LIBRARY = torch.library.Library("clp_kernels", "DEF")
@@ -50,8 +50,7 @@ def call(name: str, *args: Any) -> Any:
     """
     watched = (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or native.mode_active()
         or type(args[0]) not in _PLAIN
     )
     if watched:

@@ -1,4 +1,4 @@
-// Many dot products at once: the inner loop of mixed_lora and mixed_linear on the CPU, for each
+// Many dot products in one pass: the inner loop of mixed_lora and mixed_linear on the CPU, for each
 // instruction set.
 //
 //   out[t][n] = sum over pieces p, elements l:  a[t][p][l] * b[p][n][l]
@@ -11,8 +11,7 @@
 
 #include "cpu/lanes.h"
 
-namespace clp {
-namespace CLP_ISA {
+namespace clp::CLP_ISA::lanes {
 
 // How a is kept and both are read. bfloat16 weights meet float32 activations, or, where the machine
 // multiplies pairs of bfloat16, activations in bfloat16.
@@ -212,5 +211,4 @@ static void convert_row(const X* x, int64_t count, typename Format<T>::Operand* 
   }
 }
 
-}  // namespace CLP_ISA
-}  // namespace clp
+}  // namespace clp::CLP_ISA::lanes

@@ -7,7 +7,8 @@
 //
 // Loads widen exactly, stores round to nearest even (NaN becomes the quiet NaN), multiply_add rounds
 // once where the machine has it. So builds differ in the last bits, and in the order of a dot
-// product; one build always sums in the same order. As in simd.h, nothing has external linkage.
+// product; one build always sums in the same order. As in simd.h, nothing has external linkage. The
+// namespace is lanes, because simd.h has functions of the same names.
 #pragma once
 
 #include <stdint.h>
@@ -17,11 +18,10 @@
 #include <immintrin.h>
 #endif
 
-#include "shared/dtype.h"
 #include "cpu/narrow.h"
+#include "shared/dtype.h"
 
-namespace clp {
-namespace CLP_ISA {
+namespace clp::CLP_ISA::lanes {
 
 #if CLP_ISA_LEVEL >= 2
 
@@ -203,5 +203,4 @@ static inline Lanes multiply_add(Pairs a, Pairs b, Lanes sum) {
 }
 #endif
 
-}  // namespace CLP_ISA
-}  // namespace clp
+}  // namespace clp::CLP_ISA::lanes

@@ -1,5 +1,5 @@
 // Sixteen lanes at a time, for kernels that are compiled once for each instruction set. Before
-// including, CLP_ISA names the namespace and CLP_ISA_LEVEL is 0 (scalar), 1 (AVX2), 2 (AVX-512).
+// including, CLP_ISA names the namespace and CLP_ISA_LEVEL is 0 (scalar), 1 (AVX2), 2 or more (AVX-512).
 //
 //   Floats  16 x float32      Words  16 x uint32      Wides  8 x uint64      Sum  16 x float64
 //
@@ -14,11 +14,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "shared/dtype.h"
 #include "cpu/narrow.h"
+#include "shared/dtype.h"
 #include "shared/philox.h"
 
-#if CLP_ISA_LEVEL == 2
+#if CLP_ISA_LEVEL >= 2
 #include "cpu/simd_avx512.h"
 #elif CLP_ISA_LEVEL == 1
 #include "cpu/simd_avx2.h"

@@ -98,7 +98,7 @@ __device__ __forceinline__ void wait_for_previous_grid() {
 #endif
 }
 
-// Every thread of every block of the cluster comes here; what shared memory held before is visible
+// Every thread of every block of the cluster comes here; what was in shared memory before is visible
 // after.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900

@@ -1,4 +1,4 @@
-// The element types that kernels read, and their codes (clp_kernels/native.py has the same ones).
+// The element types that kernels read, in the order of native.DTYPES (clp_kernels/native.py).
 #pragma once
 
 #include <stdint.h>

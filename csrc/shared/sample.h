@@ -1,4 +1,4 @@
-// Mixes m rows of logits a batch row, draws one token and gives its log-probability.
+// Mixes m rows of logits per batch row, draws one token and gives its log-probability.
 //
 //   z_v   = sum_i w_i l_i[v]                    (geometric), or log sum_i w_i softmax(l_i)[v]
 //   token = argmax_v (z_v / temperature + g_v)  (lowest index on ties), g_v of philox.h

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clp_kernels import native
+from clp_kernels import native, sample
 from clp_kernels.ops import reference
 from clp_kernels.ops.sample import cpu as cpu_sample
 from clp_kernels.ops.sample import cuda as cuda_sample
@@ -320,11 +320,17 @@ def test_more_than_two_to_the_31_logits(filters: tuple[str, ...]) -> None:
 
 def test_errors() -> None:
     args = on_gpu(rows(2, 3, 5, filters=("top_k",)))
+
+    def public(**changed: Any) -> None:
+        names = {"weights": WEIGHTS, "top_k": TOP_K, "seed": SEED, "position": POSITION}
+        given = {name: args[i] for name, i in names.items()}
+        sample(args[LOGITS], backend="cuda", **{**given, **changed})
+
     with pytest.raises(ValueError, match="mode must be"):
-        draw([*args[:MODE], "harmonic", *args[TEMPERATURE:]])
+        public(mode="harmonic")
     with pytest.raises(ValueError, match="seed must be on cuda"):
-        draw([*args[:SEED], args[SEED].cpu(), args[POSITION]])
-    with pytest.raises(TypeError, match=r"top_k must be torch\.int64"):
-        draw([*args[:TOP_K], args[TOP_K].int(), *args[TOP_P:]])
-    with pytest.raises(ValueError, match=r"top_k must have shape \[3\]"):
-        draw([*args[:TOP_K], args[TOP_K][:2], *args[TOP_P:]])
+        public(seed=args[SEED].cpu())
+    with pytest.raises(TypeError, match="top_k must be an integer tensor"):
+        public(top_k=args[TOP_K].float())
+    with pytest.raises(ValueError, match=r"top_k must be a number or have shape \[3\]"):
+        public(top_k=args[TOP_K][:2])

@@ -423,10 +423,10 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     monkeypatch.setattr(cpu_mixed_lora, "has_native_gemm", has_gemm)
     monkeypatch.setattr(cpu_mixed_linear, "has_native_gemm", has_gemm)
-    at_once = cpu_mixed_lora.at_once
-    at_once.cache_clear()  # it was handed the constants
+    fast_path = cpu_mixed_lora.fast_path
+    fast_path.cache_clear()  # it was handed the constants
     yield str(request.param)
-    at_once.cache_clear()
+    fast_path.cache_clear()
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -600,8 +600,8 @@ def test_mixed_linear_algebra(size: tuple[int, ...]) -> None:
 
 
 def quick(**changed: Any) -> Tensor | None:
-    """cpu_mixed_lora.at_once on plain inputs of five examples with two tokens, some changed."""
-    run = cpu_mixed_lora.at_once()
+    """cpu_mixed_lora.fast_path on plain inputs of five examples with two tokens, some changed."""
+    run = cpu_mixed_lora.fast_path()
     assert run is not None
     return run(*quick_arguments(**changed))
 
@@ -688,8 +688,8 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("case", TAKEN)
-def test_at_once_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NATIVE_WORK", "AT_ONCE_WORK", "NATIVE_WORK_16_BITS"):
+def test_fast_path_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NATIVE_WORK", "FAST_PATH_WORK", "NATIVE_WORK_16_BITS"):
         monkeypatch.setattr(cpu_mixed_lora, name, 10**12)
     y = quick(**TAKEN[case])
     assert y is not None
@@ -700,7 +700,7 @@ def test_at_once_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.Mo
     def long_way(x, base_weight, lora_A, lora_B, weights, scaling, bias, *_):  # type: ignore[no-untyped-def]
         return mixed_lora(x, base_weight, lora_A, lora_B, weights, scaling=scaling, bias=bias)
 
-    monkeypatch.setattr(cpu_mixed_lora, "at_once", lambda: long_way)
+    monkeypatch.setattr(cpu_mixed_lora, "fast_path", lambda: long_way)
     wanted = quick(**TAKEN[case])
     assert wanted is not None
     assert y.dtype == wanted.dtype
@@ -708,11 +708,11 @@ def test_at_once_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_at_once_refuses(case: str) -> None:
+def test_fast_path_refuses(case: str) -> None:
     assert quick(**REFUSED[case]) is None
 
 
-def test_at_once_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quick() is not None
     with torch.no_grad():
         assert quick(lora_A=lambda t: t.requires_grad_()) is not None
@@ -720,7 +720,7 @@ def test_at_once_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
         assert quick() is None
     with FlopCounterMode(display=False):
         assert quick() is None
-    arguments, run = quick_arguments(), cpu_mixed_lora.at_once()
+    arguments, run = quick_arguments(), cpu_mixed_lora.fast_path()
     assert run is not None
     assert torch.func.vmap(lambda s: (run(*arguments) is None) * s)(torch.ones(2)).all()
     monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
@@ -730,12 +730,12 @@ def test_at_once_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quick() is not None
 
 
-def test_at_once_needs_the_first_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_needs_the_first_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     x, A, B, w, _ = low_rank_inputs((3, 8, 6, 2, 4), F32, F32)
     W = torch.randn(6, 8)
     for row in registry.BACKENDS["mixed_lora"]:
-        assert (row.at_once() is not None) == (row.name == "cpu")
+        assert (row.fast_path() is not None) == (row.name == "cpu")
     reference_row = registry.BACKENDS["mixed_lora"][-1]
     spy = registry.Backend(
         "cpu", lambda *a: used.append(1) or reference_row.run(*a), lambda *_: None

@@ -1,4 +1,4 @@
-"""The CUDA launchers of mixed_lora and mixed_linear without a GPU: plans, reasons, errors."""
+"""mixed_lora and mixed_linear on the backend "cuda" without a GPU: plans, reasons, errors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from clp_kernels import native
+from clp_kernels import mixed_linear, mixed_lora, native
 from clp_kernels.ops.mixed_linear import cuda as cuda_mixed_linear
 from clp_kernels.ops.mixed_lora import cuda as cuda_mixed_lora
 from clp_kernels.testing import noncontiguous
@@ -28,6 +28,11 @@ def lora_arguments(tokens: int = 3, in_features: int = 16, **options: Any) -> di
     }
 
 
+def public(op: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """The public function on the arguments of a launcher."""
+    return op(**{k: v for k, v in arguments.items() if k != "invariant"}, backend="cuda")
+
+
 def linear_arguments(tokens: int = 3, in_features: int = 16, **options: Any) -> dict[str, Any]:
     """Of mixed_linear: m = 2, 5 outputs."""
     options = {"dtype": torch.bfloat16, **options}
@@ -42,8 +47,8 @@ def linear_arguments(tokens: int = 3, in_features: int = 16, **options: Any) -> 
 
 
 OPS: list[tuple[Callable[..., str | None], Callable[..., Any], Callable[..., dict[str, Any]]]] = [
-    (cuda_mixed_lora.why_not, cuda_mixed_lora.mixed_lora, lora_arguments),
-    (cuda_mixed_linear.why_not, cuda_mixed_linear.mixed_linear, linear_arguments),
+    (cuda_mixed_lora.why_not, mixed_lora, lora_arguments),
+    (cuda_mixed_linear.why_not, mixed_linear, linear_arguments),
 ]
 IDS = ["mixed_lora", "mixed_linear"]
 
@@ -78,7 +83,7 @@ def test_splits_are_cluster_sizes() -> None:
 def test_not_on_a_gpu(why_not: Any, run: Any, arguments: Any) -> None:
     assert why_not(**arguments()) == "the tensors are on cpu, not on a GPU"
     with pytest.raises(RuntimeError, match="the tensors are on cpu, not on a GPU"):
-        run(**arguments())
+        public(run, arguments())
 
 
 @pytest.mark.parametrize(("why_not", "run", "arguments"), OPS, ids=IDS)
@@ -112,14 +117,6 @@ def test_why_not(why_not: Any, run: Any, arguments: Any, monkeypatch: pytest.Mon
         assert why_not(**stacked) == "the cuda kernels decode up to 256 tokens, there are 258"
 
 
-@pytest.fixture
-def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launchers' own checks, on CPU tensors."""
-    for module in (cuda_mixed_lora, cuda_mixed_linear):
-        monkeypatch.setattr(module, "tokens_why_not", lambda x, weights: None)
-
-
-@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
@@ -141,10 +138,9 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_mixed_lora_errors(name: str, value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        cuda_mixed_lora.mixed_lora(**{**lora_arguments(), name: value})
+        public(mixed_lora, {**lora_arguments(), name: value})
 
 
-@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
@@ -159,10 +155,9 @@ def test_mixed_lora_errors(name: str, value: Any, error: type[Exception], messag
 )
 def test_mixed_linear_errors(name: str, value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        cuda_mixed_linear.mixed_linear(**{**linear_arguments(), name: value})
+        public(mixed_linear, {**linear_arguments(), name: value})
 
 
-@pytest.mark.usefixtures("anywhere")
 def test_no_tokens_need_no_gpu() -> None:
     y, u = cuda_mixed_lora.mixed_lora(**lora_arguments(0))
     assert y.shape == (0, 5) and u.shape == (0, 8) and u.dtype == torch.float32

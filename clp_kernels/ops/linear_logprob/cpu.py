@@ -10,6 +10,7 @@ batch_invariant() is the reference's business.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,40 +135,54 @@ def linear_logprob(
     tau, targets = temperature.float().contiguous(), targets.contiguous()
     for begin in range(0, tokens, BLOCK_TOKENS):
         rows = slice(begin, begin + BLOCK_TOKENS)
-        h = hidden[rows].float()
-        ref = None if ref_hidden is None else ref_hidden[rows].float()
-        factor, moved = torch.empty(len(h)), torch.empty(len(h))
-        step = max(1, BLOCK_LOGITS // len(h))
+        h = [states[rows].float() for states in (hidden, ref_hidden) if states is not None]
+        factor, moved = torch.empty(len(h[0])), torch.empty(len(h[0]))
+        step = max(1, BLOCK_LOGITS // len(h[0]))
         for first in range(0, vocab_size, step):
             part = head.part(rows, slice(first, first + step))
-            z = part.logits(h)
-            ref_z = None if ref is None else part.logits(ref)
+            logits = [part.logits(states) for states in h]
             native.cpu().linear_logprob(
-                z.data_ptr(),
-                0 if ref_z is None else ref_z.data_ptr(),
-                *z.shape,
-                first,
-                targets[rows].data_ptr(),
-                tau[rows].data_ptr(),
-                slopes,
-                state[rows].data_ptr(),
-                factor.data_ptr(),
-                moved.data_ptr(),
-                torch.get_num_threads(),
-                isa,
+                **block_arguments(logits, first, targets[rows], tau[rows], state[rows], isa),
+                gradient=slopes,
+                factor=factor,
+                moved=moved,
             )
             if not slopes:
                 continue
             # Sums of e (z - z' - shift) W and of e W, relative to the largest logit so far.
-            if ref_z is not None:
+            if has_ref:
                 if first > 0:
                     scaled = by_kl[rows].mul_(factor[:, None])
                     scaled.addcmul_(by_logprob[rows], (factor * moved)[:, None])
-                part.add_product(by_kl[rows], ref_z)
+                part.add_product(by_kl[rows], logits[1])
             if first > 0:
                 by_logprob[rows].mul_(factor[:, None])
-            part.add_product(by_logprob[rows], z)
+            part.add_product(by_logprob[rows], logits[0])
     return finish(state, head, targets, tau, return_entropy, has_ref, by_logprob, by_kl)
+
+
+def block_arguments(
+    logits: list[Tensor],
+    first: int,
+    targets: Tensor,
+    temperature: Tensor,
+    state: Tensor,
+    isa: str,
+) -> dict[str, Any]:
+    """What both C++ functions take: a block of logits (and of the reference policy's) from the id
+    `first` on, and what belongs to its tokens."""
+    return {
+        "logits": logits[0],
+        "ref_logits": logits[1] if len(logits) > 1 else None,
+        "n": logits[0].shape[0],
+        "C": logits[0].shape[1],
+        "first": first,
+        "targets": targets,
+        "temperature": temperature,
+        "state": state,
+        "num_threads": torch.get_num_threads(),
+        "isa": isa,
+    }
 
 
 def finish(

@@ -14,7 +14,7 @@ from torch import Tensor
 from clp_kernels import native
 from clp_kernels.ops import reference
 from clp_kernels.ops.linear_logprob import cpu as cpu_linear_logprob
-from clp_kernels.ops.linear_logprob.cpu import Head
+from clp_kernels.ops.linear_logprob.cpu import Head, block_arguments
 
 # 64 MB of logits (twice with ref_hidden) are kept if those are of so many tokens. With fewer, four
 # products of large blocks take as long as three of small ones, which read the head more often. One
@@ -119,38 +119,27 @@ def linear_logprob_backward(
         count = len(h[0])
         state = torch.empty(count, 8, dtype=torch.float64)
         unused = torch.empty(2, count)
-        threads = torch.get_num_threads()
         blocks = _slices(vocab_size, max(1, cpu_linear_logprob.BLOCK_LOGITS // count))
         kept = []
         for ids in blocks:
             logits = [head.part(rows, ids).logits(x) for x in h]
             native.cpu().linear_logprob(
-                *_pointers(logits),
-                *logits[0].shape,
-                ids.start,
-                targets[rows].data_ptr(),
-                tau[rows].data_ptr(),
-                False,
-                state.data_ptr(),
-                *(row.data_ptr() for row in unused),
-                threads,
-                isa,
+                **block_arguments(logits, ids.start, targets[rows], tau[rows], state, isa),
+                gradient=False,
+                factor=unused[0],
+                moved=unused[1],
             )
             if keep:
                 kept.append(logits)
         for ids in blocks:
             part = head.part(rows, ids)
             logits = kept.pop(0) if keep else [part.logits(x) for x in h]
+            d_logprob, d_entropy_, d_kl_ = (d[rows] if d.numel() else None for d in upstream)
             native.cpu().linear_logprob_backward(
-                *_pointers(logits),
-                *logits[0].shape,
-                ids.start,
-                targets[rows].data_ptr(),
-                tau[rows].data_ptr(),
-                state.data_ptr(),
-                *(d[rows].data_ptr() if d.numel() else 0 for d in upstream),
-                threads,
-                isa,
+                **block_arguments(logits, ids.start, targets[rows], tau[rows], state, isa),
+                d_logprobs=d_logprob,
+                d_entropy=d_entropy_,
+                d_kl=d_kl_,
             )
             grads.add(part, rows, ids, logits[0], h[0])
             if ref_hidden is not None:
@@ -171,8 +160,3 @@ def linear_logprob_backward(
 
 def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def _pointers(logits: list[Tensor]) -> tuple[int, int]:
-    """Of z, and of the reference's z' or null."""
-    return logits[0].data_ptr(), logits[1].data_ptr() if len(logits) > 1 else 0

@@ -39,8 +39,7 @@ def mix_logits(logits: Tensor, weights: Tensor, mode: str, isa: str = "") -> Ten
         RuntimeError: the CPU kernels are missing.
     """
     z = logits.new_empty(logits.shape[1:])
-    arguments, _held = _arguments(logits, weights, mode)
-    native.cpu().mix_logits(*arguments, z.data_ptr(), torch.get_num_threads(), isa)
+    native.cpu().mix_logits(**_arguments(logits, weights, mode, isa), z=z)
     return z
 
 
@@ -63,26 +62,30 @@ def mix_logits_backward(
     if logits.numel() == 0 or not any(needs):
         # Without ids the sums are empty; with neither asked for there is nothing to fill.
         return d_logits, d_weights.zero_()
-    arguments, _held = _arguments(logits, weights, mode)
-    dz = dz.contiguous()
     native.cpu().mix_logits_backward(
-        *arguments,
-        dz.data_ptr(),
-        d_logits.data_ptr() if needs[0] else 0,
-        d_weights.data_ptr() if needs[1] else 0,
-        torch.get_num_threads(),
-        isa,
+        **_arguments(logits, weights, mode, isa),
+        dz=dz.contiguous(),
+        d_logits=d_logits if needs[0] else None,
+        d_weights=d_weights if needs[1] else None,
     )
     return d_logits, d_weights
 
 
-def _arguments(
-    logits: Tensor, weights: Tensor, mode: str
-) -> tuple[tuple[Any, ...], tuple[Tensor, Tensor]]:
-    """The C++ functions' first arguments, and the tensors they point to, to be held till then."""
+def _arguments(logits: Tensor, weights: Tensor, mode: str, isa: str) -> dict[str, Any]:
+    """The arguments that both C++ functions have."""
     if logits.shape[2] > 1 and logits.stride(2) != 1:
         logits = logits.contiguous()
-    weights = weights.contiguous()
-    sizes = (*logits.shape, logits.stride(0), logits.stride(1))
-    head = (logits.data_ptr(), native.DTYPES[logits.dtype], *sizes, weights.data_ptr())
-    return (*head, mode == "probability"), (logits, weights)
+    m, batch, vocab_size = logits.shape
+    return {
+        "logits": logits,
+        "dtype": logits.dtype,
+        "m": m,
+        "B": batch,
+        "V": vocab_size,
+        "stride_m": logits.stride(0),
+        "stride_b": logits.stride(1),
+        "weights": weights.contiguous(),
+        "probability": mode == "probability",
+        "num_threads": torch.get_num_threads(),
+        "isa": isa,
+    }

@@ -86,27 +86,23 @@ def mix_products(
     if in_features > 1 and x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(tokens, out_features)
-    # Held here, because only their addresses are passed.
-    held = (expert_weight.contiguous(), weights.contiguous())
-    held_bias = None if bias is None else bias.contiguous()
-    ids = None if example_ids is None else example_ids.contiguous()
     native.cpu().mixed_linear(
-        x.data_ptr(),
-        x.stride(0),
-        held[0].data_ptr(),
-        0 if held_bias is None else held_bias.data_ptr(),
-        native.DTYPES[x.dtype],
-        held[1].data_ptr(),
-        0 if ids is None else ids.data_ptr(),
-        ids is not None and ids.dtype == torch.int64,
-        1 if ids is not None else tokens // weights.shape[0],
-        y.data_ptr(),
-        tokens,
-        in_features,
-        out_features,
-        m,
-        torch.get_num_threads(),
-        isa,
+        x=x,
+        x_stride=x.stride(0),
+        expert_weight=expert_weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        dtype=x.dtype,
+        weights=weights.contiguous(),
+        example_ids=None if example_ids is None else example_ids.contiguous(),
+        wide_ids=example_ids is not None and example_ids.dtype == torch.int64,
+        tokens_per_example=1 if example_ids is not None else tokens // weights.shape[0],
+        y=y,
+        T=tokens,
+        K=in_features,
+        N=out_features,
+        m=m,
+        num_threads=torch.get_num_threads(),
+        isa=isa,
     )
     return y
 

@@ -6,14 +6,13 @@ Unverified: the kernel (csrc/cuda/mixed_linear/mixed_linear.cu) has not run on a
 import torch
 from torch import Tensor
 
-from clp_kernels import checks, native
+from clp_kernels import native
 from clp_kernels.ops.mixed_lora.cuda import (
     BLOCK_ROWS,
     aligned,
-    check_tokens,
     has_clusters,
     splits,
-    tokens_argument,
+    token_arguments,
     tokens_why_not,
 )
 
@@ -40,6 +39,9 @@ def mixed_linear(
 ) -> Tensor:
     """`reference.mixed_linear` for at most 256 tokens of bfloat16 or float16.
 
+    Checks nothing: shapes, dtypes and devices are those that the public function has checked, and
+    `why_not` has returned None.
+
         y_t = sum_i weights[b(t), i] (x_t W_i^T + bias_i)
 
     Args:
@@ -55,40 +57,23 @@ def mixed_linear(
         [B, ..., out] in x's dtype: products and their sum in the order of i in float32, one
         rounding.
 
-    Deterministic. A term of weight zero is left out, whatever its matrix and bias hold. Reads
+    Deterministic. A term of weight zero is left out, whatever its matrix and bias contain. Reads
     nothing on the host and works under CUDA graph capture, on the current stream of x's device.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: what `why_not` says.
     """
-    checks.tensor("expert_weight", expert_weight, (None, None, x.shape[-1]), x)
-    m, out_features, in_features = expert_weight.shape
-    check_tokens(x, weights, example_ids, m)
-    checks.same_dtype("expert_weight", expert_weight, x.dtype)
-    if bias is not None:
-        checks.tensor("bias", bias, (m, out_features), x)
-        checks.same_dtype("bias", bias, x.dtype)
-        bias = bias.contiguous()
+    _, out_features, in_features = expert_weight.shape
     y = x.new_empty(*x.shape[:-1], out_features)
-    tokens = x.shape[:-1].numel()
-    if tokens == 0:
+    if x.shape[:-1].numel() == 0:
         return y
-    module = native.cuda()
-    rows, expert_weight = aligned(x.reshape(tokens, in_features)), aligned(expert_weight)
-    weights = weights.contiguous()
-    example_ids = None if example_ids is None else example_ids.contiguous()
+    expert_weight = aligned(expert_weight)
     blocks = -(-out_features // BLOCK_ROWS)
-    module.mixed_linear(
-        tokens_argument(module, rows, weights, example_ids),
-        expert_weight.data_ptr(),
-        expert_weight.stride(0),
-        expert_weight.stride(1),
-        0 if bias is None else bias.data_ptr(),
-        out_features,
-        splits(blocks, in_features, has_clusters(x.device)),
-        y.data_ptr(),
-        x.device.index,
-        torch.cuda.current_stream(x.device).cuda_stream,
+    native.cuda().mixed_linear(
+        **token_arguments(x, weights, example_ids),
+        expert_weight=expert_weight,
+        expert_stride=expert_weight.stride(0),
+        row_stride=expert_weight.stride(1),
+        bias=None if bias is None else bias.contiguous(),
+        N=out_features,
+        splits=splits(blocks, in_features, has_clusters(x.device)),
+        y=y,
     )
     return y

@@ -20,10 +20,10 @@ from clp_kernels.native import has_native_gemm
 from clp_kernels.ops import reference
 
 # tokens * (in_features + out_features) up to which the C++ kernel beats PyTorch's products, whose
-# calls alone take 170 us (docs/log.md); four times that where the call at once spares the checks.
+# calls alone take 170 us (docs/log.md); four times that on the fast path, which spares the checks.
 # The last, beside products in 16 bits, is not measured: the kernel has run on processors without
 # them only.
-NATIVE_WORK, AT_ONCE_WORK, NATIVE_WORK_16_BITS = 2**18, 2**20, 2**16
+NATIVE_WORK, FAST_PATH_WORK, NATIVE_WORK_16_BITS = 2**18, 2**20, 2**16
 
 # Rows up to which our float32 base product beats PyTorch's: 3.7 times faster with 2 rows of 2048
 # features, 1.9 times with 16, 1.2 times with 96. In 16 bits on a processor without such products it
@@ -93,14 +93,11 @@ def mixed_lora(
             x, base_weight, lora_A, lora_B, weights, bias, example_ids, invariant
         )
     gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
-    native_base = (
-        not invariant
-        and use_native_base(tokens, base_weight.numel(), x.dtype)
-        and base_weight.is_contiguous()
-        and bool((weights != 0).any(1).all())
-        and bool(lora_B[-1, -1].any() or lora_B.any())
-    )
-    if native_base:
+    native_base = not invariant and use_native_base(tokens, base_weight.numel(), x.dtype)
+    if native_base and base_weight.is_contiguous():
+        lora_B, weights = lora_B.contiguous(), weights.contiguous()
+        native_base = not native.cpu().mixed_lora_has_bare_rows(weights, lora_B)
+    if native_base and base_weight.is_contiguous():
         y = x.new_empty(*x.shape[:-1], out_features)
         base = (base_weight, bias)
         u = run_native(rows, lora_A, lora_B, weights, example_ids, y, *base)
@@ -116,22 +113,22 @@ def mixed_lora(
 
 
 @cache
-def at_once() -> Callable[..., Tensor | None] | None:
-    """csrc/bindings/mixed_lora_at_once.cpp for plain inputs of not too many rows, or None.
+def fast_path() -> Callable[..., Tensor | None] | None:
+    """csrc/bindings/fast_path.cpp: a function of the public arguments, or None without it.
 
-    It takes the public arguments and the depth of batch_invariant(), and gives y, or None where
-    the call has to be checked and dispatched; then nothing has happened.
+    Its last argument is the depth of batch_invariant(). It returns y, or None if the call has to be
+    checked and dispatched; then nothing has happened.
     """
     if native.cpu_missing() is not None:
         return None
-    limits = {"base_size": BASE_SIZE}
+    work, base_tokens = [], []
     for dtype in native.DTYPES:
-        name, wide = str(dtype)[6:], dtype == torch.float32 or not has_native_gemm(dtype)
-        limits[f"{name}_work"] = AT_ONCE_WORK if wide else NATIVE_WORK_16_BITS
-        most = BASE_ROWS if dtype == torch.float32 else AT_ONCE_WORK
-        limits[f"{name}_base_rows"] = most if use_native_base(1, BASE_SIZE, dtype) else 0
-    native.cpu().mixed_lora_at_once_limits(limits)
-    return native.cpu().mixed_lora_at_once  # type: ignore[no-any-return]
+        wide = dtype == torch.float32 or not has_native_gemm(dtype)
+        work.append(FAST_PATH_WORK if wide else NATIVE_WORK_16_BITS)
+        most = BASE_ROWS if dtype == torch.float32 else FAST_PATH_WORK
+        base_tokens.append(most if use_native_base(1, BASE_SIZE, dtype) else 0)
+    native.cpu().set_mixed_lora_limits(work, base_tokens, BASE_SIZE)
+    return native.cpu().mixed_lora_fast_path  # type: ignore[no-any-return]
 
 
 def run_native(
@@ -159,47 +156,39 @@ def run_native(
     tokens, in_features = x.shape
     if in_features > 1 and x.stride(1) != 1:
         x = x.contiguous()
-    # All are held here, because only their addresses are passed.
-    A, B = (None if t is None else t.contiguous() for t in (lora_A, lora_B))
-    W, c, w, ids = (
-        None if t is None else t.contiguous() for t in (base_weight, bias, weights, example_ids)
-    )
-    out_features = 0 if B is None else B.shape[1]
-    if A is not None:
-        m, r, lora_dtype = A.shape[0], A.shape[1], A.dtype
+    out_features = 0 if lora_B is None else lora_B.shape[1]
+    if lora_A is not None:
+        m, r, lora_dtype = lora_A.shape[0], lora_A.shape[1], lora_A.dtype
         u = torch.empty((tokens, m * r), dtype=torch.float32) if u is None else u
     else:
-        assert B is not None and u is not None
-        m, r, lora_dtype = B.shape[0], B.shape[2], B.dtype
+        assert lora_B is not None and u is not None
+        m, r, lora_dtype = lora_B.shape[0], lora_B.shape[2], lora_B.dtype
+    has_ids = example_ids is not None
     native.cpu().mixed_lora(
-        x.data_ptr(),
-        native.DTYPES[x.dtype],
-        x.stride(0),
-        _address(W),
-        _address(c),
-        _address(A),
-        _address(B),
-        native.DTYPES[lora_dtype],
-        _address(w),
-        _address(ids),
-        ids is not None and ids.dtype == torch.int64,
-        1 if w is None or ids is not None else tokens // w.shape[0],
-        _address(y),
-        y.stride(0) if y is not None and y.dim() == 2 else out_features,
-        u.data_ptr(),
-        tokens,
-        in_features,
-        out_features,
-        m,
-        r,
-        torch.get_num_threads(),
-        isa,
+        x=x,
+        x_dtype=x.dtype,
+        x_stride=x.stride(0),
+        base_weight=None if base_weight is None else base_weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        lora_A=None if lora_A is None else lora_A.contiguous(),
+        lora_B=None if lora_B is None else lora_B.contiguous(),
+        lora_dtype=lora_dtype,
+        weights=None if weights is None else weights.contiguous(),
+        example_ids=None if example_ids is None else example_ids.contiguous(),
+        wide_ids=example_ids is not None and example_ids.dtype == torch.int64,
+        tokens_per_example=1 if weights is None or has_ids else tokens // weights.shape[0],
+        y=y,
+        y_stride=y.stride(0) if y is not None and y.dim() == 2 else out_features,
+        u=u,
+        T=tokens,
+        K=in_features,
+        N=out_features,
+        m=m,
+        r=r,
+        num_threads=torch.get_num_threads(),
+        isa=isa,
     )
     return u
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def token_weights(weights: Tensor, example_ids: Tensor | None, tokens: int) -> Tensor:

@@ -1,7 +1,7 @@
 """`mixed_lora` on CUDA for the few tokens of a decoding step, forward only.
 
-Unverified: the kernel (csrc/cuda/mixed_lora/mixed_lora.cu) has not run on a GPU yet. What is about
-tokens, their weight rows and the splits of in_features serves cuda_mixed_linear too.
+Unverified: the kernel (csrc/cuda/mixed_lora/mixed_lora.cu) has not run on a GPU yet. mixed_linear
+uses the functions about tokens, their weights and the splits of in_features too.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clp_kernels import checks, native
+from clp_kernels import native
 
 # Above this many tokens a large tile of another kernel is the better choice.
 MAX_TOKENS = 256
@@ -100,6 +100,9 @@ def mixed_lora(
 ) -> tuple[Tensor, Tensor]:
     """`reference.mixed_lora` for at most 256 tokens of bfloat16 or float16.
 
+    Checks nothing: shapes, dtypes and devices are those that the public function has checked, and
+    `why_not` has returned None.
+
         y_t = x_t W^T + bias + sum_i weights[b(t), i] (x_t A_i^T) B_i^T
 
     Args:
@@ -115,67 +118,37 @@ def mixed_lora(
     Returns:
         y [B, ..., out] in x's dtype, one rounding from float32, and u = x A^T [..., m*r] float32.
 
-    Deterministic. A term of weight zero is left out, whatever its A and B hold; a row of zeros has
-    the bits of this kernel's own x W^T + bias. Reads nothing on the host and works under CUDA graph
-    capture, on the current stream of x's device.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: what `why_not` says.
+    Deterministic. A term of weight zero is left out, whatever its A and B contain; with weights of
+    zero y has the bits of this kernel's own x W^T + bias. Reads nothing on the host and works under
+    CUDA graph capture, on the current stream of x's device.
     """
-    checks.tensor("lora_A", lora_A, (None, None, x.shape[-1]), x)
     m, r, in_features = lora_A.shape
-    check_tokens(x, weights, example_ids, m)
-    checks.tensor("base_weight", base_weight, (None, in_features), x)
     out_features = base_weight.shape[0]
-    checks.same_dtype("base_weight", base_weight, x.dtype)
-    checks.same_dtype("lora_A", lora_A, x.dtype, torch.float32)
-    checks.tensor("lora_B", lora_B, (m, out_features, r), x)
-    checks.same_dtype("lora_B", lora_B, lora_A.dtype)
-    if bias is not None:
-        checks.tensor("bias", bias, (out_features,), x)
-        checks.same_dtype("bias", bias, x.dtype)
-        bias = bias.contiguous()
     y = x.new_empty(*x.shape[:-1], out_features)
     u = x.new_empty(*x.shape[:-1], m * r, dtype=torch.float32)
-    tokens = x.shape[:-1].numel()
-    if tokens == 0:
+    if x.shape[:-1].numel() == 0:
         return y, u
-    module = native.cuda()
-    rows = aligned(x.reshape(tokens, in_features))
     base_weight, lora_A = aligned(base_weight), aligned(lora_A.reshape(m * r, in_features))
-    weights = weights.contiguous()
-    example_ids = None if example_ids is None else example_ids.contiguous()
-    module.mixed_lora(
-        tokens_argument(module, rows, weights, example_ids),
-        base_weight.data_ptr(),
-        base_weight.stride(0),
-        0 if bias is None else bias.data_ptr(),
-        lora_A.data_ptr(),
-        lora_A.stride(0),
-        lora_B.data_ptr(),
-        *lora_B.stride(),
-        lora_A.dtype == torch.float32,
-        out_features,
-        r,
-        *plan(in_features, out_features, has_clusters(x.device)),
-        y.data_ptr(),
-        u.data_ptr(),
-        x.device.index,
-        torch.cuda.current_stream(x.device).cuda_stream,
+    stride_m, stride_n, stride_r = lora_B.stride()
+    native.cuda().mixed_lora(
+        **token_arguments(x, weights, example_ids),
+        base_weight=base_weight,
+        base_stride=base_weight.stride(0),
+        bias=None if bias is None else bias.contiguous(),
+        lora_A=lora_A,
+        A_stride=lora_A.stride(0),
+        lora_B=lora_B,
+        B_stride_m=stride_m,
+        B_stride_n=stride_n,
+        B_stride_r=stride_r,
+        float32_lora=lora_A.dtype == torch.float32,
+        N=out_features,
+        r=r,
+        **plan(in_features, out_features, has_clusters(x.device))._asdict(),
+        y=y,
+        u=u,
     )
     return y, u
-
-
-def check_tokens(x: Tensor, weights: Tensor, example_ids: Tensor | None, m: int) -> None:
-    """Raises for tokens, weight rows or example_ids that the kernels cannot take."""
-    reason = tokens_why_not(x, weights)
-    if reason is not None:
-        raise RuntimeError(reason)
-    batch = x.shape[0] if example_ids is None else weights.shape[0]
-    checks.tensor("weights", weights, (batch, m), x)
-    if example_ids is not None:
-        checks.example_ids(example_ids, x.shape[:-1].numel(), batch, x)
 
 
 def has_clusters(device: torch.device) -> bool:
@@ -196,18 +169,21 @@ def aligned(matrix: Tensor) -> Tensor:
     return matrix.clone(memory_format=torch.contiguous_format)
 
 
-def tokens_argument(module: Any, rows: Tensor, weights: Tensor, example_ids: Tensor | None) -> Any:
-    """clp::MixedTokens of rows [T, in]; the tensors must outlive the call that it is passed to."""
-    tokens, in_features = rows.shape
-    return module.MixedTokens(
-        rows.data_ptr(),
-        native.DTYPES[rows.dtype],
-        rows.stride(0),
-        tokens,
-        in_features,
-        weights.shape[1],
-        weights.data_ptr(),
-        0 if example_ids is None else example_ids.data_ptr(),
-        example_ids is not None and example_ids.dtype == torch.int64,
-        1 if example_ids is not None else tokens // weights.shape[0],
-    )
+def token_arguments(x: Tensor, weights: Tensor, example_ids: Tensor | None) -> dict[str, Any]:
+    """The arguments of both C++ functions about the tokens, and where the kernels run."""
+    tokens, in_features = x.shape[:-1].numel(), x.shape[-1]
+    rows = aligned(x.reshape(tokens, in_features))
+    return {
+        "x": rows,
+        "dtype": rows.dtype,
+        "x_stride": rows.stride(0),
+        "T": tokens,
+        "K": in_features,
+        "m": weights.shape[1],
+        "weights": weights.contiguous(),
+        "example_ids": None if example_ids is None else example_ids.contiguous(),
+        "wide_ids": example_ids is not None and example_ids.dtype == torch.int64,
+        "tokens_per_example": 1 if example_ids is not None else tokens // weights.shape[0],
+        "device": x.device.index,
+        "stream": torch.cuda.current_stream(x.device).cuda_stream,
+    }

@@ -47,19 +47,18 @@ def sample(
         ValueError: an unknown instruction set.
         RuntimeError: the CPU kernels are missing.
     """
-    rows = (temperature, seed, position, top_k, top_p, min_p)
-    outputs, arguments, _held = native.sample_arguments(logits, weights, mode, rows)
-    addresses = [t.data_ptr() for t in outputs]
-    native.cpu().sample(*arguments, *addresses, torch.get_num_threads(), isa)
+    outputs, arguments = native.sample_arguments(
+        logits, weights, mode, temperature, top_k, top_p, min_p, seed, position
+    )
+    native.cpu().sample(**arguments, num_threads=torch.get_num_threads(), isa=isa)
     return outputs
 
 
-def at_once() -> Callable[..., tuple[Tensor, Tensor, Tensor] | None] | None:
-    """csrc/bindings/sample_at_once.cpp for plain inputs, or None.
+def fast_path() -> Callable[..., tuple[Tensor, Tensor, Tensor] | None] | None:
+    """csrc/bindings/fast_path.cpp: a function of the public arguments, or None without it.
 
-    It takes the public arguments and gives the outputs, or None where the call has to be checked
-    and dispatched.
+    It returns the outputs, or None if the call has to be checked and dispatched.
     """
     if native.cpu_missing() is not None:
         return None
-    return native.cpu().sample_at_once  # type: ignore[no-any-return]
+    return native.cpu().sample_fast_path  # type: ignore[no-any-return]

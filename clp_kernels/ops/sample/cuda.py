@@ -24,7 +24,7 @@ def sample(
     seed: Tensor,
     position: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As cpu_sample.sample, on CUDA tensors.
+    """As `cpu.sample`, on CUDA tensors; relies on the checks of the public function.
 
     Enqueued on the current stream of the logits' device; reads nothing on the host, and works under
     CUDA graph capture: weights, temperatures, filters, seeds and positions may change between
@@ -35,19 +35,23 @@ def sample(
     holds V floats a row; a row that a filter applies to is mixed into it and read again, once to
     draw and about three times each for top-k and top-p.
 
-    Raises: as cpu_sample.sample; RuntimeError for sizes beyond the launch limits in
+    Raises: as `cpu.sample`; RuntimeError for sizes beyond the launch limits in
     csrc/cuda/sample/sample.cu.
     """
     module = native.cuda()
-    rows = (temperature, seed, position, top_k, top_p, min_p)
-    outputs, arguments, _held = native.sample_arguments(logits, weights, mode, rows)
+    outputs, arguments = native.sample_arguments(
+        logits, weights, mode, temperature, top_k, top_p, min_p, seed, position
+    )
     m, batch, vocab_size = logits.shape
     if batch == 0:
         return outputs
     filters = any(value is not None for value in (top_k, top_p, min_p))
     size = module.sample_workspace(m, batch, vocab_size, mode == "probability", filters)
     workspace = torch.empty(size, dtype=torch.uint8, device=logits.device)
-    stream = torch.cuda.current_stream(logits.device).cuda_stream
-    addresses = [t.data_ptr() for t in (*outputs, workspace)]
-    module.sample(*arguments, *addresses, logits.device.index, stream)
+    module.sample(
+        **arguments,
+        workspace=workspace,
+        device=logits.device.index,
+        stream=torch.cuda.current_stream(logits.device).cuda_stream,
+    )
     return outputs

@@ -1,10 +1,9 @@
 """Attention of a decoding step on the CPU: launches csrc/cpu/slot_attention/slot_attention.cpp.
 
-Called for every layer of every step, so its checks are few and its shapes those that transformers'
-attention interface passes: nothing is viewed or reshaped here.
+Called for every layer of every step, so that its checks are in C++ (csrc/bindings/fast_path.cpp),
+and its shapes those that transformers' attention interface passes: nothing is viewed or reshaped.
 """
 
-import torch
 from torch import Tensor
 
 from clp_kernels import native
@@ -57,66 +56,13 @@ def slot_attention(
             not there; an unknown instruction set. Nothing is written then.
         RuntimeError: the CPU kernels are missing.
     """
-    batch, query_heads, _, d = q.shape
-    slots, heads, capacity, _ = keys.shape
-    dv, dtype = values.shape[3], q.dtype
-    if not (
-        k.shape == (batch, heads, 1, d)
-        and v.shape == (batch, heads, 1, dv)
-        and q.shape[2] == 1
-        and keys.shape[3] == d
-        and values.shape == (slots, heads, capacity, dv)
-        and heads
-        and query_heads % heads == 0
-        and k.dtype == v.dtype == keys.dtype == values.dtype == dtype
-        and dtype in native.DTYPES
-        and lengths.shape == (batch,)
-        and lengths.dtype == torch.int64
-        and (q.is_cpu and k.is_cpu and v.is_cpu)
-        and (keys.is_cpu and values.is_cpu and lengths.is_cpu)
-        and keys.is_contiguous()
-        and values.is_contiguous()
-    ):
+    run, rest = native.cpu().slot_attention, (first, scale, window, isa)
+    out: Tensor | None = run(q, k, v, keys, values, lengths, *rest)
+    if out is None:
+        q, k, v, lengths = (t.contiguous() for t in (q, k, v, lengths))
+        out = run(q, k, v, keys, values, lengths, *rest)
+    if out is None:
         raise _wrong(q=q, k=k, v=v, keys=keys, values=values, lengths=lengths)
-    # One look at all strides of a tensor takes half as long as one at a single stride.
-    q_row, q_head, _, q_last = q.stride()
-    k_row, k_head, _, k_last = k.stride()
-    v_row, v_head, _, v_last = v.stride()
-    if (d > 1 and not q_last == k_last == 1) or (dv > 1 and v_last != 1):
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        (q_row, q_head), (k_row, k_head) = q.stride()[:2], k.stride()[:2]
-        v_row, v_head = v.stride()[:2]
-    if batch > 1 and lengths.stride(0) != 1:
-        lengths = lengths.contiguous()
-    out = q.new_empty(batch, 1, query_heads, dv)
-    native.cpu().slot_attention(
-        q.data_ptr(),
-        q_row,
-        q_head,
-        k.data_ptr(),
-        k_row,
-        k_head,
-        v.data_ptr(),
-        v_row,
-        v_head,
-        keys.data_ptr(),
-        values.data_ptr(),
-        native.DTYPES[dtype],
-        lengths.data_ptr(),
-        slots,
-        first,
-        batch,
-        query_heads,
-        heads,
-        capacity,
-        d,
-        dv,
-        d**-0.5 if scale is None else scale,
-        window or 0,
-        out.data_ptr(),
-        torch.get_num_threads(),
-        isa,
-    )
     return out
 
 

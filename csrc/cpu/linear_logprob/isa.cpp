@@ -1,4 +1,4 @@
-// One row of linear_logprob. Compiled once for each instruction set; see linear_logprob_isa.h.
+// One row of linear_logprob. Compiled once for each instruction set; see isa.h.
 #include "cpu/linear_logprob/isa.h"
 
 #include <math.h>
@@ -47,13 +47,13 @@ static float largest(const float* z, int64_t V) {
 struct Total {
   Sum wide = no_sum();
   Floats four = all(0.0f);
-  int held = 0;
+  int count = 0;
   void add(Floats value) {
     four = four + value;
-    if (++held < 4) return;
+    if (++count < 4) return;
     accumulate(wide, four);
     four = all(0.0f);
-    held = 0;
+    count = 0;
   }
   double value() {
     accumulate(wide, four);

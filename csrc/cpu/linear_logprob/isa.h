@@ -1,4 +1,4 @@
-// What linear_logprob.cpp (threads) and linear_logprob_isa.cpp (one row, compiled for each
+// What linear_logprob.cpp (threads) and isa.cpp (one row, compiled for each
 // instruction set) agree on.
 #pragma once
 

@@ -5,13 +5,12 @@
 //   e_v = exp((z_v - top) / t),   mass = sum e,   weighted = sum e log2 e,
 //   apart = sum e (z - z' - shift)
 //
-// and top', mass' of the reference's logits z'. The shift is the mean of z - z' so far, so that the
-// gradient of the KL is no small difference of large sums. Where a block brings a larger logit, the sums before
-// it are scaled down: `factor` says by how much, and `moved` what the shift was before less what it
-// is now, for the caller's own sums. With `gradient` z becomes e,
-// and z' becomes e (z - z' - shift): what the products with the head need. An e below 2^-125 is 0, and has
-// no part in any sum. float32, sums in float64; a token's bits depend on nothing but the token and
-// the size of the blocks.
+// and top', mass' of the reference's logits z'. The shift is the mean of z - z' so far: without it
+// the gradient of the KL would be a small difference of large sums. If a block has a larger logit,
+// the sums before it are multiplied by `factor`; `moved` is the shift before less the shift after,
+// for the caller's own sums. With `gradient` z becomes e, and z' becomes e (z - z' - shift): what
+// the products with the head need. An e below 2^-125 is 0 and has no part in any sum. float32, sums
+// in float64; a token's bits depend only on the token and the size of the blocks.
 #pragma once
 
 #include <cstdint>

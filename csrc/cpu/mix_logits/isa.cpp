@@ -1,5 +1,5 @@
 // One slice of one row of mix_logits and its gradients. Compiled once for each instruction set; see
-// mix_logits_isa.h.
+// isa.h.
 #include "cpu/mix_logits/isa.h"
 
 #include <math.h>

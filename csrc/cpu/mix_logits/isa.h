@@ -1,4 +1,4 @@
-// What mix_logits.cpp (threads, sums over a row) and mix_logits_isa.cpp (one slice of one row,
+// What mix_logits.cpp (threads, sums over a row) and isa.cpp (one slice of one row,
 // compiled for each instruction set) agree on.
 #pragma once
 

@@ -276,39 +276,34 @@ void each_row(const MixArgs& a, int64_t passes, int64_t slices, int num_threads,
   });
 }
 
-}  // namespace
-
-namespace {
-
-void forward(const MixArgs& a, bool relative, void* z, int num_threads, const char* isa) {
+void forward(const MixLogitsArgs& a, bool relative, int num_threads, const char* isa) {
   const int64_t slices = (a.V + kMixSlice - 1) / kMixSlice;
   const Work work{a, kernels_of(resolve_isa(isa)), slices, relative};
   each_row(a, a.probability ? 8 : 1, slices, num_threads,
            [&](int64_t b, const Team& team, Room& room, Source& source, char*) {
-             work.mix(b, team, room, source, static_cast<char*>(z));
+             work.mix(b, team, room, source, static_cast<char*>(a.z));
            });
 }
 
 }  // namespace
 
-void mix_logits_cpu(const MixArgs& a, void* z, int num_threads, const char* isa) {
-  forward(a, false, z, num_threads, isa);
+void mix_logits_cpu(const MixLogitsArgs& a, int num_threads, const char* isa) {
+  forward(a, false, num_threads, isa);
 }
 
-void mix_logits_relative_cpu(const MixArgs& a, float* z, int num_threads, const char* isa) {
-  forward(a, true, z, num_threads, isa);
+void mix_logits_relative_cpu(const MixLogitsArgs& a, int num_threads, const char* isa) {
+  forward(a, true, num_threads, isa);
 }
 
-void mix_logits_backward_cpu(const MixArgs& a, const void* dz, void* d_logits, float* d_weights,
-                             int num_threads, const char* isa) {
+void mix_logits_backward_cpu(const MixLogitsBackwardArgs& a, int num_threads, const char* isa) {
   const int64_t slices = (a.V + kMixSlice - 1) / kMixSlice;
   const Work work{a,
                   kernels_of(resolve_isa(isa)),
                   slices,
                   false,
-                  static_cast<const char*>(dz),
-                  static_cast<char*>(d_logits),
-                  d_weights};
+                  static_cast<const char*>(a.dz),
+                  static_cast<char*>(a.d_logits),
+                  a.d_weights};
   each_row(a, a.probability ? 16 : 2, slices, num_threads,
            [&](int64_t b, const Team& team, Room& room, Source& source, char* scratch) {
              work.differentiate(b, team, room, source, scratch);

@@ -30,17 +30,24 @@ struct MixArgs {
   bool probability;      // the mode
 };
 
-// z: [B, V] contiguous, of the logits' dtype. isa: "scalar", "avx2", "avx512", or "" for the one
-// chosen at load. Throws std::invalid_argument for another.
-void mix_logits_cpu(const MixArgs& args, void* z, int num_threads, const char* isa);
+struct MixLogitsArgs : MixArgs {
+  void* z;  // [B, V] contiguous, of the logits' dtype
+};
 
-// The same in float32 whatever the dtype, and in probability mode up to a constant of each row: its
+struct MixLogitsBackwardArgs : MixArgs {
+  const void* dz;    // [B, V] contiguous, of the logits' dtype
+  void* d_logits;    // [m, B, V] contiguous, of the logits' dtype; or null
+  float* d_weights;  // [B, m], or null
+};
+
+// isa: a name of cpu/isa.h, or "" for the one chosen at load. Throws std::invalid_argument for
+// another.
+void mix_logits_cpu(const MixLogitsArgs& args, int num_threads, const char* isa);
+
+// z is float32 whatever the dtype, and in probability mode up to a constant of each row: its
 // likeliest ids lie near 0, where floats are dense. For `sample`, where only differences count.
-void mix_logits_relative_cpu(const MixArgs& args, float* z, int num_threads, const char* isa);
+void mix_logits_relative_cpu(const MixLogitsArgs& args, int num_threads, const char* isa);
 
-// dz: [B, V] contiguous; d_logits: [m, B, V] contiguous, or null; both of the logits' dtype.
-// d_weights: [B, m], or null.
-void mix_logits_backward_cpu(const MixArgs& args, const void* dz, void* d_logits,
-                             float* d_weights, int num_threads, const char* isa);
+void mix_logits_backward_cpu(const MixLogitsBackwardArgs& args, int num_threads, const char* isa);
 
 }  // namespace clp

@@ -6,6 +6,8 @@
 namespace clp {
 namespace CLP_ISA {
 
+using namespace lanes;
+
 // Of one expert; whole registers and whole blocks of dots.h. With 4096 features in bfloat16 192 KB.
 constexpr int64_t kColumns = CLP_ISA_LEVEL < 2 ? 24 : 16;
 

@@ -1,4 +1,4 @@
-// What mixed_linear.cpp (threads) and mixed_linear_isa.cpp (a block of outputs, compiled for each
+// What mixed_linear.cpp (threads) and isa.cpp (a block of outputs, compiled for each
 // instruction set) agree on.
 #pragma once
 

@@ -25,7 +25,7 @@ struct MixedLinearArgs {
   int64_t T, K, N, m;
 };
 
-// isa: a name of cpu_isa.h, or "" for the one chosen at load. Throws std::invalid_argument.
+// isa: a name of cpu/isa.h, or "" for the one chosen at load. Throws std::invalid_argument.
 void mixed_linear_cpu(const MixedLinearArgs& args, int num_threads, const char* isa);
 
 }  // namespace clp

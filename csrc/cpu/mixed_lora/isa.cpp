@@ -1,4 +1,4 @@
-// A block of rows of mixed_lora. Compiled once for each instruction set; see mixed_lora_isa.h.
+// A block of rows of mixed_lora. Compiled once for each instruction set; see isa.h.
 #include "cpu/mixed_lora/isa.h"
 
 #include "cpu/dots.h"
@@ -6,7 +6,9 @@
 namespace clp {
 namespace CLP_ISA {
 
-// Output columns whose update is held beside y (16 rows in 3 KB), and those whose base weights stay
+using namespace lanes;
+
+// Output columns whose update is kept beside y (16 rows in 3 KB), and those whose base weights stay
 // in the cache for all rows: whole blocks of dots.h, whole registers.
 constexpr int64_t kBlock = 48, kBaseColumns = CLP_ISA_LEVEL < 2 ? 24 : 16;
 

@@ -1,4 +1,4 @@
-// What mixed_lora.cpp (threads) and mixed_lora_isa.cpp (a block of rows, compiled for each
+// What mixed_lora.cpp (threads) and isa.cpp (a block of rows, compiled for each
 // instruction set) agree on.
 #pragma once
 

@@ -27,7 +27,23 @@ const MixedLoraKernels& kernels_of(Isa isa) {
   return kMixedLoraKernelsScalar;
 }
 
+// Whether an element is not zero; the first one mostly is not.
+template <class Word>
+bool any(const void* elements, int64_t size, Word sign) {
+  const Word* const words = static_cast<const Word*>(elements);
+  return std::any_of(words, words + size, [&](Word word) { return (word & ~sign) != 0; });
+}
+
 }  // namespace
+
+bool has_bare_rows(const float* weights, int64_t examples, int64_t m, const void* lora_B,
+                   DType lora_dtype, int64_t size) {
+  for (int64_t b = 0; b < examples; ++b) {
+    if (!any(weights + b * m, m, uint32_t(1) << 31)) return true;
+  }
+  return lora_dtype == DType::kFloat32 ? !any(lora_B, size, uint32_t(1) << 31)
+                                       : !any(lora_B, size, uint16_t(1 << 15));
+}
 
 void mixed_lora_cpu(const MixedLoraArgs& a, int num_threads, const char* isa) {
   const MixedLoraKernels& kernels = kernels_of(resolve_isa(isa));

@@ -32,7 +32,12 @@ struct MixedLoraArgs {
   int64_t T, K, N, m, r;
 };
 
-// isa: a name of cpu_isa.h, or "" for the one chosen at load. Throws std::invalid_argument.
+// Whether the weights [examples, m] of an example, or all `size` elements of lora_B, are zero: y must
+// then have the bits of F.linear, so the base product cannot be this kernel's.
+bool has_bare_rows(const float* weights, int64_t examples, int64_t m, const void* lora_B,
+                   DType lora_dtype, int64_t size);
+
+// isa: a name of cpu/isa.h, or "" for the one chosen at load. Throws std::invalid_argument.
 void mixed_lora_cpu(const MixedLoraArgs& args, int num_threads, const char* isa);
 
 }  // namespace clp

@@ -97,12 +97,12 @@ FilterResult filter(const FilterRow& row, const SampleKernels& kernels, const fl
   const double total = std::accumulate(masses, masses + kSampleBins, 0.0);
   FilterResult result{-FLT_MAX, total, total, V};
   // The last bin that something is kept of, and what is kept of it, in the room once it is needed.
-  int last = kSampleBins - 1, held = -1;
+  int last = kSampleBins - 1, counted = -1;
   int64_t left = 0;
   const auto take = [&](int bin) {
     last = bin;
-    if (held == bin) return;
-    held = bin;
+    if (counted == bin) return;
+    counted = bin;
     left = 0;
     for (int64_t first = 0; first < V; first += kSampleSlice) {
       left += kernels.gather(z + first, first, std::min(kSampleSlice, V - first), row.maximum,
@@ -141,7 +141,7 @@ FilterResult filter(const FilterRow& row, const SampleKernels& kernels, const fl
       cut(least);
     }
   }
-  if (held >= 0) {
+  if (counted >= 0) {
     double above = 0;
     for (int bin = 0; bin < last; ++bin) above += masses[bin] / sample_bin_masses()[bin];
     result.count = int64_t(above) + left;
@@ -149,7 +149,7 @@ FilterResult filter(const FilterRow& row, const SampleKernels& kernels, const fl
   return result;
 }
 
-const SampleCandidate& race(const FilterRow& row, int64_t seed, int64_t position,
+const SampleCandidate& best_candidate(const FilterRow& row, int64_t seed, int64_t position,
                             const SampleCandidate* candidates, int64_t count) {
   const double top = double(row.maximum) / row.temperature;
   // What rounding can hide: then everything may tie and takes the exact score.

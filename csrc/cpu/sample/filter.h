@@ -29,7 +29,7 @@ FilterResult filter(const FilterRow& row, const SampleKernels& kernels, const fl
                     const SampleBins& bins, SampleCandidate* room);
 
 // argmax of z / temperature + noise over the candidates, the lowest id on ties.
-const SampleCandidate& race(const FilterRow& row, int64_t seed, int64_t position,
+const SampleCandidate& best_candidate(const FilterRow& row, int64_t seed, int64_t position,
                             const SampleCandidate* candidates, int64_t count);
 
 double mass_of(const SampleCandidate* candidates, int64_t count);

@@ -1,5 +1,5 @@
-// One slice of one row: mix (sample_mix.h), sum the exponentials, draw. Compiled once for each instruction set
-// with CLP_ISA (namespace), CLP_ISA_LEVEL and CLP_SAMPLE_KERNELS (name of the table) defined.
+// One slice of one row: mix (mix.h), sum the exponentials, draw. Compiled once for each instruction
+// set with CLP_ISA (namespace), CLP_ISA_LEVEL and CLP_SAMPLE_KERNELS (name of the table) defined.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -11,10 +11,10 @@
 namespace clp {
 namespace CLP_ISA {
 
-// The running draw of a slice. Exponential race: z/t + g > s is -log(u) < exp(z/t - s), so with the
+// The best id of a slice so far. z/t + g > s is -log(u) < exp(z/t - s), so with the
 // e = exp((z - peak)/t) of the sum at hand, an id can win only if 1 - u <= e * exp(peak/t - s).
 // That test needs no logarithm, and the exact float64 score is computed for the few that pass.
-struct Race {
+struct Best {
   const float* z;
   int64_t first;
   float peak;  // the largest z of the slice
@@ -50,7 +50,7 @@ struct Race {
 static inline uint32_t shortfall(uint32_t word) { return (word >> 8) ^ 0xffffffu; }
 static inline Words shortfall(Words word) { return shift_right<8>(word) ^ all_words(0xffffffu); }
 
-__attribute__((noinline)) static void enter_group(Race& race, int64_t j, const Words words[4],
+__attribute__((noinline)) static void enter_group(Best& best, int64_t j, const Words words[4],
                                                   const Floats e[4]) {
   uint32_t word[kGroup];
   float weight[kGroup];
@@ -59,14 +59,14 @@ __attribute__((noinline)) static void enter_group(Race& race, int64_t j, const W
     store(weight + 16 * k, e[k]);
   }
   for (int i = 0; i < kGroup; ++i) {
-    if (float(int32_t(shortfall(word[i]))) <= weight[i] * race.gain) race.enter(j + i, word[i]);
+    if (float(int32_t(shortfall(word[i]))) <= weight[i] * best.gain) best.enter(j + i, word[i]);
   }
 }
 
-// Sum of exp((z - peak)/t) over the slice; with DRAW, runs the race on the way.
+// Sum of exp((z - peak)/t) over the slice; with DRAW, draws on the way.
 template <bool DRAW>
 static double sum_slice(const float* z, int64_t count, float peak, double temperature,
-                        const PhiloxKeys* keys, Race* race) {
+                        const PhiloxKeys* keys, Best* best) {
   const double scale = kLog2E / temperature;
   const double least = -125.5 / scale > -3e38 ? -125.5 / scale : -3e38;
   // Two floats for log2(e)/t: one alone is off by 3e-8 for every id in the same direction.
@@ -82,17 +82,17 @@ static double sum_slice(const float* z, int64_t count, float peak, double temper
     }
     accumulate(sum, (e[0] + e[1]) + (e[2] + e[3]));
     if (!DRAW) continue;
-    const Floats gain = all(race->gain);
+    const Floats gain = all(best->gain);
     const Floats most = maximum(maximum(e[0], e[1]), maximum(e[2], e[3]));
     // 1 - u is at least 2^-33, that is 2^-9 in units of 2^-24: below it no noise is enough.
     if (at_most(all(0x1p-9f), most * gain) == 0) continue;
     Words words[4];
-    philox64(*keys, uint32_t((race->first + j) / 4), words);
+    philox64(*keys, uint32_t((best->first + j) / 4), words);
     uint32_t passed = 0;
     for (int k = 0; k < 4; ++k) {
       passed |= at_most(to_floats(shortfall(words[k])), e[k] * gain);
     }
-    if (passed != 0) enter_group(*race, j, words, e);
+    if (passed != 0) enter_group(*best, j, words, e);
   }
   double lanes[16], total = 0;
   store(lanes, sum);
@@ -129,18 +129,18 @@ static void reduce(const SampleTask& task, double to_beat, const float* z, Sampl
     out->token = task.first + find(z, peak);
     return;
   }
-  Race race{z, task.first, peak, temperature, to_beat, -INFINITY, -1, 0.0f, 0.0f};
-  race.set_gain();
+  Best best{z, task.first, peak, temperature, to_beat, -INFINITY, -1, 0.0f, 0.0f};
+  best.set_gain();
   if (to_beat < top + kGumbelMin) {
     // Without a good score to beat everything would pass: start from the largest logit.
     const int64_t j = find(z, peak), v = task.first + j;
-    race.enter(j, philox_block(task.seed, task.position, uint32_t(v / 4)).x[v % 4]);
+    best.enter(j, philox_block(task.seed, task.position, uint32_t(v / 4)).x[v % 4]);
   }
   const PhiloxKeys keys = philox_keys(task.seed, task.position);
-  out->sum = sum_slice<true>(z, task.count, peak, temperature, &keys, &race);
-  out->score = race.score;
-  out->logit = race.logit;
-  out->token = race.token;
+  out->sum = sum_slice<true>(z, task.count, peak, temperature, &keys, &best);
+  out->score = best.score;
+  out->logit = best.logit;
+  out->token = best.token;
 }
 
 static void slice(const SampleTask& task, double to_beat, SamplePartial* out) {
@@ -271,17 +271,17 @@ static void draw(const SampleTask& task, double to_beat, float maximum, float pe
   *out = {peak, 0.0f, 0.0, -INFINITY, -1};
   if (!(peak >= least)) return;
   const double temperature = task.temperature;
-  Race race{z, task.first, maximum, temperature, to_beat, -INFINITY, -1, 0.0f, 0.0f};
+  Best best{z, task.first, maximum, temperature, to_beat, -INFINITY, -1, 0.0f, 0.0f};
   if (to_beat < double(peak) / temperature + kGumbelMin) {
     // Without a good score to beat everything would pass: start from the largest logit.
     const int64_t j = find(z, peak), v = task.first + j;
-    race.enter(j, philox_block(task.seed, task.position, uint32_t(v / 4)).x[v % 4]);
+    best.enter(j, philox_block(task.seed, task.position, uint32_t(v / 4)).x[v % 4]);
   }
-  // The race's test in the logarithm of base 2: no exponential is needed, because the bits of a float
+  // The test of Best in the logarithm of base 2: no exponential is needed, because the bits of a float
   // x are at most log2(x) + 127, in units of 2^-23, and at least that less 0.09.
   constexpr double kUnit = 0x1p23;
   const auto reach = [&]() {  // of an id at the maximum
-    const double room = (double(maximum) / temperature - race.to_beat) * kLog2E;
+    const double room = (double(maximum) / temperature - best.to_beat) * kLog2E;
     // 1e-3 covers what float32 rounds: |y| < 200 where an id can win, times 2^-22.
     return float((fmin(room, 100.0) + (24 + 127 + 1e-3)) * kUnit);
   };
@@ -312,13 +312,13 @@ static void draw(const SampleTask& task, double to_beat, float maximum, float pe
     for (int k = 0; k < 4; ++k) store(word + 16 * k, words[k]);
     for (; passed != 0; passed &= passed - 1) {
       const int i = __builtin_ctzll(passed);
-      race.enter(j + i, word[i]);
+      best.enter(j + i, word[i]);
     }
     most = all(reach());
   }
-  out->score = race.score;
-  out->logit = race.logit;
-  out->token = race.token;
+  out->score = best.score;
+  out->logit = best.logit;
+  out->token = best.token;
 }
 
 static bool mix_slice(const SampleTask& task, float* z, float* maximum) {

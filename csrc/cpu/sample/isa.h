@@ -1,4 +1,4 @@
-// What sample.cpp (threads, reduction) and sample_isa.cpp (one slice of one row, compiled for each
+// What sample.cpp (threads, reduction) and isa.cpp (one slice of one row, compiled for each
 // instruction set) agree on.
 #pragma once
 

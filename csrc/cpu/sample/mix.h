@@ -1,4 +1,4 @@
-// Mixing of one slice into float32, for each instruction set; part of sample_isa.cpp.
+// Mixing of one slice into float32, for each instruction set; part of isa.cpp.
 #pragma once
 
 #include <math.h>
@@ -28,7 +28,7 @@ static inline Floats load_part(const T* p, int64_t left) {
   return load(padded);
 }
 
-// z (+)= sum_k w_k l_k over whole packs, N terms at once to spare the trips of z through the
+// z (+)= sum_k w_k l_k over whole packs, N terms at a time to spare the trips of z through the
 // cache. Returns the maximum of z by lane; a NaN is passed over here and found by the sum.
 template <class T, int N, bool START>
 static Floats mix_packs(const T* const* rows, const float* weights, int64_t packs, float* z) {

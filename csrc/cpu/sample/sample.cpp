@@ -185,7 +185,7 @@ void filtered_row(const SampleArgs& a, const SampleKernels& kernels, int64_t b, 
         kept += kernels.keep(z + t.first, t.first, t.count, maximum, temperature, result.least,
                              candidates + kept);
       }
-      const SampleCandidate& best = race(limits, a.seed[b], a.position[b], candidates, kept);
+      const SampleCandidate& best = best_candidate(limits, a.seed[b], a.position[b], candidates, kept);
       a.tokens[b] = int64_t(best.id);
       logit = double(best.z);
     } else {
@@ -266,16 +266,17 @@ SampleArgs part(const SampleArgs& a, int64_t first, int64_t count, const float* 
 // Mixes probabilities as `mix_logits` does, some rows at a time, and samples from their logarithm.
 void sample_mixture(const SampleArgs& a, int num_threads, const char* isa) {
   // 4 MB stay in a cache until they are read again.
-  const int64_t at_once = std::max<int64_t>(num_threads, (int64_t(1) << 20) / a.V);
+  const int64_t step = std::max<int64_t>(num_threads, (int64_t(1) << 20) / a.V);
   static thread_local std::vector<float> z;
-  z.resize(size_t(std::min(at_once, a.B) * a.V));
-  for (int64_t first = 0; first < a.B; first += at_once) {
-    const int64_t count = std::min(at_once, a.B - first);
+  z.resize(size_t(std::min(step, a.B) * a.V));
+  for (int64_t first = 0; first < a.B; first += step) {
+    const int64_t count = std::min(step, a.B - first);
     const char* const logits =
         static_cast<const char*>(a.logits) + first * a.stride_b * element_size(a.dtype);
-    const MixArgs rows{logits, a.dtype, a.m, count, a.V, a.stride_m, a.stride_b,
-                       a.weights + first * a.m, true};
-    mix_logits_relative_cpu(rows, z.data(), num_threads, isa);
+    const MixLogitsArgs rows{{logits, a.dtype, a.m, count, a.V, a.stride_m, a.stride_b,
+                              a.weights + first * a.m, true},
+                             z.data()};
+    mix_logits_relative_cpu(rows, num_threads, isa);
     sample_cpu(part(a, first, count, z.data()), num_threads, isa);
   }
 }

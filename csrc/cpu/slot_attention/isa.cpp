@@ -4,9 +4,72 @@
 #include <math.h>
 
 #include "cpu/dots.h"
+#include "cpu/simd.h"
 
 namespace clp {
 namespace CLP_ISA {
+
+// Of one query, over the blocks so far.
+struct SlotSoftmax {
+  float maximum;  // of the scaled scores, -inf at first
+  float sum;      // of exp(score - maximum), 0 at first
+  float rescale;  // what sums over the earlier blocks are to be multiplied by
+};
+
+constexpr float kLeast = -87.3f;  // an exponential below e^kLeast, 1.2e-38, counts as nothing
+
+// e^d, 0 below kLeast; for d <= 0. NaN passes through as the second argument of maximum.
+static inline Floats power(Floats d) {
+  const Floats least = all(kLeast), bounded = maximum(least, d);
+  return where_equal(bounded, least, all(0.0f), exponential(bounded));
+}
+
+// By halves, which a compiler does in registers.
+template <class Join>
+static inline float reduce(Floats a, const Join& join) {
+  float lanes[16];
+  store(lanes, a);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) lanes[k] = join(lanes[k], lanes[k + half]);
+  }
+  return lanes[0];
+}
+
+// Takes a block's scores, `count` of kSlotBlock floats, to exp(scale score - maximum).
+static void softmax_block(float* scores, int64_t count, float scale, SlotSoftmax* state) {
+  const int64_t whole = count / 16 * 16;
+  const Floats factor = all(scale);
+  Floats top = all(-INFINITY);
+  for (int64_t j = 0; j < whole; j += 16) {
+    const Floats score = load(scores + j) * factor;
+    store(scores + j, score);
+    top = maximum(score, top);  // skips NaN, which the sum then has
+  }
+  if (whole < count) {
+    for (int64_t j = whole; j < count; ++j) scores[j] *= scale;
+    for (int64_t j = count; j < whole + 16; ++j) scores[j] = -INFINITY;
+    top = maximum(load(scores + whole), top);
+  }
+  const float peak = reduce(top, [](float a, float b) { return a > b ? a : b; });
+  const float before = state->maximum, now = peak > before ? peak : before;
+  // Where all scores are -inf, all exponentials are 0, and the sum makes NaN of them in the end.
+  const float shift = now == -INFINITY ? 0.0f : now;
+  const Floats offset = all(shift);
+  Floats sum = all(0.0f);
+  for (int64_t j = 0; j < count; j += 16) {
+    const Floats e = power(load(scores + j) - offset);
+    store(scores + j, e);
+    sum = sum + e;
+  }
+  // A larger maximum makes the earlier sums smaller; e^0 is exactly 1.
+  float rescale[16];
+  store(rescale, power(all(before - shift)));
+  state->rescale = rescale[0];
+  state->maximum = now;
+  state->sum = state->sum * rescale[0] + reduce(sum, [](float a, float b) { return a + b; });
+}
+
+namespace lanes {
 
 static int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
@@ -111,8 +174,7 @@ static void round_row(const float* total, float sum, int64_t count, T* out) {
 }
 
 template <class T>
-static void head(const SlotAttentionArgs& a, SlotSoftmaxBlock softmax, void* scratch, int64_t b,
-                 int64_t h) {
+static void head(const SlotAttentionArgs& a, void* scratch, int64_t b, int64_t h) {
   const Scratch<T> s(a);
   float *const total = s.total(scratch), *const scores = s.scores(scratch);
   SlotSoftmax* const states = s.softmax(scratch);
@@ -134,7 +196,7 @@ static void head(const SlotAttentionArgs& a, SlotSoftmaxBlock softmax, void* scr
     dots<T, 1>({s.q(scratch), s.d, 0, keys + j * a.d, a.d, 0, 1, a.d}, s.group, count, scores,
                kSlotBlock);
     for (int64_t g = 0; g < s.group; ++g) {
-      softmax(scores + g * kSlotBlock, count, a.scale, states + g);
+      softmax_block(scores + g * kSlotBlock, count, a.scale, states + g);
     }
     const T* const block = values + j * a.dv;
     for (int64_t g = 0; g < s.group; g += 4) {
@@ -173,13 +235,14 @@ static int64_t scratch_bytes(const SlotAttentionArgs& a) {
   return typed(a, [&](auto T) { return Scratch<decltype(T)>(a).bytes(); });
 }
 
-static void head_any(const SlotAttentionArgs& a, SlotSoftmaxBlock softmax, void* scratch, int64_t b,
-                     int64_t h) {
-  typed(a, [&](auto T) { head<decltype(T)>(a, softmax, scratch, b, h); });
+static void head_any(const SlotAttentionArgs& a, void* scratch, int64_t b, int64_t h) {
+  typed(a, [&](auto T) { head<decltype(T)>(a, scratch, b, h); });
 }
 
+}  // namespace lanes
 }  // namespace CLP_ISA
 
-const SlotAttentionKernels CLP_SLOT_ATTENTION_KERNELS{CLP_ISA::scratch_bytes, CLP_ISA::head_any};
+const SlotAttentionKernels CLP_SLOT_ATTENTION_KERNELS{CLP_ISA::lanes::scratch_bytes,
+                                                      CLP_ISA::lanes::head_any};
 
 }  // namespace clp

@@ -1,5 +1,5 @@
-// What slot_attention.cpp (threads), slot_attention_isa.cpp (one head of one row) and
-// slot_attention_softmax_isa.cpp, both compiled for each instruction set, agree on.
+// What slot_attention.cpp (threads) and isa.cpp (one head of one row, compiled for each instruction
+// set) agree on.
 #pragma once
 
 #include "cpu/isa.h"
@@ -10,26 +10,14 @@ namespace clp {
 // Positions at a time: their scores stay in the first-level cache. A multiple of 16.
 constexpr int64_t kSlotBlock = 128;
 
-// Of one query, over the blocks so far.
-struct SlotSoftmax {
-  float maximum;  // of the scaled scores, -inf at first
-  float sum;      // of exp(score - maximum), 0 at first
-  float rescale;  // what sums over the earlier blocks are to be multiplied by
-};
-
-// Takes a block's scores, `count` of kSlotBlock floats, to exp(scale score - maximum).
-using SlotSoftmaxBlock = void (*)(float* scores, int64_t count, float scale, SlotSoftmax* state);
-
 struct SlotAttentionKernels {
   int64_t (*scratch)(const SlotAttentionArgs& args);  // in bytes
   // Writes the key and value of row b and head h, and the group's outputs.
-  void (*head)(const SlotAttentionArgs& args, SlotSoftmaxBlock softmax, void* scratch, int64_t b,
-               int64_t h);
+  void (*head)(const SlotAttentionArgs& args, void* scratch, int64_t b, int64_t h);
 };
 
 extern const SlotAttentionKernels kSlotAttentionKernelsScalar, kSlotAttentionKernelsAvx2,
     kSlotAttentionKernelsAvx512, kSlotAttentionKernelsAvx512Bf16;
-extern const SlotSoftmaxBlock kSlotSoftmaxScalar, kSlotSoftmaxAvx2, kSlotSoftmaxAvx512;
 
 // The first position that a row with n tokens before this one sees.
 static inline int64_t first_seen(const SlotAttentionArgs& a, int64_t n) {

@@ -17,19 +17,14 @@ namespace {
 constexpr int64_t kWorkPerThread = 1 << 15;
 constexpr int64_t kOverhead = 16;  // of a head, in positions
 
-struct Kernels {
-  const SlotAttentionKernels& attention;
-  SlotSoftmaxBlock softmax;
-};
-
-Kernels kernels_of(Isa isa) {
+const SlotAttentionKernels& kernels_of(Isa isa) {
 #ifdef CLP_X86
-  if (isa == Isa::kAvx512Bf16) return {kSlotAttentionKernelsAvx512Bf16, kSlotSoftmaxAvx512};
-  if (isa == Isa::kAvx512) return {kSlotAttentionKernelsAvx512, kSlotSoftmaxAvx512};
-  if (isa == Isa::kAvx2) return {kSlotAttentionKernelsAvx2, kSlotSoftmaxAvx2};
+  if (isa == Isa::kAvx512Bf16) return kSlotAttentionKernelsAvx512Bf16;
+  if (isa == Isa::kAvx512) return kSlotAttentionKernelsAvx512;
+  if (isa == Isa::kAvx2) return kSlotAttentionKernelsAvx2;
 #endif
   (void)isa;
-  return {kSlotAttentionKernelsScalar, kSlotSoftmaxScalar};
+  return kSlotAttentionKernelsScalar;
 }
 
 void check(const SlotAttentionArgs& a) {
@@ -54,7 +49,7 @@ int64_t cost(const SlotAttentionArgs& a, int64_t b) {
 }  // namespace
 
 void slot_attention_cpu(const SlotAttentionArgs& a, int num_threads, const char* isa) {
-  const Kernels kernels = kernels_of(resolve_isa(isa));
+  const SlotAttentionKernels& kernels = kernels_of(resolve_isa(isa));
   check(a);
   int64_t total = 0;
   for (int64_t b = 0; b < a.B; ++b) total += cost(a, b) * a.heads;
@@ -62,7 +57,7 @@ void slot_attention_cpu(const SlotAttentionArgs& a, int num_threads, const char*
   const int64_t work = total * (a.d + a.dv);
   const int64_t most = std::min<int64_t>(num_threads, a.B * a.heads);
   const int threads = int(std::clamp<int64_t>(work / kWorkPerThread, 1, most));
-  const int64_t bytes = (kernels.attention.scratch(a) + 63) / 64 * 64;
+  const int64_t bytes = (kernels.scratch(a) + 63) / 64 * 64;
   const std::unique_ptr<char[]> memory(new char[size_t(threads * bytes)]);
   parallel(threads, [&](const Team& team) {
     char* const scratch = memory.get() + team.rank * bytes;
@@ -77,7 +72,7 @@ void slot_attention_cpu(const SlotAttentionArgs& a, int num_threads, const char*
       }
       for (int64_t h = 0; h < a.heads; ++h, at += each) {
         if (at < mine.begin || at >= mine.end) continue;
-        kernels.attention.head(a, kernels.softmax, scratch, b, h);
+        kernels.head(a, scratch, b, h);
       }
     }
   });

@@ -28,7 +28,7 @@ struct SlotAttentionArgs {
   void* out;       // [B, H, dv]
 };
 
-// isa: a name of cpu_isa.h, or "" for the one chosen at load. Throws std::invalid_argument for
+// isa: a name of cpu/isa.h, or "" for the one chosen at load. Throws std::invalid_argument for
 // another, and for slots or positions that are not there, before anything is written.
 void slot_attention_cpu(const SlotAttentionArgs& args, int num_threads, const char* isa);
 

@@ -115,7 +115,7 @@ __device__ __forceinline__ void prefetch_B(const MixedLoraCuda& a, int64_t first
 
 // sum_i w_i u_i B_i^T for one tile of 16 rows and 8 tokens; `weight_rows` are those of the lane's
 // two tokens. The product of an adapter is scaled after it is made, so that leaving it out is
-// exact, whatever A and B hold. `active` says for each of the two tokens whether any was left in.
+// exact, whatever A and B contain. `active` says for each of the two tokens whether any was left in.
 template <class A>
 __device__ __forceinline__ void low_rank(const MixedLoraCuda& a, int64_t first_row,
                                          int64_t first_token, const float* const (&weight_rows)[2],

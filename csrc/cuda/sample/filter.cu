@@ -1,6 +1,6 @@
 // top-k, top-p and min-p on CUDA, exact and without a sort. One kernel mixes a row into float32 z
-// in the workspace and sums its exponentials slice by slice. A second one, a cluster of blocks a
-// row (one block before sm_90), finds the least z that the filters keep (sample_select.cuh) and
+// in the workspace and sums its exponentials slice by slice. A second one, a cluster of blocks per
+// row (one block before sm_90), finds the least z that the filters keep (select.cuh) and
 // draws from what is left. After the mix, z is read once for the draw, and about three times each
 // for top-k and top-p.
 #include "cuda/sample/filter.cuh"
@@ -93,7 +93,7 @@ __device__ __forceinline__ void take(Winner& best, double score, int64_t token) 
 }
 
 // This thread's share of the draw from the keys from `least` up.
-__device__ __forceinline__ Winner race(const SampleArgs& a, int64_t b, const Row& row,
+__device__ __forceinline__ Winner best_of_share(const SampleArgs& a, int64_t b, const Row& row,
                                        uint32_t least) {
   const double top = double(row.peak) / row.temperature;
   // What rounding can hide: then everything may tie and takes the exact score.
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(const FilterA
     least = s.least;
   }
 
-  const Winner winner = combine(s, f.ranks, race(a, b, row, least));
+  const Winner winner = combine(s, f.ranks, best_of_share(a, b, row, least));
   if (rank != 0 || threadIdx.x != 0) return;
   const float z = reinterpret_cast<const float*>(row.z)[winner.token];
   const double logit = (double(z) - double(row.peak)) / row.temperature;

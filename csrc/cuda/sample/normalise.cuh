@@ -1,5 +1,5 @@
 // The normalisers of probability mode: maximum and log-sum-exp of every source row, from which
-// sample_mix.cuh makes log(w_i softmax(l_i)). One block sums a fixed slice of a source row, one
+// mix.cuh makes log(w_i softmax(l_i)). One block sums a fixed slice of a source row, one
 // warp a row combines the slices in a fixed order. Part of sample.cu.
 #pragma once
 

@@ -60,7 +60,7 @@ __device__ __forceinline__ bool beats(const Drawn& a, const Drawn& b) {
   return a.score > b.score || (a.score == b.score && a.place < b.place);
 }
 
-// As the CPU's race: z/t + g > s is -log(u) < exp(z/t - s), and 1 - u <= -log(u) <= (1 - u)/u. So
+// As on the CPU: z/t + g > s is -log(u) < exp(z/t - s), and 1 - u <= -log(u) <= (1 - u)/u. So
 // the least upper bound of -log(u)/e over the block leaves a few ids (one or two in a flat slice),
 // and only these take the exact float64 score. Returns their bits.
 template <class T>
