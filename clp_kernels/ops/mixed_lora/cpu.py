@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clp_kernels import native
 from clp_kernels.native import has_native_gemm
-from clp_kernels.ops import reference
+from clp_kernels.ops.mixed_lora import reference
 
 # tokens * (in_features + out_features) up to which the C++ kernel beats PyTorch's products, whose
 # calls alone take 170 us (docs/log.md); four times that where the call at once spares the checks.
@@ -116,7 +116,7 @@ def mixed_lora(
 
 
 @cache
-def at_once() -> Callable[..., Tensor | None] | None:
+def fast_path() -> Callable[..., Tensor | None] | None:
     """csrc/bindings/mixed_lora_at_once.cpp for plain inputs of not too many rows, or None.
 
     It takes the public arguments and the depth of batch_invariant(), and gives y, or None where

@@ -54,7 +54,7 @@ def sample(
     return outputs
 
 
-def at_once() -> Callable[..., tuple[Tensor, Tensor, Tensor] | None] | None:
+def fast_path() -> Callable[..., tuple[Tensor, Tensor, Tensor] | None] | None:
     """csrc/bindings/sample_at_once.cpp for plain inputs, or None.
 
     It takes the public arguments and gives the outputs, or None where the call has to be checked

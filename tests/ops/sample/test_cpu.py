@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clp_kernels
 from clp_kernels import native, registry
-from clp_kernels.ops import reference
 from clp_kernels.ops.sample import cpu as cpu_sample
+from clp_kernels.ops.sample import reference
 
 pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 
@@ -508,8 +508,8 @@ def test_an_unknown_instruction_set() -> None:
 
 
 def quick(**changed: Any) -> tuple[Tensor, ...] | None:
-    """cpu_sample.at_once on plain inputs of three rows, some changed."""
-    run = cpu_sample.at_once()
+    """cpu_sample.fast_path on plain inputs of three rows, some changed."""
+    run = cpu_sample.fast_path()
     assert run is not None
     return run(*quick_arguments(**changed).values())
 
@@ -594,33 +594,35 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", TAKEN)
-def test_at_once_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_gives_what_the_checked_call_gives(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = quick_arguments(**TAKEN[case])
     drawn = quick(**TAKEN[case])
     assert drawn is not None
-    monkeypatch.setitem(registry.BACKENDS, "sample", (long_way(),))
+    monkeypatch.setitem(registry.BACKENDS, "sample", (checked_call(),))
     wanted = clp_kernels.sample(arguments.pop("logits"), **arguments)
     for a, b in zip(drawn, wanted, strict=True):
         assert a.dtype == b.dtype and not a.requires_grad
         assert torch.equal(a, b)
 
 
-def long_way() -> registry.Backend:
+def checked_call() -> registry.Backend:
     return registry.Backend("cpu", cpu_sample.sample, cpu_sample.why_not)
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_at_once_refuses(case: str) -> None:
+def test_fast_path_refuses(case: str) -> None:
     assert quick(**REFUSED[case]) is None
 
 
-def test_at_once_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_leaves_calls_under_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quick() is not None
     with torch.autocast("cpu", torch.bfloat16):
         assert quick() is None
     with FlopCounterMode(display=False):
         assert quick() is None
-    arguments, run = tuple(quick_arguments().values()), cpu_sample.at_once()
+    arguments, run = tuple(quick_arguments().values()), cpu_sample.fast_path()
     assert run is not None
     assert torch.func.vmap(lambda s: (run(*arguments) is None) * s)(torch.ones(2)).all()
     monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
@@ -628,7 +630,7 @@ def test_at_once_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quick(backend="cpu") is not None
 
 
-def test_at_once_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public function tries it before all else, with its arguments in this order."""
     arguments = quick_arguments()
     logits = arguments.pop("logits")
