@@ -2,7 +2,7 @@
 
 Shapes, dtypes and devices are checked always. Values (NaN, ranges) are checked on CPU tensors
 only, because reading a CUDA tensor on the host would stall the stream; `steer` and the samplers
-check device rows where they enter.
+check the weights of a device where they enter.
 """
 
 import math
@@ -16,6 +16,11 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Accumulation dtype: float64 for float64 inputs, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def tensor(name: str, value: object, shape: Sequence[int | None], like: Tensor | None) -> Tensor:
     """A floating tensor of this shape (None: any size), on `like`'s device."""
     if not isinstance(value, Tensor):
@@ -24,7 +29,7 @@ def tensor(name: str, value: object, shape: Sequence[int | None], like: Tensor |
         raise TypeError(f"{name} must be floating point, got {value.dtype}")
     sizes = value.shape
     fits = len(sizes) == len(shape)
-    # A plain loop: this runs several times a call, and a generator costs a microsecond more.
+    # A plain loop: this runs several times per call, and a generator costs a microsecond more.
     for want, got in zip(shape, sizes, strict=False):
         if want is not None and want != got:
             fits = False
@@ -65,8 +70,8 @@ def finite(name: str, value: Tensor) -> None:
     """Raises ValueError for NaN or infinity in a CPU tensor."""
     if not readable(value):
         return
-    # A finite sum has finite terms, and of a few numbers Python's sum costs least (0.7 us, against
-    # 3 us by PyTorch and 10 us for a look at every entry).
+    # A finite sum has finite terms. Of a few numbers Python's sum costs least: 0.7 us, against 3 us
+    # for PyTorch's and 10 us for a test of every entry.
     few = value.dim() == 2 and value.numel() <= 32
     if math.isfinite(sum(map(sum, value.tolist())) if few else value.sum().item()):
         return
@@ -75,15 +80,23 @@ def finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {value[tuple(bad)].item()} at index {bad}")
 
 
-def weight_rows(
-    weights: Tensor, batch: int | None, m: int, like: Tensor, values: bool = True
-) -> Tensor:
+def weights(value: Tensor, batch: int | None, m: int, like: Tensor) -> Tensor:
     """weights [B, m] real and finite, as float32 (float64 beside float64 inputs)."""
-    tensor("weights", weights, (batch, m), like)
-    if values:
-        finite("weights", weights)
-    wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return weights if weights.dtype == wanted else weights.to(wanted)
+    tensor("weights", value, (batch, m), like)
+    finite("weights", value)
+    wanted = accumulator(like.dtype)
+    return value if value.dtype == wanted else value.to(wanted)
+
+
+def weights_for(x: Tensor, value: Tensor, m: int, ids: Tensor | None) -> Tensor:
+    """`weights` for x [B, ..., in], or for x [T, in] with example_ids, which are checked too."""
+    if ids is None:
+        return weights(value, x.shape[0], m, x)
+    if x.dim() != 2:
+        raise ValueError(f"x must be [T, in] when example_ids is given, got {list(x.shape)}")
+    checked = weights(value, None, m, x)
+    example_ids(ids, x.shape[0], checked.shape[0], x)
+    return checked
 
 
 def example_ids(ids: Tensor, num_tokens: int, batch: int, like: Tensor) -> None:
@@ -111,10 +124,10 @@ def in_range(name: str, ids: Tensor, low: int, high: int, also: int | None = Non
         raise ValueError(f"{name} must lie in [{low}, {high}){extra}, got {got}")
 
 
-def per_row(
+def per_example(
     name: str, value: object, batch: int, like: Tensor, dtype: torch.dtype, ok: str
 ) -> Tensor:
-    """A number or a [B] tensor as a [B] tensor; `ok` names the range, see _RANGES."""
+    """A number or a [B] tensor as a [B] tensor of this dtype; `ok` is a range of _RANGES."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and not dtype.is_floating_point:
             raise TypeError(f"{name} must be an integer tensor, got {value.dtype}")
@@ -154,9 +167,9 @@ def scaling(value: object, m: int, like: Tensor) -> None:
 
 
 def broadcast_temperature(value: object, shape: torch.Size, like: Tensor) -> Tensor:
-    """A finite number > 0, or a tensor of them that broadcasts to `shape`, of this shape: float32,
-    or float64 beside a float64 `like`."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    """A finite number > 0, or a tensor of them that broadcasts to `shape`; expanded to it, float32
+    (float64 beside a float64 `like`)."""
+    dtype = accumulator(like.dtype)
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"temperature must be a number or a tensor, got {type(value).__name__}")
@@ -181,3 +194,15 @@ _RANGES: dict[str, Callable[[Any], Any]] = {
     "in [0, 1]": lambda t: (t >= 0) & (t <= 1),
     "an integer": lambda t: t == t,
 }
+
+
+def is_number(value: object, number: float) -> bool:
+    """Whether this is a plain number, not a tensor, and equal to `number`."""
+    return not isinstance(value, Tensor) and value == number
+
+
+def describe(value: object) -> str:
+    """What came, for a message: dtype and shape, or the type's name."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__

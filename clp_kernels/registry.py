@@ -1,9 +1,13 @@
-"""Which backends exist, the order in which "auto" tries them, and why one is not used.
+"""Registers ops with torch.library, chooses the backend of a call, and runs it.
 
-`BACKENDS[op]` is the whole table. A backend named by the caller (or by the environment variable
-CLP_KERNELS_BACKEND) never falls back: it runs, or `select` raises with its reason. `auto` takes
-the first whose `why_not` is None. GPU kernels are additionally held back from `auto` until their
-tests have passed on a GPU of that architecture: VERIFIED lists those runs.
+Each op calls `register` in its own op.py, with its schema, its fake and its backends in the order
+in which "auto" tries them. A backend that the caller names (or the environment variable
+CLP_KERNELS_BACKEND) never falls back: it runs, or `select` raises with its reason. `auto` takes the
+first whose `why_not` is None. GPU kernels are additionally excluded from `auto` until their tests
+have passed on a GPU of that architecture: VERIFIED lists those runs.
+
+Schemas are functional (new outputs, contiguous). Gradients that are not needed come back as empty
+tensors, because a schema cannot return an optional one.
 """
 
 import importlib
@@ -15,22 +19,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clp_kernels import native
-from clp_kernels.ops import reference
-from clp_kernels.ops.linear_logprob import (
-    cpu as cpu_linear_logprob,
-)
-from clp_kernels.ops.linear_logprob import (
-    cpu_backward as cpu_linear_logprob_backward,
-)
-from clp_kernels.ops.mix_logits import cpu as cpu_mix_logits
-from clp_kernels.ops.mixed_linear import cpu as cpu_mixed_linear
-from clp_kernels.ops.mixed_linear import cuda as cuda_mixed_linear
-from clp_kernels.ops.mixed_lora import cpu as cpu_mixed_lora
-from clp_kernels.ops.mixed_lora import cuda as cuda_mixed_lora
-from clp_kernels.ops.sample import cpu as cpu_sample
-from clp_kernels.ops.sample import cuda as cuda_sample
 
 # (op, backend, compute capability) of every GPU kernel whose tests have passed on hardware, with
 # the rows in bench/results/ that show it. Empty: no GPU kernel has run on a GPU yet.
@@ -43,7 +34,7 @@ class BackendError(RuntimeError, ValueError):
     """The backend that a call or the environment names does not exist, or cannot run the call."""
 
 
-def _never() -> None:
+def _none(*_: Any) -> None:
     return None
 
 
@@ -57,39 +48,55 @@ class Backend:
 
     name: str
     run: Callable[..., Any]
-    why_not: Callable[..., str | None]
-    fast_path: Callable[[], Callable[..., Any] | None] = _never
+    why_not: Callable[..., str | None] = _none
+    fast_path: Callable[[], Callable[..., Any] | None] = _none
 
 
-def _always(*_: Any) -> str | None:
-    return None
+BACKENDS: dict[str, tuple[Backend, ...]] = {}
+
+_LIBRARY = torch.library.Library("clp_kernels", "DEF")
+_PACK: dict[str, Callable[..., tuple[Any, ...]]] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def register(
+    schema: str,
+    fake: Callable[..., Any],
+    *backends: Backend,
+    pack: Callable[..., tuple[Any, ...]] | None = None,
+) -> None:
+    """Defines an op for the CPU and for CUDA, whose last argument names the backend.
+
+    pack: makes the arguments of the backends' functions out of those of the schema, without the
+    last; by default they are the same.
+    """
+    name = schema.split("(", 1)[0]
+    BACKENDS[name] = backends
+    if pack is not None:
+        _PACK[name] = pack
+    _LIBRARY.define(schema)
+
+    def run(*args: Any) -> Any:
+        return _run(name, args)
+
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"clp_kernels::{name}", fake, lib=_LIBRARY)
 
 
-def _reference(op: str) -> Backend:
-    return Backend("reference", getattr(reference, op), _always)
-
-
-def _compiled(name: str, module: ModuleType, op: str) -> Backend:
-    """An op of clp_kernels.<name>_<op>, which also says why it cannot run."""
-    return Backend(name, getattr(module, op), module.why_not)
-
-
-def _triton(module: str, op: str) -> Backend:
-    """The same in Triton, imported at its first use: the import takes half a second."""
+def triton_backend(module: str, op: str) -> Backend:
+    """The function `op` of a Triton module, imported at its first use: that takes half a second."""
 
     def load() -> ModuleType:
-        return importlib.import_module(f"clp_kernels.{module}")
+        return importlib.import_module(module)
 
-    def why_not(x: torch.Tensor, *rest: Any) -> str | None:
-        if x.device.type != "cuda" and not _interpreting():
-            return f"the tensors are on {x.device}, not on a GPU"
+    def why_not(*args: Any) -> str | None:
+        device = _device(args)
+        if device.type != "cuda" and not _interpreting():
+            return f"the tensors are on {device}, not on a GPU"
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        reason: str | None = load().why_not(x, *rest)
+        reason: str | None = load().why_not(*args)
         return reason
 
     return Backend("triton", lambda *args: getattr(load(), op)(*args), why_not)
@@ -112,71 +119,20 @@ def missing(backend: str) -> str | None:
     return None
 
 
-BACKENDS: dict[str, tuple[Backend, ...]] = {
-    "mixed_lora": (
-        Backend("cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not, cpu_mixed_lora.fast_path),
-        _compiled("cuda", cuda_mixed_lora, "mixed_lora"),
-        _triton("triton_mixed_lora", "mixed_lora"),
-        _reference("mixed_lora"),
-    ),
-    "mixed_lora_backward": (
-        _compiled("cpu", cpu_mixed_lora, "mixed_lora_backward"),
-        _triton("triton_mixed_lora", "mixed_lora_backward"),
-        _reference("mixed_lora_backward"),
-    ),
-    "mixed_linear": (
-        _compiled("cpu", cpu_mixed_linear, "mixed_linear"),
-        _compiled("cuda", cuda_mixed_linear, "mixed_linear"),
-        _triton("triton_mixed_linear", "mixed_linear"),
-        _reference("mixed_linear"),
-    ),
-    "mixed_linear_backward": (
-        _compiled("cpu", cpu_mixed_linear, "mixed_linear_backward"),
-        _triton("triton_mixed_linear", "mixed_linear_backward"),
-        _reference("mixed_linear_backward"),
-    ),
-    "mix_logits": (
-        _compiled("cpu", cpu_mix_logits, "mix_logits"),
-        _triton("triton_mix_logits", "mix_logits"),
-        _reference("mix_logits"),
-    ),
-    "mix_logits_backward": (
-        _compiled("cpu", cpu_mix_logits, "mix_logits_backward"),
-        _triton("triton_mix_logits", "mix_logits_backward"),
-        _reference("mix_logits_backward"),
-    ),
-    "sample": (
-        Backend("cpu", cpu_sample.sample, cpu_sample.why_not, cpu_sample.fast_path),
-        _compiled("cuda", cuda_sample, "sample"),
-        _triton("triton_sample", "sample"),
-        _reference("sample"),
-    ),
-    "linear_logprob": (
-        _compiled("cpu", cpu_linear_logprob, "linear_logprob"),
-        _triton("triton_linear_logprob", "linear_logprob"),
-        _reference("linear_logprob"),
-    ),
-    "linear_logprob_backward": (
-        _compiled("cpu", cpu_linear_logprob_backward, "linear_logprob_backward"),
-        _reference("linear_logprob_backward"),
-    ),
-}
-
-
 def requested(backend: str) -> str:
-    """The backend a call asks for: its argument, or CLP_KERNELS_BACKEND where that is "auto"."""
+    """The backend a call asks for: its argument, or CLP_KERNELS_BACKEND if that is "auto"."""
     if backend not in NAMES:
         raise BackendError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
     if backend != "auto":
         return backend
-    chosen = os.environ.get("CLP_KERNELS_BACKEND") or "auto"  # an empty value is as none
+    chosen = os.environ.get("CLP_KERNELS_BACKEND") or "auto"  # an empty value counts as none
     if chosen not in NAMES:
         raise BackendError(f"CLP_KERNELS_BACKEND must be one of {', '.join(NAMES)}, got {chosen!r}")
     return chosen
 
 
 def select(op: str, backend: str, *args: Any) -> Backend:
-    """The backend that runs `op` on these (normalised) arguments.
+    """The backend that runs `op` on these arguments, which are those of the backends' functions.
 
     Raises:
         BackendError: no backend has that name, or the one asked for cannot run this call; the
@@ -204,11 +160,63 @@ def select(op: str, backend: str, *args: Any) -> Backend:
     raise BackendError(f"{op} has no {wanted!r} backend; it has: {known}")
 
 
+def call(name: str, *args: Any) -> Any:
+    """torch.ops.clp_kernels.<name>(*args), without the dispatcher where no mode is active.
+
+    torch.compile, fake tensors, functorch and dispatch modes need the op. Plain tensors under
+    no_grad do not, and a call through torch.library costs 7 us hot and 18 us in a decoding loop,
+    as much as the low-rank part of a 2048-wide layer itself.
+    """
+    intercepted = (
+        torch.compiler.is_compiling() or native.mode_active() or type(args[0]) not in _PLAIN
+    )
+    if intercepted:
+        return getattr(torch.ops.clp_kernels, name)(*args)
+    return _run(name, args)
+
+
+def needed(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients for autograd: None in place of the empty tensors of a backward op."""
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def fake_gradients(inputs: list[Tensor | None], needs: list[bool]) -> tuple[Tensor, ...]:
+    """What a backward op returns, for its fake: like each input, or empty if it is not needed."""
+    first = next(t for t in inputs if t is not None)
+    return tuple(
+        t.new_empty(t.shape) if need and t is not None else first.new_empty(0)
+        for t, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _run(name: str, args: tuple[Any, ...]) -> Any:
+    inputs, device = args[:-1], args[0].device.type
+    if name in _PACK:
+        inputs = _PACK[name](*inputs)
+    kernel = select(name, args[-1], *inputs).run
+    if torch.is_autocast_enabled(device):
+        # Autocast applies in the layers; here it would round the float32 accumulators.
+        with torch.autocast(device, enabled=False):
+            return kernel(*inputs)
+    return kernel(*inputs)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _device(args: tuple[Any, ...]) -> torch.device:
+    """The device of the first tensor."""
+    first = args[0]
+    device: torch.device = (first if isinstance(first, Tensor) else first[0]).device
+    return device
+
+
 def _unverified(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
-    """Why "auto" holds back a GPU kernel, or None."""
+    """Why "auto" excludes a GPU kernel, or None."""
     if backend not in ("triton", "cuda"):
         return None
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    device = _device(args)
     if device.type == "cpu" and _interpreting():
         return "Triton's interpreter is for tests; name backend='triton' to use it"
     capability = torch.cuda.get_device_capability(device)

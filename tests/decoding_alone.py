@@ -9,7 +9,7 @@ import clp_kernels
 from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
-from clp_kernels.ops import reference
+from clp_kernels.ops.sample import reference
 
 NAMES = ["joy", "brief"]
 TOLERANCE = 1e-4  # of log-probabilities and of scores that count as a tie; float32 rounds at 1e-5

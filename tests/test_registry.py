@@ -1,5 +1,6 @@
 """Which backend runs a call: the table, explicit choices, the environment, unverified kernels."""
 
+import importlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clp_kernels import mix_logits, mixed_lora, native, registry, sample
+from clp_kernels.ops.linear_logprob.head import Inputs
 from clp_kernels.registry import Backend, select
 
 X, W = torch.randn(3, 4), torch.randn(5, 4)
@@ -91,7 +93,8 @@ def test_every_op_ends_in_the_reference(op: str) -> None:
     *others, last = registry.BACKENDS[op]
     assert last.name == "reference"
     assert last.why_not() is None
-    assert last.run is getattr(registry.reference, op)
+    module = importlib.import_module(f"clp_kernels.ops.{op.removesuffix('_backward')}.reference")
+    assert last.run is getattr(module, op)
     assert all(e.name in registry.NAMES and e.name not in ("auto", "reference") for e in others)
     assert len({e.name for e in registry.BACKENDS[op]}) == len(registry.BACKENDS[op])
 
@@ -106,12 +109,13 @@ def test_every_op_of_the_library_has_a_row() -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
 def test_a_named_backend_never_falls_back(op: str, backend: str) -> None:
     """It is the backend named, or an error that names it and the op."""
-    head = (X, W, torch.zeros(3, dtype=torch.int64), None, None, None, torch.ones(3))
+    targets = torch.zeros(3, dtype=torch.int64)
+    head = Inputs(X, W, targets, None, None, None, torch.ones(3), None, False)
     others = {
         "sample": sample_arguments(),
         "mixed_linear": (X, W[None], ROWS, None, None, False),
-        "linear_logprob": (*head, False, None, False, False),
-        "linear_logprob_backward": (*[torch.ones(3)] * 3, *head, None, False, [True] * 4),
+        "linear_logprob": (head, False, False),
+        "linear_logprob_backward": (head, (torch.ones(3),) * 3, [True] * 4),
     }
     arguments = others.get(op, LORA)
     try:

@@ -21,7 +21,6 @@ inputs.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,7 @@ import clp_kernels
 from bench import peers
 from bench.timing import Protocol, Provider, Roofs
 from clp_kernels import registry
+from clp_kernels.ops.linear_logprob import head
 from clp_kernels.testing import assert_within_budget
 
 OP = "linear_logprob"
@@ -177,8 +177,8 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
         Provider(name, partial(_train, data, partial(form, data.head, data.targets)), gate)
         for name, form in plain.items()
     ]
-    call: tuple[Any, ...] = (data.hidden, data.head, data.targets, None, *mixture)
-    call += (data.upstream, False, None, True, False)
+    states = (data.hidden, data.head, data.targets, None, *mixture, data.upstream, None)
+    call = head.Inputs(*states, invariant=False), False, True
     for entry in registry.BACKENDS[OP]:
         if entry.why_not(*call) is None:
 

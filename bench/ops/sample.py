@@ -8,7 +8,7 @@ Providers. Temperature is 1 for all, which spares the baselines a division.
     torch_sort         with top-p: mix, log-softmax, sort, cumulative sum, torch.multinomial, gather
     torch_transformers with top-p: mix, its TopPLogitsWarper, softmax, torch.multinomial, gather
     flashinfer, vllm   other projects' samplers, on a GPU where they are installed (bench/peers.py)
-    reference          clp_kernels.ops.reference, the definition
+    reference          clp_kernels.ops.sample.reference, the definition
     cpu, cuda          the compiled kernels through clp_kernels.sample, argument checks included
 
 Error gate: log-probabilities within the project's budget (clp_kernels.testing); and of ours, the
@@ -27,7 +27,7 @@ import clp_kernels
 from bench import peers
 from bench.timing import Provider, Roofs
 from clp_kernels import native
-from clp_kernels.ops import reference
+from clp_kernels.ops.sample import reference
 from clp_kernels.testing import assert_within_budget, weight_rows
 
 OP = "sample"
@@ -234,7 +234,7 @@ def _gates(data: Inputs) -> tuple[Callable[[Draw], float], Callable[[Draw], floa
     wanted, _ = _draw(data, "reference")()
     kept = logp64.exp() > 0
     if data.top_p < 1:
-        kept = reference._top_p_mask(
+        kept = reference.top_p_mask(
             logp64, torch.full((len(logp64),), data.top_p, dtype=torch.float64)
         )
 

@@ -1,7 +1,7 @@
 """Layers whose parameters are mixed per example from m whole models (CLP's full parameters).
 
-Each computes a sum of m outputs weighted by the rows of `steer`, not the output of a mixed matrix:
-that is the same where the layer is linear in its parameters, and needs no copy an example.
+Each computes a sum of m outputs weighted as `steer` says, not the output of a mixed matrix: that is
+the same if the layer is linear in its parameters, and needs no copy per example.
 `clp_kernels.mix_models` puts them into a model.
 """
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from clp_kernels.checks import accumulator
 from clp_kernels.nn.mixed_lora import is_transposed, why_not_linear
 from clp_kernels.nn.steering import SteeredLayer, Steering, distinct_names
-from clp_kernels.ops.functional import mixed_linear
-from clp_kernels.ops.reference import accumulator
+from clp_kernels.ops.mixed_linear.op import mixed_linear
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -37,7 +37,7 @@ class MixedLinear(SteeredLayer):
 
     Shapes: x [B, ..., in] with weights [B, m], or x [T, in] with example_ids [T]. Under autocast
     it computes in autocast's dtype, as `F.linear` does; accumulated in float32 (float64).
-    Raises: RuntimeError without rows; ValueError where x and the rows do not fit.
+    Raises: RuntimeError without weights; ValueError if x and the weights do not fit.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class MixedLinear(SteeredLayer):
         return self.expert_weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, ..., in] or [T, in] -> [..., out], with the rows that `steer` has set."""
-        weights, example_ids, _ = self.active_rows(x, 1)
+        """x [B, ..., in] or [T, in] -> [..., out], with the weights that `steer` has set."""
+        weights, example_ids, _ = self.active_weights(x, 1)
         assert weights is not None  # steer refuses None where a layer has no base
         expert_weight: Tensor = self.expert_weight
         bias: Tensor | None = self.expert_bias
@@ -142,11 +142,11 @@ class MixedEmbedding(SteeredLayer):
         steering: The object that `steer` writes; the layer's own if None.
         scale: A constant factor (Gemma's sqrt(d)).
         padding_idx: The id whose entry gets no gradient, as in nn.Embedding.
-        broadcast: Lets ids of one example serve every row: positions are [1, S] for any batch.
+        broadcast: Lets ids of one example serve all weights: positions are [1, S] for any batch.
 
     Shapes: ids [B, ...] with weights [B, m], or [T] with example_ids [T]; y [..., d] in the
     table's dtype, accumulated in float32 (float64) in the order i = 0, 1, ...
-    Raises: RuntimeError without rows; ValueError where the ids and the rows do not fit.
+    Raises: RuntimeError without weights; ValueError if the ids and the weights do not fit.
     """
 
     def __init__(
@@ -181,8 +181,8 @@ class MixedEmbedding(SteeredLayer):
         return self.expert_weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids [B, ...] or [T] -> [..., d], with the rows that `steer` has set."""
-        weights, example_ids, _ = self.active_rows(ids, 0, self.broadcast)
+        """ids [B, ...] or [T] -> [..., d], with the weights that `steer` has set."""
+        weights, example_ids, _ = self.active_weights(ids, 0, self.broadcast)
         assert weights is not None  # steer refuses None where a layer has no base
         # unbind, whose backward stacks m gradients; m indexings would each make one of all.
         tables = self.expert_weight.unbind(0)
@@ -200,13 +200,13 @@ class MixedEmbedding(SteeredLayer):
 
 
 class MixedModule(SteeredLayer):
-    """Any other module with parameters, run once an expert: the norms of a model.
+    """Any other module with parameters, run once per expert: the norms of a model.
 
         y = sum_i weights[b, i] * f(x; theta_i)
 
     This is f at the mixed parameters sum_i weights[b, i] theta_i exactly where f is linear in them
     (LayerNorm, RMSNorm), and where f is affine in them (Gemma's norm multiplies by 1 + weight)
-    exactly for rows that sum to 1. Where f is neither it is a mixture of outputs and no more.
+    exactly for weights that sum to 1. If f is neither it is a mixture of outputs and no more.
 
     Where x and the parameters have one 16-bit dtype, f runs in float32 and the sum is rounded once:
     of outputs that are rounded before, a mixture lies on one of the experts if these are one unit
@@ -220,7 +220,7 @@ class MixedModule(SteeredLayer):
     Shapes: x [B, ...] with weights [B, m], or [T, ...] with example_ids [T]; f returns one tensor
     with the same first axis. Its dtype is kept (in 16 bits, x's is given back); the sum accumulates
     in float32 (float64).
-    Raises: RuntimeError without rows; ValueError where x and the rows do not fit.
+    Raises: RuntimeError without weights; ValueError if x and the weights do not fit.
     """
 
     def __init__(
@@ -246,8 +246,8 @@ class MixedModule(SteeredLayer):
         return next(self.experts[0].parameters())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [B, ...] or [T, ...], and whatever f takes, with the rows that `steer` has set."""
-        weights, example_ids, _ = self.active_rows(x, x.dim() - 1)
+        """x [B, ...] or [T, ...], and whatever f takes, with the weights that `steer` has set."""
+        weights, example_ids, _ = self.active_weights(x, x.dim() - 1)
         assert weights is not None  # steer refuses None where a layer has no base
         half = x.dtype if x.dtype in _HALVES else None
         if half is None or any(p.dtype != half for p in self.experts.parameters()):
@@ -283,13 +283,12 @@ def _parameter(value: Tensor) -> nn.Parameter:
 
 def _mix(terms: Iterable[Tensor], weights: Tensor, example_ids: Tensor | None) -> Tensor:
     """sum_i weights[b(t), i] * term_i over [B, ...], in the terms' dtype, added in order."""
-    omega = weights if example_ids is None else weights[example_ids]
-    columns = omega.unbind(1)
+    columns = (weights if example_ids is None else weights[example_ids]).unbind(1)
     total: Tensor | None = None
     for column, term in zip(columns, terms, strict=True):
         acc = accumulator(term.dtype)
         part = column.to(acc).view(-1, *[1] * (term.dim() - 1)) * term.to(acc)
         total = part if total is None else total + part
         dtype = term.dtype
-    assert total is not None  # there is no layer of m = 0
+    assert total is not None  # every layer has m > 0
     return total.to(dtype)

@@ -25,8 +25,8 @@ def mix_models(
 
     "full" conditions every parameter, "attention" the linear layers inside modules whose class
     name ends with Attention, "head" the output embedding alone. All others must be equal in the m
-    models. The sum is taken over the outputs (see clp_kernels.nn.experts): exact for any row
-    where a layer is linear in its parameters, and for rows that sum to 1 where it is affine.
+    models. The sum is taken over the outputs (see clp_kernels.nn.experts): exact for any weights
+    if a layer is linear in its parameters, and for weights that sum to 1 if it is affine.
 
     Tied parameters stay tied with "full". With "head" a tied head is untied first, and the input
     embedding stays the first model's (config.tie_word_embeddings becomes False).
@@ -237,7 +237,7 @@ def _replace(
     # A module that the model holds under several names is replaced under each.
     places = list(models[0].named_modules(remove_duplicate=False))
     groups = {name: [model.get_submodule(name) for model in models] for name in targets}
-    # One memo a model: what two modules share, their copies share.
+    # One memo per model: what two modules share, their copies share.
     copies: list[dict[int, Any]] = [{} for _ in models]
     for name, module in targets.items():
         group = groups.pop(name)
@@ -261,7 +261,7 @@ def _replace(
             experts = [copy.deepcopy(m, memo) for m, memo in zip(group, copies, strict=True)]
             layer = MixedModule(experts, names, steering=steering)
         layer.train(module.training)
-        for place in [n for n, held in places if held is module]:
+        for place in [n for n, found in places if found is module]:
             parent, _, child = place.rpartition(".")
             setattr(models[0].get_submodule(parent), child, layer)
 
@@ -271,7 +271,7 @@ class _Stacks:
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, tuple[int, ...]], nn.Parameter] = {}
-        self._held: list[Any] = []  # so that no id is given twice
+        self._kept: list[Any] = []  # so that no id is given twice
 
     def of(self, parameters: Sequence[Any], values: Sequence[Any]) -> nn.Parameter:
         """`values` stacked: the parameters as they are, or transposed."""
@@ -279,12 +279,12 @@ class _Stacks:
         if key not in self._made:
             stacked = torch.stack([value.detach() for value in values])
             self._made[key] = nn.Parameter(stacked, requires_grad=False)
-            self._held.append(parameters[0])
+            self._kept.append(parameters[0])
         return self._made[key]
 
 
 def _untie(model: nn.Module) -> None:
-    """Tells transformers that the head is no longer the input embedding."""
+    """Tells transformers that head and input embedding are not tied any more."""
     config: Any = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False

@@ -23,7 +23,7 @@ class Layout(NamedTuple):
     """How layers see a batch [B, T, ...].
 
     Attributes:
-        flattened: Layers that get [B * T, in], each example's tokens after the other's: the
+        flattened: Layers that get [B * T, in], one example's tokens after the other's: the
             innermost module around each that still sees [B, T, ...].
         unsteerable: Layers whose inputs cannot be told apart by example.
     """
@@ -222,19 +222,19 @@ class OneExamplePerWeights:
 
     These cannot tell how many examples their tokens belong to.
 
-    Raises: ValueError where B is not the number of rows of weights.
+    Raises: ValueError if B is not the first size of the weights.
     """
 
     def __init__(self, steering: Steering) -> None:
         self.steering = steering
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows, x = self.steering.rows, first_tensor(args, kwargs)
-        if rows is None or rows.weights is None or rows.example_ids is not None:
+        active, x = self.steering.active, first_tensor(args, kwargs)
+        if active is None or active.weights is None or active.example_ids is not None:
             return
         examples = 0 if x is None else x.shape[0]
-        if examples != rows.weights.shape[0]:
-            raise wrong_batch(examples, rows.weights.shape[0])
+        if examples != active.weights.shape[0]:
+            raise wrong_batch(examples, active.weights.shape[0])
 
 
 def check_start(model: nn.Module) -> None:
@@ -253,8 +253,8 @@ def check_start(model: nn.Module) -> None:
     count = len(adapter_names(model))
     weights = torch.tensor([[1.0] * count, [-0.5] * count])
 
-    def run(rows: Tensor | None) -> dict[str, list[Tensor]]:
-        with steer(model, rows):
+    def run(weights: Tensor | None) -> dict[str, list[Tensor]]:
+        with steer(model, weights):
             return _outputs(model, layers, ids)
 
     with _generators_kept(ids):

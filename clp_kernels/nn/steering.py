@@ -1,4 +1,4 @@
-"""`steer`, and what all steered layers of a model have in common: names and rows of weights.
+"""`steer`, and what all steered layers of a model have in common: names and weights.
 
 The layers are in nn.mixed_lora (adapters) and nn.experts (whole parameters).
 """
@@ -19,8 +19,8 @@ _ENTERING = threading.Lock()
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
-class _Rows(NamedTuple):
-    """The active rows: weights [B, m] (None: the base model), token map, and when they were set."""
+class Active(NamedTuple):
+    """The weights [B, m] that are set (None: the base model), token map, and when they were set."""
 
     weights: Tensor | None
     example_ids: Tensor | None
@@ -28,15 +28,15 @@ class _Rows(NamedTuple):
 
 
 class Steering:
-    """The rows shared by all layers of one model. Only `steer` writes it."""
+    """The weights shared by all layers of one model. Only `steer` writes it."""
 
     def __init__(self) -> None:
-        self.rows: _Rows | None = None
+        self.active: Active | None = None
         self.thread = 0  # the one that set them; 0: not known
 
 
 class SteeredLayer(nn.Module):
-    """A layer that mixes m terms per example by the rows of `steer`.
+    """A layer that mixes m terms per example by the weights of `steer`.
 
     Attributes:
         adapter_names: m names, in the order of the columns of `weights`.
@@ -50,31 +50,31 @@ class SteeredLayer(nn.Module):
 
     @abstractmethod
     def mixed_parameter(self) -> Tensor:
-        """One of the parameters that are mixed: the rows go to its device, in its accumulator."""
+        """One of the parameters that are mixed: weights go to its device, in its accumulator."""
 
     def fault(self) -> str | None:
         """What has happened to the layer since it was made, so that it no longer computes right."""
         return None
 
-    def active_rows(self, x: Tensor, feature_axes: int, broadcast: bool = False) -> _Rows:
-        """The rows for an input whose last `feature_axes` axes belong to one token.
+    def active_weights(self, x: Tensor, feature_axes: int, broadcast: bool = False) -> Active:
+        """The weights for an input whose last `feature_axes` axes belong to one token.
 
-        `broadcast` lets an input of one example serve every row.
+        `broadcast` lets an input of one example serve all weights.
 
-        Raises: RuntimeError without rows; ValueError where x and the rows do not fit.
+        Raises: RuntimeError without weights; ValueError if x and the weights do not fit.
         """
-        rows = self.steering.rows
-        if rows is None:
+        active = self.steering.active
+        if active is None:
             base = " (all-zero rows give the base model)" if self.has_base else ""
             raise RuntimeError(
                 "a steered layer ran without weights: call the model inside "
                 f"`with clp_kernels.steer(model, weights):`{base}"
             )
         if not torch.compiler.is_compiling():
-            _refuse_foreign_recompute(rows)
-        weights, example_ids = rows.weights, rows.example_ids
+            _refuse_foreign_recompute(active)
+        weights, example_ids = active.weights, active.example_ids
         if weights is None:
-            return rows
+            return active
         if example_ids is not None:
             if x.shape[: x.dim() - feature_axes] != example_ids.shape:
                 raise ValueError(
@@ -83,7 +83,7 @@ class SteeredLayer(nn.Module):
                 )
         elif x.shape[0] != weights.shape[0] and not (broadcast and x.shape[0] == 1):
             raise wrong_batch(x.shape[0], weights.shape[0])
-        return rows
+        return active
 
 
 def wrong_batch(examples: int, rows: int) -> ValueError:
@@ -95,9 +95,9 @@ def wrong_batch(examples: int, rows: int) -> ValueError:
     )
 
 
-def _refuse_foreign_recompute(rows: _Rows) -> None:
-    """A forward inside a backward is a recomputation; it must run with the rows of its forward."""
-    if torch._C._current_graph_task_id() != -1 and not rows.set_in_backward:
+def _refuse_foreign_recompute(active: Active) -> None:
+    """A forward inside a backward is a recomputation, which needs the weights of its forward."""
+    if torch._C._current_graph_task_id() != -1 and not active.set_in_backward:
         raise RuntimeError(
             "a steered layer was recomputed in the backward with rows that may not be its own; use "
             "transformers' gradient_checkpointing_enable() (from 5.23 on: "
@@ -141,26 +141,26 @@ def distinct_names(argument: str, names: Sequence[str]) -> list[str]:
 
 
 class steer:
-    """Sets the weight rows for all steered layers of a model: `with steer(model, weights): ...`
+    """Sets the weights for all steered layers of a model: `with steer(model, weights): ...`
 
     Args:
         model: A model after `inject`, `load_adapters` or `mix_models` (also wrapped by DDP or
             torch.compile). Its steered layers are looked up once, here.
-        weights: [B, m], one row an example: a tensor or nested sequence of real numbers. A tensor
+        weights: [B, m], one row per example: a tensor or nested sequence of real numbers. A tensor
             that requires grad gets its gradient. None runs the bare base model, for any batch;
             a mixture of whole models has none.
         example_ids: int32 or int64 [T], for modules that see flattened tokens [T, in].
 
-    Rows may be changed freely between calls without recompilation. Nests, and one object may be
-    entered again and again: the inner rows hold inside, the outer ones afterwards. Gradient
-    checkpointing through transformers' `gradient_checkpointing_enable()` re-enters the rows of the
-    forward when it recomputes, also after this context has ended.
+    Weights may be changed freely between calls without recompilation. Contexts nest, and one object
+    may be entered again and again: the inner weights hold inside, the outer ones afterwards.
+    Gradient checkpointing through transformers' `gradient_checkpointing_enable()` sets the weights
+    of the forward again when it recomputes, also after this context has ended.
 
     Raises:
-        ValueError: wrong shape, NaN or infinity (rows on a GPU are read once here), no steered
+        ValueError: wrong shape, NaN or infinity (weights on a GPU are read once here), no steered
             layer, None for a model without a base, hooks or another forward on a base layer, which
             would not run.
-        RuntimeError: on entry, while another thread has rows set for the model.
+        RuntimeError: on entry, while another thread has weights set for the model.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class steer:
         example_ids: Tensor | None = None,
     ) -> None:
         self.model, self.example_ids = model, example_ids
-        # One list of steps a nesting level, so that leaving ends only what its entry began.
+        # One list of steps per nesting level, so that leaving ends only what its entry began.
         self._undo: list[list[Callable[[], None]]] = []
         layers = all_steered(model)
         names = _names_of(layers)
@@ -189,37 +189,38 @@ class steer:
                 name = next(n for n, module in model.named_modules() if module is layer)
                 raise ValueError(f"{name}: {fault}")
         parameter = layers[0].mixed_parameter()
-        acc = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        rows = torch.as_tensor(weights).to(parameter.device, acc)
-        if rows.dim() != 2 or rows.shape[1] != len(names):
+        acc = checks.accumulator(parameter.dtype)
+        given = torch.as_tensor(weights).to(parameter.device, acc)
+        if given.dim() != 2 or given.shape[1] != len(names):
             raise ValueError(
                 f"weights must have shape [B, {len(names)}] for the adapters {', '.join(names)}, "
-                f"got {list(rows.shape)}"
+                f"got {list(given.shape)}"
             )
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(rows).all()):
-            raise ValueError(f"weights must be finite, got {rows[~torch.isfinite(rows)][0].item()}")
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(given).all()):
+            bad = given[~torch.isfinite(given)][0].item()
+            raise ValueError(f"weights must be finite, got {bad}")
         if example_ids is not None:
             tokens = example_ids.numel() if isinstance(example_ids, Tensor) else 0
-            checks.example_ids(example_ids, tokens, rows.shape[0], rows)
-        self.weights = rows
+            checks.example_ids(example_ids, tokens, given.shape[0], given)
+        self.weights = given
 
     def __enter__(self) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
-        rows = _Rows(self.weights, self.example_ids, in_backward)
+        active = Active(self.weights, self.example_ids, in_backward)
         shared = self._shared
         if torch.compiler.is_compiling():
-            previous = [s.rows for s in shared]
+            previous = [s.active for s in shared]
             for steering in shared:
-                steering.rows, steering.thread = rows, 0
+                steering.active, steering.thread = active, 0
         else:
             with _ENTERING:
                 if not in_backward:  # a recomputation may run in a thread of autograd's
                     _claim(shared)
-                previous = [s.rows for s in shared]
-                _assign(shared, [rows] * len(shared))
+                previous = [s.active for s in shared]
+                _assign(shared, [active] * len(shared))
         self._undo.append([lambda: _assign(shared, previous)])
         if torch.is_grad_enabled():
-            self._bind_checkpointing(shared, rows)
+            self._bind_checkpointing(shared, active)
 
     def __exit__(
         self,
@@ -230,20 +231,20 @@ class steer:
         for step in reversed(self._undo.pop()):
             step()
 
-    def _bind_checkpointing(self, shared: list[Steering], rows: _Rows) -> None:
-        """Makes what transformers hands to checkpoint() carry these rows into the recomputation."""
+    def _bind_checkpointing(self, shared: list[Steering], active: Active) -> None:
+        """Makes what transformers passes to checkpoint() set these weights in the recomputation."""
         for module in self.model.modules():
             original = module.__dict__.get("_gradient_checkpointing_func")
             if original is not None:
-                carrying = _carrying(original, shared, rows)
+                carrying = _carrying(original, shared, active)
                 module._gradient_checkpointing_func = carrying  # type: ignore[assignment]
                 self._undo[-1].append(_restore(module, original))
 
 
 def _claim(shared: list[Steering]) -> None:
-    """Notes this thread as the one that sets rows. Raises RuntimeError where another's are set."""
+    """Records this thread as the one that sets weights. Raises RuntimeError if another has."""
     thread = threading.get_ident()
-    if any(s.rows is not None and s.thread not in (0, thread) for s in shared):
+    if any(s.active is not None and s.thread not in (0, thread) for s in shared):
         raise RuntimeError(
             "another thread is running this model with weights of its own: let the threads take "
             "turns (a lock around each `with clp_kernels.steer(...)`), or give each a copy"
@@ -252,9 +253,9 @@ def _claim(shared: list[Steering]) -> None:
         steering.thread = thread
 
 
-def _assign(shared: list[Steering], values: Sequence[_Rows | None]) -> None:
+def _assign(shared: list[Steering], values: Sequence[Active | None]) -> None:
     for steering, value in zip(shared, values, strict=True):
-        steering.rows = value
+        steering.active = value
 
 
 def _restore(module: nn.Module, original: Callable[..., Any]) -> Callable[[], None]:
@@ -262,19 +263,19 @@ def _restore(module: nn.Module, original: Callable[..., Any]) -> Callable[[], No
 
 
 def _carrying(
-    checkpoint: Callable[..., Any], shared: list[Steering], rows: _Rows
+    checkpoint: Callable[..., Any], shared: list[Steering], active: Active
 ) -> Callable[..., Any]:
-    """checkpoint(), but the function it will call twice runs with `rows` both times."""
+    """checkpoint(), but the function it will call twice runs with these weights both times."""
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def with_rows(*inner: Any, **inner_kwargs: Any) -> Any:
-            previous = [s.rows for s in shared]
-            _assign(shared, [rows._replace(set_in_backward=True)] * len(shared))
+        def with_weights(*inner: Any, **inner_kwargs: Any) -> Any:
+            previous = [s.active for s in shared]
+            _assign(shared, [active._replace(set_in_backward=True)] * len(shared))
             try:
                 return function(*inner, **inner_kwargs)
             finally:
                 _assign(shared, previous)
 
-        return checkpoint(with_rows, *args, **kwargs)
+        return checkpoint(with_weights, *args, **kwargs)
 
     return run

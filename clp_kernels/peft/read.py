@@ -1,4 +1,4 @@
-"""Reading one PEFT folder, strictly: everything is accounted for and checked before it is used.
+"""`load_adapters`: reads PEFT folders, strictly: all is checked and accounted for before its use.
 
 The format is that of PEFT 0.21. PEFT itself loads missing keys, keys that overwrite base weights,
 NaN with a warning at most, and runs any regex. Here the first three are errors and no regex is run:
@@ -10,7 +10,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from clp_kernels.nn.mixed_lora import MAX_ALPHA, MAX_RANK, is_linear, is_transposed, target_linears
+from clp_kernels.nn.inject import replace_linears, target_linears
+from clp_kernels.nn.mixed_lora import MAX_ALPHA, MAX_RANK, is_linear, is_transposed
+from clp_kernels.nn.steering import all_steered
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 1_000_000
@@ -60,7 +62,67 @@ Adapter = dict[str, Factors]  # by module name
 _Pattern = dict[str, tuple[int, Any]]  # rank_pattern or alpha_pattern: (position, value) by name
 
 
-def read_adapter(folder: Path, model: nn.Module, dtype: torch.dtype) -> Adapter:
+def load_adapters(
+    model: nn.Module,
+    folders: Sequence[str | Path],
+    *,
+    names: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[str]:
+    """Reads m PEFT folders and wraps the union of their target modules in the model, in place.
+
+        y_t = x_t W^T + bias + sum_i weights[b(t), i] * scaling_i * (x_t A_i^T) B_i^T
+
+    Ranks, alphas (with use_rslora, rank_pattern, alpha_pattern) and target modules may differ; an
+    adapter without a module adds nothing there. `fan_in_fan_out` is taken from the layers: a flag
+    that fits none of them is warned about, as in PEFT, and so are unknown fields. `lora_dropout`
+    is not used. A regex in target_modules or exclude_modules is not run: the modules are then those
+    that the tensors name. All checks come before the model is touched; a language model runs on six
+    tokens, as in `inject`.
+
+    Args:
+        model: A model without adapters. Everything but the adapters is frozen.
+        folders: m folders, in the order of the columns of `weights`.
+        names: m distinct adapter names; the folders' names by default.
+        dtype: Of the adapters' parameters: float32, or the base layers'. Files are cast to it.
+
+    Returns:
+        The names of the replaced modules.
+
+    Raises:
+        ValueError: names the file, the key or field, what was expected and what came: a missing,
+            malformed or truncated file; a tensor that is not lora_A [r, in] or lora_B [out, r] of
+            a target module, or one of them missing; a target that the model lacks, or that cannot
+            be steered (see `inject`); NaN or infinity; a regex in another field; a field that is
+            not implemented (DoRA, modules_to_save, ...).
+    """
+    if isinstance(folders, str | Path):
+        raise ValueError(f"folders must be a list of folders, got {str(folders)!r}")
+    paths = [Path(folder) for folder in folders]
+    names = [path.absolute().name for path in paths] if names is None else list(names)
+    if not paths or len(names) != len(paths) or len(set(names)) != len(names):
+        raise ValueError(
+            "folders must be at least one, with as many distinct names (pass names= where folder "
+            f"names repeat), got {len(paths)} folders and the names {names}"
+        )
+    if all_steered(model):
+        raise ValueError("model has adapters already; inject or load_adapters works once a model")
+    adapters: list[Adapter] = []  # filled by a loop, so that warnings name the caller
+    for path in paths:
+        adapters.append(_read_adapter(path, model, dtype))
+    modules = [n for n, _ in model.named_modules() if any(n in adapter for adapter in adapters)]
+    ranks = {n: [len(a[n].lora_A) if n in a else 0 for a in adapters] for n in modules}
+    alphas = {n: [a[n].lora_alpha if n in a else 0.0 for a in adapters] for n in modules}
+    layers = replace_linears(model, names, ranks, alphas, dtype)
+    with torch.no_grad():
+        for i, adapter in enumerate(adapters):
+            for name, (lora_A, lora_B, _) in adapter.items():
+                layers[name].lora_A[i, : len(lora_A)] = lora_A
+                layers[name].lora_B[i, :, : len(lora_A)] = lora_B
+    return modules
+
+
+def _read_adapter(folder: Path, model: nn.Module, dtype: torch.dtype) -> Adapter:
     """Reads and checks one folder against the model, which stays as it is."""
     config, file = _read_config(folder), folder / CONFIG
     keys = _read_keys(folder / TENSORS)
@@ -270,7 +332,7 @@ def _read_tensors(
 def _foreign_key(
     file: Path, key: str, keys: Collection[str], targets: Collection[str]
 ) -> ValueError:
-    """The error of a key that is no target's; `keys` are the file's where none is."""
+    """The error of a key that belongs to no target; `keys` are the file's if none does."""
     expected = "lora_A.weight or lora_B.weight of base_model.model.<target module>"
     message = str(_error(file, f"key {_short(key)}", expected, "another key"))
     if "lora_" not in key and {"embed_tokens", "lm_head", "base_layer"} & set(key.split(".")):

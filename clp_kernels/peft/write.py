@@ -1,7 +1,6 @@
-"""Adapters on disk as PEFT folders: `load_adapters`, `save_adapters`, `export_adapter`.
+"""`save_adapters` and `export_adapter`: adapters as PEFT folders.
 
 A folder holds adapter_config.json and adapter_model.safetensors, in the format of PEFT 0.21.
-Reading is clp_kernels.peft.read's business.
 """
 
 import json
@@ -21,75 +20,9 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from clp_kernels.nn.mixed_lora import (
-    MAX_RANK,
-    MixedLoRALinear,
-    is_transposed,
-    replace_linears,
-    steered_layers,
-)
-from clp_kernels.nn.steering import adapter_names, all_steered
-from clp_kernels.peft.read import CONFIG, TENSORS, Adapter, Factors, read_adapter, tensor_keys
-
-
-def load_adapters(
-    model: nn.Module,
-    folders: Sequence[str | Path],
-    *,
-    names: Sequence[str] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> list[str]:
-    """Reads m PEFT folders and wraps the union of their target modules in the model, in place.
-
-        y_t = x_t W^T + bias + sum_i weights[b(t), i] * scaling_i * (x_t A_i^T) B_i^T
-
-    Ranks, alphas (with use_rslora, rank_pattern, alpha_pattern) and target modules may differ; an
-    adapter without a module adds nothing there. `fan_in_fan_out` is taken from the layers: a flag
-    that fits none of them is warned about, as in PEFT, and so are unknown fields. `lora_dropout`
-    is not used. A regex in target_modules or exclude_modules is not run: the modules are then those
-    that the tensors name. All checks come before the model is touched; a language model runs on six
-    tokens, as in `inject`.
-
-    Args:
-        model: A model without adapters. Everything but the adapters is frozen.
-        folders: m folders, in the order of the columns of `weights`.
-        names: m distinct adapter names; the folders' names by default.
-        dtype: Of the adapters' parameters: float32, or the base layers'. Files are cast to it.
-
-    Returns:
-        The names of the replaced modules.
-
-    Raises:
-        ValueError: names the file, the key or field, what was expected and what came: a missing,
-            malformed or truncated file; a tensor that is not lora_A [r, in] or lora_B [out, r] of
-            a target module, or one of them missing; a target that the model lacks, or that cannot
-            be steered (see `inject`); NaN or infinity; a regex in another field; a field that is
-            not implemented (DoRA, modules_to_save, ...).
-    """
-    if isinstance(folders, str | Path):
-        raise ValueError(f"folders must be a list of folders, got {str(folders)!r}")
-    paths = [Path(folder) for folder in folders]
-    names = [path.absolute().name for path in paths] if names is None else list(names)
-    if not paths or len(names) != len(paths) or len(set(names)) != len(names):
-        raise ValueError(
-            "folders must be at least one, with as many distinct names (pass names= where folder "
-            f"names repeat), got {len(paths)} folders and the names {names}"
-        )
-    if all_steered(model):
-        raise ValueError("model has adapters already; inject or load_adapters works once a model")
-    adapters: list[Adapter] = []  # filled by a loop, so that warnings name the caller
-    for path in paths:
-        adapters.append(read_adapter(path, model, dtype))
-    modules = [n for n, _ in model.named_modules() if any(n in adapter for adapter in adapters)]
-    ranks = {n: [len(a[n].lora_A) if n in a else 0 for a in adapters] for n in modules}
-    alphas = {n: [a[n].lora_alpha if n in a else 0.0 for a in adapters] for n in modules}
-    layers = replace_linears(model, names, ranks, alphas, dtype)
-    with torch.no_grad():
-        for i, adapter in enumerate(adapters):
-            for name, (lora_A, lora_B, _) in adapter.items():
-                layers[name].lora_A[i, : len(lora_A)] = lora_A
-                layers[name].lora_B[i, :, : len(lora_A)] = lora_B
-    return modules
+from clp_kernels.nn.mixed_lora import MAX_RANK, MixedLoRALinear, is_transposed, steered_layers
+from clp_kernels.nn.steering import adapter_names
+from clp_kernels.peft.read import CONFIG, TENSORS, Adapter, Factors, tensor_keys
 
 
 def save_adapters(
@@ -135,7 +68,7 @@ def export_adapter(
     *,
     base_model: str | None = None,
 ) -> Path:
-    """Writes one ordinary PEFT adapter that equals the model at one fixed row of weights.
+    """Writes one ordinary PEFT adapter that equals the model at fixed weights.
 
         A' = [w_1 s_1 A_1; ...; w_m s_m A_m]  [R, in]      B' = [B_1, ..., B_m]  [out, R]
 
@@ -157,10 +90,10 @@ def export_adapter(
             no more), or a directory in use. OSError: nothing was written.
     """
     model, directory = _unwrapped(model), Path(directory)
-    layers, row = _layers(model), _weight_row(weights, adapter_names(model))
+    layers, fixed = _layers(model), _fixed_weights(weights, adapter_names(model))
     if directory.is_dir() and any(directory.iterdir()):
         raise ValueError(f"directory must be missing or empty, got {directory}")
-    widths = [max(layer.ranks[i] for layer in layers.values()) for i in range(len(row))]
+    widths = [max(layer.ranks[i] for layer in layers.values()) for i in range(len(fixed))]
     if sum(widths) > MAX_RANK:
         raise ValueError(
             f"an export has rank {sum(widths)} here, the sum of the adapters' ranks "
@@ -171,7 +104,7 @@ def export_adapter(
         dtype = torch.promote_types(layer.lora_A.dtype, torch.float32)
         shrink, expand = [], []  # the blocks of A' and B'
         for i, (r, width) in enumerate(zip(layer.ranks, widths, strict=True)):
-            scaled = layer.lora_A[i, :r].double() * (row[i] * layer.lora_alpha[i] / max(r, 1))
+            scaled = layer.lora_A[i, :r].double() * (fixed[i] * layer.lora_alpha[i] / max(r, 1))
             shrink.append(nn.functional.pad(scaled.to(dtype), (0, 0, 0, width - r)))
             expand.append(nn.functional.pad(layer.lora_B[i, :, :r].to(dtype), (0, width - r)))
         adapter[name] = Factors(torch.cat(shrink), torch.cat(expand, 1), float(sum(widths)))
@@ -179,21 +112,21 @@ def export_adapter(
     return directory
 
 
-def _weight_row(
+def _fixed_weights(
     weights: Sequence[float] | Mapping[str, float] | Tensor, names: Sequence[str]
 ) -> list[float]:
-    """The row as m finite numbers in the order of the adapters."""
+    """The weights as m finite numbers in the order of the adapters."""
     expected = f"weights must be {len(names)} finite numbers ({', '.join(names)})"
     if isinstance(weights, Mapping):
         if unknown := set(weights) - set(names):
             raise ValueError(f"{expected}, got the unknown names {sorted(unknown)}")
         weights = [weights.get(name, 0.0) for name in names]
-    row = weights.tolist() if isinstance(weights, Tensor) else list(weights)
-    if not isinstance(row, list) or len(row) != len(names):
+    listed = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    if not isinstance(listed, list) or len(listed) != len(names):
         raise ValueError(f"{expected}, got {weights}")
-    if not all(isinstance(w, Real) and math.isfinite(w) for w in row):
-        raise ValueError(f"{expected}, got {row}")
-    return [float(w) for w in row]
+    if not all(isinstance(w, Real) and math.isfinite(w) for w in listed):
+        raise ValueError(f"{expected}, got {listed}")
+    return [float(w) for w in listed]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from clp_kernels import mixed_linear, native
-from clp_kernels.ops import reference
 from clp_kernels.ops.mixed_linear import cuda as cuda_mixed_linear
+from clp_kernels.ops.mixed_linear import reference
 from clp_kernels.testing import (
     WEIGHT_KINDS,
     assert_within_budget,

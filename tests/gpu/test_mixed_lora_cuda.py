@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clp_kernels import mixed_lora, native
-from clp_kernels.ops import reference
 from clp_kernels.ops.mixed_lora import cuda as cuda_mixed_lora
+from clp_kernels.ops.mixed_lora import reference
 from clp_kernels.testing import (
     WEIGHT_KINDS,
     assert_within_budget,

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from clp_kernels import native, sample
-from clp_kernels.ops import reference
 from clp_kernels.ops.sample import cpu as cpu_sample
 from clp_kernels.ops.sample import cuda as cuda_sample
+from clp_kernels.ops.sample import reference
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,24 +4,24 @@ from typing import Any
 
 import pytest
 import torch
+from cases import BF16, F16, F32, INF, NAN, LinearInputs, judge_linear
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from clp_kernels import testing
-from clp_kernels.ops import reference
+from clp_kernels.ops.mixed_linear import reference
 from clp_kernels.ops.mixed_linear import triton as backend
+from clp_kernels.ops.triton_launch import INTERPRETED
+from clp_kernels.testing import expanded, noncontiguous
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET=1 hides the GPU"),
+    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 hides the GPU"),
 ]
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-GRADIENTS = ("dx", "d_expert", "d_weights", "d_bias")
+DTYPES = (BF16, F16, F32)
 ALL = [True] * 4
-NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(autouse=True)
@@ -36,34 +36,19 @@ def _poison_and_exact_products() -> Any:
 
 def inputs(
     shape: tuple[int, ...], out_features: int, m: int, dtype: torch.dtype, *, flat: bool = False
-) -> list[Tensor | None]:
-    """dy, x, expert_weight, weights, bias, example_ids of a call, weights of any sign."""
+) -> LinearInputs:
+    """Weights of any sign."""
     size = {"device": "cuda", "dtype": dtype}
     batch = 5 if flat else shape[0]
     ids = torch.randint(0, 4, shape[:1], device="cuda", dtype=torch.int32) if flat else None
-    return [
+    return LinearInputs(
         torch.randn(*shape[:-1], out_features, **size),
         torch.randn(shape, **size),
         torch.randn(m, out_features, shape[-1], **size) / shape[-1] ** 0.5,
         torch.randn(batch, m, device="cuda"),
         torch.randn(m, out_features, **size),
         ids,
-    ]
-
-
-def assert_within_budget(args: list[Tensor | None], invariant: bool) -> None:
-    exact = [t.double() if t is not None and t.is_floating_point() else t for t in args]
-    testing.assert_within_budget(
-        backend.mixed_linear(*args[1:], invariant),
-        reference.mixed_linear(*exact[1:], False),
-        reference.mixed_linear(*args[1:], False),
-        name="y",
     )
-    grads = backend.mixed_linear_backward(*args, invariant, ALL)
-    wanted = reference.mixed_linear_backward(*exact, False, ALL)
-    plain = reference.mixed_linear_backward(*args, False, ALL)
-    for name, grad, want, same in zip(GRADIENTS, grads, wanted, plain, strict=True):
-        testing.assert_within_budget(grad, want, same, name=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,23 +58,24 @@ def test_small_within_budget(dtype: torch.dtype, m: int, invariant: bool) -> Non
     for tokens in (1, 2, 7, 17, 64, 129):
         for in_features, out_features in ((1, 8), (64, 172), (300, 1), (172, 300)):
             for flat in (False, True):
-                shape = (tokens, in_features)
-                assert_within_budget(inputs(shape, out_features, m, dtype, flat=flat), invariant)
+                args = inputs((tokens, in_features), out_features, m, dtype, flat=flat)
+                judge_linear(backend, reference, args, invariant)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 4096), (16, 4096), (64, 2049), (256, 4096), (2, 1000, 896)])
 def test_large_within_budget(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    assert_within_budget(inputs(shape, 4096, 3, dtype), False)
+    judge_linear(backend, reference, inputs(shape, 4096, 3, dtype), False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_strides(dtype: torch.dtype) -> None:
     args = inputs((3, 7, 40), 24, 2, dtype)
-    assert_within_budget([None if t is None else testing.noncontiguous(t) for t in args], False)
+    gaps = LinearInputs(*(None if t is None else noncontiguous(t) for t in args))
+    judge_linear(backend, reference, gaps, False)
     args = inputs((3, 7, 40), 24, 2, dtype)
-    args[0], args[1] = (testing.expanded(t) for t in args[:2])
-    assert_within_budget(args, False)
+    args = args._replace(dy=expanded(args.dy), x=expanded(args.x))
+    judge_linear(backend, reference, args, False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -142,7 +128,7 @@ def test_unused_experts_may_hold_anything(dtype: torch.dtype) -> None:
 
 
 def test_cuda_graph_replays_with_new_weights() -> None:
-    _, x, expert, weights, bias, _ = inputs((16, 2048), 2048, 4, torch.bfloat16)
+    _, x, expert, weights, bias, _ = inputs((16, 2048), 2048, 4, BF16)
     args = (x, expert, weights, bias, None, False)
     backend.mixed_linear(*args)
     graph = torch.cuda.CUDAGraph()
@@ -159,7 +145,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     """3 experts of 2^30 elements: the last rows of the last expert lie beyond 2^31."""
     if torch.cuda.get_device_properties(0).total_memory < 24 * 2**30:
         pytest.skip("needs 24 GB of GPU memory")
-    expert = torch.zeros(3, 2**18, 2**12, device="cuda", dtype=torch.bfloat16)
+    expert = torch.zeros(3, 2**18, 2**12, device="cuda", dtype=BF16)
     expert[2, -64:] = torch.randn(64, 2**12, device="cuda")
     x = torch.randn(4, 2**12, device="cuda").bfloat16()
     weights = torch.randn(4, 3, device="cuda")

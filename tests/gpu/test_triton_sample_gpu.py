@@ -7,25 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+from cases import BF16, F16, F32, INF, MODES, NAN, MixtureInputs, judge_mixture, mixture_results
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from clp_kernels import testing
-from clp_kernels.ops import reference
+from clp_kernels.ops.mix_logits import reference as mix_reference
 from clp_kernels.ops.mix_logits import triton as mixing
+from clp_kernels.ops.sample import reference
 from clp_kernels.ops.sample import triton as backend
+from clp_kernels.ops.triton_launch import INTERPRETED
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(backend.INTERPRETED, reason="TRITON_INTERPRET=1 hides the GPU"),
+    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 hides the GPU"),
 ]
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MODES = ("geometric", "probability")
+DTYPES = (BF16, F16, F32)
 FILTERS = ("", "top_k", "top_p", "min_p", "top_k top_p", "top_k top_p min_p")
-NAN, INF = float("nan"), float("inf")
 Arguments = dict[str, Any]
 
 
@@ -111,14 +111,14 @@ def test_small_kept_sets_are_exactly_the_references(vocab_size: int, ties: bool)
     logp = torch.log_softmax(z.double(), -1)
     bits = (z + 0.0).view(torch.int32).long()
     key = torch.where(bits < 0, -1 - bits, bits + 2**31)
-    call = backend._Rows(z[None].cuda(), None, torch.ones(5, device="cuda"))
+    call = backend.Rows(z[None].cuda(), None, torch.ones(5, device="cuda"))
     stats = torch.empty(2, 5, dtype=torch.float64, device="cuda")
-    call.settle(call.race(None), stats, None)
+    call.combine(call.partials(None), stats, None)
     least = call.threshold(stats, None, top_k=top_k.cuda())
-    first = reference._top_k_mask(logp, top_k)
+    first = reference.top_k_mask(logp, top_k)
     assert torch.equal(key >= least.cpu()[:, None], first)
     found = call.threshold(stats, least, top_p=top_p.cuda()).cpu()
-    wanted = first & reference._top_p_mask(logp.masked_fill(~first, -INF), top_p)
+    wanted = first & reference.top_p_mask(logp.masked_fill(~first, -INF), top_p)
     assert torch.equal(key >= found[:, None], wanted)
 
 
@@ -166,9 +166,11 @@ def test_small_mix_is_rounded_like_the_references() -> None:
         args = rows(5, 64, 3000, dtype)
         logits, weights = args["logits"], args["weights"]
         got = mixing.mixture(logits.cuda(), weights.cuda(), "geometric", torch.float32)
-        assert torch.equal(got.cpu(), reference.mix_logits(logits.float(), weights, "geometric"))
+        assert torch.equal(
+            got.cpu(), mix_reference.mix_logits(logits.float(), weights, "geometric")
+        )
         rounded = mixing.mix_logits(logits.cuda(), weights.cuda(), "geometric")
-        assert torch.equal(rounded.cpu(), reference.mix_logits(logits, weights, "geometric"))
+        assert torch.equal(rounded.cpu(), mix_reference.mix_logits(logits, weights, "geometric"))
 
 
 @pytest.mark.parametrize("filters", ["", "top_k top_p min_p"])
@@ -213,9 +215,9 @@ def test_distribution_of_a_million_draws(filters: str) -> None:
     logp = logits.double().log_softmax(-1)[None]
     kept = torch.ones(1, 12, dtype=torch.bool)
     if filters == "top_k":
-        kept = reference._top_k_mask(logp, given["top_k"])
+        kept = reference.top_k_mask(logp, given["top_k"])
     elif filters == "top_p":
-        kept = reference._top_p_mask(logp, given["top_p"])
+        kept = reference.top_p_mask(logp, given["top_p"])
     elif filters == "min_p":
         kept = logp >= logp.amax() + given["min_p"].double().log()
     args = on_gpu(rows(1, 1, 12))
@@ -257,21 +259,10 @@ def test_small_mix_logits_within_budget(dtype: torch.dtype, mode: str) -> None:
             weights = weights - 0.5
         logits[:, :, 0] = -INF
         dz = torch.randn(batch, vocab_size, device="cuda").to(dtype)
-        exact = (dz.double(), logits.double(), weights.double())
-        testing.assert_within_budget(
-            mixing.mix_logits(logits, weights, mode),
-            reference.mix_logits(*exact[1:], mode),
-            reference.mix_logits(logits, weights, mode),
-            name="z",
-        )
-        needs = [True, True]
-        grads = mixing.mix_logits_backward(dz, logits, weights, mode, needs)
-        wanted = reference.mix_logits_backward(*exact, mode, needs)
-        plain = reference.mix_logits_backward(dz, logits, weights, mode, needs)
-        for name, *three in zip(("d_logits", "d_weights"), grads, wanted, plain, strict=True):
-            testing.assert_within_budget(*three, name=name)
-        again = mixing.mix_logits_backward(dz, logits, weights, mode, needs)
-        assert all(map(torch.equal, grads, again))
-        alone = mixing.mix_logits_backward(dz[-1:], logits[:, -1:], weights[-1:], mode, needs)
-        assert torch.equal(alone[0], grads[0][:, -1:])
-        assert torch.equal(alone[1], grads[1][-1:])
+        args = MixtureInputs(dz, logits, weights)
+        got, _ = judge_mixture(mixing, mix_reference, args, mode)
+        again = mixture_results(mixing, args, mode)
+        assert all(map(torch.equal, got, again))
+        alone = mixture_results(mixing, args.rows([-1]), mode)
+        assert torch.equal(alone[1], got[1][:, -1:])
+        assert torch.equal(alone[2], got[2][-1:])

@@ -34,8 +34,8 @@ from triton.backends.compiler import GPUTarget
 
 PLANNED = ("clp_kernels.ops.mixed_lora.triton", "clp_kernels.ops.mixed_linear.triton")
 # Those without a plan launch fixed tiles, which their own tests compare with the variants.
-FIXED = ("triton_mix_logits", "triton_sample", "triton_linear_logprob")
-MODULES = (*PLANNED, *(f"clp_kernels.{name}" for name in FIXED))
+FIXED = ("mix_logits", "sample", "linear_logprob")
+MODULES = (*PLANNED, *(f"clp_kernels.ops.{name}.triton" for name in FIXED))
 BROKEN, INVALID = "broken", "invalid"
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 # Bytes of shared memory that one block may take (CUDA programming guide, compute capabilities).

@@ -18,7 +18,11 @@ from transformers import (
 
 import clp_kernels
 from clp_kernels import linear_logprob, mix_logits, mixed_linear, mixed_lora
-from clp_kernels.ops import reference
+from clp_kernels.ops.linear_logprob import reference as head_reference
+from clp_kernels.ops.mix_logits import reference as mix_reference
+from clp_kernels.ops.mixed_linear import reference as linear_reference
+from clp_kernels.ops.mixed_lora import reference as lora_reference
+from clp_kernels.ops.sample import reference as sample_reference
 
 F64 = torch.float64
 sample = partial(clp_kernels.sample, backend="reference")
@@ -88,7 +92,7 @@ def test_mixed_lora(with_bias: bool, invariant: bool) -> None:
     x, base, A, B = rand(5, 4), rand(3, 4), rand(2, 3, 4), rand(2, 3, 3)
     weights, bias = rand(3, 2), rand(3) if with_bias else None
     wanted = lora_loop(x, base, A, B, weights, bias, IDS)
-    y, u = reference.mixed_lora(x, base, A, B, weights, bias, torch.tensor(IDS), invariant)
+    y, u = lora_reference.mixed_lora(x, base, A, B, weights, bias, torch.tensor(IDS), invariant)
     close(y, wanted)
     shrunk = [[v for i in range(2) for v in linear_loop(row, A[i].tolist())] for row in x.tolist()]
     close(u, shrunk)
@@ -115,7 +119,7 @@ def test_mixed_linear(with_bias: bool, invariant: bool) -> None:
             for o, product in enumerate(linear_loop(x[t].tolist(), experts[i].tolist())):
                 extra = 0.0 if bias is None else bias[i, o].item()
                 wanted[t, o] += weights[b, i].item() * (product + extra)
-    got = reference.mixed_linear(x, experts, weights, bias, torch.tensor(IDS), invariant)
+    got = linear_reference.mixed_linear(x, experts, weights, bias, torch.tensor(IDS), invariant)
     close(got, wanted)
 
 
@@ -126,8 +130,8 @@ def test_mix_logits() -> None:
         geometric = [w[0] * p + w[1] * q for p, q in zip(*rows, strict=True)]
         probs = [softmax_loop(row) for row in rows]
         mixture = [math.log(w[0] * p + w[1] * q) for p, q in zip(*probs, strict=True)]
-        close(reference.mix_logits(logits, weights, "geometric")[b], geometric)
-        close(reference.mix_logits(logits, weights, "probability")[b], mixture)
+        close(mix_reference.mix_logits(logits, weights, "geometric")[b], geometric)
+        close(mix_reference.mix_logits(logits, weights, "probability")[b], mixture)
 
 
 def test_mix_logits_of_minus_infinity() -> None:
@@ -219,7 +223,7 @@ def test_linear_logprob_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(num_tokens)
         return [slice(start, start + 5) for start in range(0, num_tokens, 5)]
 
-    monkeypatch.setattr(reference, "_chunks", chunks)
+    monkeypatch.setattr(head_reference, "chunks", chunks)
     for got, wanted in zip(run(), whole, strict=True):
         close(got, wanted)
     assert seen == [12, 12]
@@ -227,7 +231,7 @@ def test_linear_logprob_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_linear_logprob_chunks_bound_the_logits() -> None:
     for tokens, vocab in ((1, 151_936), (8192, 151_936), (100_000, 32_000), (3, 2**23)):
-        chunks = reference._chunks(tokens, vocab)
+        chunks = head_reference.chunks(tokens, vocab)
         covered = [t for c in chunks for t in range(tokens)[c]]
         assert covered == list(range(tokens))
         assert all((c.stop - c.start) * vocab <= max(2**22, vocab) for c in chunks)
@@ -245,7 +249,7 @@ def backward_case(name: str) -> tuple[Callable[..., Tensor], Callable[..., tuple
 
         def backward(dy, x, W, A, B, w, c, invariant, needs):  # type: ignore[no-untyped-def]
             u = torch.cat([x @ a.t() for a in A], -1)
-            return reference.mixed_lora_backward(dy, x, W, A, B, w, ids, u, invariant, needs)
+            return lora_reference.mixed_lora_backward(dy, x, W, A, B, w, ids, u, invariant, needs)
 
         return formula, backward, inputs
     inputs = [rand(5, 4), rand(2, 3, 4), rand(3, 2), rand(2, 3)]
@@ -255,7 +259,7 @@ def backward_case(name: str) -> tuple[Callable[..., Tensor], Callable[..., tuple
         return torch.stack(rows)
 
     def mixture_backward(dy, x, W, w, c, invariant, needs):  # type: ignore[no-untyped-def]
-        return reference.mixed_linear_backward(dy, x, W, w, c, ids, invariant, needs)
+        return linear_reference.mixed_linear_backward(dy, x, W, w, c, ids, invariant, needs)
 
     return mixture, mixture_backward, inputs
 
@@ -423,7 +427,7 @@ KNOWN_ANSWERS = {
 
 def uniform_words(seed: int, position: int, vocab: int) -> list[int]:
     """The 32-bit words behind philox_uniform."""
-    u = reference.philox_uniform(torch.tensor([seed]), torch.tensor([position]), vocab)[0]
+    u = sample_reference.philox_uniform(torch.tensor([seed]), torch.tensor([position]), vocab)[0]
     words = u * 2**32 - 0.5
     assert (words == words.round()).all()
     return words.long().tolist()
@@ -452,9 +456,9 @@ def test_philox_uniform(seed: int, position: int) -> None:
 
 def test_philox_uniform_of_a_row_ignores_batch_and_vocabulary() -> None:
     seed, position = torch.tensor([5, -9, 2**50]), torch.tensor([0, 3, 2**33])
-    whole = reference.philox_uniform(seed, position, 1001)
+    whole = sample_reference.philox_uniform(seed, position, 1001)
     for b in range(3):
-        alone = reference.philox_uniform(seed[b : b + 1], position[b : b + 1], 17)
+        alone = sample_reference.philox_uniform(seed[b : b + 1], position[b : b + 1], 17)
         assert torch.equal(alone[0], whole[b, :17])
 
 
@@ -466,7 +470,7 @@ def test_gumbel_at_both_ends() -> None:
     with localcontext() as context:
         context.prec = 50
         exact = [-(-((Decimal(w) + Decimal("0.5")) / 2**32).ln()).ln() for w in words]
-    got = reference.gumbel(u)
+    got = sample_reference.gumbel(u)
     assert got.isfinite().all()
     torch.testing.assert_close(
         got, torch.tensor([float(e) for e in exact], dtype=F64), rtol=4e-15, atol=4e-15

@@ -2,8 +2,8 @@
 
 The softmax needs all logits of a token before the first derivative, so the blocks are gone through
 twice: for the sums of the forward, and for what the derivatives by the logits give the hidden
-states, the head, its bias and the weights. In between the logits are kept where there is room for
-whole rows of enough tokens, and else computed again. batch_invariant() is the reference's business.
+states, the head, its bias and the weights. In between the logits are kept if there is room for
+whole rows of enough tokens, and computed again if not. In batch_invariant() the reference runs.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from clp_kernels import native
-from clp_kernels.ops import reference
-from clp_kernels.ops.linear_logprob import cpu as cpu_linear_logprob
-from clp_kernels.ops.linear_logprob.cpu import Head, block_arguments
+from clp_kernels.ops.linear_logprob import cpu
+from clp_kernels.ops.linear_logprob.cpu import block_arguments
+from clp_kernels.ops.linear_logprob.head import Head, Inputs
+from clp_kernels.ops.mixed_lora.reference import sum_per_example
 
 # 64 MB of logits (twice with ref_hidden) are kept if those are of so many tokens. With fewer, four
 # products of large blocks take as long as three of small ones, which read the head more often. One
@@ -23,89 +24,52 @@ from clp_kernels.ops.linear_logprob.cpu import Head, block_arguments
 KEPT_LOGITS, KEPT_TOKENS = 2**24, 2**8
 
 
-def why_not(
-    d_logprobs: Tensor,
-    d_entropy: Tensor,
-    d_kl: Tensor,
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    example_ids: Tensor | None,
-    temperature: Tensor,
-    ref_hidden: Tensor | None,
-    invariant: bool,
-    needs: list[bool],
-) -> str | None:
-    """None where this backend can run, else a sentence."""
-    return cpu_linear_logprob.why_not(
-        *(hidden, head_weight, targets, bias, weights, example_ids, temperature),
-        return_entropy=False,
-        ref_hidden=ref_hidden,
-        slopes=False,
-        invariant=invariant,
-    )
-
-
 @dataclass(frozen=True)
 class _Gradients:
-    """Sums in float32, None where not asked for; bias and weights as in Head."""
+    """Sums in float32, None if not needed; bias and weights as in Head."""
 
     hidden: Tensor | None
     experts: Tensor | None
     bias: Tensor | None
-    omega: Tensor | None
+    weights: Tensor | None
 
     def add(self, part: Head, rows: slice, ids: slice, dz: Tensor, h: Tensor) -> None:
         """What dz [n, ids], the derivative by the logits of states h [n, d], adds to each."""
-        if self.omega is not None and part.omega is not None:
+        if self.weights is not None and part.weights is not None:
             for i, expert in enumerate(part.experts):
                 product = dz @ expert
                 if self.hidden is not None:
-                    self.hidden[rows].addcmul_(product, part.omega[:, i, None])
-                self.omega[rows, i] += (product * h).sum(-1)
+                    self.hidden[rows].addcmul_(product, part.weights[:, i, None])
+                self.weights[rows, i] += (product * h).sum(-1)
                 if part.bias is not None:
-                    self.omega[rows, i] += dz @ part.bias[i]
+                    self.weights[rows, i] += dz @ part.bias[i]
         elif self.hidden is not None:
             part.add_product(self.hidden[rows], dz)
         if self.experts is not None:
             for i, total in enumerate(self.experts[:, ids]):
-                states = h if part.omega is None else h * part.omega[:, i, None]
+                states = h if part.weights is None else h * part.weights[:, i, None]
                 total.addmm_(dz.t(), states)
         if self.bias is not None:
-            if part.omega is None:
+            if part.weights is None:
                 self.bias[0, ids] += dz.sum(0)
             else:
-                self.bias[:, ids] += part.omega.t() @ dz
+                self.bias[:, ids] += part.weights.t() @ dz
 
 
 def linear_logprob_backward(
-    d_logprobs: Tensor,
-    d_entropy: Tensor,
-    d_kl: Tensor,
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    example_ids: Tensor | None,
-    temperature: Tensor,
-    ref_hidden: Tensor | None,
-    invariant: bool,
-    needs: list[bool],
-    isa: str = "",
+    inputs: Inputs, upstream: tuple[Tensor, ...], needs: list[bool], isa: str = ""
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As reference.linear_logprob_backward, in float32 whatever hidden's dtype.
 
     Holds KEPT_LOGITS logits, or a block of them (twice with ref_hidden); of the head and the states
-    what the forward holds; and the gradients asked for in float32. Deterministic.
+    what the forward holds; and the needed gradients in float32. Deterministic.
     isa: an instruction set for this call, "" for the one in use.
     """
+    hidden, head_weight, targets, _, weights, example_ids, temperature, ref_hidden, _ = inputs
     tokens, vocab_size = hidden.shape[0], head_weight.shape[-2]
-    head = Head.of(head_weight, bias, weights, example_ids)
+    head = Head.of(inputs)
     tau, targets = temperature.float().contiguous(), targets.contiguous()
-    upstream = [d.float().contiguous() for d in (d_logprobs, d_entropy, d_kl)]
+    upstream = tuple(d.float().contiguous() for d in upstream)
     m = len(head.experts)
     shapes = (hidden.shape, head.experts.shape, (m, vocab_size), (tokens, m))
     sums = [torch.zeros(shape) if need else None for shape, need in zip(shapes, needs, strict=True)]
@@ -113,13 +77,13 @@ def linear_logprob_backward(
     # The reference policy has the same head, and is not differentiated by its own states.
     ref_grads = _Gradients(None, *sums[1:])
     room = KEPT_LOGITS // vocab_size
-    keep, most = room >= KEPT_TOKENS, cpu_linear_logprob.BLOCK_TOKENS
+    keep, most = room >= KEPT_TOKENS, cpu.BLOCK_TOKENS
     for rows in _slices(tokens, min(most, room) if keep else most):
         h = [x[rows].float() for x in (hidden, ref_hidden) if x is not None]
         count = len(h[0])
         state = torch.empty(count, 8, dtype=torch.float64)
         unused = torch.empty(2, count)
-        blocks = _slices(vocab_size, max(1, cpu_linear_logprob.BLOCK_LOGITS // count))
+        blocks = _slices(vocab_size, max(1, cpu.BLOCK_LOGITS // count))
         kept = []
         for ids in blocks:
             logits = [head.part(rows, ids).logits(x) for x in h]
@@ -144,7 +108,7 @@ def linear_logprob_backward(
             grads.add(part, rows, ids, logits[0], h[0])
             if ref_hidden is not None:
                 ref_grads.add(part, rows, ids, logits[1], h[1])
-    d_hidden, d_experts, d_bias, d_omega = sums
+    d_hidden, d_experts, d_bias, d_w = sums
     out_hidden, out_head, out_bias, out_weights = (hidden.new_empty(0) for _ in needs)
     if d_hidden is not None:
         out_hidden = d_hidden.to(hidden.dtype)
@@ -152,8 +116,8 @@ def linear_logprob_backward(
         out_head = d_experts.view(head_weight.shape).to(hidden.dtype)
     if d_bias is not None:
         out_bias = d_bias.view(head_weight.shape[:-1]).to(hidden.dtype)
-    if d_omega is not None and weights is not None:
-        per_example = reference.sum_per_example(d_omega, len(weights), example_ids)
+    if d_w is not None and weights is not None:
+        per_example = sum_per_example(d_w, len(weights), example_ids)
         out_weights = per_example.to(weights.dtype)
     return out_hidden, out_head, out_bias, out_weights
 

@@ -1,12 +1,12 @@
 """`linear_logprob` on a GPU: cuBLAS products on blocks of the logits, one Triton kernel between.
 
-Unverified on a GPU. The design is that of cpu_linear_logprob: a block is some tokens times some
-ids; the softmax is taken as in flash attention, relative to the largest logit so far, and the
-slopes are sums over the vocabulary like the others, scaled down when a larger logit comes. What
-the second product needs of the probabilities is rounded to the head's dtype, in which the tensor
-cores take it; all sums are of what was there before that rounding. A mixed head takes a product for
-each expert, scaled in float32. batch_invariant() and the backward of a trained head are the
-reference's business.
+Unverified on a GPU. The design is that of the CPU backend: a block is some tokens times some ids;
+the softmax is taken as in flash attention, relative to the largest logit so far, and the gradients
+with respect to hidden are sums over the vocabulary like the others, scaled down when a larger logit
+comes. What the second product needs of the probabilities is rounded to the head's dtype, in which
+the tensor cores take it; all sums are of what was there before that rounding. A mixed head takes
+one product per expert, scaled in float32. In batch_invariant(), and for the backward of a trained
+head, the reference runs.
 """
 
 import torch
@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clp_kernels.ops.linear_logprob import cpu as cpu_linear_logprob
-from clp_kernels.ops.mix_logits.triton import KINDS, Variant, variant
+from clp_kernels.ops import triton_launch
+from clp_kernels.ops.linear_logprob.head import Head, Inputs, outputs
+from clp_kernels.ops.triton_launch import KINDS, Variant, variant
 
 # Blocks of 256 MiB of logits in float32. Unmeasured starting points, like the two below.
 BLOCK_TOKENS, BLOCK_LOGITS = 2**12, 2**26
@@ -146,7 +147,7 @@ def block_kernel(
         shift = tl.load(state_ptr + 6, mask=follows, other=0.0).to(tl.float32)
         if old_top == float("-inf"):
             # Up to here no id had a logit, and no sum depends on the shift. The mean of z - z'
-            # becomes it: with another, kl's slope is a small difference of large sums.
+            # becomes it: with another, the gradient of kl is a small difference of large sums.
             shift = _mean_gap(
                 logits_ptr + row, ref_logits_ptr + row, bias_ptr, top, scale, count, BLOCK
             )
@@ -181,91 +182,61 @@ def block_kernel(
             tl.store(state_ptr + i, 0.0)
 
 
-# Under TRITON_INTERPRET=1 `triton.jit` gives another class, which runs on CPU tensors.
-INTERPRETED = not isinstance(block_kernel, triton.JITFunction)
-
-
-def why_not(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    example_ids: Tensor | None,
-    temperature: Tensor,
-    return_entropy: bool,
-    ref_hidden: Tensor | None,
-    slopes: bool,
-    invariant: bool,
-) -> str | None:
-    """None where this backend can run, else a sentence."""
-    if hidden.dtype == torch.float64:
-        return "the triton kernel sums products in float32 and hidden is float64"
-    if not INTERPRETED and hidden.device.type != "cuda":
-        return f"the tensors are on {hidden.device}, not on a GPU, and triton's interpreter is off"
-    if invariant:
+def why_not(inputs: Inputs, *_: object) -> str | None:
+    """None if this backend can run, else a sentence."""
+    reason = triton_launch.why_not(inputs.hidden)
+    if reason is None and inputs.invariant:
         return "batch_invariant() needs products in fixed tiles"
-    return None
+    return reason
 
 
 def linear_logprob(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    weights: Tensor | None,
-    example_ids: Tensor | None,
-    temperature: Tensor,
-    return_entropy: bool,
-    ref_hidden: Tensor | None,
-    slopes: bool,
-    invariant: bool,
+    inputs: Inputs, return_entropy: bool, hidden_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As reference.linear_logprob: float32 logits and sums in every dtype.
 
     hidden [T, d] and head_weight [V, d] or [m, V, d] in float32, bfloat16 or float16. Holds
     BLOCK_LOGITS logits in float32 (twice with ref_hidden, and once more for a mixed head), with
-    16-bit slopes as many probabilities in that dtype, and the slopes in float32. In float16 a
-    probability below 2^-25 of the largest is 0 in the slopes. Reads nothing on the host.
+    16-bit gradients as many probabilities in that dtype, and the gradients in float32. In float16 a
+    probability below 2^-25 of the largest is 0 in the gradients. Reads nothing on the host.
     Deterministic; the bits depend on the number of tokens.
     """
-    tokens, vocab_size = hidden.shape[0], head_weight.shape[-2]
-    has_ref = ref_hidden is not None
+    hidden, ref_hidden = inputs.hidden, inputs.ref_hidden
+    tokens, vocab_size = hidden.shape[0], inputs.head_weight.shape[-2]
 
     def floats(*shape: int) -> Tensor:
         return hidden.new_empty(shape, dtype=torch.float32)
 
     state = hidden.new_empty(tokens, 8, dtype=torch.float64)
-    by_logprob, by_kl = (
-        floats(*hidden.shape) if wanted else floats(0) for wanted in (slopes, slopes and has_ref)
-    )
-    tau, targets = temperature.float().contiguous(), targets.contiguous()
-    head = cpu_linear_logprob.Head.of(head_weight, bias, weights, example_ids)
+    wanted = (hidden_grads, hidden_grads and ref_hidden is not None)
+    d_logprobs, d_kl = (floats(*hidden.shape) if on else floats(0) for on in wanted)
+    tau, targets = inputs.temperature.float().contiguous(), inputs.targets.contiguous()
+    head = Head.of(inputs)
     added = None if head.bias is None else head.bias.float().contiguous()
     for begin in range(0, tokens, BLOCK_TOKENS):
         rows = slice(begin, begin + BLOCK_TOKENS)
         h, ref = hidden[rows], None if ref_hidden is None else ref_hidden[rows]
-        omega = None if head.omega is None else head.omega[rows]
+        weights = None if head.weights is None else head.weights[rows]
         factor = floats(len(h))
-        step = _ids_of_a_block(len(h))
+        step = ids_of_a_block(len(h))
         for first in range(0, vocab_size, step):
             ids = slice(first, first + step)
             experts = head.experts[:, ids]
-            z = _mixed(h, experts.mT, omega)
-            ref_z = None if ref is None else _mixed(ref, experts.mT, omega)
-            if omega is not None and added is not None:
+            z = _mixed(h, experts.mT, weights)
+            ref_z = None if ref is None else _mixed(ref, experts.mT, weights)
+            if weights is not None and added is not None:
                 for logits in (z, ref_z):
                     if logits is not None:
-                        logits.addmm_(omega, added[:, ids])
+                        logits.addmm_(weights, added[:, ids])
             e, apart = (
-                _like(logits, hidden.dtype) if slopes and logits is not None else None
+                _like(logits, hidden.dtype) if hidden_grads and logits is not None else None
                 for logits in (z, ref_z)
             )
             with torch.cuda.device_of(hidden):
                 block_kernel[(len(h),)](
                     logits_ptr=z,
                     ref_logits_ptr=ref_z,
-                    bias_ptr=added[0, ids] if added is not None and omega is None else None,
+                    bias_ptr=added[0, ids] if added is not None and weights is None else None,
                     targets_ptr=targets[rows],
                     temperature_ptr=tau[rows],
                     state_ptr=state[rows],
@@ -278,37 +249,34 @@ def linear_logprob(
                     **OPTIONS,
                 )
             # Sums of e W and of e (z - z' - shift) W, relative to the largest logit so far.
-            for total, terms in ((by_logprob, e), (by_kl, apart)):
+            for total, terms in ((d_logprobs, e), (d_kl, apart)):
                 if terms is None:
                     continue
-                product, sums = _mixed(terms, experts, omega), total[rows]
+                product, sums = _mixed(terms, experts, weights), total[rows]
                 if first == 0:
                     sums.copy_(product)
                 else:
                     torch.addcmul(product, sums, factor[:, None], out=sums)
-    logprobs, entropy, kl, slope, kl_slope = cpu_linear_logprob.finish(
-        state, head, targets, tau, return_entropy, has_ref, by_logprob, by_kl
-    )
-    entropy, kl = entropy if return_entropy else floats(0), kl if has_ref else floats(0)
-    return logprobs, entropy, kl, slope, kl_slope
+    return outputs(state, head, inputs, return_entropy, d_logprobs, d_kl)
 
 
-def _ids_of_a_block(tokens: int) -> int:
+def ids_of_a_block(tokens: int) -> int:
+    """How many ids a block of so many tokens has: whole tiles where the logits allow it."""
     step = max(1, BLOCK_LOGITS // tokens)
     return step if step < ALIGNMENT else step // ALIGNMENT * ALIGNMENT
 
 
-def _mixed(a: Tensor, matrices: Tensor, omega: Tensor | None) -> Tensor:
-    """sum_i omega_i (a @ matrices[i]) in float32; a @ matrices[0] without omega [n, m].
+def _mixed(a: Tensor, matrices: Tensor, weights: Tensor | None) -> Tensor:
+    """sum_i w_i (a @ matrices[i]) in float32, weights [n, m]; a @ matrices[0] without them.
 
     Scaling the products keeps a's 16 bits as they are; scaled states would be rounded again.
     """
     total = _product(a, matrices[0])
-    if omega is None:
+    if weights is None:
         return total
-    total.mul_(omega[:, :1])
+    total.mul_(weights[:, :1])
     for i in range(1, len(matrices)):
-        total.addcmul_(_product(a, matrices[i]), omega[:, i : i + 1])
+        total.addcmul_(_product(a, matrices[i]), weights[:, i : i + 1])
     return total
 
 
@@ -330,17 +298,13 @@ def _like(logits: Tensor, dtype: torch.dtype) -> Tensor:
 def variants(capability: tuple[int, int]) -> list[Variant]:
     """Every variant of the kernel that linear_logprob launches, on any GPU."""
     fp32, found = "*fp32", []
-    always = {
-        "logits": fp32,
-        "targets": "*i64",
-        "temperature": fp32,
-        "state": "*fp64",
-        "factor": fp32,
-    }
+    always = {"logits": fp32, "targets": "*i64", "temperature": fp32, "state": "*fp64"}
+    always["factor"] = fp32
     for bias in ({}, {"bias": fp32}):
         for kind in (None, *KINDS.values()):
             e = {} if kind is None else {"e": kind}
             apart = {} if kind is None else {"apart": kind}
             for more in (e, {"ref_logits": fp32, **e, **apart}):
-                found.append(variant(block_kernel, BLOCK, OPTIONS, **always, **bias, **more))
+                types = {**always, **bias, **more}
+                found.append(variant(block_kernel, {"BLOCK": BLOCK}, OPTIONS, types))
     return found

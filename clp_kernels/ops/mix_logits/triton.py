@@ -11,13 +11,11 @@ row's bits do not depend on the other rows. No atomics: two runs give the same b
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from clp_kernels.ops import triton_launch
 from clp_kernels.ops.mix_logits import triton_kernels as kernels
-
-# Under TRITON_INTERPRET=1 `triton.jit` gives another class, which runs on CPU tensors.
-INTERPRETED = not isinstance(kernels.mix_kernel, triton.JITFunction)
+from clp_kernels.ops.triton_launch import KINDS, Variant, unit_stride, variant
 
 # Ids a program works on, and partials that are combined at a time. Unmeasured starting points.
 BLOCK = 1024
@@ -27,17 +25,13 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def slices_of(vocab_size: int) -> int:
-    """Programs a row. By the vocabulary alone: a row's sums do not depend on the batch."""
+    """Programs per row. By the vocabulary alone: a row's sums do not depend on the batch."""
     return -(-vocab_size // BLOCK)
 
 
-def why_not(tensor: Tensor, *_: Any) -> str | None:
-    """Why these kernels cannot run a call whose first argument is `tensor`, or None."""
-    if tensor.dtype == torch.float64:
-        return "the triton kernels mix in float32 and the logits are float64"
-    if not INTERPRETED and tensor.device.type != "cuda":
-        return f"the logits are on {tensor.device}, not on a GPU, and triton's interpreter is off"
-    return None
+def why_not(logits: Tensor, *_: Any) -> str | None:
+    """Why these kernels cannot run a call whose first argument is `logits` (or dz), or None."""
+    return triton_launch.why_not(logits)
 
 
 def mix_logits(logits: Tensor, weights: Tensor, mode: str) -> Tensor:
@@ -78,15 +72,15 @@ def mix_logits_backward(
         probability:  d_logits_i = w_i (dz r_i - softmax(l_i) d_weights_i),
                       d_weights_i = sum_v dz r_i,  r_i = softmax(l_i) / exp(z)
 
-    d_logits [m, B, V] in the logits' dtype, d_weights [B, m] in the weights'; what is not asked for
-    is empty and launches nothing. Ids where z is -inf pass no gradient, and there dz may hold
+    d_logits [m, B, V] in the logits' dtype, d_weights [B, m] in the weights'; what is not needed is
+    empty and launches nothing. Ids where z is -inf pass no gradient, and there dz may hold
     anything. Deterministic, each row by itself.
     """
     m, batch_size, vocab_size = logits.shape
     d_logits = logits.new_empty(logits.shape) if needs[0] else logits.new_empty(0)
     d_weights = weights.new_empty(batch_size, m) if needs[1] else logits.new_empty(0)
     if logits.numel() == 0 or not any(needs):
-        # Without ids the sums are empty; with neither asked for there is nothing to fill.
+        # Without ids the sums are empty; if neither is needed there is nothing to fill.
         return d_logits, d_weights.zero_()
     logits, slices = unit_stride(logits), slices_of(vocab_size)
     probability = mode == "probability"
@@ -137,11 +131,6 @@ def logits_arguments(logits: Tensor) -> dict[str, Any]:
     }
 
 
-def unit_stride(t: Tensor) -> Tensor:
-    """t itself where its last axis is dense (the kernels take the other strides), else a copy."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
 def _log_norms(logits: Tensor) -> Tensor:
     """[2, m, B] float32: of each source row the maximum m, and log sum exp(l - m)."""
     m, batch_size, vocab_size = logits.shape
@@ -158,46 +147,28 @@ def _log_norms(logits: Tensor) -> Tensor:
     return log_norms
 
 
-KINDS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-Variant = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
-
-
-def variant(kernel: Any, block: int, options: dict[str, Any], **types: str) -> Variant:
-    """(name, kernel, signature, constexprs, options) as triton.compile takes them.
-
-    `types`: of the pointers, by argument without its _ptr; a pointer that is not named is None.
-    """
-    pointers = {f"{name}_ptr": kind for name, kind in types.items()}
-    absent = [a for a in kernel.arg_names if a.endswith("_ptr") and a not in pointers]
-    constexprs: dict[str, Any] = {"BLOCK": block, **dict.fromkeys(absent)}
-    signature = {
-        arg: "constexpr" if arg in constexprs else pointers.get(arg, "i32")
-        for arg in kernel.arg_names
-    }
-    name = " ".join([kernel.__name__, *(f"{key}={value}" for key, value in types.items())])
-    return name, kernel, signature, constexprs, options
-
-
 def variants(capability: tuple[int, int]) -> list[Variant]:
     """Every kernel variant that these functions launch, on any GPU.
 
     The geometric gradients come with both outputs: without one, a kernel leaves out a store.
     """
     fp32, found = "*fp32", []
+    fixed, combine = ({"BLOCK": BLOCK}, OPTIONS), ({"BLOCK": COMBINE_BLOCK}, OPTIONS)
     for kind in KINDS.values():
         inputs = {"logits": kind, "weights": fp32}
         norms = {**inputs, "log_norms": fp32}
         for types in (inputs, norms):
-            found.append(variant(kernels.mix_kernel, BLOCK, OPTIONS, **types, out=kind))
+            found.append(variant(kernels.mix_kernel, *fixed, {**types, "out": kind}))
         gradients = (
             {**inputs, "d_logits": kind, "parts": fp32},
             {**norms, "parts": fp32},
             {**norms, "ratio_sums": fp32, "d_logits": kind},
         )
         for types in gradients:
-            found.append(variant(kernels.gradients_kernel, BLOCK, OPTIONS, **types, dz=kind))
-        found.append(variant(kernels.row_sums_kernel, BLOCK, OPTIONS, logits=kind, parts=fp32))
-    combine = (COMBINE_BLOCK, OPTIONS)
-    found.append(variant(kernels.log_norms_kernel, *combine, parts=fp32, log_norms=fp32))
-    found.append(variant(kernels.sum_slices_kernel, *combine, parts=fp32, out=fp32))
+            found.append(variant(kernels.gradients_kernel, *fixed, {**types, "dz": kind}))
+        sums = {"logits": kind, "parts": fp32}
+        found.append(variant(kernels.row_sums_kernel, *fixed, sums))
+    parts = {"parts": fp32}
+    found.append(variant(kernels.log_norms_kernel, *combine, {**parts, "log_norms": fp32}))
+    found.append(variant(kernels.sum_slices_kernel, *combine, {**parts, "out": fp32}))
     return found

@@ -1,7 +1,7 @@
 """The Triton kernels that clp_kernels.ops.mix_logits.triton launches. Unverified on a GPU.
 
 A program owns one slice of BLOCK ids of one row. What is summed over a row goes through partials,
-one a slice, that another kernel adds in order: a row's bits depend on nothing but that row. Row
+one per slice, that another kernel adds in order: a row's bits depend on nothing but that row. Row
 addresses are int64, ids within a row int32. Launch them without fused multiply-add (OPTIONS in
 clp_kernels.ops.mix_logits.triton): the mixture is rounded product by product, sum by sum.
 """
@@ -69,7 +69,7 @@ def mixed(
             top = tl.maximum(top, term)
         safe = tl.where(top == float("-inf"), 0.0, top)
         total = tl.full(v.shape, 0.0, tl.float32)
-        # The terms are read again, from the cache, rather than held: their number is not known.
+        # The terms are read again, from the cache, not kept: their number is not known.
         for i in range(num_terms):
             term = probability_term(
                 row_ptr, weights_ptr, log_norms_ptr, b, v, vocab_size, term_stride, batch_size,

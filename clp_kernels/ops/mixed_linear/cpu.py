@@ -15,9 +15,10 @@ from torch import Tensor
 
 from clp_kernels import native
 from clp_kernels.native import has_native_gemm
-from clp_kernels.ops import reference
+from clp_kernels.ops.mixed_linear import reference
 from clp_kernels.ops.mixed_lora.cpu import run_native, token_weights
 from clp_kernels.ops.mixed_lora.cpu import why_not as why_not
+from clp_kernels.ops.mixed_lora.reference import sum_per_example
 
 # Rows up to which the C++ kernel is faster than PyTorch's products in the inputs' dtype
 # (docs/log.md, 2026-11-24).
@@ -160,7 +161,7 @@ def mixed_linear_backward(
     if needs[0]:
         dx = total.to(x.dtype).view(x.shape)
     if needs[2]:
-        d_weights = reference.sum_per_example(dots, weights.shape[0], example_ids)
+        d_weights = sum_per_example(dots, weights.shape[0], example_ids)
     return dx, d_expert, d_weights, d_bias
 
 

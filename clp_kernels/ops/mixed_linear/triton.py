@@ -1,6 +1,6 @@
 """Triton kernels of mixed_linear: per-example mixtures of m full matrices. Unverified on a GPU.
 
-    y_t = sum_i omega_i(t) (x_t W_i^T + bias_i),    omega_i(t) = weights[row of token t, i]
+    y_t = sum_i w_i(t) (x_t W_i^T + bias_i),    w_i(t) = weights[example of token t, i]
 
 Three products carry the work, and no copy of x, y or dy per expert is ever written:
 
@@ -21,10 +21,19 @@ from itertools import product
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from clp_kernels.ops import triton_launch
 from clp_kernels.ops.mixed_linear import triton_kernels as kernels
+from clp_kernels.ops.triton_launch import (
+    KINDS,
+    Variant,
+    capability_of,
+    distinct,
+    matrix,
+    unit_stride,
+    variant,
+)
 
 # Token counts up to which each small tile is used; above the last one the large tile is.
 DECODE_BUCKETS = (16, 64)
@@ -35,10 +44,6 @@ MAX_SPLITS = 8
 _BIAS_BLOCKS = {"BLOCK_T": 32, "BLOCK_OUT": 64}
 _SUM_BLOCK = 512
 _EXAMPLE_BLOCK = 512
-
-
-# Under TRITON_INTERPRET=1 `triton.jit` gives another class, which runs on CPU tensors.
-INTERPRETED = not isinstance(kernels.mixed_product_kernel, triton.JITFunction)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Plan:
     """What every launch of one call uses.
 
     The forward's inner axis and the tokens of d_expert are cut into so many splits. `d_weights`
-    is the product of the backward where d_weights is asked for, `dx` where dx is and it is not.
+    is the product of the backward if d_weights is needed, `dx` if only dx is.
     """
 
     forward: Tile
@@ -134,15 +139,7 @@ def _cdiv(a: int, b: int) -> int:
 
 def why_not(x: Tensor, *_: Any) -> str | None:
     """Why these kernels cannot run a call whose first argument is x (or dy), or None."""
-    if x.dtype == torch.float64:
-        return "the triton kernels accumulate in float32 and x is float64"
-    if INTERPRETED:
-        if x.dtype == torch.bfloat16:
-            return "triton's interpreter multiplies bfloat16 wrongly and x is bfloat16"
-        return None
-    if x.device.type != "cuda":
-        return f"x is on {x.device}, not on a GPU, and triton's interpreter is off"
-    return None
+    return triton_launch.why_not(x, dots=True)
 
 
 def mixed_linear(
@@ -153,7 +150,7 @@ def mixed_linear(
     example_ids: Tensor | None,
     invariant: bool,
 ) -> Tensor:
-    """y = sum_i omega_i (x W_i^T + bias_i), [..., out] in x's dtype; as reference.mixed_linear.
+    """y = sum_i w_i (x W_i^T + bias_i), [..., out] in x's dtype; as reference.mixed_linear.
 
     float32, bfloat16 and float16; float32 accumulation, one rounding. Deterministic; with
     `invariant` a row's bits do not depend on the other rows. An expert of weight zero adds nothing
@@ -164,7 +161,7 @@ def mixed_linear(
     if y.numel() == 0:
         return y
     call = _Call(x, expert_weight, weights, example_ids)
-    chosen = plan(call.tokens, in_features, out_features, m, x.dtype, _capability(x), invariant)
+    chosen = plan(call.tokens, in_features, out_features, m, x.dtype, capability_of(x), invariant)
     splits = chosen.forward_splits
     planes = y if splits == 1 else _planes(y, splits)
     with torch.cuda.device_of(x):
@@ -186,15 +183,15 @@ def mixed_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, expert_weight, weights, bias), as reference.mixed_linear_backward.
 
-        dx = sum_i omega_i dy W_i          d_weights[b, i] = sum_t x_t . (dy_t W_i) + dy_t . bias_i
-        d_expert_i = sum_t omega_i dy_t^T x_t        d_bias_i = sum_t omega_i dy_t
+        dx = sum_i w_i dy W_i          d_weights[b, i] = sum_t x_t . (dy_t W_i) + dy_t . bias_i
+        d_expert_i = sum_t w_i dy_t^T x_t        d_bias_i = sum_t w_i dy_t
 
-    What is not asked for is empty and launches nothing. Deterministic. NaN in one example reaches
+    What is not needed is empty and launches nothing. Deterministic. NaN in one example reaches
     neither the rows of dx nor those of d_weights of another.
     """
     m, out_features, in_features = expert_weight.shape
     call = _Call(x, expert_weight, weights, example_ids)
-    chosen = plan(call.tokens, in_features, out_features, m, x.dtype, _capability(x), invariant)
+    chosen = plan(call.tokens, in_features, out_features, m, x.dtype, capability_of(x), invariant)
     dx, d_expert, d_weights, d_bias = (x.new_empty(0) for _ in needs)
     dots = None
     if needs[0]:
@@ -232,7 +229,7 @@ class _Call:
     ) -> None:
         self.m, self.out_features, self.in_features = expert_weight.shape
         self.tokens = x.shape[:-1].numel()
-        self.experts = _unit_stride(expert_weight)
+        self.experts = unit_stride(expert_weight)
         self.ids = None if example_ids is None else example_ids.int().contiguous()
         self.tokens_per_example = self.tokens // max(1, weights.shape[0])
         self.rows = {
@@ -256,11 +253,11 @@ class _Call:
         other: Tensor | None = None,
         dots: Tensor | None = None,
     ) -> None:
-        """out[split] = sum_i omega_i (a W_i^T + bias_i), or dots[plane, i] = other . (a W_i)."""
+        """out[split] = sum_i w_i (a W_i^T + bias_i), or dots[plane, i] = other . (a W_i)."""
         in_size, out_size = self.in_features, self.out_features
         if transposed:
             in_size, out_size = out_size, in_size
-        a, other = _matrix(a), _matrix(other) if other is not None and dots is not None else None
+        a, other = matrix(a), matrix(other) if other is not None and dots is not None else None
         tiles = _cdiv(self.tokens, tile.block_t) * _cdiv(out_size, tile.block_out)
         kernels.mixed_product_kernel[(tiles * splits,)](
             x_ptr=a,
@@ -286,7 +283,7 @@ class _Call:
         """out[i, t] = dy_t . bias_i."""
         if out.numel() == 0:
             return
-        dy = _matrix(dy)
+        dy = matrix(dy)
         kernels.bias_dot_kernel[(_cdiv(self.tokens, _BIAS_BLOCKS["BLOCK_T"]) * self.m,)](
             dy_ptr=dy,
             bias_ptr=bias.contiguous(),
@@ -315,8 +312,8 @@ class _Call:
         )
 
     def expert_gradient(self, chosen: Plan, dy: Tensor, x: Tensor, out: Tensor) -> None:
-        """out[i] = sum_t omega_i dy_t^T x_t."""
-        tile, splits, dy, x = chosen.d_expert, chosen.token_splits, _matrix(dy), _matrix(x)
+        """out[i] = sum_t w_i dy_t^T x_t."""
+        tile, splits, dy, x = chosen.d_expert, chosen.token_splits, matrix(dy), matrix(x)
         planes = out if splits == 1 else _planes(out, splits)
         tiles = _cdiv(self.out_features, tile.block_out) * _cdiv(self.in_features, tile.block_in)
         kernels.expert_gradient_kernel[(tiles * self.m * splits,)](
@@ -336,8 +333,8 @@ class _Call:
             _sum_planes(planes, out)
 
     def bias_gradient(self, chosen: Plan, dy: Tensor, out: Tensor) -> None:
-        """out[i] = sum_t omega_i dy_t."""
-        splits, dy = chosen.token_splits, _matrix(dy)
+        """out[i] = sum_t w_i dy_t."""
+        splits, dy = chosen.token_splits, matrix(dy)
         planes = out if splits == 1 else _planes(out, splits)
         tiles = _cdiv(self.out_features, _BIAS_BLOCKS["BLOCK_OUT"])
         kernels.bias_gradient_kernel[(tiles * self.m * splits,)](
@@ -368,71 +365,43 @@ def _sum_planes(planes: Tensor, out: Tensor) -> None:
         )
 
 
-def _unit_stride(t: Tensor) -> Tensor:
-    """t itself where its last axis is dense (the kernels take the other strides), else a copy."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _matrix(t: Tensor) -> Tensor:
-    """[..., size] as [tokens, size], copied only if the layout asks for it."""
-    return _unit_stride(t.reshape(-1, t.shape[-1]))
-
-
-def _capability(x: Tensor) -> tuple[int, int]:
-    """Of x's GPU; the interpreter, which has none, plans as for the oldest that is supported."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
-
-
-_KINDS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-Variant = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
-
-
 def variants(capability: tuple[int, int]) -> list[Variant]:
-    """Every kernel variant that `plan` can choose: (name, kernel, signature, constexprs, options).
+    """Every kernel variant that `plan` can choose, for a compile without a GPU.
 
-    As triton.compiler.ASTSource and triton.compile take them. The bias and the ids of examples
-    change a few loads outside the inner loop: each comes with and without, not in all pairs.
+    The bias and the ids of examples change a few loads outside the inner loop: each comes with and
+    without, not in all pairs.
     """
-    found: dict[str, Variant] = {}
+    fp32, ids = "*fp32", {"ids": "*i32"}
+    found: list[Variant] = []
 
-    def add(kernel: Any, tile: Tile | dict[str, int], flags: dict[str, Any], **types: str) -> None:
-        """`types`: of the pointers, by argument without its _ptr; a pointer not named is None."""
-        blocks, options = (tile, {}) if isinstance(tile, dict) else (tile.blocks(), tile.options())
-        pointers = {f"{name}_ptr": kind for name, kind in types.items()}
-        absent = [a for a in kernel.arg_names if a.endswith("_ptr") and a not in pointers]
-        constexprs = {**blocks, **flags, **dict.fromkeys(absent)}
-        signature = {
-            arg: "constexpr" if arg in constexprs else pointers.get(arg, "i32")
-            for arg in kernel.arg_names
-        }
-        shown = {**types, **blocks, **flags, **options}
-        name = " ".join([kernel.__name__, *(f"{key}={value}" for key, value in shown.items())])
-        found[name] = (name, kernel, signature, constexprs, options)
+    def add(kernel: Any, blocks: dict[str, Any], types: dict[str, str], tile: Tile | None = None):  # type: ignore[no-untyped-def]
+        if tile is not None:
+            blocks = {**blocks, **tile.blocks()}
+        found.append(variant(kernel, blocks, {} if tile is None else tile.options(), types))
 
-    fp32, ids = "*fp32", "*i32"
     forward, backward = {"TRANSPOSED": False}, {"TRANSPOSED": True}
-    for dtype, kind in _KINDS.items():
+    for dtype, kind in KINDS.items():
         inputs = {"x": kind, "expert": kind, "weights": fp32}
-        dots = {"other": kind, "dots": fp32}
+        dots = {**inputs, "other": kind, "dots": fp32}
         for tokens, features, invariant in product(
             (*DECODE_BUCKETS, SPLIT_TOKENS, 2**15), (64, 4096, 2**18), (False, True)
         ):
             chosen = plan(tokens, features, features, 1, dtype, capability, invariant)
-            out = kind if chosen.forward_splits == 1 else fp32
+            outputs = {**inputs, "out": kind if chosen.forward_splits == 1 else fp32}
             kernel = kernels.mixed_product_kernel
-            add(kernel, chosen.forward, forward, **inputs, bias=kind, out=out)
-            add(kernel, chosen.forward, forward, **inputs, ids=ids, out=out)
-            add(kernel, chosen.dx, backward, **inputs, out=kind)
-            add(kernel, chosen.d_weights, backward, **inputs, **dots, ids=ids, out=kind)
-            add(kernel, chosen.d_weights, backward, **inputs, **dots)
+            add(kernel, forward, {**outputs, "bias": kind}, chosen.forward)
+            add(kernel, forward, {**outputs, **ids}, chosen.forward)
+            add(kernel, backward, {**inputs, "out": kind}, chosen.dx)
+            add(kernel, backward, {**dots, **ids, "out": kind}, chosen.d_weights)
+            add(kernel, backward, dots, chosen.d_weights)
             sums = {"dy": kind, "weights": fp32, "out": kind if chosen.token_splits == 1 else fp32}
-            add(kernels.expert_gradient_kernel, chosen.d_expert, {}, **sums, x=kind)
-            add(kernels.expert_gradient_kernel, chosen.d_expert, {}, **sums, x=kind, ids=ids)
-            add(kernels.bias_gradient_kernel, _BIAS_BLOCKS, {}, **sums)
-            add(kernels.bias_gradient_kernel, _BIAS_BLOCKS, {}, **sums, ids=ids)
-        add(kernels.bias_dot_kernel, _BIAS_BLOCKS, {}, dy=kind, bias=kind, dots=fp32)
-        add(kernels.sum_planes_kernel, {"BLOCK": _SUM_BLOCK}, {}, planes=fp32, out=kind)
-    for types in ({}, {"ids": ids}):
-        example = {"BLOCK": _EXAMPLE_BLOCK}
-        add(kernels.sum_per_example_kernel, example, {}, per_token=fp32, out=fp32, **types)
-    return list(found.values())
+            for types in (sums, {**sums, **ids}):
+                add(kernels.expert_gradient_kernel, {}, {**types, "x": kind}, chosen.d_expert)
+                add(kernels.bias_gradient_kernel, _BIAS_BLOCKS, types)
+        bias = {"dy": kind, "bias": kind, "dots": fp32}
+        add(kernels.bias_dot_kernel, _BIAS_BLOCKS, bias)
+        add(kernels.sum_planes_kernel, {"BLOCK": _SUM_BLOCK}, {"planes": fp32, "out": kind})
+    sums = {"per_token": fp32, "out": fp32}
+    for types in (sums, {**sums, **ids}):
+        add(kernels.sum_per_example_kernel, {"BLOCK": _EXAMPLE_BLOCK}, types)
+    return distinct(found)

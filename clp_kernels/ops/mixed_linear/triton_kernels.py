@@ -6,20 +6,10 @@ Addresses are int64, every axis is masked, sums are in float32 and in a fixed or
 import triton
 import triton.language as tl
 
+from clp_kernels.ops.triton_launch import example_of, weight_of
+
 # What changes from call to call compiles no new kernel; sizes and strides of layers may.
 _COUNTS = ["num_tokens", "batch_size", "tokens_per_example", "num_experts", "splits"]
-
-
-@triton.jit
-def _load_omega(weights_ptr, ids_ptr, t, in_range, batch_size, tokens_per_example, num_experts, i):
-    """weights[row of t, i]; 0 past the last token, NaN for a token whose example does not exist."""
-    if ids_ptr is None:
-        rows = t // tokens_per_example
-    else:
-        rows = tl.load(ids_ptr + t, mask=in_range, other=0).to(tl.int64)
-    exists = in_range & (rows >= 0) & (rows < batch_size)
-    omega = tl.load(weights_ptr + rows * num_experts + i, mask=exists, other=float("nan"))
-    return tl.where(in_range, omega, 0.0)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -30,7 +20,7 @@ def mixed_product_kernel(
     TRANSPOSED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """out[split, t] = sum_i omega_i (x_t M_i + bias_i); dots[plane, i, t] = other_t . (x_t M_i).
+    """out[split, t] = sum_i w_i (x_t M_i + bias_i); dots[plane, i, t] = other_t . (x_t M_i).
 
     M_i [in_size, out_size] is W_i^T, or W_i where TRANSPOSED. out_ptr, bias_ptr and the pair
     other_ptr (a matrix like out) and dots_ptr may be None. A split takes a range of the inner axis.
@@ -83,11 +73,10 @@ def mixed_product_kernel(
             bias = tl.load(bias_ptrs, mask=out_in, other=0.0).to(tl.float32)
             product += tl.where(split == 0, bias, 0.0)[None, :]
         if out_ptr is not None:
-            omega = _load_omega(
-                weights_ptr, ids_ptr, t, t_in, batch_size, tokens_per_example, num_experts, i
-            )[:, None]
+            example = example_of(ids_ptr, t, t_in, tokens_per_example)
+            w = weight_of(weights_ptr, example, i, t_in, batch_size, num_experts)[:, None]
             # Selected, not multiplied: 0 * inf of an expert that is not used would be NaN.
-            total += tl.where(omega != 0, omega * product, 0.0)
+            total += tl.where(w != 0, w * product, 0.0)
         expert_start += tl.cast(expert_stride, tl.int64)
     if out_ptr is not None:
         out_ptrs = out_ptr + (split.to(tl.int64) * num_tokens + t)[:, None] * out_size
@@ -101,7 +90,7 @@ def expert_gradient_kernel(
     num_experts, in_size, out_size, dy_stride, x_stride, splits,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
-    """out[split, i] = sum over a range of tokens of (omega_i dy_t)^T x_t."""
+    """out[split, i] = sum over a range of tokens of (w_i dy_t)^T x_t."""
     pid = tl.program_id(0)
     tiles_in = (in_size + BLOCK_IN - 1) // BLOCK_IN
     tiles = (out_size + BLOCK_OUT - 1) // BLOCK_OUT * tiles_in
@@ -124,11 +113,10 @@ def expert_gradient_kernel(
         dy = tl.load(dy_ptrs, mask=t_in[:, None] & out_in[None, :], other=0.0)
         x_ptrs = x_ptr + t[:, None] * x_stride + inner[None, :]
         x = tl.load(x_ptrs, mask=t_in[:, None] & inner_in[None, :], other=0.0)
-        omega = _load_omega(
-            weights_ptr, ids_ptr, t, t_in, batch_size, tokens_per_example, num_experts, i
-        )[:, None]
-        scaled = tl.trans(tl.where(omega != 0, omega * dy.to(tl.float32), 0.0))
-        # One rounding of omega * dy would double the error of the result: the product is fed as
+        example = example_of(ids_ptr, t, t_in, tokens_per_example)
+        w = weight_of(weights_ptr, example, i, t_in, batch_size, num_experts)[:, None]
+        scaled = tl.trans(tl.where(w != 0, w * dy.to(tl.float32), 0.0))
+        # One rounding of w * dy would double the error of the result: the product is fed as
         # a high and a low part. float16 has no exponents to spare for it, TF32 holds x exactly.
         if x.dtype == tl.float32:
             total = tl.dot(scaled, x, total, input_precision="ieee")
@@ -153,7 +141,7 @@ def bias_gradient_kernel(
     num_experts, out_size, dy_stride, splits,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
-    """out[split, i] = sum over a range of tokens of omega_i dy_t."""
+    """out[split, i] = sum over a range of tokens of w_i dy_t."""
     pid = tl.program_id(0)
     tiles = (out_size + BLOCK_OUT - 1) // BLOCK_OUT
     i = pid % num_experts
@@ -168,10 +156,9 @@ def bias_gradient_kernel(
         t_in = t < end
         dy_ptrs = dy_ptr + t[:, None] * dy_stride + out[None, :]
         dy = tl.load(dy_ptrs, mask=t_in[:, None] & (out < out_size)[None, :], other=0.0)
-        omega = _load_omega(
-            weights_ptr, ids_ptr, t, t_in, batch_size, tokens_per_example, num_experts, i
-        )[:, None]
-        total += tl.where(omega != 0, omega * dy.to(tl.float32), 0.0)
+        example = example_of(ids_ptr, t, t_in, tokens_per_example)
+        w = weight_of(weights_ptr, example, i, t_in, batch_size, num_experts)[:, None]
+        total += tl.where(w != 0, w * dy.to(tl.float32), 0.0)
     sums = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
     plane = split.to(tl.int64) * num_experts + i
     tl.store(out_ptr + plane * out_size + out, sums, mask=out < out_size)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clp_kernels import native
 from clp_kernels.native import has_native_gemm
-from clp_kernels.ops import reference
+from clp_kernels.ops.mixed_lora import reference
 
 # tokens * (in_features + out_features) up to which the C++ kernel beats PyTorch's products, whose
 # calls alone take 170 us (docs/log.md); four times that on the fast path, which spares the checks.

@@ -1,4 +1,4 @@
-"""Triton backend of mixed_lora: the launches of the forward and of dx. Unverified on a GPU.
+"""Triton backend of mixed_lora, forward and backward. Unverified on a GPU.
 
 Two paths, chosen by `plan` (clp_kernels.ops.mixed_lora.triton_plan):
 
@@ -6,8 +6,7 @@ Two paths, chosen by `plan` (clp_kernels.ops.mixed_lora.triton_plan):
   On sm_90 and later the product starts while the shrink runs (programmatic dependent launch).
 - "split": the base product by PyTorch's GEMM, then shrink, then an expand that updates it in place.
 
-dx is the same computation with the roles of the adapters exchanged; the other gradients are in
-clp_kernels.ops.mixed_lora.triton_backward.
+dx is the same computation with the roles of the adapters exchanged.
 u is never split over its inner axis: a shrink program streams no more than a program of the product
 that runs beside it, so that planes of u and their sum would save nothing and cost traffic.
 """
@@ -23,30 +22,22 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from clp_kernels.ops.mixed_lora import triton_backward as _backward
-from clp_kernels.ops.mixed_lora.triton_kernels import (
-    Variant,
-    expand_kernel,
-    product_kernel,
-    shrink_kernel,
-    variant,
-)
+from clp_kernels.ops import triton_launch
+from clp_kernels.ops.mixed_lora import triton_kernels as kernels
 from clp_kernels.ops.mixed_lora.triton_plan import Plan, Tile, plan
-
-INTERPRETED = not isinstance(product_kernel, triton.JITFunction)
-
+from clp_kernels.ops.triton_launch import KINDS, Variant, distinct, matrix, variant
 
 _cached_plan = lru_cache(maxsize=4096)(plan)
+
+# Unmeasured starting points: programs that fill a large GPU about four times, the fewest tokens
+# worth a plane of their own, elements a program sums.
+_PROGRAMS, _TOKENS_PER_PLANE, _SUM_BLOCK = 512, 256, 1024
 
 
 def why_not(x: Tensor, *rest: Any) -> str | None:
     """None if the kernels run on the op's arguments, (x, ...) or (dy, x, ...), or a sentence."""
-    if x.dtype == torch.float64:
-        return "the triton kernels accumulate in float32, and the inputs are float64"
-    if x.device.type != "cuda" and not INTERPRETED:
-        return f"the inputs are on {x.device}, not on a GPU"
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        return "the Triton interpreter computes bfloat16 dots wrongly"
+    if (reason := triton_launch.why_not(x, dots=True)) is not None:
+        return reason
     # The forward's last argument is `invariant`, the backward's the list `needs`.
     adapters = rest[2:4] if rest and isinstance(rest[-1], list) else rest[1:3]
     if any(t.numel() == 0 for t in adapters):
@@ -69,7 +60,7 @@ class _Adapters(NamedTuple):
         return self.lora_A.shape[0], self.lora_A.shape[1]
 
     def counts(self, tokens: int) -> tuple[int, int, int]:
-        """Adapters, examples, tokens of an example: three arguments of every kernel."""
+        """Adapters, examples, tokens per example: three arguments of every kernel."""
         batch_size = self.weights.shape[0]
         return self.lora_A.shape[0], batch_size, tokens // max(1, batch_size)
 
@@ -79,12 +70,6 @@ def _adapters(
 ) -> _Adapters:
     ids = None if example_ids is None else example_ids.contiguous()
     return _Adapters(lora_A.contiguous(), lora_B.contiguous(), weights.contiguous(), ids)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., features] as [T, features] with unit stride in a row; copies only where it must."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def _aligned(*tensors: Tensor) -> bool:
@@ -100,8 +85,7 @@ def _aligned(*tensors: Tensor) -> bool:
 
 
 def _plan_for(x: Tensor, features: int, rank: int, invariant: bool, path: str | None) -> Plan:
-    # The interpreter runs the tiles of sm_80.
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+    capability = triton_launch.capability_of(x)
     tokens = x.numel() // x.shape[-1]
     chosen = _cached_plan(tokens, x.shape[-1], features, rank, x.dtype, capability, invariant)
     if path is None:
@@ -126,7 +110,7 @@ def _tile(kernel: str, chosen: Plan, mixed: bool) -> Tile:
     return tile
 
 
-def _settings(
+def settings_of(
     kernel: str, chosen: Plan, x_dtype: torch.dtype, lora_dtype: torch.dtype, r: int,
     forward: bool, aligned: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
@@ -162,11 +146,11 @@ def _shrink(
     u = x.new_empty(tokens, m * r, dtype=torch.float32)
     z = torch.empty_like(u)
     p = adapters.lora_A if forward else adapters.lora_B
-    constexprs, options = _settings("shrink", chosen, x.dtype, p.dtype, r, forward, aligned)
+    constexprs, options = settings_of("shrink", chosen, x.dtype, p.dtype, r, forward, aligned)
     tiles_t = triton.cdiv(tokens, constexprs["BLOCK_T"])
     grid = tiles_t * triton.cdiv(m * r, constexprs["BLOCK_R"])
     if grid:
-        shrink_kernel[(grid,)](
+        kernels.shrink_kernel[(grid,)](
             x, p, adapters.weights, adapters.ids, u, z, tokens, x.shape[1],
             *adapters.counts(tokens), x.stride(0), **constexprs, **options,
         )  # fmt: skip
@@ -182,22 +166,22 @@ def _product(
     chosen: Plan,
 ) -> tuple[Tensor, Tensor]:
     """(X M + bias + z Q [T, N], u [T, m*r]): the forward, or dx and g."""
-    rows, r = _rows(x), adapters.sizes[1]
-    base = _rows(base_weight)
+    rows, r = matrix(x), adapters.sizes[1]
+    base = matrix(base_weight)
     tokens, features = rows.shape[0], base.shape[0 if forward else 1]
     q = adapters.lora_B if forward else adapters.lora_A
     aligned = _aligned(rows, base, adapters.lora_A, adapters.lora_B) and features % 16 == 0
     kernel = "product" if chosen.path == "fused" else "expand"
-    constexprs, options = _settings(kernel, chosen, x.dtype, q.dtype, r, forward, aligned)
+    constexprs, options = settings_of(kernel, chosen, x.dtype, q.dtype, r, forward, aligned)
     tiles_t = triton.cdiv(tokens, constexprs["BLOCK_T"])
     grid = tiles_t * triton.cdiv(features, constexprs["BLOCK_N"])
     if kernel == "expand":
-        # On x as it came, so that a row of zero weights has the bits that F.linear gives for it.
+        # On x as it came, so that zero weights give the bits of F.linear.
         out = F.linear(x, base_weight if forward else base_weight.t(), bias)
         out = out.contiguous().view(tokens, features)
         u, z = _shrink(rows, adapters, chosen, forward, aligned)
         if grid:
-            expand_kernel[(grid,)](
+            kernels.expand_kernel[(grid,)](
                 z, q, adapters.weights, adapters.ids, out, tokens, features,
                 *adapters.counts(tokens), **constexprs, **options,
             )  # fmt: skip
@@ -205,7 +189,7 @@ def _product(
     out = x.new_empty(tokens, features)
     u, z = _shrink(rows, adapters, chosen, forward, aligned)
     if grid:
-        product_kernel[(grid,)](
+        kernels.product_kernel[(grid,)](
             rows, base, z, q, bias, adapters.weights, adapters.ids, out, tokens, rows.shape[1],
             features, *adapters.counts(tokens), rows.stride(0), base.stride(0),
             **constexprs, **options,
@@ -224,13 +208,13 @@ def mixed_lora(
     invariant: bool,
     path: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The op mixed_lora on a GPU; arguments and results as clp_kernels.ops.reference.mixed_lora.
+    """The op mixed_lora on a GPU; arguments and results as reference.mixed_lora.
 
         y_t = x_t W^T + bias + sum_i weights[b(t), i] (x_t A_i^T) B_i^T,    u = x A^T
 
     Returns y [..., out] in x's dtype and u [..., m*r] float32, contiguous. Accumulates in float32
-    and rounds y once on the fused path, twice on the split one. A row of zeros in `weights` gives
-    the bits of the base product that the path makes: F.linear's on the split path. In float16 the
+    and rounds y once on the fused path, twice on the split one. Weights that are all zero give the
+    bits of the base product that the path makes: F.linear's on the split path. In float16 the
     mixed activations u * weights must stay below 65,504.
 
     Args:
@@ -264,8 +248,8 @@ def mixed_lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, base_weight, lora_A, lora_B, weights, bias); empty where not needed.
 
-    As reference.mixed_lora_backward. A gradient that is not needed costs no launch; dx
-    brings g = dy B along. The base matrix's gradient is PyTorch's GEMM, the bias's its sum.
+    As reference.mixed_lora_backward. A gradient that is not needed costs no launch; dx also gives
+    g = dy B. The base matrix's gradient is PyTorch's GEMM, the bias's its sum.
 
     Deterministic. With `invariant` the bits of dx and of a row of dweights do not depend on the
     other rows; the gradients of the matrices are sums over all of them.
@@ -273,7 +257,7 @@ def mixed_lora_backward(
     adapters = _adapters(lora_A, lora_B, weights, example_ids)
     m, r = adapters.sizes
     dx, d_base, d_lora_A, d_lora_B, d_weights, d_bias = (x.new_empty(0) for _ in needs)
-    x_rows, dy_rows, u_rows = _rows(x), _rows(dy), _rows(u).contiguous()
+    x_rows, dy_rows, u_rows = matrix(x), matrix(dy), matrix(u).contiguous()
     g: Tensor | None = None
     with torch.cuda.device_of(x):
         chosen = _plan_for(dy, x.shape[-1], m * r, invariant, path)
@@ -286,16 +270,108 @@ def mixed_lora_backward(
         if needs[1]:
             d_base = dy_rows.t() @ x_rows
         if needs[2] or needs[3]:
-            d_lora_A, d_lora_B = _backward.adapter_gradients(
+            d_lora_A, d_lora_B = _adapter_gradients(
                 x_rows, dy_rows, g, u_rows, adapters.weights, adapters.ids,
                 adapters.lora_A if needs[2] else None, adapters.lora_B if needs[3] else None,
                 _aligned(x_rows, dy_rows) and u_rows.data_ptr() % 16 == 0,
             )  # fmt: skip
         if needs[4] and g is not None:
-            d_weights = _backward.row_gradient(g, u_rows, adapters.ids, adapters.weights, r)
+            d_weights = _weight_gradient(g, u_rows, adapters.ids, adapters.weights, r)
         if needs[5]:
             d_bias = dy_rows.sum(0, dtype=torch.float32).to(base_weight.dtype)
     return dx, d_base, d_lora_A, d_lora_B, d_weights, d_bias
+
+
+def gradient_splits(tokens: int, in_features: int, out_features: int, rank: int) -> int:
+    """Into how many parts the tokens are split for dA and dB: a function of the sizes alone."""
+    tiles = triton.cdiv(rank, 64) * triton.cdiv(max(1, in_features + out_features), 128)
+    return max(1, min(_PROGRAMS // tiles, tokens // _TOKENS_PER_PLANE))
+
+
+def _adapter_settings(
+    x_dtype: torch.dtype, lora_dtype: torch.dtype, m: int, r: int, is_aligned: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    full, wide = x_dtype == torch.float32, lora_dtype == torch.float32
+    block_r = 16 if m * r <= 16 else 32 if full else 64
+    constexprs = {
+        "RANK": r,
+        "WIDE": wide,
+        "ALIGNED": is_aligned,
+        "PRECISION": "tf32x3" if wide and not full else "ieee",
+        "BLOCK_R": block_r,
+        "BLOCK_F": 64 if wide else 128,
+        # 32 spills registers on sm_80 (Triton 3.7.1).
+        "BLOCK_T": 16,
+    }
+    return constexprs, {"num_warps": 8, "num_stages": 3}
+
+
+def _weight_settings(r: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    block_r = triton.next_power_of_2(r)
+    constexprs = {"RANK": r, "BLOCK_T": max(1, 4096 // block_r), "BLOCK_R": block_r}
+    return constexprs, {"num_warps": 8, "num_stages": 2}
+
+
+def _adapter_gradients(
+    x: Tensor,
+    dy: Tensor,
+    g: Tensor | None,
+    u: Tensor,
+    weights: Tensor,
+    example_ids: Tensor | None,
+    like_A: Tensor | None,
+    like_B: Tensor | None,
+    is_aligned: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dA like `like_A` [m, r, in], dB like `like_B` [m, out, r]); empty where that is None.
+
+    x [T, in] and dy [T, out] with rows of unit stride; g and u [T, m*r] and weights contiguous; g
+    may be None without `like_A`. is_aligned: pointers, strides and features suit 16-byte loads.
+    """
+    tokens, m = x.shape[0], weights.shape[1]
+    r = u.shape[1] // m
+    d_lora_A = x.new_empty(0) if like_A is None else torch.empty_like(like_A)
+    d_lora_B = x.new_empty(0) if like_B is None else torch.empty_like(like_B)
+    in_features = 0 if like_A is None else x.shape[1]
+    out_features = 0 if like_B is None else dy.shape[1]
+    lora_dtype = (d_lora_B if like_A is None else d_lora_A).dtype
+    splits = gradient_splits(tokens, in_features, out_features, m * r)
+    total = m * r * (in_features + out_features)
+    planes = x.new_empty(splits, total, dtype=torch.float32)
+    constexprs, options = _adapter_settings(x.dtype, lora_dtype, m, r, is_aligned)
+    blocks = sum(triton.cdiv(n, constexprs["BLOCK_F"]) for n in (in_features, out_features))
+    kernels.adapter_gradient_kernel[(triton.cdiv(m * r, constexprs["BLOCK_R"]) * blocks * splits,)](
+        x, dy, u if g is None else g, u, weights, example_ids, planes,
+        tokens, in_features, out_features, m, weights.shape[0],
+        tokens // max(1, weights.shape[0]), x.stride(0), dy.stride(0), splits,
+        **constexprs, **options,
+    )  # fmt: skip
+    kernels.sum_planes_kernel[(triton.cdiv(total, _SUM_BLOCK),)](
+        planes, d_lora_A, d_lora_B, in_features, out_features, m, splits,
+        RANK=r, BLOCK=_SUM_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return d_lora_A, d_lora_B
+
+
+def _weight_gradient(
+    g: Tensor, u: Tensor, example_ids: Tensor | None, weights: Tensor, r: int
+) -> Tensor:
+    """dweights [B, m] float32 from contiguous g and u [T, m*r]."""
+    batch_size, m = weights.shape
+    out = torch.empty_like(weights, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    order = starts = None
+    if example_ids is not None:
+        # Stable: each example's tokens stay in their order, wherever they stand in the batch.
+        ids, order = torch.sort(example_ids, stable=True)
+        edges = torch.arange(batch_size + 1, device=ids.device, dtype=ids.dtype)
+        starts = torch.searchsorted(ids, edges)
+    constexprs, options = _weight_settings(r)
+    kernels.weight_gradient_kernel[(batch_size * m,)](
+        g, u, order, starts, out, m, g.shape[0] // batch_size, **constexprs, **options
+    )
+    return out
 
 
 _DTYPES = (
@@ -314,18 +390,22 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
     example_ids, dx without. float16 only forward: it compiles to bfloat16's code with another
     instruction type. One bucket also at r = 12, where nothing is aligned.
     """
-    found: dict[str, Variant] = {}
+    found: list[Variant] = []
     grid = product((16, 64, 256, 4096, 4097), (1024, 4096), (16, 64), _DTYPES, (False, True))
     for tokens, features, rank, dtypes, invariant in grid:
         chosen = plan(tokens, features, features, rank, dtypes[0], capability, invariant)
         directions = (True,) if dtypes[0] == torch.float16 else (True, False)
-        for one in _variants(chosen, dtypes, rank // 16, 16, True, directions):
-            found.setdefault(one[0], one)
+        found += _variants(chosen, dtypes, rank // 16, 16, True, directions)
     for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)):
         chosen = plan(256, 4096, 4096, 60, dtypes[0], capability, False)
-        for one in _variants(chosen, dtypes, 5, 12, False, (True,)):
-            found.setdefault(one[0], one)
-    return list(found.values())
+        found += _variants(chosen, dtypes, 5, 12, False, (True,))
+    return distinct(found)
+
+
+# The dtype of each pointer: x's, the adapters', or its own; float32 if it is not named.
+_IN_X_DTYPE = ("x", "dy", "base", "bias", "out")
+_IN_LORA_DTYPE = ("p", "q", "d_lora_A", "d_lora_B")
+_OWN = {"ids": "*i32", "order": "*i64", "starts": "*i64"}
 
 
 def _variants(
@@ -336,10 +416,24 @@ def _variants(
     aligned: bool,
     directions: tuple[bool, ...],
 ) -> Iterator[Variant]:
+    x_kind, lora_kind = (KINDS[dtype] for dtype in dtypes)
+    kinds = {**_OWN, **dict.fromkeys(_IN_X_DTYPE, x_kind)}
+    kinds |= dict.fromkeys(_IN_LORA_DTYPE, lora_kind)
+
+    def one(kernel: Any, settings: tuple[dict[str, Any], dict[str, Any]], *absent: str) -> Variant:
+        pointers = [a[:-4] for a in kernel.arg_names if a.endswith("_ptr")]
+        types = {name: kinds.get(name, "*fp32") for name in pointers if name not in absent}
+        return variant(kernel, *settings, types)
+
     for forward in directions:
-        for kernel in (shrink_kernel, product_kernel, expand_kernel):
-            name = kernel.__name__.removesuffix("_kernel")
-            absent = () if forward else ("ids_ptr", *(["bias_ptr"] if name == "product" else []))
-            settings = _settings(name, chosen, *dtypes, r, forward, aligned)
-            yield variant(kernel, *dtypes, settings, absent)
-    yield from _backward.variants(*dtypes, m, r, aligned)
+        for name in ("shrink", "product", "expand"):
+            settings = settings_of(name, chosen, *dtypes, r, forward, aligned)
+            absent = () if forward else ("ids", "bias")
+            yield one(getattr(kernels, f"{name}_kernel"), settings, *absent)
+    adapters = _adapter_settings(*dtypes, m, r, aligned)
+    yield one(kernels.adapter_gradient_kernel, adapters)
+    summed = {"RANK": r, "BLOCK": _SUM_BLOCK}, {"num_warps": 4}
+    yield one(kernels.sum_planes_kernel, summed)
+    kinds["out"] = "*fp32"  # of the gradient of weights, whatever x is
+    for absent in ((), ("order", "starts")):
+        yield one(kernels.weight_gradient_kernel, _weight_settings(r), *absent)

@@ -1,29 +1,35 @@
-"""Triton device code of mixed_lora: shrink, the fused product, and expand. Unverified on a GPU.
+"""The Triton kernels that clp_kernels.ops.mixed_lora.triton launches. Unverified on a GPU.
 
-One product serves the forward and dx, with (X, M, P, Q) = (x, W^T, A^T, B^T) or (dy, W, B, A):
+One product serves the forward and dx, with (X, M, P, Q) = (x, W^T, A^T, B^T) or (dy, W, B, A), and
+w the weights of each token:
 
-    OUT = X M + select(rows, (X P) * omega) Q
+    OUT = X M + select(w != 0, (X P) * w) Q
 
-`shrink_kernel` writes u = X P and z = u * omega in float32. `product_kernel` runs X M and z Q
+`shrink_kernel` writes u = X P and z = u * w in float32. `product_kernel` runs X M and z Q
 into one float32 accumulator and rounds once; `expand_kernel` adds z Q to a product that a GEMM
-library made. Launchers and the table of tiles are in clp_kernels.ops.mixed_lora.triton.
+library made. The gradients of the adapters and of the weights are, with u = x A^T and g = dy B,
+
+    dA = (g * w)^T x,    dB = dy^T (u * w),    dweights[b, i] = sum_{t in b} g_ti . u_ti
+
+dA and dB are one launch over x and dy that splits the tokens into parts; each part writes a float32
+plane and `sum_planes_kernel` adds the planes in order. dweights runs over the tokens of one example
+in their order, so that no other example can reach it, not even with a NaN. No atomics: two runs
+give the same bits.
 
 Accuracy. u is an output in float32, so its long sum over the inner axis is not left to the tensor
 core's accumulator, which truncates. z is not rounded to a 16-bit dtype: it enters the dot as
 z = high + low, so the low-rank part is as exact as the definition's.
 
-Selection. A zero weight contributes exactly nothing: z is selected, not multiplied, and where the
-whole row of weights is zero the low-rank part is dropped by a select after the dot, so that
-infinities and NaN in A or B cannot reach that row.
+Selection. A zero weight contributes exactly nothing: z is selected, not multiplied, and where
+all weights of a token are zero the low-rank part is dropped by a select after the dot, so that
+infinities and NaN in A or B cannot reach that token.
 """
 
-from collections.abc import Collection
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from clp_kernels.ops.triton_launch import example_of, weight_of
 
 # Every runtime argument of every kernel. None is specialised: no size, no alignment and no equality
 # to 1 makes Triton compile in the middle of a request. Alignment is the constexpr ALIGNED instead.
@@ -34,42 +40,6 @@ RUNTIME_ARGUMENTS = (
     "batch_size", "tokens_per_example", "x_stride", "base_stride", "dy_stride", "first", "last",
     "splits",
 )  # fmt: skip
-
-_TRITON_NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-_IN_X_DTYPE = ("x_ptr", "dy_ptr", "base_ptr", "bias_ptr", "out_ptr")
-_IN_LORA_DTYPE = ("p_ptr", "q_ptr", "d_lora_A_ptr", "d_lora_B_ptr")
-
-# (name, kernel, signature, constexprs, options), as triton.compile and its ASTSource take them.
-Variant = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
-
-
-def variant(
-    kernel: Any,
-    x_dtype: torch.dtype,
-    lora_dtype: torch.dtype,
-    settings: tuple[dict[str, Any], dict[str, Any]],
-    absent: Collection[str] = (),
-) -> Variant:
-    """The types that a launch with these settings has; `absent` arguments are None."""
-    constexprs, options = settings
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constexprs or name in absent:
-            signature[name] = "constexpr"
-        elif name in _IN_X_DTYPE:
-            signature[name] = _TRITON_NAMES[x_dtype]
-        elif name in _IN_LORA_DTYPE:
-            signature[name] = _TRITON_NAMES[lora_dtype]
-        elif name == "ids_ptr":
-            signature[name] = "*i32"
-        elif name in ("order_ptr", "starts_ptr"):
-            signature[name] = "*i64"
-        else:
-            signature[name] = "*fp32" if name.endswith("_ptr") else "i32"
-    values = constexprs | {name: None for name in absent}
-    shown = " ".join(f"{k}={v}" for k, v in (values | options).items())
-    types = f"{_TRITON_NAMES[x_dtype][1:]}/{_TRITON_NAMES[lora_dtype][1:]}"
-    return f"{kernel.__name__} {types} {shown}", kernel, signature, values, options
 
 
 @triton.jit
@@ -94,35 +64,17 @@ def size(value, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def weight_row(ids_ptr, t, num_tokens, tokens_per_example):
-    """The row of weights that each token uses."""
-    if ids_ptr is None:
-        row = t // tokens_per_example
-    else:
-        row = tl.load(ids_ptr + t, mask=t < num_tokens, other=0).to(tl.int64)
-    return row
-
-
-@triton.jit
-def omega(weights_ptr, row, i, wanted, batch_size, num_adapters):
-    """weights[row, i] broadcast; NaN where the example does not exist, 0 where not wanted."""
-    exists = (row >= 0) & (row < batch_size)
-    w = tl.load(weights_ptr + row * num_adapters + i, mask=wanted & exists, other=float("nan"))
-    return tl.where(wanted, w, 0.0)
-
-
-@triton.jit
 def select_scale(value, w):
     """value * w, and exactly 0 where w is 0, also for infinity and NaN."""
     return tl.where(w == 0.0, 0.0, value * w)
 
 
 @triton.jit
-def _active(weights_ptr, row, t, num_tokens, batch_size, num_adapters):
-    """Whether any weight of each token's row is not zero."""
-    found = t < 0
+def _active(weights_ptr, example, t, num_tokens, batch_size, num_adapters):
+    """Whether any weight of each token is not zero."""
+    found, t_in = t < 0, t < num_tokens
     for i in range(num_adapters):
-        found |= omega(weights_ptr, row, i, t < num_tokens, batch_size, num_adapters) != 0.0
+        found |= weight_of(weights_ptr, example, i, t_in, batch_size, num_adapters) != 0.0
     return found
 
 
@@ -140,31 +92,15 @@ def _lora_offsets(j, f, features, RANK: tl.constexpr, BY_RANK: tl.constexpr):
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def shrink_kernel(
-    x_ptr,
-    p_ptr,
-    weights_ptr,
-    ids_ptr,
-    u_ptr,
-    z_ptr,
-    num_tokens,
-    depth,
-    num_adapters,
-    batch_size,
-    tokens_per_example,
-    x_stride,
-    RANK: tl.constexpr,
-    FORWARD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PDL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """u = X P and z = u * omega, float32 [T, m*r]. P is lora_A where FORWARD, else lora_B."""
+    x_ptr, p_ptr, weights_ptr, ids_ptr, u_ptr, z_ptr, num_tokens, depth, num_adapters, batch_size,
+    tokens_per_example, x_stride,
+    RANK: tl.constexpr, FORWARD: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """u = X P and z = u * w, float32 [T, m*r]. P is lora_A where FORWARD, else lora_B."""
     if PDL:
-        # At once: the product needs nothing of this kernel until its own part X M is done. Without
-        # effect where the next kernel is not launched as a dependent.
+        # First of all: the product needs nothing of this kernel until its own part X M is done.
+        # Without effect if the next kernel is not launched as a dependent.
         gdc_launch_dependents()
     rank = num_adapters * RANK
     depth = size(depth, ALIGNED)
@@ -194,8 +130,8 @@ def shrink_kernel(
     wanted = t_in[:, None] & j_in[None, :]
     to = t[:, None] * rank
     tl.store(tile_at(u_ptr + to, j[None, :], 1, RANK % 4 == 0), acc, mask=wanted)
-    row = weight_row(ids_ptr, t, num_tokens, tokens_per_example)[:, None]
-    w = omega(weights_ptr, row, (j // RANK)[None, :], wanted, batch_size, num_adapters)
+    example = example_of(ids_ptr, t, t_in, tokens_per_example)[:, None]
+    w = weight_of(weights_ptr, example, (j // RANK)[None, :], wanted, batch_size, num_adapters)
     z = select_scale(acc, w)
     tl.store(tile_at(z_ptr + to, j[None, :], 1, RANK % 4 == 0), z, mask=wanted)
 
@@ -231,21 +167,10 @@ def finite_part(value):
 
 @triton.jit
 def _low_rank(
-    z_ptr,
-    q_ptr,
-    t,
-    n,
-    num_tokens,
-    features,
-    rank,
-    RANK: tl.constexpr,
-    FORWARD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    z_ptr, q_ptr, t, n, num_tokens, features, rank,
+    RANK: tl.constexpr, FORWARD: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """z Q of one tile in float32, one accumulator: first the low halves of z, then the high."""
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
@@ -269,33 +194,12 @@ def _low_rank(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def product_kernel(
-    x_ptr,
-    base_ptr,
-    z_ptr,
-    q_ptr,
-    bias_ptr,
-    weights_ptr,
-    ids_ptr,
-    out_ptr,
-    num_tokens,
-    depth,
-    features,
-    num_adapters,
-    batch_size,
-    tokens_per_example,
-    x_stride,
-    base_stride,
-    RANK: tl.constexpr,
-    FORWARD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PDL: tl.constexpr,
-    LOW_RANK_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    x_ptr, base_ptr, z_ptr, q_ptr, bias_ptr, weights_ptr, ids_ptr, out_ptr, num_tokens, depth,
+    features, num_adapters, batch_size, tokens_per_example, x_stride, base_stride,
+    RANK: tl.constexpr, FORWARD: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    LOW_RANK_FIRST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """out = X M + z Q + bias, rounded once; M is W^T where FORWARD, else W.
 
     Without LOW_RANK_FIRST z is needed last, so that X M runs beside the shrink, at the price of a
@@ -317,7 +221,7 @@ def product_kernel(
     t = tile_t.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     t_in, n_in = t < num_tokens, n < features
-    row = weight_row(ids_ptr, t, num_tokens, tokens_per_example)
+    example = example_of(ids_ptr, t, t < num_tokens, tokens_per_example)
     if LOW_RANK_FIRST:
         if PDL:
             gdc_wait()
@@ -325,7 +229,7 @@ def product_kernel(
             z_ptr, q_ptr, t, n, num_tokens, features, rank,
             RANK, FORWARD, ALIGNED, PRECISION, BLOCK_T, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-        use = _active(weights_ptr, row, t, num_tokens, batch_size, num_adapters)
+        use = _active(weights_ptr, example, t, num_tokens, batch_size, num_adapters)
         acc = tl.where(use[:, None], acc, 0.0)
     else:
         acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
@@ -350,7 +254,7 @@ def product_kernel(
             z_ptr, q_ptr, t, n, num_tokens, features, rank,
             RANK, FORWARD, ALIGNED, PRECISION, BLOCK_T, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-        use = _active(weights_ptr, row, t, num_tokens, batch_size, num_adapters)
+        use = _active(weights_ptr, example, t, num_tokens, batch_size, num_adapters)
         acc = tl.where(use[:, None], acc + delta, acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)[None, :]
@@ -360,24 +264,11 @@ def product_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
 def expand_kernel(
-    z_ptr,
-    q_ptr,
-    weights_ptr,
-    ids_ptr,
-    out_ptr,
-    num_tokens,
-    features,
-    num_adapters,
-    batch_size,
+    z_ptr, q_ptr, weights_ptr, ids_ptr, out_ptr, num_tokens, features, num_adapters, batch_size,
     tokens_per_example,
-    RANK: tl.constexpr,
-    FORWARD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    RANK: tl.constexpr, FORWARD: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """out += z Q in place; rows of zero weights are not written."""
     features = size(features, ALIGNED)
     rank = num_adapters * RANK
@@ -385,8 +276,8 @@ def expand_kernel(
     tiles_n = tl.cdiv(features, BLOCK_N)
     t = (pid // tiles_n).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = (pid % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = weight_row(ids_ptr, t, num_tokens, tokens_per_example)
-    use = _active(weights_ptr, row, t, num_tokens, batch_size, num_adapters)
+    example = example_of(ids_ptr, t, t < num_tokens, tokens_per_example)
+    use = _active(weights_ptr, example, t, num_tokens, batch_size, num_adapters)
     written = use[:, None] & (n < features)[None, :]
     delta = _low_rank(
         z_ptr, q_ptr, t, n, num_tokens, features, rank,
@@ -395,3 +286,121 @@ def expand_kernel(
     tile = tile_at(out_ptr + t[:, None] * features, n[None, :], 1, ALIGNED)
     base = tl.load(tile, mask=written, other=0.0).to(tl.float32)
     tl.store(tile, (base + delta).to(out_ptr.dtype.element_ty), mask=written)
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
+def adapter_gradient_kernel(
+    x_ptr, dy_ptr, g_ptr, u_ptr, weights_ptr, ids_ptr, planes_ptr, num_tokens, in_features,
+    out_features, num_adapters, batch_size, tokens_per_example, x_stride, dy_stride, splits,
+    RANK: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """planes[split] = [(g * w)^T x, (u * w)^T dy] over one part of the tokens.
+
+    A plane is [m*r, in_features], then [m*r, out_features]; a size of 0 leaves that gradient out.
+    WIDE: the adapters are float32, and so are the operands of the dots.
+    """
+    rank = num_adapters * RANK
+    blocks_r = tl.cdiv(rank, BLOCK_R)
+    blocks_a = tl.cdiv(in_features, BLOCK_F)
+    blocks = blocks_a + tl.cdiv(out_features, BLOCK_F)
+    pid = tl.program_id(0)
+    block = pid // blocks_r % blocks
+    split = pid // (blocks_r * blocks)
+    plane = planes_ptr + split.to(tl.int64) * rank * (in_features + out_features)
+    if block < blocks_a:
+        s_ptr, y_ptr, y_stride, features = g_ptr, x_ptr, tl.cast(x_stride, tl.int64), in_features
+    else:
+        s_ptr, y_ptr, y_stride, features = u_ptr, dy_ptr, tl.cast(dy_stride, tl.int64), out_features
+        plane += tl.cast(rank, tl.int64) * in_features
+        block -= blocks_a
+    y_stride = size(y_stride, ALIGNED)
+    features = size(features, ALIGNED)
+    j = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    f = block.to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    j_in, f_in = j < rank, f < features
+
+    part = tl.cdiv(tl.cdiv(num_tokens, splits), BLOCK_T) * BLOCK_T
+    first = split.to(tl.int64) * part
+    last = tl.minimum(first + part, num_tokens)
+    acc = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
+    acc_low = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
+    for start in range(first, last, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        t_in = t < last
+        wanted = j_in[:, None] & t_in[None, :]
+        example = example_of(ids_ptr, t, t < num_tokens, tokens_per_example)[None, :]
+        w = weight_of(weights_ptr, example, (j // RANK)[:, None], wanted, batch_size, num_adapters)
+        s_tile = tile_at(s_ptr + t[None, :] * rank, j[:, None], 0, ALIGNED and RANK % 4 == 0)
+        s = select_scale(tl.load(s_tile, mask=wanted, other=0.0), w)
+        y_tile = tile_at(y_ptr + t[:, None] * y_stride, f[None, :], 1, ALIGNED)
+        y = tl.load(y_tile, mask=t_in[:, None] & f_in[None, :], other=0.0)
+        if WIDE:
+            # fma for the reason given in the shrink: the gradient of float32 adapters is float32.
+            acc = tl.fma(tl.dot(s, y.to(tl.float32), input_precision=PRECISION), 1.0, acc)
+        else:
+            high, low = split_operand(s, y.dtype)
+            acc = tl.dot(high, y, acc)
+            acc_low = tl.dot(low, y, acc_low)
+    if not WIDE:
+        acc += finite_part(acc_low)
+    to = tile_at(plane + j[:, None] * features.to(tl.int64), f[None, :], 1, ALIGNED)
+    tl.store(to, acc, mask=j_in[:, None] & f_in[None, :])
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
+def sum_planes_kernel(
+    planes_ptr, d_lora_A_ptr, d_lora_B_ptr, in_features, out_features, num_adapters, splits,
+    RANK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the planes in order, rounds once, and lays dB out as [m, out_features, r]."""
+    rank = tl.cast(num_adapters * RANK, tl.int64)
+    size_a = rank * in_features
+    total = size_a + rank * out_features
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        acc += tl.load(planes_ptr + split * total + element, mask=element < total, other=0.0)
+    in_a = element < size_a
+    tl.store(d_lora_A_ptr + element, acc.to(d_lora_A_ptr.dtype.element_ty), mask=in_a)
+    # In the plane element (j, n), adapter j // r.
+    rest = element - size_a
+    j, n = rest // tl.maximum(out_features, 1), rest % tl.maximum(out_features, 1)
+    to = (j // RANK) * RANK * out_features + n * RANK + j % RANK
+    in_b = (element >= size_a) & (element < total)
+    tl.store(d_lora_B_ptr + to, acc.to(d_lora_B_ptr.dtype.element_ty), mask=in_b)
+
+
+@triton.jit(do_not_specialize=RUNTIME_ARGUMENTS)
+def weight_gradient_kernel(
+    g_ptr, u_ptr, order_ptr, starts_ptr, out_ptr, num_adapters, tokens_per_example,
+    RANK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out[b, i] = sum over the tokens of example b of g_i . u_i; one program for each (b, i).
+
+    The tokens of b are order[starts[b]:starts[b + 1]], or the b-th run of tokens_per_example where
+    order_ptr is None. Tiles begin at the example's first token: its bits depend on nothing else.
+    """
+    pid = tl.program_id(0)
+    b = (pid // num_adapters).to(tl.int64)
+    adapter = pid % num_adapters
+    if order_ptr is None:
+        first = b * tokens_per_example
+        last = first + tokens_per_example
+    else:
+        first = tl.load(starts_ptr + b)
+        last = tl.load(starts_ptr + b + 1)
+    j = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for start in range(first, last, BLOCK_T):
+        position = start + tl.arange(0, BLOCK_T)
+        t_in = position < last
+        t = position
+        if order_ptr is not None:
+            t = tl.load(order_ptr + position, mask=t_in, other=0)
+        at = (t[:, None] * num_adapters + adapter) * RANK + j[None, :]
+        wanted = t_in[:, None] & (j < RANK)[None, :]
+        g = tl.load(g_ptr + at, mask=wanted, other=0.0)
+        u = tl.load(u_ptr + at, mask=wanted, other=0.0)
+        acc += g * u
+    tl.store(out_ptr + pid, tl.sum(tl.sum(acc, axis=1), axis=0))

@@ -13,33 +13,28 @@ With filters the mixture is written too, [B, V] float32, and read again:
 - once for the draw over what is kept. min-p needs no threshold of its own: it is a comparison
   with the row's maximum.
 
-A row whose filter is off, and a greedy row, goes the same way with a threshold that keeps all:
+A row whose filter is off, and a greedy row, is treated alike, with a threshold that keeps all:
 which rows have filters is never read on the host. No atomics: two runs give the same bits, and a
 row's bits do not depend on the other rows.
 """
 
+from typing import Any
+
 import torch
-import triton
 from torch import Tensor
 
+from clp_kernels.ops import triton_launch
 from clp_kernels.ops.mix_logits.triton import (
     BLOCK,
     COMBINE_BLOCK,
-    KINDS,
     OPTIONS,
-    Variant,
     logits_arguments,
     mixture,
     slices_of,
-    unit_stride,
-    variant,
 )
-from clp_kernels.ops.mix_logits.triton import why_not as why_not
 from clp_kernels.ops.mix_logits.triton_kernels import mix_kernel
 from clp_kernels.ops.sample import triton_kernels as kernels
-
-# Under TRITON_INTERPRET=1 `triton.jit` gives another class, which runs on CPU tensors.
-INTERPRETED = not isinstance(kernels.race_kernel, triton.JITFunction)
+from clp_kernels.ops.triton_launch import KINDS, Variant, unit_stride, variant
 
 # A program of a filter sums TILES tiles, so that the partials of a row, which each of its programs
 # reads, stay small beside the row. Tiles of 1024 ids spill (triton 3.6, sm_90): each id takes a
@@ -50,6 +45,11 @@ NARROW_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 _ROUNDS = kernels.ROUNDS.value
 _BINS = 16
 _PARTS = 5
+
+
+def why_not(logits: Tensor, *_: Any) -> str | None:
+    """Why these kernels cannot run a call on these logits, or None."""
+    return triton_launch.why_not(logits)
 
 
 def sample(
@@ -86,23 +86,23 @@ def sample(
     elif filtered:
         logits = logits[:1].float().contiguous()
     with torch.cuda.device_of(logits):
-        row = _Rows(unit_stride(logits), weights, temperature)
+        row = Rows(unit_stride(logits), weights, temperature)
         noise = (seed.contiguous(), position.contiguous())
         if not filtered:
-            row.settle(row.race(noise), None, outputs)
+            row.combine(row.partials(noise), None, outputs)
             return outputs
         rows = logits.new_empty(2, batch_size, dtype=torch.float64)
-        row.settle(row.race(None), rows, None)
+        row.combine(row.partials(None), rows, None)
         least = None
         if top_k is not None:
             least = row.threshold(rows, least, top_k=top_k.contiguous())
         if top_p is not None:
             least = row.threshold(rows, least, top_p=top_p.contiguous())
-        row.settle(row.race(noise, rows, least, min_p), rows, outputs)
+        row.combine(row.partials(noise, rows, least, min_p), rows, outputs)
     return outputs
 
 
-class _Rows:
+class Rows:
     """The logits of one call and the launches over them."""
 
     def __init__(self, logits: Tensor, weights: Tensor | None, temperature: Tensor) -> None:
@@ -111,7 +111,7 @@ class _Rows:
         _, self.batch_size, self.vocab_size = logits.shape
         self.slices = slices_of(self.vocab_size)
 
-    def race(
+    def partials(
         self,
         noise: tuple[Tensor, Tensor] | None,
         rows: Tensor | None = None,
@@ -121,7 +121,7 @@ class _Rows:
         """The partials of every slice: [5, B, slices] float64; without `noise` [2, B, slices]."""
         seed, position = noise or (None, None)
         parts = self._float64(2 if noise is None else _PARTS, self.batch_size, self.slices)
-        kernels.race_kernel[(self.batch_size * self.slices,)](
+        kernels.partials_kernel[(self.batch_size * self.slices,)](
             weights_ptr=self.weights,
             log_norms_ptr=None,
             temperature_ptr=self.temperature,
@@ -137,12 +137,12 @@ class _Rows:
         )
         return parts
 
-    def settle(
+    def combine(
         self, parts: Tensor, rows: Tensor | None, outputs: tuple[Tensor, Tensor, Tensor] | None
     ) -> None:
         """Partials to `outputs`, or where these are None to the maximum and total in `rows`."""
         tokens, logprobs, filtered = outputs or (None, None, None)
-        kernels.settle_kernel[(self.batch_size,)](
+        kernels.combine_kernel[(self.batch_size,)](
             parts_ptr=parts,
             temperature_ptr=self.temperature,
             rows_ptr=rows,
@@ -199,31 +199,27 @@ class _Rows:
 def variants(capability: tuple[int, int]) -> list[Variant]:
     """Every kernel variant that `sample` launches and mix_logits does not, on any GPU."""
     fp32, fp64, i64 = "*fp32", "*fp64", "*i64"
+    fixed, combine = ({"BLOCK": BLOCK}, OPTIONS), ({"BLOCK": COMBINE_BLOCK}, OPTIONS)
+    narrow = ({"BLOCK": NARROW_BLOCK, "TILES": TILES}, NARROW_OPTIONS)
+    base, noise = {"temperature": fp64, "parts": fp64}, {"seed": i64, "position": i64}
     found = []
-    race = {"temperature": fp64, "parts": fp64}
-    noise = {"seed": i64, "position": i64}
     for kind in KINDS.values():
         for types in ({}, {"weights": fp32}):
-            one_pass = {**race, **noise, "logits": kind, **types}
-            found.append(variant(kernels.race_kernel, BLOCK, OPTIONS, **one_pass))
+            one_pass = {**base, **noise, "logits": kind, **types}
+            found.append(variant(kernels.partials_kernel, *fixed, one_pass))
         if kind != fp32:
             mix = {"logits": kind, "weights": fp32, "out": fp32}
-            found.append(variant(mix_kernel, BLOCK, OPTIONS, **mix))
-            found.append(variant(mix_kernel, BLOCK, OPTIONS, **mix, log_norms=fp32))
-    race["logits"] = fp32
-    found.append(variant(kernels.race_kernel, BLOCK, OPTIONS, **race))
+            found.append(variant(mix_kernel, *fixed, mix))
+            found.append(variant(mix_kernel, *fixed, {**mix, "log_norms": fp32}))
+    rows = {**base, "logits": fp32}
+    found.append(variant(kernels.partials_kernel, *fixed, rows))
     for types in ({"least": i64}, {"min_p": fp64}, {"least": i64, "min_p": fp64}):
-        kept = {**race, **noise, "rows": fp64, **types}
-        found.append(variant(kernels.race_kernel, BLOCK, OPTIONS, **kept))
-    settle = {"parts": fp64, "temperature": fp64}
-    drawn = {**settle, "tokens": i64, "logprobs": fp32, "filtered": fp32}
-    for types in (drawn, {**drawn, "rows": fp64}, {**settle, "rows": fp64}):
-        found.append(variant(kernels.settle_kernel, COMBINE_BLOCK, OPTIONS, **types))
-    narrow = {
-        "z": fp32, "temperature": fp64, "rows": fp64, "prefix": i64, "amounts": fp64, "parts": fp64,
-    }  # fmt: skip
+        kept = {**rows, **noise, "rows": fp64, **types}
+        found.append(variant(kernels.partials_kernel, *fixed, kept))
+    drawn = {**base, "tokens": i64, "logprobs": fp32, "filtered": fp32}
+    for types in (drawn, {**drawn, "rows": fp64}, {**base, "rows": fp64}):
+        found.append(variant(kernels.combine_kernel, *combine, types))
+    digits = {**base, "z": fp32, "rows": fp64, "prefix": i64, "amounts": fp64}
     for types in ({"top_k": i64}, {"top_p": fp64}, {"top_p": fp64, "least": i64}):
-        one = variant(kernels.narrow_kernel, NARROW_BLOCK, NARROW_OPTIONS, **narrow, **types)
-        one[2]["TILES"], one[3]["TILES"] = "constexpr", TILES
-        found.append(one)
+        found.append(variant(kernels.narrow_kernel, *narrow, {**digits, **types}))
     return found

@@ -48,7 +48,7 @@ def _gumbel(seed, position, slice_id, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def race_kernel(
+def partials_kernel(
     logits_ptr, weights_ptr, log_norms_ptr, temperature_ptr, seed_ptr, position_ptr, rows_ptr,
     least_ptr, min_p_ptr, parts_ptr, vocab_size, term_stride, row_stride, batch_size, num_terms,
     slices,
@@ -107,7 +107,7 @@ def race_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def settle_kernel(
+def combine_kernel(
     parts_ptr, temperature_ptr, rows_ptr, tokens_ptr, logprobs_ptr, filtered_ptr, batch_size,
     slices,
     BLOCK: tl.constexpr,

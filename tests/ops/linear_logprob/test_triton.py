@@ -9,24 +9,23 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from cases import BF16, F16, F32, F64, HEAD_NAMES, INF, NAN, case_id, cast, head_plain
+from launches import Witness, listed_keys
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from clp_kernels.ops import reference
+from clp_kernels.ops.linear_logprob import reference
 from clp_kernels.ops.linear_logprob import triton as backend
+from clp_kernels.ops.linear_logprob.head import Inputs
+from clp_kernels.ops.triton_launch import INTERPRETED
 from clp_kernels.testing import assert_within_budget, noncontiguous
 
 pytestmark = [
-    pytest.mark.skipif(not backend.INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
+    pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
     pytest.mark.usefixtures("one_thread"),
     # The interpreter warns where a test means inf and NaN to appear.
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-NAMES = ("logprobs", "entropy", "kl", "slope", "kl_slope")
-NAN, INF = float("nan"), float("inf")
-Arguments = tuple[Any, ...]
 
 
 class Case(NamedTuple):
@@ -47,8 +46,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "BLOCK", 128)
 
 
-def arguments(case: Case, draw: int = 0) -> Arguments:
-    """Of the op, with entropy, reference and slopes; every fourth token is ignored.
+def arguments(case: Case, draw: int = 0) -> Inputs:
+    """With a reference policy; every fourth token is ignored.
 
     A mixed head's weights are of any sign for three examples, positive where ids are masked.
     """
@@ -78,63 +77,32 @@ def arguments(case: Case, draw: int = 0) -> Arguments:
         )
     added = None if case.bias == "none" else bias
     mixture = (weights, rows) if case.m else (None, None)
-    return hidden, head, targets, added, *mixture, tau, True, ref, True, False
+    return Inputs(hidden, head, targets, added, *mixture, tau, ref, False)
 
 
-def in_dtype(args: Arguments, dtype: torch.dtype) -> Arguments:
-    def to(t: Any) -> Any:
-        return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
-
-    return tuple(map(to, args))
-
-
-def plain(args: Arguments) -> list[Tensor]:
-    """From materialised logits in the dtype of the inputs; slopes by autograd."""
-    hidden, head, targets, bias, weights, ids, temperature, _, ref, _, _ = args
-    hidden = hidden.detach().requires_grad_()
-    tau = temperature.to(hidden.dtype)[:, None]
-
-    def logits(x: Tensor) -> Tensor:
-        if weights is None:
-            return torch.nn.functional.linear(x, head, bias)
-        columns = weights.to(x.dtype)[ids]
-        added = [None] * len(head) if bias is None else bias
-        each = map(torch.nn.functional.linear, itertools.repeat(x), head, added)
-        total: Tensor = sum(columns[:, i, None] * z for i, z in enumerate(each))
-        return total
-
-    logp, logq = (logits(x).div(tau).log_softmax(-1) for x in (hidden, ref))
-    used = targets != -100
-    picked = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0] * used
-    p = logp.exp()
-    kl = torch.where(p > 0, p * (logp - logq), 0).sum(-1) * used
-    entropy = -torch.where(p > 0, p * logp.clamp(min=-1e4), 0).sum(-1) * used
-    slopes = [torch.autograd.grad(o.sum(), hidden, retain_graph=True)[0] for o in (picked, kl)]
-    return [t.detach() for t in (picked, entropy, kl, *slopes)]
-
-
-def masked_plain(args: Arguments) -> list[Tensor]:
-    """plain without the ids whose bias is -inf: autograd makes NaN of -inf - -inf."""
-    bias = args[3]
+def masked_plain(inputs: Inputs) -> list[torch.Tensor]:
+    """head_plain without the ids whose bias is -inf: autograd makes NaN of -inf - -inf."""
+    bias, targets = inputs.bias, inputs.targets
     if bias is None or bool(bias.isfinite().all()):
-        return plain(args)
+        return head_plain(inputs)
     vocab_size = bias.shape[-1]
     kept = (bias.reshape(-1, vocab_size)[0] > -INF).nonzero()[:, 0]
     place = torch.full((vocab_size,), -100).scatter_(0, kept, torch.arange(len(kept)))
-    targets = torch.where(args[2] == -100, -100, place[args[2].clamp(min=0)])
-    return plain((args[0], args[1][..., kept, :], targets, bias[..., kept], *args[4:]))
+    targets = torch.where(targets == -100, -100, place[targets.clamp(min=0)])
+    head = inputs.head_weight[..., kept, :]
+    return head_plain(inputs._replace(head_weight=head, targets=targets, bias=bias[..., kept]))
 
 
-def check(*draws: Arguments) -> None:
-    got = [backend.linear_logprob(*args) for args in draws]
+def check(*draws: Inputs) -> None:
+    got = [backend.linear_logprob(args, True, True) for args in draws]
     for results in got:
-        for i, (name, result) in enumerate(zip(NAMES, results, strict=True)):
-            assert result.dtype == (F32 if i < 3 else draws[0][0].dtype), name
+        for i, (name, result) in enumerate(zip(HEAD_NAMES, results, strict=True)):
+            assert result.dtype == (F32 if i < 3 else draws[0].hidden.dtype), name
             assert result.is_contiguous(), name
-    wide = [masked_plain(in_dtype(args, F64)) for args in draws]
+    wide = [masked_plain(cast(args, F64)) for args in draws]
     same = [masked_plain(args) for args in draws]
     trios = (map(torch.cat, zip(*runs, strict=True)) for runs in (got, wide, same))
-    for name, *three in zip(NAMES, *trios, strict=True):
+    for name, *three in zip(HEAD_NAMES, *trios, strict=True):
         assert_within_budget(*three, name=name)
 
 
@@ -154,10 +122,6 @@ def sampled(count: int) -> list[Case]:
         if case not in cases:
             cases.append(case)
     return cases
-
-
-def case_id(case: Case) -> str:
-    return "-".join(str(v).removeprefix("torch.") for v in case)
 
 
 def test_sample_covers_every_value() -> None:
@@ -182,28 +146,25 @@ def test_mixed_head_within_budget(case: Case) -> None:
     check(*(arguments(case, draw) for draw in range(3)))
 
 
-def small(**changed: Any) -> Arguments:
+def small(**changed: Any) -> Inputs:
     return arguments(Case(F32, 5, 400, 24, "random", False)._replace(**changed))
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_largest_logit_may_come_last_or_first(order: int) -> None:
     """Scaling down by more than float32 holds, and not at all."""
-    args = list(small())
-    args[3] = order * torch.linspace(-300, 300, 400)
+    inputs = small()._replace(bias=order * torch.linspace(-300, 300, 400))
     for target in (399 if order > 0 else 0, 200):
-        args[2] = torch.full((5,), target)
-        check(tuple(args))
+        check(inputs._replace(targets=torch.full((5,), target)))
 
 
 def test_one_id_is_left() -> None:
-    args = list(small())
-    args[3][:] = -INF
-    args[3][390] = 0.0
-    args[2] = torch.full((5,), 390)
-    logprobs, entropy, kl, slope, kl_slope = backend.linear_logprob(*args)
+    inputs = small()._replace(targets=torch.full((5,), 390))
+    inputs.bias[:] = -INF
+    inputs.bias[390] = 0.0
+    logprobs, entropy, kl, d_logprobs, d_kl = backend.linear_logprob(inputs, True, True)
     assert not logprobs.any() and not kl.any() and entropy.abs().max() < 1e-6
-    assert slope.abs().max() < 1e-6 and kl_slope.abs().max() < 1e-6
+    assert d_logprobs.abs().max() < 1e-6 and d_kl.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 3])
@@ -211,48 +172,47 @@ def test_one_id_is_left() -> None:
 def test_few_ids(vocab_size: int, bias: str) -> None:
     """Outputs of about 0, for which there is no budget: W / t - p W / t is rounded."""
     args = arguments(Case(F32, 5, vocab_size, 4, bias, False))
-    wide = masked_plain(in_dtype(args, F64))
-    for name, a, b in zip(NAMES, backend.linear_logprob(*args), wide, strict=True):
+    wide = masked_plain(cast(args, F64))
+    for name, a, b in zip(HEAD_NAMES, backend.linear_logprob(args, True, True), wide, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=2e-6, msg=name)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_bad_logits_stay_in_their_row(bad: float) -> None:
-    args = small()
-    clean = backend.linear_logprob(*args)
-    args[0][1] = bad
-    args[0][3] = bad  # ignored
+    inputs = small()
+    clean = backend.linear_logprob(inputs, True, True)
+    inputs.hidden[1] = bad
+    inputs.hidden[3] = bad  # ignored
     others = [i for i in range(5) if i != 1]
-    for name, got, want in zip(NAMES, backend.linear_logprob(*args), clean, strict=True):
+    found = backend.linear_logprob(inputs, True, True)
+    for name, got, want in zip(HEAD_NAMES, found, clean, strict=True):
         assert torch.equal(got[others], want[others]), name
         assert got[1].isnan().all(), name
-    args = small()
-    args[3][:] = -INF
-    assert backend.linear_logprob(*args)[0][0].isnan()
+    inputs = small()
+    inputs.bias[:] = -INF
+    assert backend.linear_logprob(inputs, True, True)[0][0].isnan()
 
 
-def test_close_policies_have_an_accurate_slope_of_kl() -> None:
+def test_close_policies_have_an_accurate_gradient_of_kl() -> None:
     """The logits of one differ from those of the other by a large constant and by little else."""
-    args = list(small(bias="none"))
-    hidden, head, ref = args[0].clone(), args[1].clone(), args[8].clone()
-    head[:, 0] = 1.0
-    ref[:] = hidden + 1e-2 * ref
+    inputs = small(bias="none")
+    inputs.head_weight[:, 0] = 1.0
+    ref = inputs.hidden + 1e-2 * inputs.ref_hidden
     ref[:, 0] += 30.0
-    args[1], args[8] = head, ref
-    check(tuple(args))
+    check(inputs._replace(ref_hidden=ref))
 
 
 def test_nothing_and_no_extras() -> None:
-    args = small()
-    hidden, head, targets, *_, ref, _, _ = args
-    few = (hidden[:0], head, targets[:0], None, None, None, torch.ones(0), True, ref[:0])
-    none = backend.linear_logprob(*few, True, False)
+    inputs = small()
+    hidden, head, targets, *_, tau, ref, _ = inputs
+    few = Inputs(hidden[:0], head, targets[:0], None, None, None, tau[:0], ref[:0], False)
+    none = backend.linear_logprob(few, True, True)
     assert [tuple(t.shape) for t in none] == [(0,), (0,), (0,), (0, 24), (0, 24)]
-    full = backend.linear_logprob(*args)
-    for entropy, with_ref, slopes in itertools.product((False, True), repeat=3):
-        other = ref if with_ref else None
-        got = backend.linear_logprob(*args[:7], entropy, other, slopes, False)
-        wanted = (True, entropy, with_ref, slopes, slopes and with_ref)
+    full = backend.linear_logprob(inputs, True, True)
+    for entropy, with_ref, grads in itertools.product((False, True), repeat=3):
+        some = inputs._replace(ref_hidden=ref if with_ref else None)
+        got = backend.linear_logprob(some, entropy, grads)
+        wanted = (True, entropy, with_ref, grads, grads and with_ref)
         for there, part, complete in zip(wanted, got, full, strict=True):
             assert torch.equal(part, complete) if there else part.shape == (0,)
             assert part.dtype == complete.dtype
@@ -260,82 +220,50 @@ def test_nothing_and_no_extras() -> None:
 
 def test_large_weights_do_not_overflow_float16() -> None:
     """The products are scaled, not the states: 200 times a state of 400 is no float16."""
-    args = list(small(dtype=F16, m=2, bias="none"))
-    args[0] = 100 * args[0]
-    args[1] = args[1] / 100
-    args[4] = torch.tensor([[200.0, -199.0]]).expand(3, 2)
-    for t in backend.linear_logprob(*args):
+    inputs = small(dtype=F16, m=2, bias="none")
+    weights = torch.tensor([[200.0, -199.0]]).expand(3, 2)
+    inputs.hidden.mul_(100)
+    inputs.head_weight.div_(100)
+    for t in backend.linear_logprob(inputs._replace(weights=weights), True, True):
         assert t.isfinite().all()
 
 
 @pytest.mark.parametrize("m", [0, 3])
 def test_two_runs_give_the_same_bits(m: int) -> None:
     args = small(m=m)
-    for a, b in zip(*(backend.linear_logprob(*args) for _ in range(2)), strict=True):
+    for a, b in zip(*(backend.linear_logprob(args, True, True) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
 
 
 def test_blocks_begin_at_whole_tiles_where_they_can() -> None:
-    steps = {tokens: backend._ids_of_a_block(tokens) for tokens in (1, 5, 6, 680, 681)}
+    steps = {tokens: backend.ids_of_a_block(tokens) for tokens in (1, 5, 6, 680, 681)}
     assert steps == {1: 640, 5: 128, 6: 113, 680: 1, 681: 1}
 
 
-class Witness:
-    """Stands for a kernel: notes the variant that a launch would compile, and runs the kernel."""
-
-    def __init__(self, kernel: Any, seen: set[Any]) -> None:
-        self.kernel, self.seen = kernel, seen
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def launch(**arguments: Any) -> None:
-            kinds = {**backend.KINDS, torch.int64: "*i64", F64: "*fp64"}
-            options = {k: v for k, v in arguments.items() if k in backend.OPTIONS}
-            types, constexprs = dict[str, str](), dict[str, Any]()
-            for name, value in arguments.items():
-                if isinstance(value, Tensor):
-                    types[name] = kinds[value.dtype]
-                elif value is None or name.isupper():
-                    constexprs[name] = value
-            self.seen.add(variant_key(types, constexprs, options))
-            self.kernel[grid](**arguments)
-
-        return launch
-
-
-def variant_key(*parts: dict[str, Any]) -> Any:
-    return tuple(frozenset(part.items()) for part in parts)
-
-
 def test_every_launch_is_a_listed_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed, seen = backend.variants((8, 0)), set[Any]()
-    assert len({name for name, *_ in listed}) == len(listed)
-    monkeypatch.setattr(backend, "block_kernel", Witness(backend.block_kernel, seen))
+    listed, seen = listed_keys(backend.variants((8, 0))), set[Any]()
+    monkeypatch.setattr(backend, "block_kernel", Witness(backend.block_kernel, seen, run=True))
     flags = itertools.product((F32, F16, BF16), ("none", "random"), *[(False, True)] * 2, (0, 2))
-    for dtype, bias, with_ref, slopes, m in flags:
-        args = arguments(Case(dtype, 2, 8, 4, bias, False, m))
-        backend.linear_logprob(*args[:8], args[8] if with_ref else None, slopes, False)
-    assert seen == {
-        variant_key(
-            {name: kind for name, kind in signature.items() if kind.startswith("*")},
-            constexprs,
-            options,
-        )
-        for _, _, signature, constexprs, options in listed
-    }
+    for dtype, bias, with_ref, grads, m in flags:
+        inputs = arguments(Case(dtype, 2, 8, 4, bias, False, m))
+        ref = inputs.ref_hidden if with_ref else None
+        backend.linear_logprob(inputs._replace(ref_hidden=ref), True, grads)
+    assert seen == listed
 
 
 def test_who_runs_it() -> None:
-    args = small(m=2)
-    assert backend.why_not(*args) is None
-    assert "batch_invariant" in str(backend.why_not(*args[:10], True))
-    assert "float64" in str(backend.why_not(*in_dtype(args, F64)))
+    inputs = small(m=2)
+    assert backend.why_not(inputs, True, True) is None
+    assert "batch_invariant" in str(backend.why_not(inputs._replace(invariant=True), True, True))
+    assert "float64" in str(backend.why_not(cast(inputs, F64), True, True))
 
 
 def test_bfloat16_is_close() -> None:
     """The interpreter truncates where a GPU rounds, so no budget: the probabilities' dtype shows
-    in the slopes alone."""
-    args = small(dtype=BF16)
-    got, want = backend.linear_logprob(*args), reference.linear_logprob(*in_dtype(args, F64))
-    for i, (name, a, b) in enumerate(zip(NAMES, got, want, strict=True)):
+    in the gradients with respect to hidden alone."""
+    inputs = small(dtype=BF16)
+    got = backend.linear_logprob(inputs, True, True)
+    want = reference.linear_logprob(cast(inputs, F64), True, True)
+    for i, (name, a, b) in enumerate(zip(HEAD_NAMES, got, want, strict=True)):
         near = 2e-6 if i < 3 else 2**-6
         torch.testing.assert_close(a.double(), b, rtol=near, atol=near, msg=name)

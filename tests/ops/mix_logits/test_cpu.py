@@ -3,102 +3,53 @@ the same bits on each instruction set, in any batch and on any number of threads
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    INF,
+    MODES,
+    NAN,
+    MixtureInputs,
+    cast,
+    judge_mixture,
+    mixture_inputs,
+    mixture_results,
+)  # fmt: skip
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from clp_kernels import mix_logits, native, registry, testing
-from clp_kernels.ops import reference
 from clp_kernels.ops.mix_logits import cpu as backend
+from clp_kernels.ops.mix_logits import reference
 
 pytestmark = pytest.mark.skipif(
     native.cpu_missing() is not None, reason="the CPU kernels are not built"
 )
 
-NAN, INF = float("nan"), float("inf")
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16)
-MODES = ("geometric", "probability")
 BOTH = [True, True]
 ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
 # Instruction sets of which the last only differs in products that this op has none of.
 KINDS = [isa for isa in ISAS if isa != "avx512_bf16"]
 
 
-class Inputs(NamedTuple):
-    dz: Tensor
-    logits: Tensor
-    weights: Tensor
-
-    def double(self) -> "Inputs":
-        return Inputs(*(t.double() for t in self))
-
-    def rows(self, rows: list[int]) -> "Inputs":
-        return Inputs(self.dz[rows], self.logits[:, rows], self.weights[rows])
+outputs, expected = partial(mixture_results, backend), partial(mixture_results, reference)
 
 
-def inputs(
-    m: int,
-    batch: int,
-    vocab_size: int,
-    dtype: torch.dtype = F32,
-    kind: str = "all_different",
-    *,
-    mode: str = "geometric",
-    masked: bool = False,
-    strides: str = "dense",
-    scale: float = 3.0,
-) -> Inputs:
-    shape = (m, batch, vocab_size)
-    logits = scale * torch.randn(shape)
-    if masked:
-        # A third of the ids of each source, another third each, and one of all; the last is left.
-        logits = logits.masked_fill(torch.rand(shape) < 0.3, -INF)
-        logits[:, :, :1] = -INF
-        logits[:, :, -1:] = 1
-    logits, dz = logits.to(dtype), torch.randn(shape[1:]).to(dtype)
-    weights = testing.weight_rows(kind, batch, m)
-    if mode == "probability" and kind in ("negative", "zero"):
-        # Rows of zeros give -inf everywhere, which a budget cannot judge; see the tests below.
-        weights = weights.abs() + (weights.sum(-1, keepdim=True) == 0)
-    if strides == "gaps":
-        dz, logits, weights = map(testing.noncontiguous, (dz, logits, weights))
-    elif strides == "expanded":
-        logits = testing.expanded(logits, 1)
-    elif strides == "sliced":
-        # The last axis is dense and the others are not: read in place.
-        logits = torch.nn.functional.pad(logits, (1, 2), value=NAN)[..., 1:-2]
-    return Inputs(dz, logits, weights)
-
-
-def outputs(args: Inputs, mode: str, isa: str = "") -> tuple[Tensor, ...]:
-    return (
-        backend.mix_logits(*args[1:], mode, isa),
-        *backend.mix_logits_backward(*args, mode, BOTH, isa),
-    )
-
-
-def expected(args: Inputs, mode: str) -> tuple[Tensor, ...]:
-    return (
-        reference.mix_logits(*args[1:], mode),
-        *reference.mix_logits_backward(*args, mode, BOTH),
-    )
-
-
-def check(args: Inputs, mode: str, isa: str = "") -> None:
+def check(args: MixtureInputs, mode: str, isa: str = "") -> None:
     """Every output within its budget of float64."""
-    names = ("z", "d_logits", "d_weights")
-    three = (outputs(args, mode, isa), expected(args.double(), mode), expected(args, mode))
-    for name, got, wide, same in zip(names, *three, strict=True):
-        assert (got.dtype, got.is_contiguous()) == (same.dtype, True), name
-        testing.assert_within_budget(got, wide, same, name=name)
+    got, same = judge_mixture(backend, reference, args, mode, isa)
     if mode == "geometric":
-        assert torch.equal(three[0][0], three[2][0])
-        assert torch.equal(three[0][1], three[2][1])
+        assert torch.equal(got[0], same[0])
+        assert torch.equal(got[1], same[1])
 
 
 @pytest.fixture(params=(1, 2, 3))
@@ -126,7 +77,7 @@ def test_within_budget(mode: str, dtype: torch.dtype, isa: str) -> None:
     for m, batch, vocab_size in sizes:
         masked = next(kinds) in ("uniform", "negative") and vocab_size > 1
         check(
-            inputs(
+            mixture_inputs(
                 m, batch, vocab_size, dtype, next(kinds),
                 mode=mode, masked=masked, strides=next(strides),
             ),
@@ -146,7 +97,7 @@ def test_within_budget(mode: str, dtype: torch.dtype, isa: str) -> None:
 def test_any_shape_and_scale(
     mode: str, dtype: torch.dtype, m: int, batch: int, vocab_size: int, kind: str, scale: float
 ) -> None:
-    check(inputs(m, batch, vocab_size, dtype, kind, mode=mode, scale=scale), mode)
+    check(mixture_inputs(m, batch, vocab_size, dtype, kind, mode=mode, scale=scale), mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -160,7 +111,7 @@ def test_large_offsets_and_extreme_weights(mode: str) -> None:
         (0.0, [3e4, 1e-20, 7.0]),
         (1e4, [1e-38, 1.0, 1e-38]),
     ):
-        args = inputs(3, 2, 5000, kind="uniform")
+        args = mixture_inputs(3, 2, 5000, kind="uniform")
         args.logits.add_(torch.tensor([offset, offset / 2, 0.0])[:, None, None])
         check(args._replace(weights=torch.tensor([weights, weights[::-1]])), mode)
 
@@ -170,10 +121,10 @@ def test_probabilities_below_the_smallest_float() -> None:
     for spread in (20, 60, 100, 250):
         logits = spread * torch.randn(3, 4, 333)
         weights = torch.tensor([[0.3, 0.7, 0], [1, 0, 0], [1e-20, 1, 1], [0.5, 0.25, 0.25]])
-        args = Inputs(torch.rand(4, 333), logits, weights)
+        args = MixtureInputs(torch.rand(4, 333), logits, weights)
         for isa in KINDS:
             z, d_logits, d_weights = outputs(args, "probability", isa)
-            wide = expected(args.double(), "probability")
+            wide = expected(cast(args, F64), "probability")
             torch.testing.assert_close(z.double(), wide[0], rtol=2e-6, atol=2e-6)
             torch.testing.assert_close(d_logits.double(), wide[1], rtol=1e-4, atol=2e-6)
             # Of a term without weight the sum may leave float32, as the reference's does.
@@ -186,7 +137,9 @@ def test_the_same_bits_on_every_instruction_set_and_number_of_threads(
 ) -> None:
     torch.manual_seed(7)
     for dtype, batch, vocab_size in ((F32, 5, 20_011), (BF16, 1, 151_936), (F16, 3, 9000)):
-        args = inputs(3, batch, vocab_size, dtype, "dirichlet", mode="probability", masked=True)
+        args = mixture_inputs(
+            3, batch, vocab_size, dtype, "dirichlet", mode="probability", masked=True
+        )
         torch.set_num_threads(1)
         first = outputs(args, mode, "scalar")
         torch.set_num_threads(threads)
@@ -197,7 +150,7 @@ def test_the_same_bits_on_every_instruction_set_and_number_of_threads(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("vocab_size", [1, 40, 4100, 70_000])
 def test_a_row_has_the_same_bits_in_any_batch(mode: str, vocab_size: int, threads: int) -> None:
-    args = inputs(3, 7, vocab_size)
+    args = mixture_inputs(3, 7, vocab_size)
     z, d_logits, d_weights = outputs(args, mode)
     for rows in ([3], [6, 0, 6], [5, 4, 3, 2, 1, 0]):
         alone = outputs(args.rows(rows), mode)
@@ -208,12 +161,12 @@ def test_a_row_has_the_same_bits_in_any_batch(mode: str, vocab_size: int, thread
 
 def test_the_longest_row() -> None:
     for mode in MODES:
-        check(inputs(2, 1, 262_144), mode)
+        check(mixture_inputs(2, 1, 262_144), mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_nan_stays_in_its_row(mode: str) -> None:
-    args = inputs(3, 4, 5000)
+    args = mixture_inputs(3, 4, 5000)
     clean = outputs(args, mode)
     args.logits[1, 2, 4321] = NAN
     args.dz[1, 3] = NAN
@@ -227,7 +180,7 @@ def test_nan_stays_in_its_row(mode: str) -> None:
         assert torch.equal(got.isnan(), want.isnan())
 
 
-def special_rows(mode: str) -> Inputs:
+def special_rows(mode: str) -> MixtureInputs:
     """Rows with infinities and NaN, beside weights that are 0, negative (geometric) or one-hot."""
     whole = slice(None)
     holes: tuple[list[tuple[int, int | slice, float]], ...] = (
@@ -248,7 +201,7 @@ def special_rows(mode: str) -> Inputs:
             logits[i, b, v] = value
     count = len(rows)
     weights = torch.tensor(rows).repeat_interleave(len(holes), 0)
-    return Inputs(torch.randn(len(weights), 70), logits.repeat(1, count, 1), weights)
+    return MixtureInputs(torch.randn(len(weights), 70), logits.repeat(1, count, 1), weights)
 
 
 @pytest.mark.parametrize("isa", KINDS)
@@ -277,7 +230,7 @@ def test_infinities_and_nan_are_where_the_reference_has_them(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("weight", [INF, -INF, NAN, -1.0])
 def test_weights_that_the_op_refuses_end_as_in_the_reference(mode: str, weight: float) -> None:
-    args = inputs(2, 1, 50)
+    args = mixture_inputs(2, 1, 50)
     args.weights[0, 1] = weight
     for got, want in zip(outputs(args, mode), expected(args, mode), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -297,7 +250,7 @@ def test_a_term_of_weight_zero_may_hold_anything() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_not_asked_for_are_empty(mode: str, dtype: torch.dtype) -> None:
-    args = inputs(3, 2, 5000, dtype, masked=True)
+    args = mixture_inputs(3, 2, 5000, dtype, masked=True)
     full = backend.mix_logits_backward(*args, mode, BOTH)
     for needs in itertools.product((False, True), repeat=2):
         grads = backend.mix_logits_backward(*args, mode, list(needs))
@@ -321,7 +274,7 @@ def test_nothing_to_mix() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_more_terms_than_threads_or_slices(mode: str, threads: int) -> None:
-    check(inputs(67, 2, 100), mode)
+    check(mixture_inputs(67, 2, 100), mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -336,7 +289,7 @@ def test_auto_uses_it(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
         spied = registry.Backend("cpu", spy, entry.why_not)
         monkeypatch.setitem(registry.BACKENDS, op, (spied, *registry.BACKENDS[op][1:]))
-    args = inputs(2, 3, 40)
+    args = mixture_inputs(2, 3, 40)
     logits, weights = args.logits.requires_grad_(), args.weights.requires_grad_()
     mix_logits(logits, weights, mode=mode).backward(args.dz)
     assert called == ["mix_logits", "mix_logits_backward"]

@@ -5,30 +5,44 @@ It shows indexing, masks and the order of sums, not what a GPU does with them.
 
 import itertools
 import random
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from cases import (
+    BF16,
+    F16,
+    F32,
+    INF,
+    MODES,
+    NAN,
+    MixtureInputs,
+    case_id,
+    cast,
+    judge_mixture,
+    mixture_inputs,
+    mixture_results,
+)  # fmt: skip
+from launches import Recorder, Witness, listed_keys, replace_kernels
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from clp_kernels import testing
-from clp_kernels.ops import reference
+from clp_kernels.ops.mix_logits import reference
 from clp_kernels.ops.mix_logits import triton as backend
 from clp_kernels.ops.mix_logits import triton_kernels as kernels
+from clp_kernels.ops.triton_launch import INTERPRETED
 
 pytestmark = [
-    pytest.mark.skipif(not backend.INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
+    pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
     pytest.mark.usefixtures("one_thread"),
     # The interpreter warns where a test means inf and NaN to appear.
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
-NAN, INF = float("nan"), float("inf")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (F32, F16, BF16)
 # The interpreter truncates where a GPU rounds to bfloat16; see the test of bfloat16 below.
-EXACT = (torch.float32, torch.float16)
-MODES = ("geometric", "probability")
+EXACT = (F32, F16)
 BOTH = [True, True]
 
 
@@ -43,37 +57,11 @@ class Case(NamedTuple):
     strides: str
 
 
-class Inputs(NamedTuple):
-    dz: Tensor
-    logits: Tensor
-    weights: Tensor
-
-    def double(self) -> "Inputs":
-        return Inputs(*(t.double() for t in self))
-
-
-def inputs(case: Case) -> Inputs:
+def inputs(case: Case) -> MixtureInputs:
+    dtype, mode, m, batch, vocab_size, kind, masked, strides = case
     g = torch.Generator().manual_seed(hash(case[2:5]) % 2**31)
-    shape = (case.m, case.batch, case.vocab_size)
-    logits = 3 * torch.randn(shape, generator=g)
-    if case.masked:
-        # A third of the ids of each source, another third each, and one of all; the last is left.
-        logits = logits.masked_fill(torch.rand(shape, generator=g) < 0.3, -INF)
-        logits[:, :, 0] = -INF
-        logits[:, :, -1] = 1
-    logits, dz = logits.to(case.dtype), torch.randn(shape[1:], generator=g).to(case.dtype)
-    weights = testing.weight_rows(case.kind, case.batch, case.m, generator=g)
-    if case.mode == "probability" and case.kind in ("negative", "zero"):
-        # Rows of zeros give -inf everywhere, which a budget cannot judge; see the tests below.
-        weights = weights.abs() + (weights.sum(-1, keepdim=True) == 0)
-    if case.strides == "gaps":
-        dz, logits, weights = map(testing.noncontiguous, (dz, logits, weights))
-    elif case.strides == "expanded":
-        logits = testing.expanded(logits, 1)
-    elif case.strides == "sliced":
-        # The last axis is dense and the others are not: read in place.
-        logits = torch.nn.functional.pad(logits, (1, 2), value=NAN)[..., 1:-2]
-    return Inputs(dz, logits, weights)
+    options = {"mode": mode, "masked": masked, "strides": strides, "generator": g}
+    return mixture_inputs(m, batch, vocab_size, dtype, kind, **options)
 
 
 def sampled(count: int) -> list[Case]:
@@ -96,10 +84,6 @@ def sampled(count: int) -> list[Case]:
     return cases
 
 
-def case_id(case: Case) -> str:
-    return "-".join(str(v).removeprefix("torch.") for v in case)
-
-
 def test_sample_covers_every_value() -> None:
     columns = list(zip(*sampled(50), strict=True))
     assert [len(set(column)) for column in columns] == [2, 2, 4, 3, 7, 7, 2, 4]
@@ -107,33 +91,22 @@ def test_sample_covers_every_value() -> None:
 
 @pytest.mark.parametrize("case", sampled(50), ids=case_id)
 def test_within_budget(case: Case) -> None:
-    args = inputs(case)
-    exact, mode = args.double(), case.mode
-    got = backend.mix_logits(*args[1:], mode)
-    plain = reference.mix_logits(*args[1:], mode)
-    assert (got.dtype, got.is_contiguous()) == (case.dtype, True)
-    testing.assert_within_budget(got, reference.mix_logits(*exact[1:], mode), plain, name="z")
-    if mode == "geometric":
-        assert torch.equal(got, plain)
-    grads = backend.mix_logits_backward(*args, mode, BOTH)
-    wanted = reference.mix_logits_backward(*exact, mode, BOTH)
-    same = reference.mix_logits_backward(*args, mode, BOTH)
-    for name, grad, want, near in zip(("d_logits", "d_weights"), grads, wanted, same, strict=True):
-        assert (grad.dtype, grad.is_contiguous()) == (near.dtype, True), name
-        testing.assert_within_budget(grad, want, near, name=name)
+    got, plain = judge_mixture(backend, reference, inputs(case), case.mode)
+    if case.mode == "geometric":
+        assert torch.equal(got[0], plain[0])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_bfloat16_before_and_after_the_last_rounding(mode: str) -> None:
-    args = inputs(Case(torch.bfloat16, mode, 3, 3, 513, "dirichlet", True, "dense"))
-    z = backend.mixture(*args[1:], mode, torch.float32)
+    args = inputs(Case(BF16, mode, 3, 3, 513, "dirichlet", True, "dense"))
+    z = backend.mixture(*args[1:], mode, F32)
     want = reference.mix_logits(args.logits.float(), args.weights, mode)
     torch.testing.assert_close(z, want, rtol=2e-6, atol=2e-6)
     rounded = backend.mix_logits(*args[1:], mode)
-    assert rounded.dtype == torch.bfloat16
+    assert rounded.dtype == BF16
     torch.testing.assert_close(rounded.float(), want, rtol=2**-7, atol=0)
     grads = backend.mix_logits_backward(*args, mode, BOTH)
-    wanted = reference.mix_logits_backward(*(t.float() for t in args), mode, BOTH)
+    wanted = reference.mix_logits_backward(*cast(args, F32), mode, BOTH)
     torch.testing.assert_close(grads[0].float(), wanted[0], rtol=2**-7, atol=1e-6)
     torch.testing.assert_close(grads[1], wanted[1], rtol=1e-5, atol=1e-4)
 
@@ -141,23 +114,19 @@ def test_bfloat16_before_and_after_the_last_rounding(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_partials_in_several_portions(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in vocabularies of more than COMBINE_BLOCK slices."""
-    args = inputs(Case(torch.float32, mode, 2, 1, 3000, "dirichlet", True, "dense"))
+    args = inputs(Case(F32, mode, 2, 1, 3000, "dirichlet", True, "dense"))
     expected = outputs(args, mode)
     monkeypatch.setattr(backend, "COMBINE_BLOCK", 2)
     for got, want in zip(outputs(args, mode), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
 
-def small(mode: str = "geometric", vocab_size: int = 1100) -> Inputs:
-    case = Case(torch.float32, mode, 3, 4, vocab_size, "all_different", False, "dense")
+def small(mode: str = "geometric", vocab_size: int = 1100) -> MixtureInputs:
+    case = Case(F32, mode, 3, 4, vocab_size, "all_different", False, "dense")
     return inputs(case)
 
 
-def outputs(args: Inputs, mode: str) -> tuple[Tensor, ...]:
-    return (
-        backend.mix_logits(*args[1:], mode),
-        *backend.mix_logits_backward(*args, mode, BOTH),
-    )
+outputs = partial(mixture_results, backend)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -167,8 +136,7 @@ def test_a_row_has_the_same_bits_in_any_batch_and_in_every_run(mode: str) -> Non
     for again, first in zip(outputs(args, mode), (z, d_logits, d_weights), strict=True):
         assert torch.equal(again, first)
     for rows in ([3], [2, 0, 2]):
-        part = Inputs(args.dz[rows], args.logits[:, rows], args.weights[rows])
-        alone = outputs(part, mode)
+        alone = outputs(args.rows(rows), mode)
         assert torch.equal(alone[0], z[rows])
         assert torch.equal(alone[1], d_logits[:, rows])
         assert torch.equal(alone[2], d_weights[rows])
@@ -233,23 +201,6 @@ def test_probabilities_below_the_smallest_float() -> None:
         torch.testing.assert_close(grad, near, rtol=1e-5, atol=1e-5)
 
 
-class Recorder:
-    """Stands for a kernel: notes that it was launched, and launches it."""
-
-    def __init__(self, name: str, kernel: Any, launched: list[str]) -> None:
-        self.name, self.kernel, self.launched = name, kernel, launched
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        assert len(grid) == 1
-        self.launched.append(self.name.removesuffix("_kernel"))
-        return self.kernel[grid]
-
-
-def replace_kernels(monkeypatch: pytest.MonkeyPatch, module: Any, by: Any) -> None:
-    for name in [name for name in vars(module) if name.endswith("_kernel")]:
-        monkeypatch.setattr(module, name, by(name, getattr(module, name)))
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_not_asked_for_launch_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args, launched = small(mode, 40), list[str]()
@@ -281,47 +232,8 @@ def test_nothing_to_mix() -> None:
         assert torch.equal(grads[1], torch.zeros_like(weights))
 
 
-class Witness:
-    """Stands for a kernel: notes the variant that a launch would compile, and launches nothing."""
-
-    def __init__(self, kernel: Any, seen: set[Any]) -> None:
-        self.kernel, self.seen = kernel, seen
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self.note
-
-    def note(self, **arguments: Any) -> None:
-        kinds = {**backend.KINDS, torch.float64: "*fp64", torch.int64: "*i64"}
-        types, constexprs, options = {}, {}, {}
-        for name, value in arguments.items():
-            if name in backend.OPTIONS:
-                options[name] = value
-            elif value is None or name.isupper():
-                constexprs[name] = value
-            elif isinstance(value, Tensor):
-                types[name] = kinds[value.dtype]
-        self.seen.add(variant_key(self.kernel.__name__, types, constexprs, options))
-
-
-def variant_key(name: str, *parts: dict[str, Any]) -> Any:
-    return (name, *(frozenset(part.items()) for part in parts))
-
-
-def listed_keys(listed: list[Any]) -> set[Any]:
-    return {
-        variant_key(
-            kernel.__name__,
-            {name: kind for name, kind in signature.items() if kind.startswith("*")},
-            constexprs,
-            options,
-        )
-        for _, kernel, signature, constexprs, options in listed
-    }
-
-
 def test_every_launch_is_a_listed_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed, seen = backend.variants((8, 0)), set[Any]()
-    assert len({name for name, *_ in listed}) == len(listed)
+    listed, seen = listed_keys(backend.variants((8, 0))), set[Any]()
     replace_kernels(monkeypatch, kernels, lambda _, kernel: Witness(kernel, seen))
     for dtype, mode, needs in itertools.product(DTYPES, MODES, (BOTH, [True, False])):
         case = Case(dtype, mode, 2, 2, 64, "uniform", False, "dense")
@@ -329,7 +241,7 @@ def test_every_launch_is_a_listed_variant(monkeypatch: pytest.MonkeyPatch) -> No
         backend.mix_logits(*args[1:], mode)
         if mode == "probability" or needs == BOTH:
             backend.mix_logits_backward(*args, mode, needs)
-    assert seen == listed_keys(listed)
+    assert seen == listed
 
 
 def test_why_not() -> None:

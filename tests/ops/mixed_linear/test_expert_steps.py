@@ -14,8 +14,8 @@ from torch import Tensor
 
 from clp_kernels import batch_invariant, mixed_linear, native, steer
 from clp_kernels.nn.experts import MixedModule
-from clp_kernels.ops import reference
 from clp_kernels.ops.mixed_linear import cpu as cpu_mixed_linear
+from clp_kernels.ops.mixed_linear import reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NO_CPU = native.cpu_missing()
@@ -81,7 +81,7 @@ def test_a_step_between_experts_arrives_whole(
 
 def test_a_step_between_experts_in_triton() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    if not importlib.import_module("clp_kernels.ops.mixed_linear.triton").INTERPRETED:
+    if not importlib.import_module("clp_kernels.ops.triton_launch").INTERPRETED:
         pytest.skip("TRITON_INTERPRET=1 was not set at import")
     for equal, weights in ((True, STEPS[0]), (False, STEPS[1])):
         assert forward_gain("triton", F16, 32, weights, equal) == pytest.approx(1, abs=0.03)

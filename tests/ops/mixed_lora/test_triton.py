@@ -6,35 +6,42 @@ tests/gpu runs the kernels. bfloat16 is not run here: the interpreter's bfloat16
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    INF,
+    NAN,
+    LoraInputs,
+    judge_lora,
+    lora_inputs,
+    lora_results,
+    not_finite,
+    run_lora,
+)  # fmt: skip
 from torch import Tensor
 
-from clp_kernels.testing import (
-    WEIGHT_KINDS,
-    assert_within_budget,
-    expanded,
-    noncontiguous,
-    weight_rows,
-)
+from clp_kernels.testing import WEIGHT_KINDS, expanded, noncontiguous
 
 pytest.importorskip("triton")
 
-from clp_kernels.ops.mixed_lora import triton as kernels
-from clp_kernels.ops.mixed_lora.triton_backward import gradient_splits
+from clp_kernels.ops import triton_launch
+from clp_kernels.ops.mixed_lora import triton as backend
+from clp_kernels.ops.mixed_lora import triton_kernels as kernels
 from clp_kernels.ops.mixed_lora.triton_plan import Plan, Tile, plan
 
 interpreted = pytest.mark.skipif(
-    not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 was not set when triton was imported"
+    not triton_launch.INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"
 )
 ALL = [True] * 6
-NAMES = ("x", "base_weight", "lora_A", "lora_B", "weights", "bias")
-INF, NAN = float("inf"), float("nan")
-F16, F32 = torch.float16, torch.float32
 
 
 @dataclass(frozen=True)
@@ -64,112 +71,26 @@ class Case:
         )
 
 
-@dataclass
-class Inputs:
-    """Arguments of the op, and the gradient of y."""
-
-    x: Tensor
-    base_weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    weights: Tensor
-    bias: Tensor | None
-    ids: Tensor | None
-    dy: Tensor
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        return (self.x, self.base_weight, self.lora_A, self.lora_B, self.weights, self.bias)
-
-    @property
-    def token_rows(self) -> Tensor:
-        if self.ids is not None:
-            return self.ids.long()
-        batch = self.weights.shape[0]
-        tokens = self.x.numel() // self.x.shape[-1]
-        return torch.arange(batch).repeat_interleave(tokens // max(1, batch))
-
-
-def draw(case: Case) -> Inputs:
+def draw(case: Case) -> LoraInputs:
     """Inputs of a case; strides apply to every tensor."""
 
-    def strided(t: Tensor, expand: int | None = None) -> Tensor:
+    def strided(t: Tensor, expandable: bool) -> Tensor:
         if case.strides == "noncontiguous":
             return noncontiguous(t)
         if case.strides == "offset":
             # Off by one element: nothing is aligned to 16 bytes.
             return torch.cat([t.reshape(-1)[:1], t.reshape(-1)])[1:].view(t.shape)
-        return expanded(t, expand) if case.strides == "expanded" and expand is not None else t
+        return expanded(t) if case.strides == "expanded" and expandable else t
 
-    n_in, n_out, m, r = case.in_features, case.out_features, case.m, case.r
-    leading: tuple[int, ...] = (case.batch, case.tokens)
-    batch, ids = case.batch, None
-    if case.layout == "rows":
-        batch, leading = case.tokens, (case.tokens,)
-    elif case.layout == "flat":
-        leading = (case.tokens,)
-        # Unequal lengths, unsorted, and some examples without a token.
-        index_dtype = torch.int32 if case.m % 2 else torch.int64
-        ids = strided(torch.randint(0, batch, leading, dtype=index_dtype))
-    return Inputs(
-        x=strided(torch.randn(*leading, n_in).to(case.dtype), 0),
-        base_weight=strided((torch.randn(n_out, n_in) * n_in**-0.5).to(case.dtype), 0),
-        lora_A=strided((torch.randn(m, r, n_in) * n_in**-0.5).to(case.lora_dtype)),
-        lora_B=strided((torch.randn(m, n_out, r) * r**-0.5).to(case.lora_dtype)),
-        weights=strided(weight_rows(case.kind, batch, m)),
-        bias=strided(torch.randn(n_out).to(case.dtype)) if case.bias else None,
-        ids=ids,
-        dy=strided(torch.randn(*leading, n_out).to(case.dtype), 0),
-    )
+    leading = (case.batch, case.tokens) if case.layout == "padded" else (case.tokens,)
+    return lora_inputs(
+        (case.dtype, case.lora_dtype), leading, case.in_features, case.out_features, case.m, case.r,
+        case.kind, case.batch if case.layout == "flat" else None, bias=case.bias,
+        ids_dtype=torch.int32 if case.m % 2 else torch.int64, strided=strided,
+    )  # fmt: skip
 
 
-def run(
-    inputs: Inputs, invariant: bool = False, path: str | None = None, needs: list[bool] = ALL
-) -> dict[str, Tensor]:
-    """y, u and the gradients by the kernels."""
-    y, u = kernels.mixed_lora(*inputs.args, inputs.ids, invariant, path=path)
-    assert y.is_contiguous() and u.is_contiguous()
-    grads = kernels.mixed_lora_backward(
-        inputs.dy, *inputs.args[:5], inputs.ids, u, invariant, needs, path=path
-    )
-    assert all(g.is_contiguous() for g in grads)
-    return {"y": y, "u": u} | {f"d_{k}": g for k, g in zip(NAMES, grads, strict=True)}
-
-
-def plain(inputs: Inputs, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The formula in plain PyTorch under autograd, in float64 or in the inputs' own dtypes."""
-    leaves = {
-        k: None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
-        for k, t in zip(NAMES, inputs.args, strict=True)
-    }
-    x, base_weight, lora_A, lora_B, weights, bias = leaves.values()
-    m, r, _ = lora_A.shape
-    u = F.linear(x.to(lora_A.dtype), lora_A.flatten(0, 1)).flatten(0, -2)
-    omega = weights[inputs.token_rows].to(u.dtype)
-    z = u * omega.repeat_interleave(r, dim=-1)
-    delta = F.linear(z, lora_B.transpose(0, 1).reshape(-1, m * r)).to(x.dtype)
-    y = F.linear(x, base_weight, bias) + delta.view(*x.shape[:-1], delta.shape[-1])
-    wanted = {k: t for k, t in leaves.items() if t is not None}
-    grads = torch.autograd.grad(y, list(wanted.values()), inputs.dy.to(y.dtype))
-    return {"y": y, "u": u.view(*x.shape[:-1], m * r)} | {
-        f"d_{k}": g for k, g in zip(wanted, grads, strict=True)
-    }
-
-
-def judge(draws: list[Inputs], results: list[dict[str, Tensor]]) -> None:
-    """The error budget of the output, u and every gradient, over all draws together."""
-    exact = [plain(inputs, torch.float64) for inputs in draws]
-    same = [plain(inputs, None) for inputs in draws]
-    for inputs, ours in zip(draws, same, strict=True):
-        # u is kept in float32, so float32 is what it is held to.
-        ours["u"] = F.linear(inputs.x.float(), inputs.lora_A.flatten(0, 1).float())
-    for name in exact[0]:
-        columns = (torch.stack([r[name] for r in rows]) for rows in (results, exact, same))
-        assert_within_budget(*columns, name=name)
-    for got, inputs in zip(results, draws, strict=True):
-        for k, t in zip(NAMES, inputs.args, strict=True):
-            assert t is None or got[f"d_{k}"].dtype == t.dtype, k
-        assert got["y"].dtype == inputs.x.dtype and got["u"].dtype == F32
+run = partial(run_lora, backend)
 
 
 def sampled(count: int) -> list[Any]:
@@ -217,7 +138,7 @@ def test_sampled_case_within_budget(case: Case, one_thread: None) -> None:
     # A result of few distinct numbers is not judged by one of them: plain PyTorch can be lucky.
     few = case.tokens and (case.tokens <= 2 or case.strides == "expanded")
     draws = [draw(case) for _ in range(2 if few else 1)]
-    judge(draws, [run(inputs, case.invariant, case.path) for inputs in draws])
+    judge_lora(draws, [run(inputs, case.invariant, case.path) for inputs in draws])
 
 
 @interpreted
@@ -230,13 +151,6 @@ def test_empty_batch_without_examples(one_thread: None) -> None:
         assert torch.equal(got[f"d_{k}"], torch.zeros_like(got[f"d_{k}"]))
 
 
-def spoiled(inputs: Inputs, value: float) -> Inputs:
-    """The same inputs with a value that is not finite in both matrices of one adapter."""
-    lora_A, lora_B = inputs.lora_A.clone(), inputs.lora_B.clone()
-    lora_A[0, 0, 3] = lora_B[0, 5, 0] = value
-    return replace(inputs, lora_A=lora_A, lora_B=lora_B)
-
-
 @interpreted
 @pytest.mark.parametrize("value", [INF, NAN])
 @pytest.mark.parametrize("mode", ["fused", "split", "invariant", "large"])
@@ -246,7 +160,7 @@ def test_zero_rows_are_the_base_product_bit_for_bit(
     if mode == "large":
         # Starts the accumulator from the low-rank part, as large tiles do.
         monkeypatch.setattr(
-            kernels, "_cached_plan", lambda *args: replace(plan(*args), low_rank_first=True)
+            backend, "_cached_plan", lambda *args: replace(plan(*args), low_rank_first=True)
         )
     path = mode if mode in ("fused", "split") else None
     inputs = draw(Case(dtype=F16, lora_dtype=F16, batch=4, tokens=5, kind="zero"))
@@ -254,7 +168,7 @@ def test_zero_rows_are_the_base_product_bit_for_bit(
     if mode == "split":
         assert torch.equal(bare["y"], F.linear(inputs.x, inputs.base_weight, inputs.bias))
         assert torch.equal(bare["d_x"], F.linear(inputs.dy, inputs.base_weight.t()))
-    got = run(spoiled(inputs, value), mode == "invariant", path)
+    got = run(replace(inputs, **not_finite(inputs, value)), mode == "invariant", path)
     for name in ("y", "d_x"):
         assert torch.equal(got[name][::2], bare[name][::2]), name
         assert not got[name][1::2].isfinite().all(), name
@@ -282,7 +196,7 @@ def test_infinity_in_used_adapters_stands_where_the_definition_has_it(
         changed = getattr(inputs, name).clone()
         changed[0, 2, 3] = INF
         case = replace(inputs, **{name: changed})
-        exact = plain(case, torch.float64)
+        exact = lora_results(case, F64)
         got = run(case, path=path)
         for key in ("y", "u", "d_x"):
             finite = exact[key].isfinite()
@@ -321,12 +235,10 @@ def test_two_runs_give_the_same_bits(path: str, one_thread: None) -> None:
 def test_gradients_of_split_tokens_add_up(
     one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clp_kernels.ops.mixed_lora import triton_backward as backward
-
     inputs = draw(Case(dtype=F16, lora_dtype=F32, layout="flat", tokens=150, batch=3))
-    monkeypatch.setattr(backward, "_TOKENS_PER_PLANE", 40)
-    assert gradient_splits(150, 64, 64, 16) == 3
-    judge([inputs], [run(inputs)])
+    monkeypatch.setattr(backend, "_TOKENS_PER_PLANE", 40)
+    assert backend.gradient_splits(150, 64, 64, 16) == 3
+    judge_lora([inputs], [run(inputs)])
 
 
 @pytest.fixture
@@ -393,7 +305,7 @@ def test_nan_in_one_example_does_not_reach_another_row(layout: str, one_thread: 
     if layout == "flat":
         inputs.ids = torch.tensor([3, 0, 2, 1, 2, 0, 0, 3, 2])
     expected = run(inputs)
-    rows = inputs.token_rows
+    rows = inputs.examples
     dy = inputs.dy.clone()
     dy.view(-1, 64)[(rows == 2).nonzero()[0, 0]] = NAN
     got = run(replace(inputs, dy=dy))
@@ -406,7 +318,7 @@ def test_nan_in_one_example_does_not_reach_another_row(layout: str, one_thread: 
 def test_token_of_an_example_that_does_not_exist_is_nan(one_thread: None) -> None:
     inputs = draw(Case(layout="flat", tokens=6, batch=2))
     ids = torch.tensor([0, 1, 2, -1, 1, 0])
-    y, _ = kernels.mixed_lora(*inputs.args, ids, False)
+    y, _ = backend.mixed_lora(*inputs.args, ids, False)
     assert y.isnan().all(-1).tolist() == [False, False, True, True, False, False]
 
 
@@ -421,27 +333,27 @@ class _Launch:
 def test_needs_are_the_same_bits_and_nothing_more(
     one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from clp_kernels.ops.mixed_lora import triton_backward as backward
-
     inputs = draw(Case(dtype=F16, lora_dtype=F16, layout="flat", tokens=9, m=1))
-    _, u = kernels.mixed_lora(*inputs.args, inputs.ids, False)
+    _, u = backend.mixed_lora(*inputs.args, inputs.ids, False)
 
     def gradients(needs: list[bool]) -> tuple[Tensor, ...]:
-        return kernels.mixed_lora_backward(inputs.dy, *inputs.args[:5], inputs.ids, u, False, needs)
+        return backend.mixed_lora_backward(inputs.dy, *inputs.args[:5], inputs.ids, u, False, needs)
 
     full = gradients(ALL)
     masks = [[i == k for i in range(6)] for k in range(6)] + [
         [True, False, True, True, True, False]
     ]
     for needs in [*masks, [False] * 6]:
-        for name, need, got, expected in zip(NAMES, needs, gradients(needs), full, strict=True):
+        for name, need, got, expected in zip(
+            inputs.NAMES, needs, gradients(needs), full, strict=True
+        ):
             assert torch.equal(got, expected) if need else got.shape == (0,), name
     # The bias and the base matrix need no kernel, lora_B no product with dy.
     for name in ("shrink_kernel", "product_kernel", "expand_kernel"):
         monkeypatch.setattr(kernels, name, _Launch())
     gradients([False, False, False, True, False, False])
-    for name in ("adapter_gradient_kernel", "sum_planes_kernel", "row_gradient_kernel"):
-        monkeypatch.setattr(backward, name, _Launch())
+    for name in ("adapter_gradient_kernel", "sum_planes_kernel", "weight_gradient_kernel"):
+        monkeypatch.setattr(kernels, name, _Launch())
     gradients([False, True, False, False, False, True])
     with pytest.raises(AssertionError, match="launched"):
         gradients([False, False, False, False, True, False])
@@ -451,38 +363,36 @@ def test_needs_are_the_same_bits_and_nothing_more(
 def test_why_not_names_the_reason() -> None:
     inputs = draw(Case(dtype=F16, lora_dtype=F16))
     forward = (*inputs.args, inputs.ids, False)
-    assert kernels.why_not(*forward) is None
+    assert backend.why_not(*forward) is None
     u = torch.zeros(2, 17, 16)
     backward = (inputs.dy, *inputs.args[:5], inputs.ids, u, False, ALL)
-    assert kernels.why_not(*backward) is None
+    assert backend.why_not(*backward) is None
     empty = replace(inputs, x=inputs.x[:0], dy=inputs.dy[:0])
-    assert kernels.why_not(*empty.args, None, False) is None
-    assert kernels.why_not(empty.dy, *empty.args[:5], None, u[:0], False, ALL) is None
-    assert "float64" in str(kernels.why_not(inputs.x.double(), *forward[1:]))
-    assert "bfloat16" in str(kernels.why_not(inputs.x.bfloat16(), *forward[1:]))
+    assert backend.why_not(*empty.args, None, False) is None
+    assert backend.why_not(empty.dy, *empty.args[:5], None, u[:0], False, ALL) is None
+    assert "float64" in str(backend.why_not(inputs.x.double(), *forward[1:]))
+    assert "bfloat16" in str(backend.why_not(inputs.x.bfloat16(), *forward[1:]))
     none = replace(inputs, lora_A=inputs.lora_A[:, :0], lora_B=inputs.lora_B[:, :, :0])
-    assert "empty" in str(kernels.why_not(*none.args, None, False))
-    assert "empty" in str(kernels.why_not(none.dy, *none.args[:5], None, u[..., :0], False, ALL))
+    assert "empty" in str(backend.why_not(*none.args, None, False))
+    assert "empty" in str(backend.why_not(none.dy, *none.args[:5], None, u[..., :0], False, ALL))
 
 
 def test_why_not_without_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    assert kernels.why_not(torch.zeros(1, 1)) == "the inputs are on cpu, not on a GPU"
-    assert "float64" in str(kernels.why_not(torch.zeros(1, 1, dtype=torch.float64)))
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
+    assert backend.why_not(torch.zeros(1, 1)) == "the inputs are on cpu, not on a GPU"
+    assert "float64" in str(backend.why_not(torch.zeros(1, 1, dtype=torch.float64)))
 
 
 @interpreted
 def test_path_errors() -> None:
     inputs = draw(Case())
     with pytest.raises(ValueError, match=r"path must be .* got 'both'"):
-        kernels.mixed_lora(*inputs.args, None, False, path="both")
+        backend.mixed_lora(*inputs.args, None, False, path="both")
     with pytest.raises(ValueError, match='"fused" in batch-invariant mode, got "split"'):
-        kernels.mixed_lora(*inputs.args, None, True, path="split")
+        backend.mixed_lora(*inputs.args, None, True, path="split")
 
 
 # The plan.
-
-BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -543,7 +453,7 @@ def test_plan_is_total_pure_and_bucketed() -> None:
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
 def test_variants_cover_the_plan(capability: tuple[int, int]) -> None:
-    found = kernels.variants(capability)
+    found = backend.variants(capability)
     names = [v[0] for v in found]
     assert len(set(names)) == len(names)
     for _, kernel, signature, constexprs, options in found:
@@ -565,6 +475,6 @@ def test_variants_cover_the_plan(capability: tuple[int, int]) -> None:
             {dtype, F32},
             (1,) if dtype == F16 else (0, 1),
         ):
-            settings = kernels._settings(name, chosen, dtype, lora_dtype, 16, bool(forward), True)
-            wanted = {BF16: "*bf16", F16: "*fp16", F32: "*fp32"}[lora_dtype]
+            settings = backend.settings_of(name, chosen, dtype, lora_dtype, 16, bool(forward), True)
+            wanted = triton_launch.KINDS[lora_dtype]
             assert (f"{name}_kernel", wanted, key(*settings)) in compiled, (name, sizes)

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clp_kernels
 from clp_kernels import native, registry
-from clp_kernels.ops import reference
 from clp_kernels.ops.sample import cpu as cpu_sample
+from clp_kernels.ops.sample import reference
 
 pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 
@@ -594,18 +594,20 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", TAKEN)
-def test_fast_path_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_gives_what_the_checked_call_gives(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = quick_arguments(**TAKEN[case])
     drawn = quick(**TAKEN[case])
     assert drawn is not None
-    monkeypatch.setitem(registry.BACKENDS, "sample", (long_way(),))
+    monkeypatch.setitem(registry.BACKENDS, "sample", (checked_call(),))
     wanted = clp_kernels.sample(arguments.pop("logits"), **arguments)
     for a, b in zip(drawn, wanted, strict=True):
         assert a.dtype == b.dtype and not a.requires_grad
         assert torch.equal(a, b)
 
 
-def long_way() -> registry.Backend:
+def checked_call() -> registry.Backend:
     return registry.Backend("cpu", cpu_sample.sample, cpu_sample.why_not)
 
 
@@ -614,7 +616,7 @@ def test_fast_path_refuses(case: str) -> None:
     assert quick(**REFUSED[case]) is None
 
 
-def test_fast_path_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_leaves_calls_under_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quick() is not None
     with torch.autocast("cpu", torch.bfloat16):
         assert quick() is None

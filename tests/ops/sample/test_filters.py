@@ -20,8 +20,8 @@ from torch import Tensor
 
 from clp.engine.sampler import Sampler, SamplingParams
 from clp_kernels import linear_logprob, native, sample
-from clp_kernels.ops import reference
 from clp_kernels.ops.sample import cpu as cpu_sample
+from clp_kernels.ops.sample import reference
 
 NO_CPU = native.cpu_missing()
 ISAS: list[str] = [] if NO_CPU else native.cpu().isas()
@@ -68,7 +68,7 @@ def by_row(z: Tensor, options: dict[str, Any]) -> list[Tensor | None]:
 
 def in_triton() -> bool:
     try:
-        return bool(importlib.import_module("clp_kernels.ops.sample.triton").INTERPRETED)
+        return bool(importlib.import_module("clp_kernels.ops.triton_launch").INTERPRETED)
     except ModuleNotFoundError:
         return False
 
@@ -214,7 +214,7 @@ def test_temperature_of_linear_logprob_in_float64() -> None:
 
 def test_masks_of_the_reference_compare_logits() -> None:
     z, p = torch.tensor([[0.0, -1e-17, -0.5]], dtype=F64), torch.tensor([0.3], dtype=F64)
-    assert reference._top_p_mask(z, p).tolist() == [[True, False, False]]
+    assert reference.top_p_mask(z, p).tolist() == [[True, False, False]]
 
 
 def test_a_sampler_keeps_the_numbers_of_its_requests() -> None:

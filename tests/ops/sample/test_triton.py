@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import BF16, F16, F32, INF, MODES, NAN, case_id
+from launches import Witness, listed_keys, replace_kernels
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -17,20 +19,20 @@ import triton
 import triton.language as tl
 
 from clp_kernels import testing
-from clp_kernels.ops import reference
 from clp_kernels.ops.mix_logits import triton as mixing
 from clp_kernels.ops.mix_logits import triton_kernels as mix_kernels
+from clp_kernels.ops.sample import reference
 from clp_kernels.ops.sample import triton as backend
 from clp_kernels.ops.sample import triton_kernels as kernels
+from clp_kernels.ops.triton_launch import INTERPRETED
 
 pytestmark = [
-    pytest.mark.skipif(not backend.INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
+    pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
     pytest.mark.usefixtures("one_thread"),
     # The interpreter warns where a test means inf and NaN to appear.
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
-NAN, INF = float("nan"), float("inf")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (F32, F16, BF16)
 Arguments = dict[str, Any]
 
 
@@ -111,10 +113,6 @@ def sampled(count: int) -> list[Case]:
     return cases
 
 
-def case_id(case: Case) -> str:
-    return "-".join(str(v).removeprefix("torch.").replace(" ", "+") for v in case)
-
-
 def assert_equals_reference(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
     assert [t.dtype for t in got] == [torch.int64, torch.float32, torch.float32]
     assert torch.equal(got[0], want[0])
@@ -152,7 +150,7 @@ def call(logits: Tensor, **changes: Any) -> Arguments:
 
 @triton.jit
 def words_kernel(seed_ptr, position_ptr, out_ptr, BLOCK: tl.constexpr):
-    """The noise that `race_kernel` adds, of the second slice."""
+    """The noise that `partials_kernel` adds, of the second slice."""
     noise = kernels._gumbel(tl.load(seed_ptr), tl.load(position_ptr), 1, BLOCK)
     tl.store(out_ptr + tl.arange(0, BLOCK), noise)
 
@@ -195,17 +193,17 @@ def test_kept_sets_are_exactly_the_references(ties: bool, temperature: float) ->
     top_k = torch.tensor([1, 17, 650, 0, 10**15])
     top_p = torch.tensor([0.9, 0.05, 0.999, 0.5, 1.0])
     logp = torch.log_softmax(z.double() / temperature, -1)
-    row = backend._Rows(z[None], None, tau)
+    row = backend.Rows(z[None], None, tau)
     rows = torch.empty(2, 5, dtype=torch.float64)
-    row.settle(row.race(None), rows, None)
+    row.combine(row.partials(None), rows, None)
     assert torch.equal(rows[0], z.double().amax(-1))
 
     least = row.threshold(rows, None, top_k=top_k)
-    first = reference._top_k_mask(logp, top_k)
+    first = reference.top_k_mask(logp, top_k)
     assert torch.equal(order_key(z) >= least[:, None], first)
     for chosen, mask in ((None, torch.ones_like(first)), (least, first)):
         found = row.threshold(rows, chosen, top_p=top_p)
-        wanted = mask & reference._top_p_mask(logp.masked_fill(~mask, -INF), top_p)
+        wanted = mask & reference.top_p_mask(logp.masked_fill(~mask, -INF), top_p)
         assert torch.equal(order_key(z) >= found[:, None], wanted)
 
 
@@ -227,9 +225,9 @@ def test_kept_sets_are_exactly_the_references(ties: bool, temperature: float) ->
 def test_ties_at_a_threshold_are_kept(filters: dict[str, float], kept: int) -> None:
     """Both zeros tie."""
     z = torch.tensor([[1.0, 0.0, -0.0, 0.0, -1.0, -1.0, -2.0, -INF]])
-    row = backend._Rows(z[None], None, torch.ones(1))
+    row = backend.Rows(z[None], None, torch.ones(1))
     rows = torch.empty(2, 1, dtype=torch.float64)
-    row.settle(row.race(None), rows, None)
+    row.combine(row.partials(None), rows, None)
     least = None
     for name, value in filters.items():
         dtype = torch.int64 if name == "top_k" else torch.float32
@@ -343,62 +341,21 @@ def test_no_rows() -> None:
     ]
 
 
-class Witness:
-    """Stands for a kernel: notes the variant that a launch would compile, and launches nothing."""
-
-    def __init__(self, kernel: Any, seen: set[Any]) -> None:
-        self.kernel, self.seen = kernel, seen
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        assert len(grid) == 1
-        return self.note
-
-    def note(self, **arguments: Any) -> None:
-        kinds = {**mixing.KINDS, torch.float64: "*fp64", torch.int64: "*i64"}
-        types, constexprs, options = {}, {}, {}
-        for name, value in arguments.items():
-            if name in backend.OPTIONS:
-                options[name] = value
-            elif value is None or name.isupper():
-                constexprs[name] = value
-            elif isinstance(value, Tensor):
-                types[name] = kinds[value.dtype]
-        self.seen.add(variant_key(self.kernel.__name__, types, constexprs, options))
-
-
-def variant_key(name: str, *parts: dict[str, Any]) -> Any:
-    return (name, *(frozenset(part.items()) for part in parts))
-
-
-def listed_keys(listed: list[Any]) -> set[Any]:
-    pointers = (
-        {name: kind for name, kind in signature.items() if kind.startswith("*")}
-        for _, _, signature, _, _ in listed
-    )
-    return {
-        variant_key(kernel.__name__, types, constexprs, options)
-        for types, (_, kernel, _, constexprs, options) in zip(pointers, listed, strict=True)
-    }
-
-
 def test_every_launch_is_a_listed_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed, seen = backend.variants((8, 0)), set[Any]()
-    mixed = listed_keys(mixing.variants((8, 0)))
-    assert len({name for name, *_ in listed}) == len(listed)
+    known, mixed = (listed_keys(module.variants((8, 0))) for module in (backend, mixing))
+    seen = set[Any]()
     for module in (kernels, mix_kernels):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Witness(getattr(module, name), seen))
+        replace_kernels(monkeypatch, module, lambda _, kernel: Witness(kernel, seen))
     filters = {
         "top_k": torch.ones(2, dtype=torch.int64), "top_p": torch.ones(2).double(),
         "min_p": torch.ones(2).double(),
     }  # fmt: skip
     names = [set(c) for n in range(4) for c in itertools.combinations(filters, n)]
-    for dtype, mode, chosen in itertools.product(DTYPES, ("geometric", "probability"), names):
+    for dtype, mode, chosen in itertools.product(DTYPES, MODES, names):
         logits = torch.randn(2, 2, 40).to(dtype)
         args = call(logits[0], mode=mode, **{k: v for k, v in filters.items() if k in chosen})
         backend.sample(**args)
         backend.sample(**{**args, "logits": logits, "weights": torch.rand(2, 2)})
-    known = listed_keys(listed)
     assert known <= seen, known - seen
     assert seen - known <= mixed, seen - known - mixed
 

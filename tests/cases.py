@@ -1,0 +1,376 @@
+"""Inputs and plain formulas that the tests of several ops and of the GPU share.
+
+Imports no hypothesis, so that tests/gpu runs without it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clp_kernels import testing
+from clp_kernels.ops.linear_logprob.head import Inputs as HeadInputs
+from clp_kernels.testing import assert_within_budget
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+INF, NAN = float("inf"), float("nan")
+MODES = ("geometric", "probability")
+# x's dtype and that of the adapters.
+LORA_DTYPES = [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F32, F32)]
+Results = dict[str, Tensor]
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Every floating tensor of a (nested, named) tuple or list in this dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        each = [cast(one, dtype) for one in value]
+        return type(value)._make(each) if hasattr(value, "_make") else type(value)(each)
+    return value
+
+
+def bits(t: Tensor) -> Tensor:
+    """The bit pattern: distinguishes -0.0 from 0.0 and compares NaN."""
+    return t.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def case_id(case: tuple[Any, ...]) -> str:
+    return "-".join(str(v).removeprefix("torch.").replace(" ", "+") for v in case)
+
+
+def gradients(
+    function: Callable[..., Results], inputs: dict[str, Any], upstream: Results, dtype: Any = None
+) -> Results:
+    """The outputs of function(**inputs) and the gradients of the inputs that are not None.
+
+    The inputs are cast to `dtype` (None: as they are), the upstream gradients to the outputs'.
+    """
+    given = {k: t for k, t in inputs.items() if t is not None}
+    leaves = {k: t.detach().to(dtype or t.dtype).requires_grad_() for k, t in given.items()}
+    out = function(**leaves)
+    results = {k: out[k] for k in upstream}
+    dy = [upstream[k].to(t.dtype) for k, t in results.items()]
+    grads = torch.autograd.grad(
+        list(results.values()), list(leaves.values()), dy, allow_unused=True, materialize_grads=True
+    )
+    named = {f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}
+    return {k: t.detach() for k, t in out.items()} | named
+
+
+def judge(runs: list[tuple[Results, Results, Results]], what: str = "") -> None:
+    """Holds every result to the error budget, over all runs (got, reference64, same_dtype).
+
+    Together, because plain PyTorch may be right by chance where a result has few numbers.
+    """
+    for name in runs[0][1]:
+        columns = list(zip(*((run[name] for run in triple) for triple in runs), strict=True))
+        assert {g.shape for g in columns[0]} == {t.shape for t in columns[1]}, name
+        assert_within_budget(*(torch.stack(column) for column in columns), name=f"{name}{what}")
+
+
+# mixed_lora.
+
+
+def lora_plain(
+    x: Tensor,
+    base_weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y and u of x [..., in] with the weights [T, m] of each token: one pair of matrices of rank
+    m * r, the strongest plain form, and PEFT's "cat"; the low-rank part in the adapters' dtype."""
+    m, r, in_features = lora_A.shape
+    u = F.linear(x.to(lora_A.dtype), lora_A.reshape(m * r, in_features)).reshape(-1, m * r)
+    z = u * weights.to(u.dtype).repeat_interleave(r, dim=-1)
+    delta = F.linear(z, lora_B.transpose(0, 1).reshape(-1, m * r)).to(x.dtype)
+    y = F.linear(x, base_weight, bias) + delta.view(*x.shape[:-1], delta.shape[-1])
+    return y, u.view(*x.shape[:-1], m * r)
+
+
+@dataclass
+class LoraInputs:
+    """Arguments of mixed_lora's backends, and the gradient of y."""
+
+    x: Tensor
+    base_weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    weights: Tensor
+    bias: Tensor | None
+    ids: Tensor | None
+    dy: Tensor
+
+    NAMES = ("x", "base_weight", "lora_A", "lora_B", "weights", "bias")
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.NAMES)
+
+    @property
+    def examples(self) -> Tensor:
+        """The example of each token."""
+        if self.ids is not None:
+            return self.ids.long()
+        tokens = self.x.numel() // self.x.shape[-1]
+        each = max(1, tokens // max(1, len(self.weights)))
+        return torch.arange(tokens, device=self.x.device) // each
+
+
+def lora_inputs(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    leading: tuple[int, ...],
+    n_in: int,
+    n_out: int,
+    m: int,
+    r: int,
+    kind: str = "all_different",
+    examples: int | None = None,
+    *,
+    bias: bool = True,
+    ids_dtype: torch.dtype = torch.int32,
+    device: str = "cpu",
+    strided: Callable[..., Tensor] = lambda t, *_: t,
+) -> LoraInputs:
+    """`examples` makes the tokens flat, with unsorted ids; some examples then have no token.
+
+    strided(t, expandable) gives every tensor its layout.
+    """
+    dtype, lora_dtype = dtypes
+    ids = None
+    if examples is not None:
+        ids = strided(torch.randint(0, examples, leading, dtype=ids_dtype, device=device), False)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype, scale: float = 1, expand: bool = False):  # type: ignore[no-untyped-def]
+        return strided((torch.randn(*shape, device=device) * scale).to(dtype), expand)
+
+    batch = leading[0] if examples is None else examples
+    return LoraInputs(
+        x=normal(*leading, n_in, expand=True),
+        base_weight=normal(n_out, n_in, scale=n_in**-0.5, expand=True),
+        lora_A=normal(m, r, n_in, dtype=lora_dtype, scale=n_in**-0.5),
+        lora_B=normal(m, n_out, r, dtype=lora_dtype, scale=r**-0.5),
+        weights=strided(testing.weight_rows(kind, batch, m, device=device), False),
+        bias=normal(n_out) if bias else None,
+        ids=ids,
+        dy=normal(*leading, n_out, expand=True),
+    )
+
+
+def run_lora(
+    backend: Any, inputs: LoraInputs, invariant: bool = False, path: str | None = None
+) -> Results:
+    """y, u and all gradients by a backend's functions."""
+    y, u = backend.mixed_lora(*inputs.args, inputs.ids, invariant, path=path)
+    back = (inputs.dy, *inputs.args[:5], inputs.ids, u, invariant, [True] * 6)
+    grads = backend.mixed_lora_backward(*back, path=path)
+    assert all(t.is_contiguous() for t in (y, u, *grads))
+    return {"y": y, "u": u} | {f"d_{k}": g for k, g in zip(inputs.NAMES, grads, strict=True)}
+
+
+def lora_results(inputs: LoraInputs, dtype: torch.dtype | None) -> Results:
+    """The formula in plain PyTorch under autograd, in float64 or in the inputs' own dtypes."""
+
+    def plain(weights: Tensor, **leaves: Tensor) -> Results:
+        y, u = lora_plain(weights=weights[inputs.examples], **leaves)
+        return {"y": y, "u": u}
+
+    named = dict(zip(inputs.NAMES, inputs.args, strict=True))
+    found = gradients(plain, named, {"y": inputs.dy}, dtype)
+    if dtype is None:
+        # u is kept in float32, so float32 is what it is held to.
+        found["u"] = F.linear(inputs.x.float(), inputs.lora_A.flatten(0, 1).float())
+    return found
+
+
+def judge_lora(draws: list[LoraInputs], results: list[Results]) -> None:
+    """The error budget of the output, u and every gradient, over all draws together."""
+    for got, inputs in zip(results, draws, strict=True):
+        for k, t in zip(inputs.NAMES, inputs.args, strict=True):
+            assert t is None or got[f"d_{k}"].dtype == t.dtype, k
+        assert got["y"].dtype == inputs.x.dtype and got["u"].dtype == F32
+    plain = [[lora_results(inputs, dtype) for inputs in draws] for dtype in (F64, None)]
+    judge(list(zip(results, *plain, strict=True)))
+
+
+def not_finite(inputs: LoraInputs, value: float) -> dict[str, Tensor]:
+    """Both matrices of the first adapter with a value that is not finite."""
+    lora_A, lora_B = inputs.lora_A.clone(), inputs.lora_B.clone()
+    lora_A[0, 0, 3] = lora_B[0, 5, 0] = value
+    return {"lora_A": lora_A, "lora_B": lora_B}
+
+
+# mixed_linear.
+
+
+def linear_plain(
+    x: Tensor, expert_weight: Tensor, weights: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """y of x [T, in] with the weights [T, m] of each token, product by product in x's dtype."""
+    columns = weights.to(x.dtype).unbind(1)
+    biases = [None] * len(columns) if bias is None else bias
+    products = (F.linear(x, w, c) for w, c in zip(expert_weight, biases, strict=True))
+    return sum(column[:, None] * p for column, p in zip(columns, products, strict=True))  # type: ignore[return-value]
+
+
+class LinearInputs(NamedTuple):
+    """The gradient of y, and the arguments of mixed_linear's backends."""
+
+    dy: Tensor
+    x: Tensor
+    expert_weight: Tensor
+    weights: Tensor
+    bias: Tensor | None
+    example_ids: Tensor | None
+
+
+def judge_linear(backend: Any, reference: Any, args: LinearInputs, invariant: bool) -> None:
+    """The error budget of the output and of every gradient."""
+    needs = [True, True, True, args.bias is not None]
+
+    def results(module: Any, inputs: LinearInputs, invariant: bool = False) -> tuple[Tensor, ...]:
+        grads = module.mixed_linear_backward(*inputs, invariant, needs)
+        return module.mixed_linear(*inputs[1:], invariant), *grads
+
+    wide, same = results(reference, cast(args, F64)), results(reference, args)
+    names = ("y", "dx", "d_expert", "d_weights", "d_bias")
+    for name, *three in zip(names, results(backend, args, invariant), wide, same, strict=True):
+        assert (three[0].dtype, three[0].is_contiguous()) == (three[2].dtype, True), name
+        assert_within_budget(*three, name=name)
+
+
+# mix_logits.
+
+
+class MixtureInputs(NamedTuple):
+    """The gradient of the mixture, and the arguments of mix_logits' backends but the mode."""
+
+    dz: Tensor
+    logits: Tensor
+    weights: Tensor
+
+    def rows(self, rows: list[int]) -> "MixtureInputs":
+        return MixtureInputs(self.dz[rows], self.logits[:, rows], self.weights[rows])
+
+
+def mixture_inputs(
+    m: int,
+    batch: int,
+    vocab_size: int,
+    dtype: torch.dtype = F32,
+    kind: str = "all_different",
+    *,
+    mode: str = "geometric",
+    masked: bool = False,
+    strides: str = "dense",
+    scale: float = 3.0,
+    generator: torch.Generator | None = None,
+) -> MixtureInputs:
+    """strides: "dense", "gaps", "expanded", or "sliced": the last axis dense, the others not."""
+    shape = (m, batch, vocab_size)
+    logits = scale * torch.randn(shape, generator=generator)
+    if masked:
+        # A third of the ids of each source, another third each, and one of all; the last is left.
+        logits = logits.masked_fill(torch.rand(shape, generator=generator) < 0.3, -INF)
+        logits[:, :, :1] = -INF
+        logits[:, :, -1:] = 1
+    logits, dz = logits.to(dtype), torch.randn(shape[1:], generator=generator).to(dtype)
+    weights = testing.weight_rows(kind, batch, m, generator=generator)
+    if mode == "probability" and kind in ("negative", "zero"):
+        # Weights of zero give -inf everywhere, which a budget cannot judge.
+        weights = weights.abs() + (weights.sum(-1, keepdim=True) == 0)
+    if strides == "gaps":
+        dz, logits, weights = map(testing.noncontiguous, (dz, logits, weights))
+    elif strides == "expanded":
+        logits = testing.expanded(logits, 1)
+    elif strides == "sliced":
+        logits = F.pad(logits, (1, 2), value=NAN)[..., 1:-2]
+    return MixtureInputs(dz, logits, weights)
+
+
+def mixture_results(module: Any, args: MixtureInputs, mode: str, *isa: str) -> tuple[Tensor, ...]:
+    """The mixture and its gradients by the functions of a module."""
+    grads = module.mix_logits_backward(*args, mode, [True, True], *isa)
+    return module.mix_logits(*args[1:], mode, *isa), *grads
+
+
+def judge_mixture(
+    backend: Any, reference: Any, args: MixtureInputs, mode: str, *isa: str
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The error budget of the mixture and its gradients; gives the backend's and the plain ones."""
+    got, same = mixture_results(backend, args, mode, *isa), mixture_results(reference, args, mode)
+    wide = mixture_results(reference, cast(args, F64), mode)
+    for name, *three in zip(("z", "d_logits", "d_weights"), got, wide, same, strict=True):
+        assert (three[0].dtype, three[0].is_contiguous()) == (three[2].dtype, True), name
+        assert_within_budget(*three, name=name)
+    return got, same
+
+
+# linear_logprob.
+
+HEAD_NAMES = ("logprobs", "entropy", "kl", "d_logprobs", "d_kl")
+
+
+def head_inputs(
+    tokens: int,
+    vocab_size: int,
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool,
+    m: int = 0,
+    device: str = "cpu",
+) -> HeadInputs:
+    """With a reference policy; every fourth token is ignored.
+
+    m: experts of a mixed head, with weights of any sign for three examples; 0 for a plain head.
+    """
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    hidden, ref = (normal(tokens, dim).to(dtype) for _ in range(2))
+    shape = (m, vocab_size) if m else (vocab_size,)
+    head = (2 * normal(*shape, dim) * dim**-0.5).to(dtype)
+    targets = torch.randint(vocab_size, (tokens,), device=device)
+    targets[3::4] = -100
+    added = normal(*shape).to(dtype) if bias else None
+    weights = normal(3, m) if m else None
+    ids = torch.randint(3, (tokens,), device=device) if m else None
+    tau = torch.rand(tokens, device=device) + 0.5
+    return HeadInputs(hidden, head, targets, added, weights, ids, tau, ref, False)
+
+
+def head_outputs(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, entropy and kl from materialised logits in the dtype of the inputs."""
+    hidden, head, targets, bias, weights, ids, temperature, ref, _ = inputs
+    tau = temperature.to(hidden.dtype)[:, None]
+
+    def log_softmax(x: Tensor) -> Tensor:
+        if weights is None:
+            return F.linear(x, head, bias).div(tau).log_softmax(-1)
+        return linear_plain(x, head, weights[ids], bias).div(tau).log_softmax(-1)
+
+    logp, logq = log_softmax(hidden), log_softmax(ref)
+    used, p = targets != -100, logp.exp()
+    picked = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0] * used
+    kl = torch.where(p > 0, p * (logp - logq), 0).sum(-1) * used
+    entropy = -torch.where(p > 0, p * logp.clamp(min=-1e4), 0).sum(-1) * used
+    return picked, entropy, kl
+
+
+def head_plain(inputs: HeadInputs) -> list[Tensor]:
+    """The outputs, and by autograd the gradients of logprobs and kl with respect to hidden."""
+    hidden = inputs.hidden.detach().requires_grad_()
+    picked, entropy, kl = head_outputs(inputs._replace(hidden=hidden))
+    grads = [torch.autograd.grad(o.sum(), hidden, retain_graph=True)[0] for o in (picked, kl)]
+    return [t.detach() for t in (picked, entropy, kl, *grads)]
