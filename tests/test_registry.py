@@ -195,7 +195,7 @@ def gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool], None]:
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_unverified_kernels_are_held_back_from_auto(
+def test_auto_excludes_unverified_kernels(
     name: str, gpu_kernel: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu_kernel(name)

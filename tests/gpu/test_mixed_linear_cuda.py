@@ -190,9 +190,9 @@ def test_cuda_graph_replay() -> None:
     for _ in range(3):
         fresh = inputs(8, 2048, 2048, 4, kind="zero")
         fresh[4] = torch.randint(0, 8, (8,), dtype=torch.int32, device=DEVICE)
-        for held, new in zip(args, fresh, strict=True):
-            if isinstance(held, Tensor):
-                held.copy_(new)
+        for captured_input, new in zip(args, fresh, strict=True):
+            if isinstance(captured_input, Tensor):
+                captured_input.copy_(new)
         graph.replay()
         assert torch.equal(captured, run(fresh))
 

@@ -287,9 +287,9 @@ def test_cuda_graph_replay(filters: tuple[str, ...], mode: str) -> None:
         captured = draw(args)
     for _ in range(3):
         fresh = on_gpu(rows(4, 8, 32_000, torch.bfloat16, mode, filters))
-        for held, new in zip(args, fresh, strict=True):
-            if isinstance(held, Tensor):
-                held.copy_(new)
+        for captured_input, new in zip(args, fresh, strict=True):
+            if isinstance(captured_input, Tensor):
+                captured_input.copy_(new)
         graph.replay()
         assert_same_bits(captured, draw(fresh))
 

@@ -200,9 +200,9 @@ def test_cuda_graph_replay(filters: str) -> None:
         captured = backend.sample(**args)
     for _ in range(2):
         fresh = on_gpu(rows(4, 8, 32_000, torch.bfloat16, filters))
-        for name, held in args.items():
-            if isinstance(held, Tensor):
-                held.copy_(fresh[name])
+        for name, captured_input in args.items():
+            if isinstance(captured_input, Tensor):
+                captured_input.copy_(fresh[name])
         graph.replay()
         assert all(map(torch.equal, captured, backend.sample(**fresh)))
 

@@ -245,9 +245,9 @@ def test_gate_reports_spills_and_shared_memory(
 
 
 def test_gate_reports_a_kernel_that_does_not_compile(tmp_path: Any) -> None:
-    invalid, spoiled = (INVALID, (8, 0)), (BROKEN, (8, 0))
-    compiled = run_worker([invalid, spoiled], str(tmp_path))
-    assert len(results_of(spoiled, compiled)) == 3
+    invalid, broken = (INVALID, (8, 0)), (BROKEN, (8, 0))
+    compiled = run_worker([invalid, broken], str(tmp_path))
+    assert len(results_of(broken, compiled)) == 3
     with pytest.raises(AssertionError, match=r"did not compile:\nmismatched:(.|\n)*tl.dot"):
         results_of(invalid, compiled)
 

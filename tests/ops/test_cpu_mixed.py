@@ -11,6 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    Results,
+    gradients,
+    judge,
+    linear_plain,
+    lora_plain,
+)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -34,7 +45,6 @@ pytestmark = pytest.mark.skipif(
     native.cpu_missing() is not None, reason="the CPU kernels are not built"
 )
 
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 OPS = ("mixed_lora", "mixed_linear")
 CASES, CHUNK = 1500, 50
 
@@ -121,9 +131,6 @@ def cases(op: str) -> list[Case]:
     return found
 
 
-Results = dict[str, Tensor]
-
-
 def make(case: Case, op: str, draw: int) -> tuple[Results, Tensor | None, Tensor, Tensor]:
     """Inputs, example_ids, the row of each token, and the upstream gradient of one draw."""
     # torch.manual_seed also queues the seed for devices that are not there, with a formatted stack.
@@ -161,56 +168,44 @@ def make(case: Case, op: str, draw: int) -> tuple[Results, Tensor | None, Tensor
     return inputs, ids, token_rows, tensor(*case.leading, n_out)
 
 
-def gradients(function: Callable[..., Tensor], inputs: Results, dy: Tensor) -> Results:
-    """The output and the gradient of every input."""
-    leaves = {k: t.detach().requires_grad_() for k, t in inputs.items()}
-    y = function(**leaves)
-    grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
-    return {"y": y.detach(), **{f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}}
-
-
-def definition(op: str, case: Case, token_rows: Tensor) -> Callable[..., Tensor]:
-    """The formula with one row of weights a token, in the dtype of its inputs; the low-rank part
-    in the adapters' dtype, as concatenated matrices: the strongest plain form."""
+def definition(op: str, case: Case, token_rows: Tensor) -> Callable[..., Results]:
+    """The formula with the weights of each token, in the dtype of its inputs; the low-rank part in
+    the adapters' dtype, as concatenated matrices: the strongest plain form."""
     number = 1.75 if case.scaling == "number" else 1.0
 
-    def lora(x, weights, base_weight, lora_A, lora_B, bias=None, scaling=number):  # type: ignore[no-untyped-def]
+    def plain(x, weights, scaling=number, **rest):  # type: ignore[no-untyped-def]
         flat = x.reshape(-1, case.in_features)
-        u = F.linear(flat.to(lora_A.dtype), lora_A.flatten(0, 1))
-        rows = (weights * scaling)[token_rows].to(u.dtype).repeat_interleave(case.r, dim=-1)
-        delta = F.linear(u * rows, lora_B.transpose(0, 1).flatten(1))
-        y = F.linear(flat, base_weight, bias) + delta.to(x.dtype)
-        return y.view(*x.shape[:-1], case.out_features)
+        if op == "mixed_lora":
+            y, _ = lora_plain(flat, weights=(weights * scaling)[token_rows], **rest)
+        else:
+            y = linear_plain(flat, weights=weights[token_rows], **rest)
+        return {"y": y.view(*x.shape[:-1], case.out_features)}
 
-    def linear(x, weights, expert_weight, bias=None):  # type: ignore[no-untyped-def]
-        flat, rows = x.reshape(-1, case.in_features), weights[token_rows].to(x.dtype)
-        products = [
-            F.linear(flat, w, None if bias is None else bias[i])
-            for i, w in enumerate(expert_weight)
-        ]
-        y = sum(rows[:, i : i + 1] * p for i, p in enumerate(products))
-        return y.view(*x.shape[:-1], case.out_features)
+    return plain
 
-    return lora if op == "mixed_lora" else linear
+
+def public_results(
+    op: str, case: Case, ids: Tensor | None, inputs: Results, dy: Results
+) -> Results:
+    """The output of the public function and the gradient of every input."""
+    extra: dict[str, Any] = {"example_ids": ids, "backend": "cpu"}
+    if op == "mixed_lora" and case.scaling == "number":
+        extra["scaling"] = 1.75
+    public = mixed_lora if op == "mixed_lora" else mixed_linear
+    return gradients(lambda **t: {"y": public(**t, **extra)}, inputs, dy)
 
 
 def check(op: str, case: Case) -> None:
     runs = []
     for draw in range(case.draws):
         inputs, ids, token_rows, dy = make(case, op, draw)
-        extra: dict[str, Any] = {"example_ids": ids, "backend": "cpu"}
-        if op == "mixed_lora" and case.scaling == "number":
-            extra["scaling"] = 1.75
-        public = mixed_lora if op == "mixed_lora" else mixed_linear
-        got = gradients(lambda public=public, extra=extra, **t: public(**t, **extra), inputs, dy)
+        got = public_results(op, case, ids, inputs, {"y": dy})
         plain = definition(op, case, token_rows)
-        wide = {k: t.double() for k, t in inputs.items()}
-        runs.append((got, gradients(plain, wide, dy), gradients(plain, inputs, dy)))
+        both = (gradients(plain, inputs, {"y": dy}, dtype) for dtype in (F64, None))
+        runs.append((got, *both))
         for name, tensor in inputs.items():
             assert got[f"d_{name}"].dtype == tensor.dtype
-    for name in runs[0][1]:
-        columns = zip(*((run[name] for run in triple) for triple in runs), strict=True)
-        assert_within_budget(*(torch.stack(column) for column in columns), name=f"{name} of {case}")
+    judge(runs, f" of {case}")
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -244,6 +239,15 @@ def low_rank_inputs(
     return x, A, B, torch.randn(T, m), y
 
 
+def low_rank(
+    t: torch.dtype, x: Tensor, A: Tensor, B: Tensor, w: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """u and y + z B^T in the dtype t."""
+    u = x.to(t) @ A.to(t).flatten(0, 1).t()
+    z = u * w.to(t).repeat_interleave(A.shape[1], 1)
+    return u, y.to(t) + z @ B.to(t).transpose(0, 1).flatten(1).t()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype, lora_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)])
 def test_low_rank_kernel_on_each_instruction_set(
@@ -252,14 +256,9 @@ def test_low_rank_kernel_on_each_instruction_set(
     for shape in SHAPES:
         x, A, B, w, y = low_rank_inputs(shape, dtype, lora_dtype)
 
-        def plain(t: torch.dtype, x=x, A=A, B=B, w=w, y=y) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-            u = x.to(t) @ A.to(t).flatten(0, 1).t()
-            z = u * w.to(t).repeat_interleave(A.shape[1], 1)
-            return u, y.to(t) + z @ B.to(t).transpose(0, 1).flatten(1).t()
-
         got = y.clone()
         u = cpu_mixed_lora.run_native(x, A, B, w, None, got, isa=isa)
-        (u64, y64), (u32, y32) = plain(F64), plain(F32)
+        (u64, y64), (u32, y32) = (low_rank(t, x, A, B, w, y) for t in (F64, F32))
         assert_within_budget(u, u64, u32, name=f"u of {shape} on {isa}")
         assert_within_budget(got, y64, y32.to(dtype), name=f"y of {shape} on {isa}")
 
@@ -280,13 +279,9 @@ def test_whole_kernel_on_each_instruction_set(
         u = cpu_mixed_lora.run_native(x, A, B, w, None, y, *base, isa=isa)
         assert int(wide.isnan().sum()) == 9 * T
 
-        def plain(t: torch.dtype, x=x, A=A, B=B, w=w, W=W, c=c) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-            u = x.to(t) @ A.to(t).flatten(0, 1).t()
-            z = u * w.to(t).repeat_interleave(A.shape[1], 1)
-            low_rank = z @ B.to(t).transpose(0, 1).flatten(1).t()
-            return u, F.linear(x.to(t), W.to(t), c.to(t)) + low_rank
-
-        (u64, y64), (u32, y32) = plain(F64), plain(F32)
+        (u64, y64), (u32, y32) = (
+            low_rank(t, x, A, B, w, F.linear(x.to(t), W.to(t), c.to(t))) for t in (F64, F32)
+        )
         assert_within_budget(u, u64, u32, name=f"u of {shape} on {isa}")
         assert_within_budget(y, y64, y32.to(dtype), name=f"y of {shape} on {isa}")
         again = torch.full((T, n_out), torch.nan).to(dtype)
@@ -468,11 +463,8 @@ def test_the_gradient_of_weights_is_exact_beside_products(
     case = Case(BF16, BF16, "padded", 64, 172, out_features, 3, 4, "all_different", "contiguous",
                 True, "one", 5)  # fmt: skip
     inputs, ids, token_rows, dy = make(case, op, 0)
-    public = mixed_lora if op == "mixed_lora" else mixed_linear
-    run = partial(public, example_ids=ids, backend="cpu")
-    got = gradients(run, inputs, dy)["d_weights"]
-    wide = {k: t.double() for k, t in inputs.items()}
-    exact = gradients(definition(op, case, token_rows), wide, dy)["d_weights"]
+    got = public_results(op, case, ids, inputs, {"y": dy})["d_weights"]
+    exact = gradients(definition(op, case, token_rows), inputs, {"y": dy}, F64)["d_weights"]
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-6 * float(exact.abs().max()))
 
 

@@ -2,7 +2,6 @@
 
 import math
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -11,6 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    Results,
+    gradients,
+    judge,
+    linear_plain,
+    lora_plain,
+    same_bits,
+)  # fmt: skip
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,18 +43,7 @@ from clp_kernels.testing import (
     weight_rows,
 )
 
-F64 = torch.float64
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-Results = dict[str, Tensor]
-
-
-def bits(t: Tensor) -> Tensor:
-    """The bit pattern: distinguishes -0.0 from 0.0 and compares NaN."""
-    return t.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()])
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+DTYPES = (F32, BF16, F16)
 
 
 # The budget itself: a gate that cannot fail is not a gate.
@@ -205,52 +205,19 @@ def rows_and_ids(case: Case, allow_negative: bool = True) -> tuple[Tensor, Tenso
     return weights, None, torch.arange(case.batch).repeat_interleave(each)
 
 
-def outputs_and_gradients(
-    function: Callable[..., Results], inputs: Results, upstream: Results, dtype: torch.dtype | None
-) -> Results:
-    """Runs function(**inputs) with the inputs cast to `dtype` (None: as they are)."""
-    leaves = {k: (t.to(dtype) if dtype else t).detach().requires_grad_() for k, t in inputs.items()}
-    out = function(**leaves)
-    loss = sum((out[k].double() * upstream[k].double()).sum() for k in out)
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    named = zip(leaves, grads, strict=True)
-    zero = {k: torch.zeros_like(leaves[k]) for k in leaves}
-    return {**out, **{f"d_{k}": zero[k] if g is None else g for k, g in named}}
-
-
-def judge(runs: list[tuple[Results, Results, Results]]) -> None:
-    """Each run: (got, reference64, same_dtype), judged together over the runs."""
-    columns: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
-    for run in runs:
-        for name in run[1]:
-            columns[name].append(tuple(result[name] for result in run))
-    for name, values in columns.items():
-        got, ref, same = zip(*values, strict=True)
-        assert {g.shape for g in got} == {t.shape for t in ref}, name
-        stacked = (torch.stack(column) for column in (got, ref, same))
-        assert_within_budget(*stacked, name=name)
-
-
 def lora_definition(
-    x: Tensor, base_weight: Tensor, lora_A: Tensor, lora_B: Tensor, rows: Tensor, bias: Any
+    x: Tensor,
+    base_weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Adapter by adapter: the formula of the docstring. x [N, in], rows [N, m]."""
+    """Adapter by adapter: the formula of the docstring. x [N, in], weights [N, m]."""
     y = x @ base_weight.t() if bias is None else x @ base_weight.t() + bias
     for i in range(lora_A.shape[0]):
-        y = y + rows[:, i : i + 1] * ((x @ lora_A[i].t()) @ lora_B[i].t())
+        y = y + weights[:, i : i + 1] * ((x @ lora_A[i].t()) @ lora_B[i].t())
     return y
-
-
-def lora_concatenated(
-    x: Tensor, base_weight: Tensor, lora_A: Tensor, lora_B: Tensor, rows: Tensor, bias: Any
-) -> Tensor:
-    """One pair of matrices of rank m * r: the strongest plain form, and PEFT's "cat"."""
-    m, r, in_features = lora_A.shape
-    lowrank = x.to(lora_A.dtype)
-    u = F.linear(lowrank, lora_A.reshape(m * r, in_features))
-    z = u * rows.to(u.dtype).repeat_interleave(r, dim=-1)
-    delta = F.linear(z, lora_B.transpose(0, 1).reshape(-1, m * r))
-    return F.linear(x, base_weight, bias) + delta.to(x.dtype)
 
 
 def mixed_lora_case(case: Case) -> tuple[Results, Results, Results]:
@@ -275,17 +242,22 @@ def mixed_lora_case(case: Case) -> tuple[Results, Results, Results]:
         return {"y": mixed_lora(**rest, weights=weights, scaling=scaling, example_ids=ids)}
 
     def plain(form: Callable[..., Tensor]) -> Callable[..., Results]:
-        def run(x, weights, scaling=number, bias=None, **rest):  # type: ignore[no-untyped-def]
-            y = form(x.reshape(-1, n_in), rows=(weights * scaling)[token_rows], bias=bias, **rest)
+        def run(x, weights, scaling=number, **rest):  # type: ignore[no-untyped-def]
+            per_token = (weights * scaling)[token_rows]
+            y = form(x=x.reshape(-1, n_in), weights=per_token, **rest)
             return {"y": y.view(*case.leading, n_out)}
 
         return run
 
     return (
-        outputs_and_gradients(public, inputs, dy, None),
-        outputs_and_gradients(plain(lora_definition), inputs, dy, F64),
-        outputs_and_gradients(plain(lora_concatenated), inputs, dy, None),
+        gradients(public, inputs, dy),
+        gradients(plain(lora_definition), inputs, dy, F64),
+        gradients(plain(concatenated), inputs, dy),
     )
+
+
+def concatenated(**arguments: Tensor) -> Tensor:
+    return lora_plain(**arguments)[0]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -316,18 +288,13 @@ def mixed_linear_case(case: Case) -> tuple[Results, Results, Results]:
         return {"y": y.view(*case.leading, n_out)}
 
     def looped(x: Tensor, expert_weight: Tensor, weights: Tensor, bias: Any = None) -> Results:
-        rows = weights[token_rows].to(x.dtype)
-        biases = [None] * m if bias is None else bias
-        products = [
-            F.linear(x.reshape(-1, n_in), w, c) for w, c in zip(expert_weight, biases, strict=True)
-        ]
-        y = sum(rows[:, i : i + 1] * p for i, p in enumerate(products))
+        y = linear_plain(x.reshape(-1, n_in), expert_weight, weights[token_rows], bias)
         return {"y": y.view(*case.leading, n_out)}
 
     return (
-        outputs_and_gradients(public, inputs, dy, None),
-        outputs_and_gradients(merged, inputs, dy, F64),
-        outputs_and_gradients(looped, inputs, dy, None),
+        gradients(public, inputs, dy),
+        gradients(merged, inputs, dy, F64),
+        gradients(looped, inputs, dy),
     )
 
 
@@ -361,9 +328,9 @@ def mix_logits_case(case: Case) -> tuple[Results, Results, Results]:
         return {"z": torch.logsumexp(columns.log() + logits.log_softmax(-1), dim=0)}
 
     return (
-        outputs_and_gradients(public, inputs, dz, None),
-        outputs_and_gradients(definition, inputs, dz, F64),
-        outputs_and_gradients(plain, inputs, dz, None),
+        gradients(public, inputs, dz),
+        gradients(definition, inputs, dz, F64),
+        gradients(plain, inputs, dz),
     )
 
 
@@ -412,12 +379,7 @@ def linear_logprob_case(case: Case) -> tuple[Results, Results, Results]:
             if weights is None:
                 z = F.linear(rows, head_weight, bias)
             else:
-                each = [
-                    F.linear(rows, head_weight[i], None if bias is None else bias[i])
-                    for i in range(case.m)
-                ]
-                columns = weights.to(rows.dtype)[token_rows]
-                z = sum(columns[:, i : i + 1] * e for i, e in enumerate(each))
+                z = linear_plain(rows, head_weight, weights[token_rows], bias)
             tau = torch.as_tensor(temperature).expand(case.leading).reshape(-1, 1)
             return (z / tau.to(z.dtype)).log_softmax(-1)
 
@@ -430,9 +392,9 @@ def linear_logprob_case(case: Case) -> tuple[Results, Results, Results]:
         return {k: (v * used).view(case.leading) for k, v in columns.items()}
 
     return (
-        outputs_and_gradients(public, inputs, upstream, None),
-        outputs_and_gradients(plain, inputs, upstream, F64),
-        outputs_and_gradients(plain, inputs, upstream, None),
+        gradients(public, inputs, upstream),
+        gradients(plain, inputs, upstream, F64),
+        gradients(plain, inputs, upstream),
     )
 
 
@@ -557,9 +519,8 @@ def test_linear_in_the_weights(case: Lora) -> None:
 @given(loras())
 def test_equal_to_the_concatenated_rank_form(case: Lora) -> None:
     rows = case.weights.repeat_interleave(case.x.shape[1], 0)
-    flat = case.x.flatten(0, 1)
-    wanted = lora_concatenated(flat, case.base_weight, case.lora_A, case.lora_B, rows, case.bias)
-    close(case().flatten(0, 1), wanted)
+    wanted = concatenated(**{**vars(case), "weights": rows})
+    close(case(), wanted)
 
 
 @given(loras(), st.randoms())
@@ -957,8 +918,8 @@ def tampered(t: Tensor, value: float) -> Tensor:
 
 
 NAN, INF = math.nan, math.inf
-# What can be wrong with any tensor argument: (exception, how to spoil a good one).
-SPOILED: dict[str, tuple[type[Exception], Callable[[Tensor], Any]]] = {
+# What can be wrong with any tensor argument: (exception, how to make it of a right one).
+WRONG: dict[str, tuple[type[Exception], Callable[[Tensor], Any]]] = {
     "a list": (TypeError, lambda t: t.tolist()),
     "integers": (TypeError, lambda t: t.to(torch.int16)),
     "complex": (TypeError, lambda t: t.to(torch.complex64)),
@@ -989,13 +950,13 @@ OTHER_DTYPE = (
 )
 
 
-def spoiled() -> Iterator[Any]:
+def wrong_tensors() -> Iterator[Any]:
     for op, names in TENSORS.items():
         for name in names:
-            for how, (error, spoil) in SPOILED.items():
+            for how, (error, change) in WRONG.items():
                 if how == "longer first axis" and name in FREE:
                     continue
-                value = spoil(valid(op)[1][name])
+                value = change(valid(op)[1][name])
                 yield pytest.param(op, {name: value}, error, name, id=f"{op}: {name}: {how}")
             if name in OTHER_DTYPE:
                 half = valid(op)[1][name].half()
@@ -1037,7 +998,7 @@ def per_row_cases(op: str, name: str, outside: tuple, integer: bool = False) -> 
 
 T3 = torch.tensor
 BAD = [
-    *spoiled(),
+    *wrong_tensors(),
     case("mixed_lora", ValueError, x=torch.randn(4)),
     case("mixed_lora", TypeError, x=torch.ones(3, 4, dtype=torch.int64)),
     case("mixed_lora", ValueError, x=[[1.0] * 4] * 3),

@@ -114,8 +114,8 @@ def logprob_cases() -> Cases:
         targets, other = torch.tensor([0, -100, 5, 3])[:n], ref if extra else None
         states = (hidden, head, targets, c, w, ids, torch.ones(n))
         label = f"mixed={mixed} {dtype} N={n} extras={extra} invariant={invariant}"
-        for slopes in (False, True):
-            yield label, "linear_logprob", (*states, extra, other, slopes, invariant, "auto")
+        for hidden_grads in (False, True):
+            yield label, "linear_logprob", (*states, extra, other, hidden_grads, invariant, "auto")
         upstream = [torch.randn(n if on else 0) for on in (True, extra, extra)]
         needs = [True, not invariant, extra, mixed]
         back = (*upstream, *states, other, invariant, needs, "auto")

@@ -483,30 +483,30 @@ def test_export_refuses_a_directory_in_use(tmp_path: Path) -> None:
 
 
 def fields(**values: Any) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+    def change(folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text())
         (folder / CONFIG).write_text(json.dumps(config | values))
 
-    return spoil
+    return change
 
 
 def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+    def change(folder: Path) -> None:
         stored = load_file(folder / TENSORS)
         change(stored)
         (folder / TENSORS).unlink()  # loaded tensors may still be mapped from the file
         save_file(stored, folder / TENSORS)
 
-    return spoil
+    return change
 
 
 def file(name: str, data: bytes | None) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+    def change(folder: Path) -> None:
         (folder / name).unlink()
         if data is not None:
             (folder / name).write_bytes(data)
 
-    return spoil
+    return change
 
 
 def truncated(folder: Path) -> None:
@@ -708,12 +708,12 @@ def shared_llama() -> LlamaForCausalLM:
 def test_refusals_name_the_folder_and_touch_nothing(
     name: str, good: Path, shared_llama: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    spoil, message = HOSTILE[name]
+    change, message = HOSTILE[name]
     bad = tmp_path / "the_bad_one"
     bad.mkdir()
     for part in (CONFIG, TENSORS):
         (bad / part).write_bytes((good / part).read_bytes())
-    spoil(bad)
+    change(bad)
     before = state(shared_llama)
     with pytest.raises(ValueError, match=message) as caught:
         load_adapters(shared_llama, [good, bad])

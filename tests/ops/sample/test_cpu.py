@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import clp_kernels
-from clp_kernels import native, registry
+from clp_kernels import mix_logits, native, registry
 from clp_kernels.ops.sample import cpu as cpu_sample
 from clp_kernels.ops.sample import reference
 
@@ -332,7 +332,7 @@ def test_draws_follow_the_softmax(isa: str, mode: str) -> None:
     count, m, vocab_size = 40_000, 2, 130
     one = 1.5 * torch.randn(m, 1, vocab_size)
     weights = torch.tensor([[0.3, 0.7]])
-    z = reference.mix_logits(one.double(), weights.double(), mode)[0]
+    z = mix_logits(one.double(), weights.double(), mode=mode)[0]
     probabilities = torch.softmax(z / 0.8, -1).numpy()
     counter = torch.arange(count)
     for seed, position in ((torch.full((count,), 3), counter), (counter, torch.full((count,), 9))):
@@ -452,9 +452,9 @@ def test_a_million_filtered_draws(name: str) -> None:
     logp = torch.log_softmax(scaled, -1)
     kept = torch.ones_like(logp, dtype=torch.bool)
     if chosen[0] is not None:
-        kept &= reference._top_k_mask(logp, chosen[0])
+        kept &= reference.top_k_mask(logp, chosen[0])
     if chosen[1] is not None:
-        kept &= reference._top_p_mask(logp.masked_fill(~kept, -INF), chosen[1])
+        kept &= reference.top_p_mask(logp.masked_fill(~kept, -INF), chosen[1])
     if chosen[2] is not None:
         kept &= logp >= logp.amax() + chosen[2].double().log()
     assert seen == set(kept[0].nonzero()[:, 0].tolist())
