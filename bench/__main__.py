@@ -70,26 +70,21 @@ def parser() -> argparse.ArgumentParser:
         "linear_logprob": "log-probabilities from hidden states and their gradient, and memory",
         "mixed_lora": "a linear layer with adapters mixed per example; on a GPU decode with "
         "--graph, prefill without",
+        "sampler": "whole generation runs of requests with unequal lengths and their own weights",
     }
     for name, what in subjects.items():
         run = commands.add_parser(name, help=what, description=what)
         run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        run.add_argument("--quick", action="store_true", help="fewer cases and repeats")
+        run.add_argument("--quick", action="store_true", help="fewer and smaller cases and repeats")
         run.add_argument("--no-save", action="store_true", help="append nothing to bench/results")
+        if name == "sampler":
+            model = '"tiny" (default on the CPU), a path or a hub name; default on a GPU: '
+            run.add_argument("--model", help=f"{model}a Llama of 1B random weights")
+            continue
         run.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
         run.add_argument("--compile", action="store_true", help="torch.compile too; takes minutes")
         if name == "mixed_lora":
             run.add_argument("--grad", action="store_true", help="forward and backward, and memory")
-    what = "whole generation runs of requests with unequal lengths and their own weight rows"
-    run = commands.add_parser("sampler", help=what, description=what)
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    run.add_argument(
-        "--model",
-        help='"tiny" (default on the CPU), a path or a hub name; '
-        "default on a GPU: a Llama of 1B random weights",
-    )
-    run.add_argument("--quick", action="store_true", help="fewer and shorter requests and runs")
-    run.add_argument("--no-save", action="store_true", help="append nothing to bench/results")
     commands.add_parser("results", help="make RESULTS.md and the plots from bench/results")
     return top
 
