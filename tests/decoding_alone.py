@@ -52,7 +52,7 @@ class Alone:
 
     def check(self, request):
         """Every completion is the one alone; what was cancelled or failed is its beginning."""
-        for own, alone in zip(request.rows, self.of(request), strict=True):
+        for own, alone in zip(request.sequences, self.of(request), strict=True):
             got = own.completion
             self.compared += 1
             count = len(got.token_ids)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from clp.data.json_lines import Line
-from clp.engine.requests import MOST_COMPLETIONS, Completion, Request, SamplingParams
+from clp.engine.requests import MOST_COMPLETIONS, Completion, SamplingParams
 from clp.engine.sampler import Sampler
+from clp.engine.sequence import Request
 
 # Requests that wait, run, or wait to be given out, in batches: enough that a free slot finds one.
 QUEUED_BATCHES = 4

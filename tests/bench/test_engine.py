@@ -17,7 +17,7 @@ from bench.engine import engines, sampler, workload
 from bench.engine.judge import Judge
 from bench.engine.workload import Batch, Served
 from bench.report import plot_sampler, rows, tables
-from clp.engine.runner import Decoder
+from clp.engine.runner import Runner
 
 CPU = torch.device("cpu")
 TOY = timing.Protocol(warmup=0, repeats=2, least=1, seconds=0.0)
@@ -177,13 +177,13 @@ def test_the_gate_refuses_a_wrong_engine(models, work, judge, on, change, messag
 def test_no_run_finds_its_prompts_in_the_cache(models, work, judge, monkeypatch) -> None:
     """Timed runs and the gate's prefill all but the last token of every prompt, each time."""
     counts: list[int] = []
-    prefill = Decoder.prefill
+    prefill = Runner.prefill
 
-    def counting(self: Decoder, parts: Any) -> None:
+    def counting(self: Runner, parts: Any) -> None:
         counts.append(sum(segment.stop - segment.start for _, segment in parts))
         prefill(self, parts)
 
-    monkeypatch.setattr(Decoder, "prefill", counting)
+    monkeypatch.setattr(Runner, "prefill", counting)
     way = sampler.Way("clp", engines.Clp(models[0], 6), True)
     runners = [sampler.Runner(way, work, count, judge, BAR) for count in (1, 3)]
     for runner in runners:

@@ -15,7 +15,7 @@ from clp.engine.sampler import Sampler, SamplingParams
 from clp.policies.lora import Policy, load_base
 from clp_kernels.nn.mixed_lora import steered_layers
 
-WINDOW = 6  # shorter than most sequences here, longer than the five tokens of the decoder's check
+WINDOW = 6  # shorter than most sequences here, longer than the five tokens of the model check
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 SIZES = {
     "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -76,7 +76,7 @@ SERVED = {
         SIZES | {"layer_types": MIXED, "local_attention": 2 * WINDOW},
     ),
 }
-# Values decide which experts run: their step is no list of calls (clp/engine/recording.py).
+# Values decide which experts run: their step is not a list of calls (clp/engine/recording.py).
 UNRECORDED = {"qwen3_moe", "mixtral", "deepseek_v3, values narrower than keys", "ernie4_5_moe",
               "qwen2_moe, which flattens tokens for its shared expert"}  # fmt: skip
 # name: (model_type, sizes and options, what the refusal says)
@@ -173,7 +173,7 @@ def check_greedy(policy, prompt, row, completion):
 def test_a_family_is_served_with_its_own_numbers(name, budget):
     policy = policy_of(made(*SERVED[name]))
     sampler = Sampler(policy, max_batch_size=4, max_prefill_tokens=budget)
-    assert (sampler._decoder.recordings == [None]) == (name in UNRECORDED)
+    assert (sampler.runner.models[0].recording is None) == (name in UNRECORDED)
     done = sampler.generate(prompts(), ROWS, greedy(), simplex=False)
     for prompt, row, completion in zip(prompts(), ROWS, done, strict=True):
         assert len(completion.token_ids) == 16

@@ -25,13 +25,13 @@ class Counting:
 
     def __init__(self, policy, **options):
         self.sampler, self.count = Sampler(policy, **options), 0
-        prefill = self.sampler._decoder.prefill
+        prefill = self.sampler.runner.prefill
 
         def counted(parts):
             self.count += sum(s.stop - s.start for _, s in parts)
             prefill(parts)
 
-        self.sampler._decoder.prefill = counted
+        self.sampler.runner.prefill = counted
 
     def take(self):
         count, self.count = self.count, 0
@@ -112,7 +112,7 @@ def test_a_donor_that_has_drawn_past_the_shared_part(policy):
     counting.take()
     same = counting.sampler.submit(ids, [0.5, 0.5], params(seed=2))
     # The conversation goes on: the prompt and what was drawn, of which all but one are cached.
-    behind = ids + long.rows[0].token_ids[:12] + [7, 8]
+    behind = ids + long.sequences[0].token_ids[:12] + [7, 8]
     more = counting.sampler.submit(behind, [0.5, 0.5], params(seed=3))
     counting.sampler.finish([long, same, more])
     assert counting.take() == 1

@@ -9,7 +9,7 @@ from decoding_alone import new_spread_policy
 from torch import nn
 
 from clp.engine import recording
-from clp.engine.recording import ROWS_NEEDED, Inputs, Unrecordable, record
+from clp.engine.recording import LARGEST_BATCH, Inputs, Unrecordable, record
 from clp.engine.sampler import Sampler, SamplingParams, with_seeds
 from clp_kernels.nn.mixed_lora import steered_layers
 
@@ -39,7 +39,7 @@ class Model(nn.Module):
 
 @contextmanager
 def steered(rows):
-    assert rows <= ROWS_NEEDED
+    assert rows <= LARGEST_BATCH
     tokens = torch.arange(rows)[:, None]
     yield Inputs(tokens + 1, tokens % 3, Plan())
 
@@ -104,12 +104,12 @@ REFUSED = {
     "a mask": (lambda x: x + x[x > 0].numel(), "a mask selects"),
     "rows decide what is called": (lambda x: x + 1 if x.shape[0] > 2 else x, "decides what"),
     "the square of the rows": (lambda x: x + x.shape[0] ** 2, "is given 4 and 9"),
-    "one row is another case": (lambda x: x + 1 if x.shape[0] == 1 else x + 2, "with 1 rows"),
+    "one row is another case": (lambda x: x + 1 if x.shape[0] == 1 else x + 2, "at batch size 1"),
     "many rows do not fit": (
         lambda x: x + torch.ones(6)[: 6 // len(x) * len(x)].view(len(x), -1).sum(1)[:, None, None],
-        "with 5 rows the recorded calls fail",
+        "at batch size 5 the recorded calls fail",
     ),
-    "many rows are another case": (lambda x: x + 1 if x.shape[0] > 4 else x + 2, "with 5 rows"),
+    "many rows are another case": (lambda x: x + 1 if x.shape[0] > 4 else x + 2, "at batch size 5"),
 }  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def test_a_compiled_model_is_refused():
 
 def test_nothing_is_left_on_model_and_plan(policy):
     sampler = Sampler(policy)
-    assert sampler._decoder.recordings[0] is not None
+    assert sampler.runner.models[0].recording is not None
     for layer in steered_layers(policy.model).values():
         assert "forward" not in layer.__dict__
 
@@ -158,7 +158,7 @@ def generate(sampler):
 def plainly(policy):
     """What the model itself gives."""
     sampler = Sampler(policy)
-    sampler._decoder.recordings = [None]
+    sampler.runner.models[0].recording = None
     return generate(sampler)
 
 

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers", exc_type=ImportError)
 
-from clp.engine.runner import Decoder
+from clp.engine.cuda_graphs import CudaGraphs, StepSize
 from clp.engine.sampler import Sampler, SamplingParams
 from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
@@ -49,10 +49,10 @@ def tokens(sampler: Sampler, temperature: float) -> list[list[int]]:
 
 
 def without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: Decoder, count: int, longest: int, filters: Any) -> Any:
-        return self._step(slice(0, count), longest, False, filters)
+    def step(self: CudaGraphs, size: StepSize, step: Callable[[StepSize], Any], state: Any) -> Any:
+        return step(size)
 
-    monkeypatch.setattr(Decoder, "_replay", step)
+    monkeypatch.setattr(CudaGraphs, "replay", step)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -61,11 +61,11 @@ def test_captured_steps_draw_what_plain_steps_draw(
 ) -> None:
     sampler = Sampler(policy)
     captured = [tokens(sampler, temperature) for _ in range(2)]  # captured, then replayed alone
-    assert len(sampler._decoder._graphs) >= 3
+    assert len(sampler.runner.graphs.graphs) >= 3
     without_graphs(monkeypatch)
     plain = Sampler(policy)
     wanted = tokens(plain, temperature)
-    assert not plain._decoder._graphs
+    assert not plain.runner.graphs.graphs
     assert [len(t) for t in wanted] == [5 + 6 * i for i in range(COUNT)]
     assert captured == [wanted, wanted]
 

@@ -97,8 +97,8 @@ def test_mod_over_the_adapters_of_one_model(tokenizer):
 def test_rows_share_prompts_because_no_cache_depends_on_the_weights(models, tokenizer):
     sampler = Sampler(LogitMixture(models, tokenizer))
     counted = []
-    prefill = sampler._decoder.prefill
-    sampler._decoder.prefill = lambda parts: (counted.extend(s for _, s in parts), prefill(parts))
+    prefill = sampler.runner.prefill
+    sampler.runner.prefill = lambda parts: (counted.extend(s for _, s in parts), prefill(parts))
     sampler.generate([PROMPTS[2]] * 4, ROWS, SamplingParams(max_tokens=2, seed=1))
     tokens = len(tokenizer(PROMPTS[2])["input_ids"])
     assert sum(s.stop - s.start for s in counted) == tokens - 1

@@ -137,7 +137,7 @@ def test_a_failed_forward_is_an_error_record_with_its_completion(sampler, monkey
     def fail(*args, **kwargs):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(sampler._decoder, "decode", fail)
+    monkeypatch.setattr(type(sampler.policy.model), "forward", fail)
     (group,) = sampled(sampler, {"prompt": "Tom", "n": 2})
     assert [r["index"] for r in group.records] == [0, 1] and group.failed
     assert all(r["finish_reason"] == "error" for r in group.records)

@@ -119,7 +119,7 @@ def test_a_failed_forward_is_one_line_of_error(sampler, monkeypatch):
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampler._decoder, "decode", fail)
+        patch.setattr(type(sampler.policy.model), "forward", fail)
         shown = typed(sampler, "Tom")
     assert any(text == "error: RuntimeError: no memory" for text in shown)
 

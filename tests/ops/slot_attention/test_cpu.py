@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clp.engine.kv_cache import Decode, KVCache
+from clp.engine.attention import Decode
+from clp.engine.kv_cache import KVCache
 from clp_kernels import native, testing
 from clp_kernels.ops.slot_attention.cpu import slot_attention, why_not
 
