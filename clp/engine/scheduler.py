@@ -117,8 +117,12 @@ class Scheduler:
 
     @property
     def decoding(self) -> list[Sequence]:
-        """The sequences that take part in a decode step: those in the first slots."""
-        return [sequence for sequence in self.running if sequence.prefilled]
+        """The sequences that take part in a decode step, in the slots from 0 on.
+
+        After an interrupted step a sequence that could decode may be behind one that is not
+        prefilled, and waits for it.
+        """
+        return list(itertools.takewhile(lambda sequence: sequence.prefilled, self.running))
 
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Puts sequences at the end of the queue."""

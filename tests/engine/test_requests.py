@@ -459,6 +459,29 @@ def test_a_row_that_was_done_when_ctrl_c_came_draws_no_more(sampler):
     Alone().check(last)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["next_batch", "prefilled", "remove", "apply", "top_logprobs", "place", "advance", "vacate"],
+)
+def test_a_fault_of_the_sampler_is_raised_and_ends_no_request(sampler, name):
+    """The sampler goes on as after Ctrl-C."""
+    requests = good_ones(sampler, 2, max_tokens=5)
+    sampler.step()
+    requests += good_ones(sampler, 3, max_tokens=3, n=2)
+    runner = sampler.runner
+    owner = next(o for o in (sampler.scheduler, runner, runner.state) if hasattr(o, name))
+    fault = failing(owner, name, 1, AttributeError("a fault"))
+    with fault, pytest.raises(AttributeError, match="a fault"):
+        while sampler.unfinished:
+            sampler.step()
+    assert not any(c.error for request in requests for c in request.completions)
+    sampler.finish(requests)
+    judge = Alone(24)
+    for request in requests:
+        assert {c.finish_reason for c in request.completions} <= {"stop", "length"}
+        judge.check(request)
+
+
 # Streams
 
 
