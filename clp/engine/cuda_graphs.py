@@ -25,22 +25,20 @@ class StepSize(NamedTuple):
 
 
 class CudaGraphs:
-    """Graphs by size. They share their memory: one runs at a time, and its output is read before
-    the next one runs."""
+    """Captured steps by size, in `captured`: (graph, output).
+
+    They share their memory: one runs at a time, and its output is read before the next one runs.
+    """
 
     def __init__(self) -> None:
-        self.graphs: dict[StepSize, tuple[Any, Any]] = {}
+        self.captured: dict[StepSize, tuple[Any, Any]] = {}
         self._pool: Any = None
-
-    def clear(self) -> None:
-        """Drops the graphs: memory that they read has been given back."""
-        self.graphs.clear()
 
     def replay(self, size: StepSize, step: Callable[[StepSize], Any], state: SlotState) -> Any:
         """What step(size) gives; captured at the first use of a size."""
-        if size not in self.graphs:
-            self.graphs[size] = self._capture(lambda: step(size), state)
-        graph, output = self.graphs[size]
+        if size not in self.captured:
+            self.captured[size] = self._capture(lambda: step(size), state)
+        graph, output = self.captured[size]
         graph.replay()
         return output
 

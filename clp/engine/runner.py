@@ -98,7 +98,7 @@ class Runner:
 
     def resize(self, slots: int, capacity: int) -> None:
         """So many slots of so many tokens; what fits is kept."""
-        self.graphs.clear()
+        self.graphs.captured.clear()
         for model in self.models:
             model.cache.resize(slots + self.spare if slots else 0, capacity)
 
@@ -303,7 +303,7 @@ class Runner:
 
     def _follow_models(self) -> None:
         """Takes from the models anew what is kept of them beside their recorded steps."""
-        self.graphs.clear()  # they read memory that may have been given back
+        self.graphs.captured.clear()  # they read memory that may have been given back
         self._steering.clear()
         for model in self.models:
             model.find_configs()

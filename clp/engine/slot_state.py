@@ -59,7 +59,7 @@ class SlotState:
     def vacate(self, slot: int) -> None:
         """The slot's sequence has ended: a captured step feeds it a token and changes nothing."""
         self.active[slot] = self.length[slot] = 0
-        self.token[slot] = 0  # it may be -1, which is no index
+        self.token[slot] = 0  # it may be -1, which cannot be fed
 
     def activate(self, count: int) -> None:
         """The first `count` slots decode. In the next one a prompt may be half prefilled."""

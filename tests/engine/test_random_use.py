@@ -1,7 +1,7 @@
 """The sampler as a state machine: random requests, steps, cancels and streams in any order.
 
 After every rule the slots, the queue and the memory are consistent; in the end every completion is
-the one that the request gets alone, and every slot holds what its row says.
+the one that the request gets alone, and every slot contains what its sequence says.
 """
 
 from collections import Counter

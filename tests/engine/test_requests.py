@@ -102,7 +102,7 @@ def test_params_of_another_type_are_refused(sampler, bad):
             sampler.generate(prompts, "joy=1")
 
 
-def test_a_request_that_can_never_fit_is_refused_at_once(one_thread):
+def test_a_request_that_can_never_fit_is_refused(one_thread):
     blocks = 4
     small = Sampler(spread_policy(), max_batch_size=3, cache_gib=blocks * 16 * 2048 / 2**30)
     with pytest.raises(ValueError, match=r"prompt has 60 tokens.*the cache of"):
@@ -150,7 +150,7 @@ def test_what_the_slots_hold_is_not_copied_when_the_policy_has_changed(sampler):
                 p.copy_(old)
 
 
-# One row fails
+# One sequence fails
 
 
 def good_ones(sampler, count, **changes):
@@ -163,7 +163,7 @@ def good_ones(sampler, count, **changes):
     ]  # fmt: skip
 
 
-def test_logits_that_are_not_finite_fail_one_row_and_leave_nothing_behind(sampler):
+def test_logits_that_are_not_finite_fail_one_sequence_and_leave_nothing_behind(sampler):
     first, *rest = good_ones(sampler, 3, max_tokens=20)
     wild = sampler.submit(
         IDS[:20], [1e30, 1e30], SamplingParams(n=1, logprobs=2, stop=["a"]), simplex=False
@@ -174,7 +174,7 @@ def test_logits_that_are_not_finite_fail_one_row_and_leave_nothing_behind(sample
     assert "not finite" in wild.completions[0].error
     assert all(t.isfinite().all() for t in sampler.runner.models[0].cache.tensors())
     assert sampler.runner.state.token.min() >= 0
-    # A shorter row in the same slot, beside longer ones: what lies behind its end is multiplied.
+    # A shorter sequence in the same slot, beside longer ones: what lies behind its end is multiplied.
     later = sampler.submit([5], [0.0, 1.0], SamplingParams(seed=1, max_tokens=5))
     sampler.finish([first, *rest, later])
     judge = Alone()
@@ -184,7 +184,7 @@ def test_logits_that_are_not_finite_fail_one_row_and_leave_nothing_behind(sample
 
 
 @pytest.mark.parametrize("end", ["cancel", "error"])
-def test_a_row_that_ends_before_its_first_token_leaves_nothing_behind(sampler, end):
+def test_a_sequence_that_ends_before_its_first_token_leaves_nothing_behind(sampler, end):
     """Its keys may be not finite without a step having shown it; also where it has moved from."""
     others = good_ones(sampler, 2, max_tokens=30)
     brief = sampler.submit([5], "joy=1", SamplingParams(max_tokens=3, seed=1, ignore_eos=True))
@@ -193,7 +193,7 @@ def test_a_row_that_ends_before_its_first_token_leaves_nothing_behind(sampler, e
     sampler.step()
     running = sampler.scheduler.running
     assert (running[3].request, running[3].cached) == (wild, 24)
-    sampler.step()  # the third is done: the row that is being prefilled moves
+    sampler.step()  # the third is done: the sequence that is being prefilled moves
     assert brief.finished and running[2].request is wild
     if end == "cancel":
         sampler.cancel(wild)
@@ -209,7 +209,7 @@ def test_a_row_that_ends_before_its_first_token_leaves_nothing_behind(sampler, e
 
 
 def test_a_slot_that_was_cut_is_not_copied_when_it_has_grown_again(one_thread):
-    """Rows that share the memory of a long one shorten its slot, also if it is not taken yet."""
+    """Sequences that share the memory of a long one shorten its slot, also if it is not taken yet."""
     small = Sampler(
         spread_policy(), max_batch_size=4, max_prefill_tokens=5, cache_gib=8 * 16 * 2048 / 2**30
     )
@@ -257,7 +257,7 @@ ERRORS = [RuntimeError("no kernel"), MemoryError(), torch.OutOfMemoryError("2 Gi
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
-def test_a_failed_forward_ends_the_rows_of_that_forward_alone(sampler, at):
+def test_a_failed_forward_ends_the_sequences_of_that_forward_alone(sampler, at):
     layer = spread_policy().model.model.layers[2].mlp
     groups, scheduler, runner = [], sampler.scheduler, sampler.runner
     plan, decode = scheduler.next_batch, runner.decode
@@ -286,7 +286,7 @@ def test_a_failed_forward_ends_the_rows_of_that_forward_alone(sampler, at):
             if id(sequence) in hit:
                 assert sequence.completion.error == f"{type(error).__name__}: {error}"
         judge.check(request)
-    # Usable, and what the failed rows left is not copied.
+    # Usable, and what the failed sequences left is not copied.
     for request in good_ones(sampler, 4):
         sampler.finish([request])
         judge.check(request)
@@ -346,7 +346,7 @@ def test_in_batch_invariant_mode_only_whole_prompts_are_copied(sampler):
 
 
 @pytest.mark.parametrize("at", range(1, 5))
-def test_a_failed_resize_ends_the_rows_of_that_step(sampler, at):
+def test_a_failed_resize_ends_the_sequences_of_that_step(sampler, at):
     requests, hit, judge = [], [], Alone(24)
     with failing(sampler.runner.models[0].cache, "resize", at, MemoryError("slots")) as calls:
         for i in range(6):  # each longer than those before: the slots grow
@@ -399,7 +399,7 @@ class Tokenizer:
 
 
 @pytest.mark.parametrize("stop", [(), ("zzz",)])
-def test_a_tokenizer_that_fails_ends_the_row_whose_text_it_was(sampler, monkeypatch, stop):
+def test_a_tokenizer_that_fails_ends_the_sequence_whose_text_it_was(sampler, monkeypatch, stop):
     requests = good_ones(sampler, 4, stop=stop)
     tokenizer = Tokenizer(spread_policy().tokenizer, ())
     for request in requests:
@@ -445,7 +445,7 @@ def test_ctrl_c_in_generate_leaves_its_requests_nowhere_and_the_others_right(sam
         judge.check(request)
 
 
-def test_a_row_that_was_done_when_ctrl_c_came_draws_no_more(sampler):
+def test_a_sequence_that_was_done_when_ctrl_c_came_draws_no_more(sampler):
     (last,) = good_ones(sampler, 1, max_tokens=3)
     sampler.step()
     sampler.step()
@@ -610,14 +610,15 @@ def test_thousands_of_requests_a_tenth_of_them_bad_leave_no_memory_behind(one_th
     memory, objects = resident(), living()
     for _ in range(8):
         some(count // 10)
-        # A request and its rows refer to each other: between collections thousands wait for one,
+        # A request and its sequences refer to each other: between collections
+        # thousands wait for one,
         # and the memory that they have asked for is not all given back.
         after = resident()
     later = living()
     assert answered + refused + wild == count // 5 + 8 * (count // 10)
     assert (refused, sampler.unfinished) == (count // 10, 0)
     assert after <= 1.02 * memory
-    # Rows that slots remember, at most one each, with their requests' weights.
+    # Sequences that slots contain, at most one each, with their requests' weights.
     slots = sampler.max_batch_size
     assert all(b - a <= slots for a, b in zip(objects, later, strict=True)), (objects, later)
     print(f"{answered} answered, {refused} refused, {wild} not finite; memory {after / memory:.4f}")

@@ -12,7 +12,7 @@ from clp.engine.sampler import Sampler, SamplingParams
 from clp.engine.scheduler import Scheduler
 
 BYTES = 4 * 2 * 2 * 32 * 4  # tiny: layers, keys and values, heads, width, float32
-ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
+WEIGHTS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_a_sampler_stays_within_its_bound_and_finishes(policy, spare):
     sampler.runner.spare = spare
     lengths, most = [3, 40, 5, 70, 3, 3, 20, 3, 60, 2], 0
     requests = [
-        sampler.submit(p, ROWS[i % 4], SamplingParams(max_tokens=8, ignore_eos=True, seed=i))
+        sampler.submit(p, WEIGHTS[i % 4], SamplingParams(max_tokens=8, ignore_eos=True, seed=i))
         for i, p in enumerate(prompts(lengths))
     ]
     while sampler.unfinished:
@@ -103,7 +103,7 @@ def test_a_sampler_stays_within_its_bound_and_finishes(policy, spare):
     assert most > bound / 2
     assert all(len(r.completions[0].token_ids) == 8 for r in requests)
     with pytest.raises(ValueError, match="exceeds the cache"):
-        sampler.submit(prompts([120])[0], ROWS[0], SamplingParams(max_tokens=100))
+        sampler.submit(prompts([120])[0], WEIGHTS[0], SamplingParams(max_tokens=100))
 
 
 # The padded step
@@ -147,10 +147,10 @@ def each(count, **changes):
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}])
 def test_a_padded_step_draws_the_same_and_touches_no_other_slot(policy, changes):
-    texts, rows = prompts([3, 9, 1, 20, 5, 30]), [ROWS[i % 4] for i in range(6)]
+    texts, weights = prompts([3, 9, 1, 20, 5, 30]), [WEIGHTS[i % 4] for i in range(6)]
     sampler = padded(policy, max_batch_size=8)
-    done = sampler.generate(texts, rows, each(6, **changes))
-    wanted = Sampler(policy, max_batch_size=8).generate(texts, rows, each(6, **changes))
+    done = sampler.generate(texts, weights, each(6, **changes))
+    wanted = Sampler(policy, max_batch_size=8).generate(texts, weights, each(6, **changes))
     for ours, theirs in zip(done, wanted, strict=True):
         assert ours.token_ids == theirs.token_ids
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
@@ -159,30 +159,30 @@ def test_a_padded_step_draws_the_same_and_touches_no_other_slot(policy, changes)
 
 
 def test_a_padded_step_leaves_a_prompt_alone_that_is_half_prefilled(policy):
-    """The row behind the decoding ones is within the padded size, and has a token to feed."""
+    """The sequence after the decoding ones is within the padded size, and has a token to feed."""
     sampler = padded(policy, max_batch_size=8, max_prefill_tokens=8)
-    texts, rows = prompts([5, 4, 3, 60, 50]), [ROWS[i % 4] for i in range(5)]
+    texts, weights = prompts([5, 4, 3, 60, 50]), [WEIGHTS[i % 4] for i in range(5)]
     params = [SamplingParams(max_tokens=14, ignore_eos=True, seed=i) for i in range(5)]
-    done = sampler.generate(texts, rows, params)
+    done = sampler.generate(texts, weights, params)
     halves = [count for count, size, _ in sampler.runner.sizes if count == 3 and size == 4]
     assert halves
-    wanted = Sampler(policy).generate(texts, rows, params)
+    wanted = Sampler(policy).generate(texts, weights, params)
     assert [c.token_ids for c in done] == [c.token_ids for c in wanted]
 
 
-def test_a_row_that_failed_leaves_a_token_that_can_be_fed(policy):
+def test_a_sequence_that_failed_leaves_a_token_that_can_be_fed(policy):
     sampler = padded(policy, max_batch_size=8)
     requests = [
         sampler.submit(p, w, SamplingParams(max_tokens=6, ignore_eos=True, seed=i), simplex=False)
         for i, (p, w) in enumerate(
-            zip(prompts([3, 4, 5, 6]), [*ROWS[:2], ROWS[2], [1e30, 1e30]], strict=True)
+            zip(prompts([3, 4, 5, 6]), [*WEIGHTS[:2], WEIGHTS[2], [1e30, 1e30]], strict=True)
         )
     ]
     while sampler.unfinished:
         sampler.step()
     assert [r.completions[0].finish_reason for r in requests] == ["length"] * 3 + ["error"]
     wanted = Sampler(policy).generate(
-        prompts([3, 4, 5, 6])[:3], ROWS[:3],
+        prompts([3, 4, 5, 6])[:3], WEIGHTS[:3],
         [SamplingParams(max_tokens=6, ignore_eos=True, seed=i) for i in range(3)],
     )  # fmt: skip
     assert [r.completions[0].token_ids for r in requests[:3]] == [c.token_ids for c in wanted]

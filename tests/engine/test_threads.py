@@ -28,8 +28,8 @@ def policy(one_thread):
 
 
 def ask(sampler, k):
-    row = [[0.25 * k, 1 - 0.25 * k]]
-    return [c.token_ids for c in sampler.generate(PROMPTS, row[0], PARAMS)]
+    weights = [0.25 * k, 1 - 0.25 * k]
+    return [c.token_ids for c in sampler.generate(PROMPTS, weights, PARAMS)]
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -110,11 +110,11 @@ def test_a_training_step_in_another_thread_is_refused_and_changes_nothing(policy
     sampler, refused = Sampler(policy), []
     sampler.runner.models[0].recording = None
     wanted = ask(sampler, 1)
-    rows = torch.tensor([[1.0, 0.0]])
+    weights = torch.tensor([[1.0, 0.0]])
 
     def train():
         try:
-            with policy.steer(rows):
+            with policy.steer(weights):
                 policy.model(torch.tensor([[5, 6]]))
         except RuntimeError as error:
             refused.append(str(error))
@@ -128,10 +128,10 @@ def test_a_training_step_in_another_thread_is_refused_and_changes_nothing(policy
     assert ask(sampler, 1) == wanted
     assert refused and all("another thread is running this model" in r for r in refused)
     handle.remove()
-    with policy.steer(rows), ThreadPoolExecutor(1) as pool:
+    with policy.steer(weights), ThreadPoolExecutor(1) as pool:
         with pytest.raises(RuntimeError, match="another thread is running this model"):
             pool.submit(ask, sampler, 1).result(60)
-        with policy.steer(rows):  # nests in its own thread
+        with policy.steer(weights):  # nests in its own thread
             policy.model(torch.tensor([[5, 6]]))
     assert ask(sampler, 1) == wanted
 

@@ -61,11 +61,11 @@ def test_captured_steps_draw_what_plain_steps_draw(
 ) -> None:
     sampler = Sampler(policy)
     captured = [tokens(sampler, temperature) for _ in range(2)]  # captured, then replayed alone
-    assert len(sampler.runner.graphs.graphs) >= 3
+    assert len(sampler.runner.graphs.captured) >= 3
     without_graphs(monkeypatch)
     plain = Sampler(policy)
     wanted = tokens(plain, temperature)
-    assert not plain.runner.graphs.graphs
+    assert not plain.runner.graphs.captured
     assert [len(t) for t in wanted] == [5 + 6 * i for i in range(COUNT)]
     assert captured == [wanted, wanted]
 
