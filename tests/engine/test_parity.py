@@ -1,4 +1,4 @@
-"""The sampler's numbers are the trainer's, and greedy text is that of PEFT's merge for each request's weights."""
+"""The sampler's numbers are the trainer's, and greedy text is that of PEFT's merge."""
 
 import copy
 

@@ -144,7 +144,7 @@ def test_a_cancelled_sequence_is_a_source_once_its_keys_have_been_seen_to_be_fin
         ids = ids[::-1]
 
 
-def test_a_sequence_that_failed_is_no_source(policy):
+def test_a_sequence_that_failed_is_not_a_source(policy):
     counting, ids = Counting(policy), prompt(30)
     weights = [1e30, 1e30]
     for _ in range(2):

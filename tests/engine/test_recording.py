@@ -66,7 +66,7 @@ def in_place(x):
 
 
 BODIES = {
-    "a product of the batch size in a shape": lambda x: x.view(len(x) * 4, -1).cumsum(1).view(x.shape),
+    "a multiple of the batch in a shape": lambda x: x.view(len(x) * 4, -1).cumsum(1).view(x.shape),
     "factories": lambda x: x + torch.arange(x.shape[0])[:, None, None] + torch.zeros(x.shape),
     "results in a tuple": lambda x: x.chunk(2, -1)[1] + x.topk(4, -1).values,
     "in place, a property, an item that is set": in_place,
@@ -102,14 +102,14 @@ REFUSED = {
         lambda x: x + x.repeat_interleave(torch.tensor([1]), 1).sum(), "repeat_interleave",
     ),
     "a mask": (lambda x: x + x[x > 0].numel(), "a mask selects"),
-    "the batch size decides what is called": (lambda x: x + 1 if x.shape[0] > 2 else x, "decides what"),
-    "the square of the batch size": (lambda x: x + x.shape[0] ** 2, "is given 4 and 9"),
-    "a batch of one is another case": (lambda x: x + 1 if x.shape[0] == 1 else x + 2, "at batch size 1"),
+    "the batch decides what is called": (lambda x: x + 1 if x.shape[0] > 2 else x, "decides what"),
+    "the square of the batch": (lambda x: x + x.shape[0] ** 2, "is given 4 and 9"),
+    "one example is another case": (lambda x: x + 1 if x.shape[0] == 1 else x + 2, "at batch size 1"),
     "a large batch does not fit": (
         lambda x: x + torch.ones(6)[: 6 // len(x) * len(x)].view(len(x), -1).sum(1)[:, None, None],
         "at batch size 5 the recorded calls fail",
     ),
-    "a large batch is another case": (lambda x: x + 1 if x.shape[0] > 4 else x + 2, "at batch size 5"),
+    "a large batch is different": (lambda x: x + 1 if x.shape[0] > 4 else x + 2, "at batch size 5"),
 }  # fmt: skip
 
 

@@ -174,7 +174,7 @@ def test_logits_that_are_not_finite_fail_one_sequence_and_leave_nothing_behind(s
     assert "not finite" in wild.completions[0].error
     assert all(t.isfinite().all() for t in sampler.runner.models[0].cache.tensors())
     assert sampler.runner.state.token.min() >= 0
-    # A shorter sequence in the same slot, beside longer ones: what lies behind its end is multiplied.
+    # A shorter sequence in the same slot, beside longer ones: what is behind its end is multiplied.
     later = sampler.submit([5], [0.0, 1.0], SamplingParams(seed=1, max_tokens=5))
     sampler.finish([first, *rest, later])
     judge = Alone()
@@ -209,7 +209,7 @@ def test_a_sequence_that_ends_before_its_first_token_leaves_nothing_behind(sampl
 
 
 def test_a_slot_that_was_cut_is_not_copied_when_it_has_grown_again(one_thread):
-    """Sequences that share the memory of a long one shorten its slot, also if it is not taken yet."""
+    """Sequences that share the memory of a long one shorten its slot, also before they take it."""
     small = Sampler(
         spread_policy(), max_batch_size=4, max_prefill_tokens=5, cache_gib=8 * 16 * 2048 / 2**30
     )
@@ -610,9 +610,8 @@ def test_thousands_of_requests_a_tenth_of_them_bad_leave_no_memory_behind(one_th
     memory, objects = resident(), living()
     for _ in range(8):
         some(count // 10)
-        # A request and its sequences refer to each other: between collections
-        # thousands wait for one,
-        # and the memory that they have asked for is not all given back.
+        # A request and its sequences refer to each other: between collections thousands wait for
+        # one, and not all of their memory is given back.
         after = resident()
     later = living()
     assert answered + refused + wild == count // 5 + 8 * (count // 10)
