@@ -1,5 +1,6 @@
 """Requests and their sequences: the state of each completion while it waits and is decoded."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -94,51 +95,41 @@ class Sequence:
         """Makes the completion."""
         request = self.request
         top = self.top_logprobs if request.params.logprobs else None
+        drawn = self.token_ids, self.logprobs
         self.completion = Completion(
-            request.prompt_index,
-            self.index,
-            text,
-            self.token_ids,
-            self.logprobs,
-            reason,
-            top,
-            error,
+            request.prompt_index, self.index, text, *drawn, reason, top, error
         )
         return self.completion
 
 
+@dataclass(eq=False)
 class Request:
     """A submitted prompt and its n completions.
 
     Attributes:
-        prompt_ids, params: What was asked.
+        tokenizer, prompt_ids, params: What was asked.
         weights: [m].
         stop_ids: Token ids that end a completion.
         cache_key: Equal for weights that give equal keys and values for equal tokens.
         max_tokens: That of params, or as many as there is room for.
+        seed: Completion i draws with seed + i.
         prompt_index: Which prompt of the call.
         sequences: The n sequences.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        prompt_ids: list[int],
-        weights: Tensor,
-        params: SamplingParams,
-        stop_ids: frozenset[int],
-        cache_key: bytes,
-        max_tokens: int,
-        seed: int,
-        prompt_index: int,
-    ) -> None:
-        self.tokenizer, self.prompt_ids, self.params = tokenizer, prompt_ids, params
-        self.weights, self.cache_key = weights, cache_key
-        self.prompt_index = prompt_index
-        self.stop_ids = stop_ids
-        self.max_tokens = max_tokens
-        self._special = special_texts(tokenizer) if params.stop else {}
-        self.sequences = [Sequence(self, k, _as_int64(seed + k)) for k in range(params.n)]
+    tokenizer: Any
+    prompt_ids: list[int]
+    weights: Tensor
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    cache_key: bytes
+    max_tokens: int
+    seed: int
+    prompt_index: int
+
+    def __post_init__(self) -> None:
+        self._special = special_texts(self.tokenizer) if self.params.stop else {}
+        self.sequences = [Sequence(self, k, _as_int64(self.seed + k)) for k in range(self.params.n)]
 
     def new_text(self) -> Text:
         """The text of one of its completions, without tokens yet."""

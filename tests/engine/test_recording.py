@@ -104,7 +104,7 @@ REFUSED = {
     "a mask": (lambda x: x + x[x > 0].numel(), "a mask selects"),
     "the batch decides what is called": (lambda x: x + 1 if x.shape[0] > 2 else x, "decides what"),
     "the square of the batch": (lambda x: x + x.shape[0] ** 2, "is given 4 and 9"),
-    "one example is another case": (lambda x: x + 1 if x.shape[0] == 1 else x + 2, "at batch size 1"),
+    "one example is different": (lambda x: x + 1 if x.shape[0] == 1 else x + 2, "at batch size 1"),
     "a large batch does not fit": (
         lambda x: x + torch.ones(6)[: 6 // len(x) * len(x)].view(len(x), -1).sum(1)[:, None, None],
         "at batch size 5 the recorded calls fail",
