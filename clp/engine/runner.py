@@ -47,6 +47,7 @@ class Runner:
     Attributes:
         models: The networks' models with their caches.
         state: What a step reads of each slot beside its keys and values.
+        graphs: Captured decode steps; None on the CPU, or to run without them.
         bytes_per_token: Keys and values of one token in all networks.
         spare: 1 on CUDA: one more slot, into which a captured step writes for slots without a
             decoding sequence; else 0.
@@ -63,7 +64,7 @@ class Runner:
         self._kind = self.models[0].model.dtype, self.models[0].model.device
         dtype = torch.float64 if self._kind[0] == torch.float64 else torch.float32
         self.state = SlotState(max_slots, m, device, dtype)
-        self.graphs = CudaGraphs()
+        self.graphs = CudaGraphs() if self.spare else None
         self._steering: dict[tuple[int, int, int], Any] = {}
         self._states: list[ModelState] = []  # of the models, when they were last compared
         self._follow_models()
@@ -98,7 +99,8 @@ class Runner:
 
     def resize(self, slots: int, capacity: int) -> None:
         """So many slots of so many tokens; what fits is kept."""
-        self.graphs.captured.clear()
+        if self.graphs is not None:
+            self.graphs.captured.clear()
         for model in self.models:
             model.cache.resize(slots + self.spare if slots else 0, capacity)
 
@@ -175,8 +177,12 @@ class Runner:
         longest = max(cached) + 1
         filters = [common_value([getattr(p, name) for p in params]) for name in FILTERS]
         # A capture would run hooks once.
-        captured = self.state.ints.is_cuda and not any(s.own_code for s in self._states)
-        if captured and first == 0 and not is_batch_invariant():
+        if (
+            self.graphs is not None
+            and not any(state.own_code for state in self._states)
+            and first == 0
+            and not is_batch_invariant()
+        ):
             size = step_size(count, longest, filters, self.slots, self.capacity)
             self.state.activate(count)
             drawn, logits = self.graphs.replay(size, self.padded_step, self.state)
@@ -303,7 +309,8 @@ class Runner:
 
     def _follow_models(self) -> None:
         """Takes from the models anew what is kept of them beside their recorded steps."""
-        self.graphs.captured.clear()  # they read memory that may have been given back
+        if self.graphs is not None:
+            self.graphs.captured.clear()  # they read memory that may have been given back
         self._steering.clear()
         for model in self.models:
             model.find_configs()
