@@ -107,7 +107,7 @@ class Sampler:
         """
         parsed = parse_weights(weights, self.policy.objectives, simplex=simplex)
         params = SamplingParams() if params is None else params
-        request = self._request(prompt, parsed, params, 0, "prompt")
+        request = make_request(self.policy, self.runner, prompt, parsed, params, 0, "prompt")
         self.scheduler.add(request.sequences)
         return request
 
@@ -201,7 +201,7 @@ class Sampler:
         if len(params) != len(prompts):
             raise ValueError(f"params must be one or {len(prompts)}, got {len(params)}")
         requests = [
-            self._request(prompt, own, one, i, f"prompt {i}")
+            make_request(self.policy, self.runner, prompt, own, one, i, f"prompt {i}")
             for i, (prompt, own, one) in enumerate(zip(prompts, parsed, params, strict=True))
         ]
         for request in requests:
@@ -230,40 +230,6 @@ class Sampler:
             finally:
                 for request in requests[first:]:
                     self.cancel(request)
-
-    def _request(
-        self, prompt: Prompt, weights: Tensor, params: SamplingParams, prompt_index: int, name: str
-    ) -> Request:
-        policy = self.policy
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"params of {name} must be SamplingParams, got {type(params).__name__}")
-        ids = parse_prompt(prompt, policy.tokenizer, policy.vocab_size, name)
-        room = min(policy.context_length, self.runner.max_length + 1) - len(ids)
-        most = params.max_tokens or max(1, min(room, MOST_TOKENS))
-        length = len(ids) + most
-        shape = f"{name} has {len(ids)} tokens; with max_tokens={most} it exceeds"
-        if length > policy.context_length:
-            raise ValueError(f"{shape} the context of {policy.context_length}")
-        if not self.runner.fits(1, length - 1):
-            limit = self.runner.max_cache_bytes
-            raise ValueError(f"{shape} the cache of {limit} bytes (cache_gib)")
-        for token in params.stop_token_ids:
-            if not 0 <= token < policy.vocab_size:
-                raise ValueError(
-                    f"stop_token_ids must be from 0 to {policy.vocab_size - 1}, got {token}"
-                )
-        ends = frozenset() if params.ignore_eos else policy.end_ids
-        return Request(
-            policy.tokenizer,
-            ids,
-            weights,
-            params,
-            ends | frozenset(params.stop_token_ids),
-            policy.cache_key(weights),
-            most,
-            int(torch.randint(2**62, ())) if params.seed is None else params.seed,
-            prompt_index,
-        )
 
     # A step
 
@@ -355,6 +321,39 @@ class Sampler:
             if (reason := sequence.end_reason) is not None:
                 done.append(self._end(sequence, reason))
         return done + self._apply_actions()
+
+
+def make_request(
+    policy: Steerable,
+    runner: Runner,
+    prompt: Prompt,
+    weights: Tensor,
+    params: SamplingParams,
+    prompt_index: int,
+    name: str,
+) -> Request:
+    """A checked request; `name` names the prompt in errors. Raises: as Sampler.submit."""
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"params of {name} must be SamplingParams, got {type(params).__name__}")
+    ids = parse_prompt(prompt, policy.tokenizer, policy.vocab_size, name)
+    room = min(policy.context_length, runner.max_length + 1) - len(ids)
+    most = params.max_tokens or max(1, min(room, MOST_TOKENS))
+    length = len(ids) + most
+    shape = f"{name} has {len(ids)} tokens; with max_tokens={most} it exceeds"
+    if length > policy.context_length:
+        raise ValueError(f"{shape} the context of {policy.context_length}")
+    if not runner.fits(1, length - 1):
+        raise ValueError(f"{shape} the cache of {runner.max_cache_bytes} bytes (cache_gib)")
+    for token in params.stop_token_ids:
+        if not 0 <= token < policy.vocab_size:
+            raise ValueError(
+                f"stop_token_ids must be from 0 to {policy.vocab_size - 1}, got {token}"
+            )
+    ends = frozenset() if params.ignore_eos else policy.end_ids
+    stop_ids = ends | frozenset(params.stop_token_ids)
+    seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
+    key = policy.cache_key(weights)
+    return Request(policy.tokenizer, ids, weights, params, stop_ids, key, most, seed, prompt_index)
 
 
 def with_seeds(params: SamplingParams, seeds: Seq[int]) -> list[SamplingParams]:
