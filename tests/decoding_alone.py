@@ -1,4 +1,4 @@
-"""What the sampler is held to: each request alone on a fresh sampler, and float64 for ties."""
+"""What the sampler must give: each request alone on a fresh sampler, and float64 for ties."""
 
 import math
 from functools import cache
@@ -16,7 +16,7 @@ TOLERANCE = 1e-4  # of log-probabilities and of scores that count as a tie; floa
 
 
 def new_spread_policy(dtype=torch.float32):
-    """The tiny model with adapters so large that every weight row writes something else."""
+    """The tiny model with adapters so large that all weights write something else."""
     made = Policy.create("tiny", NAMES, r=4, dtype=dtype)
     generator = torch.Generator().manual_seed(5)
     for layer in steered_layers(made.model).values():
@@ -52,7 +52,7 @@ class Alone:
 
     def check(self, request):
         """Every completion is the one alone; what was cancelled or failed is its beginning."""
-        for own, alone in zip(request.rows, self.of(request), strict=True):
+        for own, alone in zip(request.sequences, self.of(request), strict=True):
             got = own.completion
             self.compared += 1
             count = len(got.token_ids)

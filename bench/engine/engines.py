@@ -88,7 +88,7 @@ class Clp(Engine):
             sampler.step()
             now = time.perf_counter() - begin
             for i in waiting:
-                if requests[i].rows[0].token_ids:
+                if requests[i].sequences[0].token_ids:
                     first[i] = now
             waiting = [i for i in waiting if not first[i]]
         done = [request.completions[0] for request in requests]

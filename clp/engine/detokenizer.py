@@ -3,6 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clp.engine.model_error import model_errors
+
+# Tokens of the prompt that are decoded with it: enough for a character of several byte tokens.
+CONTEXT = 8
+
 
 def special_texts(tokenizer: Any) -> dict[int, str]:
     """Token id -> text of the tokens that a completion's text may leave out."""
@@ -14,21 +19,23 @@ def special_texts(tokenizer: Any) -> dict[int, str]:
 class Text:
     """The text of a completion, token by token, without special tokens, up to a stop string.
 
-    Tokens are decoded behind the last few of the prompt, because tokenizers treat the first token
-    of a text in its own way (a space dropped).
+    Tokens are decoded after the last few of the prompt, because tokenizers treat the first token of
+    a text differently (they drop a space).
 
-    Stop strings are looked for in the text in which special tokens are written out. The one that is
-    complete first ends the text before it; of several that are complete at the same character, the
-    first in the list.
+    Stop strings are searched in the text with special tokens written out. The one that is complete
+    first ends the text before it; of several that are complete at the same character, the first in
+    the list.
 
     Args:
         tokenizer: transformers' tokenizer.
         prompt_ids: The prompt.
         stop: Strings that end the text.
-        special: What `special_texts` gives; needed with stop strings alone.
-    """
+        special: What `special_texts` gives; needed for stop strings only.
 
-    _CONTEXT = 8  # tokens of the prompt: enough for a character of several byte tokens
+    Attributes:
+        text: Decoded so far, up to a stop string.
+        stopped: Whether it has met one.
+    """
 
     def __init__(
         self,
@@ -37,40 +44,41 @@ class Text:
         stop: Sequence[str] = (),
         special: Mapping[int, str] | None = None,
     ) -> None:
-        self._decode = tokenizer.decode
-        self._window = list(prompt_ids[-self._CONTEXT :])
-        self._shown = self._text(self._window)
+        self.tokenizer = tokenizer
+        self._window = list(prompt_ids[-CONTEXT:])
+        self._shown = self.decode(self._window)
         self._stop, self._special = stop, special or {}
         self._written = ""  # decoded so far, special tokens written out
         self._hidden: list[tuple[int, int]] = []  # where these begin and end in it
-        self.text = ""  # decoded so far, up to a stop string
-        self.given = 0  # characters of `text` that `take` has handed out
+        self.text = ""
+        self._taken = 0  # characters of `text` that `take` has returned
         self.stopped = False
 
-    def _text(self, ids: list[int]) -> str:
-        return str(self._decode(ids, skip_special_tokens=True))
+    def decode(self, ids: list[int]) -> str:
+        """The text of tokens. Raises: ModelError for what the tokenizer raises."""
+        return _decode(self.tokenizer, ids)
 
     def add(self, token: int) -> bool:
         """Adds a token; whether the text now holds a stop string (and ends before it)."""
-        if token in self._special and not self._text([token]):
+        if token in self._special and not self.decode([token]):
             before = len(self._written)
             self._written += self._special[token]
             self._hidden.append((before, len(self._written)))
             return self._search(before)
         self._window.append(token)
-        whole = self._text(self._window)
+        whole = self.decode(self._window)
         if whole.endswith("\ufffd"):
             return False  # the first bytes of a character
         gain = whole[len(self._shown) :]
-        self._window = self._window[-self._CONTEXT :]
-        self._shown = self._text(self._window)
+        self._window = self._window[-CONTEXT:]
+        self._shown = self.decode(self._window)
         before = len(self._written)
         self.text += gain
         self._written += gain
         return self._search(before)
 
     def _search(self, before: int) -> bool:
-        """Looks for stop strings that end behind the first `before` characters."""
+        """Searches stop strings that end after the first `before` characters."""
         ends = [
             (at + len(s), place, at)
             for place, s in enumerate(self._stop)
@@ -81,12 +89,12 @@ class Text:
         return self.stopped
 
     def _visible(self, end: int) -> int:
-        """How many of the first `end` characters written are no special tokens'."""
+        """How many of the first `end` characters written do not belong to special tokens."""
         return end - sum(min(b, end) - a for a, b in self._hidden if a < end)
 
     def finish(self) -> None:
-        """No token follows: bytes that are no character become a replacement character."""
-        whole = self._text(self._window)
+        """No token follows: an incomplete character becomes a replacement character."""
+        whole = self.decode(self._window)
         if not self.stopped and whole.endswith("\ufffd"):
             self.text += whole[len(self._shown) :]
 
@@ -94,10 +102,10 @@ class Text:
         """What is new since the last call and cannot become a stop string any more."""
         end = len(self.text)
         if not (last or self.stopped):
-            held = max((_overlap(self._written, s) for s in self._stop), default=0)
-            end = self._visible(len(self._written) - held)
-        new = self.text[self.given : end]
-        self.given = max(self.given, end)
+            begun = max((_overlap(self._written, s) for s in self._stop), default=0)
+            end = self._visible(len(self._written) - begun)
+        new = self.text[self._taken : end]
+        self._taken = max(self._taken, end)
         return new
 
 
@@ -108,10 +116,16 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def completion_text(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of tokens behind a prompt, without special tokens."""
-    context = list(prompt_ids[-Text._CONTEXT :])
-    before = tokenizer.decode(context, skip_special_tokens=True)
-    whole = tokenizer.decode(context + list(ids), skip_special_tokens=True)
-    if whole.startswith(before):
-        return str(whole[len(before) :])
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    """The text of tokens after a prompt, without special tokens.
+
+    Raises: ModelError for what the tokenizer raises.
+    """
+    context = list(prompt_ids[-CONTEXT:])
+    before = _decode(tokenizer, context)
+    whole = _decode(tokenizer, context + list(ids))
+    return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, list(ids))
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    with model_errors(Exception):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))

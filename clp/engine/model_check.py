@@ -1,55 +1,70 @@
-"""Whether a model is the same with its attention through the slots as it is by itself."""
+"""Whether a model computes the same with its attention through the slots as by itself."""
 
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clp.engine.kv_cache import Decode, KVCache, Prefill, Segment
+from clp.engine.attention import Decode, Prefill
+from clp.engine.kv_cache import BLOCK, Segment
+from clp.engine.model_error import ModelError, model_errors
+from clp.engine.recording import LARGEST_BATCH, Inputs, Unrecordable, record
+from clp.engine.slot_model import SlotModel
+from clp_kernels.registry import BackendError
+
+
+def prepare(slot_model: SlotModel, steer: Any, weights: Tensor, *, recorded: bool) -> None:
+    """Checks a model and records its decode step; its cache is empty afterwards.
+
+    Args:
+        slot_model: The model, which gets its `recording` if its step can be recorded.
+        steer: Weights [B, m] -> context, as of a clp.policies.interface.Network.
+        weights: [1, m]. Weights of zero would hide the adapters.
+        recorded: Whether to record.
+
+    Raises: ValueError for a model whose logits differ through the slots, or that fails there.
+    """
+    model, cache = slot_model.model, slot_model.cache
+    cache.resize(LARGEST_BATCH, BLOCK)
+    refusal = f"the sampler does not support {type(model).__name__}"
+    try:
+        difference = _difference(slot_model, steer, weights)
+        if difference is not None:
+            raise ValueError(f"{refusal}: {difference}")
+        if recorded:
+            _record(slot_model, steer, weights)
+    except ModelError as error:
+        cause = error.__cause__
+        if isinstance(cause, (torch.OutOfMemoryError, BackendError)):
+            raise cause from None
+        raise ValueError(f"{refusal}: {error}") from cause
+    finally:
+        cache.resize(0, 0)
 
 
 @torch.no_grad()
-def fault(network: Any, cache: KVCache, rows: Tensor) -> str | None:
-    """What is wrong with a model whose attention goes through the slots; None: nothing.
-
-    Five tokens run through the slots and through the model as it is.
-
-    Args:
-        network: A clp.policies.interface.Network.
-        cache: Its slots; there must be room for one row of five tokens.
-        rows: The row of weights [1, m].
-    """
-    config = network.model.config.get_text_config()
+def _difference(slot_model: SlotModel, steer: Any, weights: Tensor) -> str | None:
+    """What differs from the model by itself on five tokens; None: nothing."""
+    model, cache = slot_model.model, slot_model.cache
+    config = model.config.get_text_config()
     types = getattr(config, "layer_types", None)
     odd = set(types or ()) - {"full_attention", "sliding_attention"}
     if odd:
         return f"it has {min(odd)}"
-    if getattr(network.model.config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         return "it has an encoder"
+    device = weights.device
     ids = [min(i, config.vocab_size - 1) for i in range(1, 6)]
-    tokens = torch.tensor(ids, device=rows.device)[:, None]
-    where = torch.arange(5, device=rows.device)[:, None]
-    with network.steer(rows):
-        wanted = network.model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
-    plan = Prefill(cache, [Segment(0, 0, 4)], where.device)
-    with network.steer(rows.expand(4, -1)):
-        cache.run(
-            network.model.base_model,
-            input_ids=tokens[:4],
-            position_ids=where[:4],
-            use_cache=False,
-            slots=plan,
-        )
-    step = Decode(cache, 0, where[4], 5, True)
-    with network.steer(rows):
-        got = cache.run(
-            network.model,
-            input_ids=tokens[4:],
-            position_ids=where[4:],
-            use_cache=False,
-            slots=step,
-        ).logits[0, -1]
-    bound = 1e-3 if network.model.dtype in (torch.float32, torch.float64) else 0.1
+    tokens = torch.tensor(ids, device=device)[:, None]
+    positions = torch.arange(5, device=device)[:, None]
+    with model_errors(Exception), steer(weights):
+        wanted = model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
+    plan = Prefill(cache, [Segment(0, 0, 4)], device)
+    slot_model.prefill(steer(weights.expand(4, -1)), tokens[:4], positions[:4], plan)
+    step = Decode(cache, 0, positions[4], 5, True)
+    got = slot_model.logits(steer(weights), tokens[4:], positions[4:], step)[0]
+    bound = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     difference = float((got - wanted).abs().max())
     if cache.layers == 0 or not difference <= bound * float(wanted.abs().max()):
         return (
@@ -62,3 +77,18 @@ def fault(network: Any, cache: KVCache, rows: Tensor) -> str | None:
         if window and passed != window and (types is None or types[layer] != "full_attention"):
             return f"layer {layer} does not pass its window of {window} tokens to the attention"
     return None
+
+
+@torch.inference_mode()
+def _record(slot_model: SlotModel, steer: Any, weights: Tensor) -> None:
+    @contextmanager
+    def steered(count: int) -> Any:
+        lengths = torch.arange(count) % 4
+        plan = Decode(slot_model.cache, 0, lengths, 4, False)
+        with steer(weights.expand(count, -1)):
+            yield Inputs((lengths + 1)[:, None], lengths[:, None], plan)
+
+    try:
+        slot_model.recording = slot_model.run(record, slot_model.model, steered)
+    except Unrecordable:
+        slot_model.recording = None

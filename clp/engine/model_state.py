@@ -1,4 +1,4 @@
-"""What a model computes with, as it is now: what is kept from before is of use while that is so."""
+"""The state of a model: what was cached or recorded of it is valid while the state is the same."""
 
 import hashlib
 import operator
@@ -18,18 +18,18 @@ from clp_kernels.nn.steering import SteeredLayer
 
 # Compared by value; everything else by identity, with a reference: an id alone may be used again.
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device})
-# The caller's code in a module: it may read anything.
+# Code of the caller in a module: it may read anything.
 _OWN_CODE = frozenset({"forward", "_compiled_call_impl"})
-# Hooks of `inject`: they read the weights of the call and nothing else.
+# Hooks of clp_kernels.inject: they read the weights of the call and nothing else.
 _OURS = frozenset({OneExamplePerWeights})
-# Elements of each frozen tensor that are compared. Reading them takes 13 us for each tensor.
+# Elements of each frozen tensor that are compared. To read them takes 13 us per tensor.
 SAMPLED = 8
-# The sampler names its own attention function.
+# The sampler changes it for each forward.
 _NOT_READ = frozenset({"_attn_implementation_internal"})
 
 
 class _Inside(dict[type, Any]):
-    """By type, as what a value is looked into, if at all."""
+    """By type, which kind of container a value is, or None."""
 
     def __missing__(self, kind: type) -> Any:
         plain: dict[type, Any] = {dict: dict, OrderedDict: dict, list: list, tuple: list}
@@ -55,15 +55,15 @@ class ModelState:
         model: A module. It must not be running in another thread.
 
     Attributes:
-        own_code: Whether the model has forward hooks, a `forward` of its own beside its class's, or
-            is compiled. What such code reads is not known: a state with it equals none, not even
+        own_code: Whether the model has forward hooks, a `forward` beside its class's, or is
+            compiled. What such code reads is not known: a state with it equals no state, not even
             itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
         hooks = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
         self.own_code = any(map(len, hooks))
-        # What recorded calls depend on; and what steered layers hold, which they read when called.
+        # What recorded calls depend on, and what steered layers read when they are called.
         self._calls: list[Any] = []
         self._steered: list[Any] = []
         self._tensors: list[Tensor] = []
@@ -102,20 +102,20 @@ class ModelState:
         self._seen.add(id(module))
         self._classes[type(module)] = None
         parts.append(type(module))
-        held = module.__dict__
+        attributes = module.__dict__
         if (
-            held["_forward_hooks"]
-            or any(type(one) not in _OURS for one in held["_forward_pre_hooks"].values())
-            or not held.keys().isdisjoint(_OWN_CODE)
+            attributes["_forward_hooks"]
+            or any(type(one) not in _OURS for one in attributes["_forward_pre_hooks"].values())
+            or not attributes.keys().isdisjoint(_OWN_CODE)
         ):
             self.own_code = True
-        self._look(held, self._steered if isinstance(module, SteeredLayer) else parts)
+        self._add(attributes, self._steered if isinstance(module, SteeredLayer) else parts)
 
-    def _look(self, held: Mapping[Any, Any], parts: list[Any]) -> None:
-        """Adds names and values, and what those hold that are no plain values."""
-        parts.extend(held)
-        parts.extend(held.values())
-        for value in held.values():
+    def _add(self, values: Mapping[Any, Any], parts: list[Any]) -> None:
+        """Adds names and values, and what those contain that are not plain values."""
+        parts.extend(values)
+        parts.extend(values.values())
+        for value in values.values():
             kind = _INSIDE[type(value)]
             if kind is None:
                 continue
@@ -125,16 +125,16 @@ class ModelState:
                 self._module(value, parts)
             elif kind is dict:
                 if value:
-                    self._look(value, parts)
+                    self._add(value, parts)
             elif kind is list:
-                self._look(dict(enumerate(value)), parts)
+                self._add(dict(enumerate(value)), parts)
             elif id(value) not in self._seen:
                 self._seen.add(id(value))
-                self._look({k: v for k, v in vars(value).items() if k not in _NOT_READ}, parts)
+                self._add({k: v for k, v in vars(value).items() if k not in _NOT_READ}, parts)
 
 
 def _is_read(tensor: Tensor) -> bool:
-    """Whether all of its content counts: it is trained, or made where PyTorch counts no changes."""
+    """Whether all of its content counts: it is trained, or PyTorch does not count its changes."""
     return tensor.requires_grad or tensor.is_inference()
 
 
@@ -144,7 +144,7 @@ def _content(tensor: Tensor) -> bytes:
 
 
 def _samples(tensors: list[Tensor]) -> list[bytes]:
-    """A few evenly spread elements of each tensor; one copy from the device for a dtype."""
+    """A few evenly spread elements of each tensor; one copy from the device per dtype."""
     found: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         # A subclass (a quantised weight) may not have these ops.

@@ -1,10 +1,10 @@
-"""A decoding step of a model as the plain list of its calls of PyTorch.
+"""A decode step of a model as the plain list of its calls of PyTorch.
 
-The Python of a model's modules takes 0.55 ms a step of the embedded model on the CPU, of 1.5 ms
-with one row and of 3.7 with 42. `record` runs the model under a mode that writes down every call of
-PyTorch, for two numbers of rows: what differs between them is the number of rows. As one function
-the calls are the same, and so are the bits. Steered layers and attention stay calls of their own,
-which read their rows and their plan when they run.
+The Python of a model's modules takes 0.55 ms per step of the embedded model on the CPU, of 1.5 ms
+with one sequence and 3.7 ms with 42. `record` runs the model under a mode that notes every call of
+PyTorch, for two batch sizes: what differs between them is the batch size. As one function the calls
+are the same, and so are the bits. Steered layers and attention remain calls of their own, which
+read their weights and their plan when they run.
 """
 
 import operator
@@ -18,29 +18,28 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 
+from clp.engine.model_error import ModelError, model_errors
 from clp.engine.model_state import ModelState
 from clp_kernels.nn.steering import SteeredLayer
 
-# What of a tensor may be looked at in Python: nothing that its values decide.
+# What Python may read of a tensor: nothing that depends on its values.
 METADATA = frozenset({
     "size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "get_device",
     "is_contiguous", "is_floating_point", "is_complex", "is_pinned", "__len__", "__hash__",
 })  # fmt: skip
-# The values decide on the shape of what these give, and Python may follow it.
+# The shape of their results depends on values, and Python may depend on that shape.
 BY_VALUE = frozenset({
     "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "_unique2", "bincount",
 })  # fmt: skip
 LITERALS = (int, float, bool, str, type(None), type(...), torch.dtype, torch.device,
             torch.memory_format, torch.layout)  # fmt: skip
-# What PyTorch raises where the calls do not fit other numbers of rows.
-CALL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
-# Numbers of rows that are recorded, and those that are compared with the model afterwards.
+# Batch sizes that are recorded, and those that are compared with the model afterwards.
 RECORDED, COMPARED = (2, 3), (1, 5)
-ROWS_NEEDED = max(RECORDED + COMPARED)
+LARGEST_BATCH = max(RECORDED + COMPARED)
 
 
 class Inputs(NamedTuple):
-    """What a step depends on: int64 [B, 1] each, and the plan (clp.engine.kv_cache.Decode)."""
+    """What a step depends on: int64 [B, 1] each, and the plan (clp.engine.attention.Decode)."""
 
     tokens: Tensor
     positions: Tensor
@@ -48,7 +47,7 @@ class Inputs(NamedTuple):
 
 
 class Unrecordable(Exception):
-    """The model's step is no list of calls; says why."""
+    """The model's step is not a list of calls; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,18 @@ class _Call(NamedTuple):
 
 
 class Recording:
-    """The recorded step. Call it with `Inputs` and the number of rows: logits, as the model's.
+    """The recorded step. Called with `Inputs` and the batch size it gives the model's logits.
 
     Attributes:
-        state: The model as it was recorded; of use while the model has `same_calls`.
+        state: The model as it was recorded; the recording is valid while it has `same_calls`.
     """
 
     def __init__(self, model: Any, step: fx.GraphModule) -> None:
         self._step = step
         self.state = ModelState(model)
 
-    def __call__(self, inputs: Inputs, rows: int) -> Tensor:
-        return self._step.forward(*inputs, rows)  # type: ignore[no-any-return]
+    def __call__(self, inputs: Inputs, batch: int) -> Tensor:
+        return self._step.forward(*inputs, batch)  # type: ignore[no-any-return]
 
 
 def record(model: Any, steered: Callable[[int], AbstractContextManager[Inputs]]) -> Recording:
@@ -84,29 +83,31 @@ def record(model: Any, steered: Callable[[int], AbstractContextManager[Inputs]])
 
     Args:
         model: A transformers model. Its steered layers run as they are.
-        steered: Inputs for a number of rows, up to ROWS_NEEDED, in a context in which the model may
-            run on them; it runs four times.
+        steered: Batch size up to LARGEST_BATCH -> context that gives the inputs, in which the model
+            may run on them; it is called four times.
 
-    Raises: Unrecordable if the values of tensors decide what the model calls, if it calls what is
-        no function of PyTorch's, if other numbers of rows give other bits than the model, or for
-        code of the caller's in it (hooks), which may do something else at every call.
+    Raises: Unrecordable if the calls depend on the values of tensors, if one is not a function of
+        PyTorch, if they give other bits than the model for another batch size, or if the model has
+        code of the caller (hooks), which may differ at every call.
     """
     if ModelState(model).own_code:
         raise Unrecordable("the model is compiled, or has hooks or a forward of its own")
     recorded = []
-    for rows in RECORDED:
-        with steered(rows) as inputs:
+    for batch in RECORDED:
+        with steered(batch) as inputs:
             recorded.append(_calls(model, inputs))
     made = Recording(model, _unified(*recorded))
-    for rows in COMPARED:
-        with steered(rows) as inputs:
+    for batch in COMPARED:
+        at = f"at batch size {batch}"
+        with steered(batch) as inputs:
             wanted = _run(model, inputs)
             try:
-                got = made(inputs, rows)
-            except CALL_ERRORS as error:
-                raise Unrecordable(f"with {rows} rows the recorded calls fail: {error}") from error
+                with model_errors(Exception):  # calls of PyTorch that do not fit the batch size
+                    got = made(inputs, batch)
+            except ModelError as error:
+                raise Unrecordable(f"{at} the recorded calls fail: {error}") from error
             if not torch.equal(got, wanted):
-                raise Unrecordable(f"with {rows} rows the recorded calls give other logits")
+                raise Unrecordable(f"{at} the recorded calls give other logits")
     return made
 
 
@@ -122,8 +123,8 @@ def _calls(model: Any, inputs: Inputs) -> list[_Call]:
     layers = [module for module in model.modules() if isinstance(module, SteeredLayer)]
     try:
         for layer in layers:
-            layer.forward = recorder.whole(layer.forward, layer.forward)  # type: ignore[method-assign]
-        inputs.plan.attend = recorder.whole(inputs.plan.attend, "attend", inputs.plan)
+            layer.forward = recorder.as_one_call(layer.forward, layer.forward)  # type: ignore[method-assign]
+        inputs.plan.attend = recorder.as_one_call(inputs.plan.attend, "attend", inputs.plan)
         with recorder:
             logits = _run(model, inputs)
     finally:
@@ -138,7 +139,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
         self.calls: list[_Call] = []
-        # By identity; all are kept alive, so that no other gets the same.
+        # By identity; all are kept alive, so that no other object gets the same.
         self._values = {id(one): _Value(i) for i, one in enumerate(inputs)}
         self._alive: list[Any] = list(inputs)
         self._count, self._inside = len(inputs), False
@@ -149,11 +150,13 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not self._inside:
-            self._look_at(func, args, kwargs, result)
+            self._note_torch(func, args, kwargs, result)
         return result
 
-    def whole(self, function: Callable[..., Any], name: Any, *owner: Any) -> Callable[..., Any]:
-        """The function, noted as one call of `name` whatever happens inside."""
+    def as_one_call(
+        self, function: Callable[..., Any], name: Any, *owner: Any
+    ) -> Callable[..., Any]:
+        """The function, noted as one call of `name`; calls inside it are not noted."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             outer, self._inside = self._inside, True
@@ -167,7 +170,7 @@ class _Recorder(TorchFunctionMode):
 
         return run
 
-    def _look_at(self, func: Any, args: Sequence[Any], kwargs: Any, result: Any) -> None:
+    def _note_torch(self, func: Any, args: Sequence[Any], kwargs: Any, result: Any) -> None:
         name = getattr(func, "__name__", str(func))
         if isinstance(result, Tensor) or _tensors(result):
             by_value = name in BY_VALUE or (name == "where" and len(args) + len(kwargs) == 1)
@@ -228,13 +231,13 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _unified(first: list[_Call], second: list[_Call]) -> fx.GraphModule:
-    """One function of the inputs and the number of rows for two recordings."""
+    """One function of the inputs and the batch size, from two recordings."""
     if [call.function for call in first] != [call.function for call in second]:
-        raise Unrecordable("the number of rows decides what is called")
+        raise Unrecordable("the batch size decides what is called")
     graph = fx.Graph()
     constants: dict[str, Tensor] = {}
     nodes: list[Any] = [graph.placeholder(name) for name in Inputs._fields]
-    rows = graph.placeholder("rows")
+    batch = graph.placeholder("batch")
     for call, other in zip(first, second, strict=True):
         theirs: list[Any] = []
         map_aggregate((other.args, other.kwargs), lambda leaf: theirs.append(leaf))  # noqa: B023
@@ -252,7 +255,7 @@ def _unified(first: list[_Call], second: list[_Call]) -> fx.GraphModule:
                 return mine
             if type(mine) is type(other) is int and mine * RECORDED[1] == other * RECORDED[0]:
                 times = mine // RECORDED[0]
-                return rows if times == 1 else graph.call_function(operator.mul, (rows, times))
+                return batch if times == 1 else graph.call_function(operator.mul, (batch, times))
             raise Unrecordable(f"{call.function} is given {mine!r} and {other!r}")  # noqa: B023
 
         args, kwargs = map_aggregate((call.args, call.kwargs), same)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What is asked of the sampler and what it answers: parameters, requests, completions."""
+"""What is asked of the sampler and what it answers: prompts, parameters, completions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -9,9 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from clp.data.conversation import encode_prompt, is_conversation
-from clp.engine.detokenizer import Text, completion_text, special_texts
 
-# Bounds on what a single request may ask for: beyond them it is an error, not an attack on memory.
+# Bounds on a single request, so that none can ask for all memory.
 MOST_COMPLETIONS = 1024
 MOST_TOKENS = 2**20
 MOST_STOPS = 16
@@ -23,7 +22,7 @@ LEAST_TEMPERATURE = 1e-30
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    """Whether it is one of the kind: Python's or NumPy's, no bool."""
+    """Whether it is a number of the kind, Python's or NumPy's; bool does not count."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -36,7 +35,7 @@ class SamplingParams:
     docs/sampling.md compares them.
 
     Attributes:
-        max_tokens: Tokens a completion at most (2^20). None: as many as the context and the
+        max_tokens: Tokens per completion, at most 2^20. None: as many as the context and the
             sampler's cache allow.
         temperature: 0 is greedy. From 1e-30 to 1e6 it is taken exactly, not raised to 0.01 as in
             vLLM; less counts as 1e-30.
@@ -52,10 +51,10 @@ class SamplingParams:
             with their text, though the completion's text leaves them out. The string that is
             complete first counts; of several that are complete at the same character, the first in
             the list. At most 16, of 256 characters; None: none.
-        stop_token_ids: Token ids that end a completion, beside the model's own; they are no part of
-            the text. At most 256; None: none.
-        ignore_eos: Go on behind the model's end tokens.
-        n: Completions a prompt, at most 1,024.
+        stop_token_ids: Token ids that end a completion, beside the model's own; the text does not
+            contain them. At most 256; None: none.
+        ignore_eos: Continue after the model's end tokens.
+        n: Completions per prompt, at most 1,024.
         logprobs: Give at each position the log-probabilities of this many most likely tokens, and
             of the one that was drawn if it is not among them; at most 20. 0 or None is off. All
             log-probabilities are those after the temperature and before the filters (at
@@ -135,7 +134,7 @@ class SamplingParams:
     def parse(cls, options: Mapping[str, Any]) -> "SamplingParams":
         """From a mapping such as a line of JSON.
 
-        Raises: ValueError for a name that is no parameter, or a bad value.
+        Raises: ValueError for an unknown name or a bad value.
         """
         known = {f.name for f in fields(cls)}
         for name in options:
@@ -152,12 +151,12 @@ class Completion:
         prompt_index, index: Which prompt of the call, and which of its n completions.
         text: Decoded without special tokens, up to a stop string, stop token or end token.
         token_ids: All sampled ids, an end token included.
-        logprobs: log pi(token) at the sampling temperature, before the filters; one a token.
+        logprobs: log pi(token) at the sampling temperature, before the filters; one per token.
         finish_reason: "stop" (end token, stop token or stop string), "length", "abort" (cancelled)
             or "error".
         top_logprobs: For params.logprobs > 0, for each token the most likely ids and their
             log-probabilities, likeliest first, and behind them the token, if it is another.
-        error: Why, where finish_reason is "error".
+        error: The reason, if finish_reason is "error".
     """
 
     prompt_index: int
@@ -179,9 +178,9 @@ class StreamedToken:
         token_id, logprob: As in Completion; None in the last item of a completion that ends
             without a token of its own ("abort", "error").
         text: What the completion's text gains. A beginning of a stop string and the first bytes of
-            a character are held back until it is clear what they are.
+            a character come later, once it is clear what they are.
         finish_reason: Set in the last item of a completion.
-        error: Why, where finish_reason is "error".
+        error: The reason, if finish_reason is "error".
     """
 
     index: int
@@ -192,160 +191,14 @@ class StreamedToken:
     error: str | None = None
 
 
-class Row:
-    """One completion while it is waiting or being decoded.
-
-    `cached` of `ids` (the prompt and what has been drawn) are in the slot's cache. Before the first
-    step that is all but the prompt's last token: each step feeds one token and draws the next.
-    """
-
-    def __init__(self, request: "Request", index: int, seed: int) -> None:
-        self.request, self.index, self.seed = request, index, seed
-        self.cached = 0
-        self.key = b""  # what may share this row's cache; set when it gets a slot
-        self.slot: int | None = None
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.top_logprobs: list[dict[int, float]] = []
-        self.stopping = request.new_text() if request.params.stop else None
-        self.completion: Completion | None = None
-
-    @property
-    def prefilled(self) -> bool:
-        """Whether the row can take part in a decoding step."""
-        return self.cached >= len(self.request.prompt_ids) - 1
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and drawn."""
-        return len(self.request.prompt_ids) + len(self.token_ids)
-
-    @property
-    def last_id(self) -> int:
-        """The last of them, which the next step feeds."""
-        return self.token_ids[-1] if self.token_ids else self.request.prompt_ids[-1]
-
-    @property
-    def over(self) -> str | None:
-        """The finish_reason that the tokens so far make, or None."""
-        ids, request = self.token_ids, self.request
-        if ids and ids[-1] in request.stop_ids:
-            return "stop"
-        if self.stopping is not None and self.stopping.stopped:
-            return "stop"
-        return "length" if len(ids) >= request.max_tokens else None
-
-    def text(self, reason: str) -> str:
-        """The completion's text, if it ends now for this reason."""
-        request, ids = self.request, self.token_ids
-        if self.stopping is not None and self.stopping.stopped:
-            return self.stopping.text
-        # The token that ended it is no part of the text.
-        shown = ids[:-1] if reason == "stop" and ids[-1] in request.stop_ids else ids
-        return completion_text(request.tokenizer, request.prompt_ids, shown)
-
-    def finish(self, text: str, reason: str, error: str | None = None) -> Completion:
-        """Makes the completion; the row is then done."""
-        request = self.request
-        top = self.top_logprobs if request.params.logprobs else None
-        self.completion = Completion(
-            request.prompt_index,
-            self.index,
-            text,
-            self.token_ids,
-            self.logprobs,
-            reason,
-            top,
-            error,
-        )
-        return self.completion
-
-
-class Request:
-    """A submitted prompt: its n completions, as they come.
-
-    Attributes:
-        prompt_ids, params: What was asked.
-        max_tokens: That of params, or what there is room for.
-        weights: The row [m].
-        rows: The n completions being decoded.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        prompt_ids: list[int],
-        weights: Tensor,
-        params: SamplingParams,
-        stop_ids: frozenset[int],
-        cache_key: bytes,
-        max_tokens: int,
-        seed: int,
-        prompt_index: int,
-    ) -> None:
-        self.tokenizer, self.prompt_ids, self.params = tokenizer, prompt_ids, params
-        self.weights, self.cache_key = weights, cache_key
-        self.prompt_index = prompt_index
-        self.stop_ids = stop_ids
-        self.max_tokens = max_tokens
-        self._special = special_texts(tokenizer) if params.stop else {}
-        self.rows = [Row(self, k, _as_int64(seed + k)) for k in range(params.n)]
-
-    def new_text(self) -> Text:
-        """The text of one of its completions, which has no token yet."""
-        return Text(self.tokenizer, self.prompt_ids, self.params.stop, self._special)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the cache that a completion may need: its last token is never fed."""
-        return len(self.prompt_ids) + self.max_tokens - 1
-
-    @property
-    def finished(self) -> bool:
-        """Whether all n completions are done."""
-        return all(row.completion is not None for row in self.rows)
-
-    @property
-    def completions(self) -> list[Completion]:
-        """Those that are done, in order."""
-        return [row.completion for row in self.rows if row.completion is not None]
-
-
-def _as_int64(seed: int) -> int:
-    """The lowest 64 bits of a seed, as a signed number."""
-    return (seed + 2**63) % 2**64 - 2**63
-
-
-def stream_news(row: Row, text: Text, seen: int) -> list[StreamedToken]:
-    """What a stream has to tell of a row since `seen` of its tokens."""
-    found = []
-    ids, done = row.token_ids, row.completion
-    for i in range(seen, len(ids)):
-        last = done is not None and i == len(ids) - 1 and done.finish_reason in ("stop", "length")
-        stop_token = last and ids[i] in row.request.stop_ids
-        if not text.stopped and not stop_token:
-            text.add(ids[i])
-        if last:
-            text.finish()
-        gain = text.take(last)
-        reason = done.finish_reason if last and done is not None else None
-        found.append(StreamedToken(row.index, ids[i], row.logprobs[i], gain, reason))
-    if done is not None and done.finish_reason in ("abort", "error"):
-        text.finish()
-        found.append(
-            StreamedToken(row.index, None, None, text.take(True), done.finish_reason, done.error)
-        )
-    return found
-
-
 def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> list[int]:
     """The ids of a text or a conversation, or a checked copy of a list (an array, a tensor) of ids.
 
     `name` names the prompt in errors.
 
     Raises:
-        TypeError: neither. ValueError: empty, too long to tokenize, half a surrogate pair, or ids
-            outside the vocabulary.
+        TypeError: neither of these. ValueError: empty, too long to tokenize, half a surrogate pair,
+            or ids outside the vocabulary.
     """
     if isinstance(prompt, str) or is_conversation(prompt):
         ids = encode_prompt(prompt, tokenizer, name)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from clp.data.json_lines import Line, read_lines
-from clp.engine.requests import Completion, Request, SamplingParams
+from clp.engine.requests import Completion, SamplingParams
 from clp.engine.sampler import Sampler
+from clp.engine.sequence import Request
 from clp.serving.resumable_output import (
     Group,
     Run,

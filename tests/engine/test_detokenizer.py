@@ -170,7 +170,7 @@ def test_the_issues_own_case():
     tok = tokenizer()
     assert feed(tok, [tok.convert_tokens_to_ids("bcd")], ["bcd", "c"])[0] == "b"
     text = Text(tok, [], ["abc", "b"])
-    text._text = lambda ids: "abc" * len(ids)  # one token
+    text.decode = lambda ids: "abc" * len(ids)  # one token
     assert text.add(5) and text.text == "a"
 
 

@@ -16,7 +16,7 @@ from clp.policies.loading import load_base
 from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
 
-WINDOW = 6  # shorter than most sequences here, longer than the five tokens of the decoder's check
+WINDOW = 6  # shorter than most sequences here, longer than the five tokens of the model check
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 SIZES = {
     "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -77,7 +77,7 @@ SERVED = {
         SIZES | {"layer_types": MIXED, "local_attention": 2 * WINDOW},
     ),
 }
-# Values decide which experts run: their step is no list of calls (clp/engine/recording.py).
+# Values decide which experts run: their step is not a list of calls (clp/engine/recording.py).
 UNRECORDED = {"qwen3_moe", "mixtral", "deepseek_v3, values narrower than keys", "ernie4_5_moe",
               "qwen2_moe, which flattens tokens for its shared expert"}  # fmt: skip
 # name: (model_type, sizes and options, what the refusal says)
@@ -119,7 +119,7 @@ REFUSED = {
 ATTENTION_ONLY = {"phimoe, a window in its masks alone"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
 LENGTHS = [1, 4, 23, 50]
-ROWS = [[0.0, 0.0], [0.5, 0.5], [1.0, 0.0], [-0.5, 2.0]]
+WEIGHTS = [[0.0, 0.0], [0.5, 0.5], [1.0, 0.0], [-0.5, 2.0]]
 
 
 @functools.cache
@@ -157,10 +157,10 @@ def greedy(max_tokens=16):
 
 
 @torch.no_grad()
-def check_greedy(policy, prompt, row, completion):
+def check_greedy(policy, prompt, weights, completion):
     """Each token is the likeliest of the model's own forward, without a cache, and so likely."""
     ids = prompt + completion.token_ids
-    with policy.steer(torch.tensor([row], dtype=policy.model.dtype)):
+    with policy.steer(torch.tensor([weights], dtype=policy.model.dtype)):
         logits = policy.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     logp = logits[len(prompt) - 1 : -1].log_softmax(-1)
     assert logp.argmax(-1).tolist() == completion.token_ids
@@ -174,15 +174,15 @@ def check_greedy(policy, prompt, row, completion):
 def test_a_family_is_served_with_its_own_numbers(name, budget):
     policy = policy_of(made(*SERVED[name]))
     sampler = Sampler(policy, max_batch_size=4, max_prefill_tokens=budget)
-    assert (sampler._decoder.recordings == [None]) == (name in UNRECORDED)
-    done = sampler.generate(prompts(), ROWS, greedy(), simplex=False)
-    for prompt, row, completion in zip(prompts(), ROWS, done, strict=True):
+    assert (sampler.runner.models[0].recording is None) == (name in UNRECORDED)
+    done = sampler.generate(prompts(), WEIGHTS, greedy(), simplex=False)
+    for prompt, weights, completion in zip(prompts(), WEIGHTS, done, strict=True):
         assert len(completion.token_ids) == 16
-        check_greedy(policy, prompt, row, completion)
+        check_greedy(policy, prompt, weights, completion)
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_rows_of_zeros_are_the_base_models_generate(name):
+def test_weights_of_zero_are_the_base_models_generate(name):
     base, policy = made(*SERVED[name]), policy_of(made(*SERVED[name]))
     base.generation_config.eos_token_id = None
     done = Sampler(policy).generate(prompts(), [0.0, 0.0], greedy(), simplex=False)
@@ -227,7 +227,7 @@ def test_a_window_longer_than_the_check_is_refused_too_where_it_is_not_passed():
 
 
 def test_long_rope_is_served_within_its_short_factors():
-    """transformers takes the long factors for a whole batch where one row of it is longer."""
+    """transformers takes the long factors for a whole batch where one sequence of it is longer."""
     rope = {
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
         "long_factor": [4.0] * 4, "original_max_position_embeddings": 70,
@@ -236,8 +236,8 @@ def test_long_rope_is_served_within_its_short_factors():
     policy = policy_of(made("phi3", options))
     assert policy.context_length == 70
     sampler = Sampler(policy)
-    done = sampler.generate(prompts(), ROWS, greedy(20), simplex=False)
-    for prompt, row, completion in zip(prompts(), ROWS, done, strict=True):
-        check_greedy(policy, prompt, row, completion)
+    done = sampler.generate(prompts(), WEIGHTS, greedy(20), simplex=False)
+    for prompt, weights, completion in zip(prompts(), WEIGHTS, done, strict=True):
+        check_greedy(policy, prompt, weights, completion)
     with pytest.raises(ValueError, match="exceeds the context of 70"):
-        sampler.submit(prompts()[3], ROWS[1], greedy(21))
+        sampler.submit(prompts()[3], WEIGHTS[1], greedy(21))

@@ -1,4 +1,4 @@
-"""batch_invariant(): a row's completion is the same to the bit, whoever runs beside it."""
+"""batch_invariant(): a request's completion is the same to the bit, whatever runs beside it."""
 
 import random
 
@@ -17,15 +17,15 @@ def policy():
 
 
 def asked(count):
-    """(prompt, row, params): some share prompts, or prompt and row; some have n completions."""
+    """(prompt, weights, params); some share prompts, some the weights too; some have n > 1."""
     choose = random.Random(4)
     texts = [[choose.randrange(3, 1024) for _ in range(n)] for n in (1, 2, 7, 18, 33, 60)]
     texts.append([*texts[-1][:25], 5, 6])  # a common beginning
-    rows = [[1.0, 0.0], [0.5, 0.5], [0.3, 0.7]]
+    choices = [[1.0, 0.0], [0.5, 0.5], [0.3, 0.7]]
     return [
         (
             choose.choice(texts),
-            choose.choice(rows),
+            choose.choice(choices),
             SamplingParams(max_tokens=choose.randrange(1, 10), seed=i, ignore_eos=True,
                            temperature=choose.choice([0.0, 0.7, 1.0]), n=choose.choice([1, 1, 2])),
         )
@@ -74,7 +74,7 @@ def test_the_same_bits_alone_and_in_any_company(policy, budget):
         assert together(policy, cases, budget, order_seed=budget) == wanted
 
 
-def test_without_the_mode_some_row_differs(policy):
+def test_without_the_mode_some_request_differs(policy):
     """So the mode is needed; the tokens are nearly always the same, the last bits are not."""
     cases = asked(24)
     wanted = alone(policy, cases, 2048)

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clp.engine.kv_cache import IMPLEMENTATION, Decode, KVCache, Prefill, Segment, slot_attention
+from clp.engine.attention import IMPLEMENTATION, Decode, Prefill, slot_attention
+from clp.engine.kv_cache import KVCache, Segment
+from clp.engine.slot_model import SlotModel
 
 D, DV = 8, 4  # keys and values of other widths
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6}
@@ -39,7 +41,7 @@ class Tokens:
 
         self.q, self.k = draw(heads * group, D), draw(heads, D)
         self.v = draw(heads, DV)
-        self.cache = KVCache(nn.Module())
+        self.cache = KVCache()
         self.cache.resize(slots or len(lengths), capacity)
 
     def at(self, parts):
@@ -112,15 +114,15 @@ def test_decode_of_ragged_lengths(lengths, heads, group, window, dtype):
         tokens.prefill(started)
     else:
         tokens.cache.layer(0, *tokens.at([(0, 0, 1)])[1:])
-    held, longest = torch.tensor(lengths) - 1, max(lengths)
+    cached, longest = torch.tensor(lengths) - 1, max(lengths)
     even = len(set(lengths)) == 1
     q, k, v = tokens.at([(i, n - 1, n) for i, n in enumerate(lengths)])
     wanted = torch.cat([tokens.expected(i, n - 1, n, window=window) for i, n in enumerate(lengths)])
     for is_even in {even, False}:  # a mask that is not needed changes nothing
-        step = Decode(tokens.cache, 0, held, longest, is_even)
+        step = Decode(tokens.cache, 0, cached, longest, is_even)
         close(step.attend(0, q, k, v, 0.3, window)[:, 0], wanted, dtype)
     # Reading more than the longest sequence holds does not matter either.
-    step = Decode(tokens.cache, 0, held, tokens.cache.capacity, False)
+    step = Decode(tokens.cache, 0, cached, tokens.cache.capacity, False)
     close(step.attend(0, q, k, v, 0.3, window)[:, 0], wanted, dtype)
     assert not tokens.cache.tensors()[0][-1].any()
 
@@ -138,13 +140,13 @@ def test_decode_of_one_slot_alone_leaves_the_others():
         assert new[1, :, 8].any() and not new[1, :, 9:].any()
 
 
-def test_a_row_with_another_home_writes_there_alone():
+def test_a_sequence_with_another_target_writes_there_alone():
     tokens = Tokens([4, 9, 6], slots=4)
     tokens.prefill([(i, 0, n - 1) for i, n in enumerate([4, 9, 6])])
     before = [t.clone() for t in tokens.cache.tensors()]
     q, k, v = tokens.at([(0, 3, 4), (1, 8, 9), (2, 5, 6)])
-    held, home = torch.tensor([3, 8, 5]), torch.tensor([0, 3, 2])
-    step = Decode(tokens.cache, 0, held, 9, False, home)
+    cached, targets = torch.tensor([3, 8, 5]), torch.tensor([0, 3, 2])
+    step = Decode(tokens.cache, 0, cached, 9, False, targets)
     out = step.attend(0, q, k, v, 0.3, None)[:, 0]
     close(out[[0, 2]], torch.cat([tokens.expected(0, 3, 4), tokens.expected(2, 5, 6)]))
     for old, new in zip(before, tokens.cache.tensors(), strict=True):
@@ -244,14 +246,14 @@ def test_a_run_names_the_function_in_every_configuration_and_puts_back_what_was(
     text = SimpleNamespace(_attn_implementation="eager")
     whole, other = SimpleNamespace(_attn_implementation="sdpa"), SimpleNamespace(size=3)
     model = nn.Sequential(Part(whole), Part(text), Part(text), Part(other))
-    cache = KVCache(model)
+    slot_model = SlotModel(model)
 
     def body(error):
         assert whole._attn_implementation == text._attn_implementation == IMPLEMENTATION
         raise error
 
     with pytest.raises(KeyError):
-        cache.run(body, KeyError())
+        slot_model.run(body, KeyError())
     assert (whole._attn_implementation, text._attn_implementation) == ("sdpa", "eager")
     assert not hasattr(other, "_attn_implementation")
 

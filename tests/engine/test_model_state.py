@@ -1,4 +1,4 @@
-"""What is held and recorded belongs to the model as it is now."""
+"""What is cached and recorded belongs to the model as it is now."""
 
 import copy
 import gc
@@ -161,7 +161,7 @@ def test_a_changed_policy_is_sampled_as_it_is_now(unchanged, change, one_thread)
     after = ask(sampler)
     assert after != before
     assert after == ask(Sampler(policy))
-    sampler._decoder.recordings = [None]
+    sampler.runner.models[0].recording = None
     assert after == ask(sampler)
 
 
@@ -225,13 +225,13 @@ def test_what_a_hook_reads_is_read_at_every_step(unchanged, one_thread):
     assert after != before and after == ask(Sampler(policy))
 
 
-def test_an_unchanged_model_is_held_and_recorded(unchanged, monkeypatch, one_thread):
+def test_an_unchanged_model_is_cached_and_recorded(unchanged, monkeypatch, one_thread):
     sampler, runs, prefilled = Sampler(unchanged), [], []
-    call, prefill = recording.Recording.__call__, sampler._decoder.prefill
+    call, prefill = recording.Recording.__call__, sampler.runner.prefill
     monkeypatch.setattr(
         recording.Recording, "__call__", lambda self, *args: runs.append(1) or call(self, *args)
     )
-    monkeypatch.setattr(sampler._decoder, "prefill", lambda p: prefilled.append(p) or prefill(p))
+    monkeypatch.setattr(sampler.runner, "prefill", lambda p: prefilled.append(p) or prefill(p))
     ask(sampler)
     runs.clear()
     prefilled.clear()

@@ -1,4 +1,4 @@
-"""The sampler's numbers are the trainer's, and greedy text is that of PEFT's merge of each row."""
+"""The sampler's numbers are the trainer's, and greedy text is that of PEFT's merge."""
 
 import copy
 
@@ -19,7 +19,7 @@ PROMPTS = [
     "Tom had a red kite.", "Mia", "One day, the old dog was at the lake with a friend.", "Sam",
     "Once upon a time", "The cat", "Lily and Ben went to the park.", "There was a big tree",
 ]  # fmt: skip
-ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8], [0.7, 0.3], [0.9, 0.1], [0.4, 0.6],
+WEIGHTS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8], [0.7, 0.3], [0.9, 0.1], [0.4, 0.6],
         [0.05, 0.95]]  # fmt: skip
 TIE = 1e-5
 
@@ -44,8 +44,8 @@ def sampled(policy, temperature):
     """Completions of the prompts as a batch, and the sampler's log-probability of every token."""
     ids = [policy.tokenizer(p)["input_ids"] for p in PROMPTS]
     params = SamplingParams(max_tokens=40, temperature=temperature)
-    done = Sampler(policy).generate(ids, ROWS, with_seeds(params, range(8)))
-    batch = make_batch(ids, done, torch.tensor(ROWS), 0, policy.device)
+    done = Sampler(policy).generate(ids, WEIGHTS, with_seeds(params, range(8)))
+    batch = make_batch(ids, done, torch.tensor(WEIGHTS), 0, policy.device)
     return batch, torch.cat([torch.tensor(c.logprobs) for c in done])
 
 
@@ -108,19 +108,19 @@ def test_in_bfloat16_both_are_as_near_to_the_exact_ones_as_transformers(base):
 
 
 @torch.no_grad()
-def test_greedy_is_generate_of_the_merge_of_each_row(base, tmp_path):
+def test_greedy_is_generate_of_the_merge_of_each_weights(base, tmp_path):
     policy = made(base)
     clp_kernels.save_adapters(policy.model, tmp_path, base_model="base")
     params = SamplingParams(max_tokens=40, temperature=0)
-    done = Sampler(policy).generate(PROMPTS, ROWS, params)
+    done = Sampler(policy).generate(PROMPTS, WEIGHTS, params)
     model = peft.PeftModel.from_pretrained(
         load_base(base)[0], tmp_path / NAMES[0], adapter_name=NAMES[0]
     )
     model.load_adapter(tmp_path / NAMES[1], adapter_name=NAMES[1])
     whole = 0
-    for i, (prompt, row, completion) in enumerate(zip(PROMPTS, ROWS, done, strict=True)):
-        model.add_weighted_adapter(NAMES, row, f"row{i}", combination_type="cat")
-        model.set_adapter(f"row{i}")
+    for i, (prompt, weights, completion) in enumerate(zip(PROMPTS, WEIGHTS, done, strict=True)):
+        model.add_weighted_adapter(NAMES, weights, f"weights{i}", combination_type="cat")
+        model.set_adapter(f"weights{i}")
         ids = policy.tokenizer(prompt, return_tensors="pt")["input_ids"]
         out = model.generate(
             input_ids=ids, max_new_tokens=40, do_sample=False, return_dict_in_generate=True,

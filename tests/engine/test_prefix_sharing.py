@@ -1,37 +1,33 @@
-"""Prompts with a beginning in common are prefilled once, for rows that may share it."""
+"""Prompts with a common prefix are prefilled once, for sequences that may share it."""
 
 import contextlib
 
 import pytest
 import torch
+from decoding_alone import new_spread_policy
 
 import clp_kernels
 from clp.engine.sampler import Sampler, SamplingParams
-from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
 
 
 @pytest.fixture
 def policy():
-    made = Policy.create("tiny", ["joy", "brief"], r=4)
-    generator = torch.Generator().manual_seed(5)
-    for layer in steered_layers(made.model).values():
-        layer.lora_B.data.normal_(0, 0.15, generator=generator)
-    return made
+    return new_spread_policy()
 
 
 class Counting:
-    """A sampler, and how many tokens its decoder prefilled since the last look."""
+    """A sampler, and how many tokens its runner prefilled since the last look."""
 
     def __init__(self, policy, **options):
         self.sampler, self.count = Sampler(policy, **options), 0
-        prefill = self.sampler._decoder.prefill
+        prefill = self.sampler.runner.prefill
 
         def counted(parts):
             self.count += sum(s.stop - s.start for _, s in parts)
             prefill(parts)
 
-        self.sampler._decoder.prefill = counted
+        self.sampler.runner.prefill = counted
 
     def take(self):
         count, self.count = self.count, 0
@@ -47,8 +43,8 @@ def params(**changes):
     return SamplingParams(**({"max_tokens": 6, "ignore_eos": True, "seed": 1} | changes))
 
 
-def fresh(policy, ids, row, one):
-    return Sampler(policy).generate([ids], [row], one, simplex=False)
+def fresh(policy, ids, weights, one):
+    return Sampler(policy).generate([ids], [weights], one, simplex=False)
 
 
 def agree(ours, theirs, exact=False):
@@ -58,7 +54,7 @@ def agree(ours, theirs, exact=False):
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_the_same_prompt_and_row_again_prefills_nothing(policy, exact):
+def test_the_same_prompt_and_weights_again_prefills_nothing(policy, exact):
     with clp_kernels.batch_invariant() if exact else contextlib.nullcontext():
         counting, ids = Counting(policy), prompt(30)
         first = counting.sampler.generate([ids], [[0.5, 0.5]], params())
@@ -69,7 +65,7 @@ def test_the_same_prompt_and_row_again_prefills_nothing(policy, exact):
         agree(again, fresh(policy, ids, [0.5, 0.5], params(seed=9)), exact)
 
 
-def test_another_row_shares_nothing_and_minus_zero_is_zero(policy):
+def test_other_weights_share_nothing_and_minus_zero_is_zero(policy):
     counting, ids = Counting(policy), prompt(30)
     counting.sampler.generate([ids], [[1.0, 0.0]], params())
     assert counting.take() == 29
@@ -104,7 +100,7 @@ def test_a_common_beginning_of_at_least_16_tokens_is_copied(policy, common, comp
     agree(done, fresh(policy, second, [0.5, 0.5], params()))
 
 
-def test_a_donor_that_has_drawn_past_the_shared_part(policy):
+def test_a_source_that_has_drawn_past_the_shared_part(policy):
     counting, ids = Counting(policy), prompt(30)
     long = counting.sampler.submit(ids, [0.5, 0.5], params(max_tokens=40))
     for _ in range(20):
@@ -112,7 +108,7 @@ def test_a_donor_that_has_drawn_past_the_shared_part(policy):
     counting.take()
     same = counting.sampler.submit(ids, [0.5, 0.5], params(seed=2))
     # The conversation goes on: the prompt and what was drawn, of which all but one are cached.
-    behind = ids + long.rows[0].token_ids[:12] + [7, 8]
+    behind = ids + long.sequences[0].token_ids[:12] + [7, 8]
     more = counting.sampler.submit(behind, [0.5, 0.5], params(seed=3))
     counting.sampler.finish([long, same, more])
     assert counting.take() == 1
@@ -123,7 +119,7 @@ def test_a_donor_that_has_drawn_past_the_shared_part(policy):
 
 @pytest.mark.parametrize("budget", [2048, 8])
 @pytest.mark.parametrize("exact", [False, True])
-def test_n_completions_of_one_wave_prefill_their_prompt_once(policy, exact, budget):
+def test_n_completions_of_one_batch_prefill_their_prompt_once(policy, exact, budget):
     with clp_kernels.batch_invariant() if exact else contextlib.nullcontext():
         counting, ids = Counting(policy, max_prefill_tokens=budget), prompt(30)
         done = counting.sampler.generate([ids], [[0.5, 0.5]], params(n=5))
@@ -133,7 +129,7 @@ def test_n_completions_of_one_wave_prefill_their_prompt_once(policy, exact, budg
                 agree([done[k]], fresh(policy, ids, [0.5, 0.5], params(seed=1 + k)), exact)
 
 
-def test_a_cancelled_donor_gives_once_its_keys_have_been_seen_to_be_finite(policy):
+def test_a_cancelled_sequence_is_a_source_once_its_keys_have_been_seen_to_be_finite(policy):
     """That is when it has drawn a token."""
     counting, ids = Counting(policy, max_prefill_tokens=20), prompt(60)
     for steps, found in ((1, 0), (3, 59)):
@@ -148,11 +144,11 @@ def test_a_cancelled_donor_gives_once_its_keys_have_been_seen_to_be_finite(polic
         ids = ids[::-1]
 
 
-def test_a_donor_that_failed_gives_nothing(policy):
+def test_a_sequence_that_failed_is_not_a_source(policy):
     counting, ids = Counting(policy), prompt(30)
-    row = [1e30, 1e30]
+    weights = [1e30, 1e30]
     for _ in range(2):
-        request = counting.sampler.submit(ids, row, params(), simplex=False)
+        request = counting.sampler.submit(ids, weights, params(), simplex=False)
         counting.sampler.finish([request])
         assert request.completions[0].finish_reason == "error"
         assert counting.take() == 29

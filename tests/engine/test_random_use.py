@@ -1,7 +1,7 @@
 """The sampler as a state machine: random requests, steps, cancels and streams in any order.
 
 After every rule the slots, the queue and the memory are consistent; in the end every completion is
-the one that the request gets alone, and every slot holds what its row says.
+the one that the request gets alone, and every slot contains what its sequence says.
 """
 
 from collections import Counter
@@ -74,34 +74,34 @@ class Engine(RuleBasedStateMachine):
         self.sampler = Sampler(
             policy, max_batch_size=slots, cache_gib=self.bound / 2**30, max_prefill_tokens=tokens
         )
-        assert self.sampler._decoder.bytes_per_token == 2048
+        assert self.sampler.runner.bytes_per_token == 2048
         self.judge = self.alone.setdefault(tokens, Alone(tokens, self.mode))
         self.requests, self.streams, self.read, self.cancelled = [], {}, {}, []
         self._watch()
 
     def _watch(self):
         """Counts what happens inside; `events` shows that all of it is tried."""
-        decoder, count = self.sampler._decoder, self.events
-        copy, move, reserve = decoder.copy, decoder.move, decoder.reserve
-        prefill, spread = decoder.prefill, decoder.spread
+        runner, count = self.sampler.runner, self.events
+        copy, move, resize = runner.copy, runner.move, runner.resize
+        prefill, copy_each = runner.prefill, runner.copy_each
 
         def copying(source, target, tokens):
             count["copy"] += 1
             copy(source, target, tokens)
 
-        def spreading(*args):
-            count["spread"] += 1
-            spread(*args)
+        def copying_each(*args):
+            count["copy each"] += 1
+            copy_each(*args)
 
         def moving(source, target, tokens):
             count["move"] += 1
             move(source, target, tokens)
 
-        def reserving(*args):
-            before = decoder.slots, decoder.capacity
-            reserve(*args)
+        def resizing(*args):
+            before = runner.slots, runner.capacity
+            resize(*args)
             for name, old, new in zip(
-                ("slots", "length"), before, (decoder.slots, decoder.capacity), strict=True
+                ("slots", "length"), before, (runner.slots, runner.capacity), strict=True
             ):
                 count[f"more {name}"] += old < new
                 count[f"fewer {name}"] += old > new
@@ -110,12 +110,12 @@ class Engine(RuleBasedStateMachine):
             count["prefill of several"] += len(parts) > 1
             count["chunk"] += any(s.start > 0 for _, s in parts)
             count["unfinished chunk"] += any(
-                s.stop < len(row.request.prompt_ids) - 1 for row, s in parts
+                s.stop < len(sequence.request.prompt_ids) - 1 for sequence, s in parts
             )
             prefill(parts)
 
-        decoder.copy, decoder.move, decoder.spread = copying, moving, spreading
-        decoder.reserve, decoder.prefill = reserving, prefilling
+        runner.copy, runner.move, runner.copy_each = copying, moving, copying_each
+        runner.resize, runner.prefill = resizing, prefilling
 
     def step_once(self):
         if self.mode:
@@ -123,8 +123,13 @@ class Engine(RuleBasedStateMachine):
                 self.sampler.step()
         else:
             self.sampler.step()
-        free = self.sampler.max_batch_size - len(self.sampler._rows)
-        self.events["waits"] += bool(free and self.sampler._waiting)
+        scheduler = self.sampler.scheduler
+        free = self.sampler.max_batch_size - len(scheduler.running)
+        self.events["waits"] += bool(free and scheduler.waiting)
+
+    def state(self):
+        scheduler = self.sampler.scheduler
+        return list(scheduler.waiting), list(scheduler.running), self.sampler.cache_bytes
 
     @rule(prompt=st.sampled_from(PROMPTS), weights=st.sampled_from(WEIGHTS), params=PARAMS)
     def submit(self, prompt, weights, params):
@@ -140,17 +145,16 @@ class Engine(RuleBasedStateMachine):
     def submit_what_goes_on(self, data, params, more):
         """The next turn of a conversation: a prompt, its completion, and more."""
         before = data.draw(st.sampled_from(self.requests))
-        ids = (before.prompt_ids + before.rows[0].token_ids + more)[:70]
+        ids = (before.prompt_ids + before.sequences[0].token_ids + more)[:70]
         self.submit(ids, before.weights, params)
 
     @rule(bad=st.sampled_from(BAD))
     def submit_bad(self, bad):
         prompt, weights, changes = bad
-        before = list(self.sampler._waiting), list(self.sampler._rows), self.sampler.cache_bytes
+        before = self.state()
         with pytest.raises((ValueError, TypeError)):
             self.sampler.submit(prompt, weights, SamplingParams(**changes))
-        after = list(self.sampler._waiting), list(self.sampler._rows), self.sampler.cache_bytes
-        assert after == before
+        assert self.state() == before
 
     @rule(count=st.integers(1, 6))
     def step(self, count):
@@ -174,7 +178,9 @@ class Engine(RuleBasedStateMachine):
         items = self.read.setdefault(id(request), [])
         # A step of the machine's mode, not of the stream's: it reads what is there.
         for _ in range(count):
-            if not request.finished and len(items) >= sum(len(r.token_ids) for r in request.rows):
+            if not request.finished and len(items) >= sum(
+                len(s.token_ids) for s in request.sequences
+            ):
                 self.step_once()
                 continue
             item = next(stream, None)
@@ -195,55 +201,61 @@ class Engine(RuleBasedStateMachine):
     def consistent(self):
         if not hasattr(self, "sampler"):
             return
-        sampler, decoder = self.sampler, self.sampler._decoder
-        rows, waiting = sampler._rows, list(sampler._waiting)
+        sampler, runner, scheduler = self.sampler, self.sampler.runner, self.sampler.scheduler
+        running, waiting, state = scheduler.running, list(scheduler.waiting), runner.state
         # Nothing is lost, nothing is twice, nothing overtakes.
-        unfinished = [r for q in self.requests for r in q.rows if r.completion is None]
-        assert sorted(map(id, unfinished)) == sorted(map(id, rows + waiting))
+        unfinished = [s for q in self.requests for s in q.sequences if s.completion is None]
+        assert sorted(map(id, unfinished)) == sorted(map(id, running + waiting))
         assert sampler.unfinished == len(unfinished)
-        order = {id(r): i for i, r in enumerate(unfinished)}
-        assert [order[id(r)] for r in waiting] == sorted(order[id(r)] for r in waiting)
-        if rows and waiting:
-            assert max(order[id(r)] for r in rows) < order[id(waiting[0])]
-        assert all(r.slot is None for r in waiting)
-        # Row i is in slot i; only the last are not prefilled.
-        assert [r.slot for r in rows] == list(range(len(rows)))
-        ready = [r.prefilled for r in rows]
+        order = {id(s): i for i, s in enumerate(unfinished)}
+        assert [order[id(s)] for s in waiting] == sorted(order[id(s)] for s in waiting)
+        if running and waiting:
+            assert max(order[id(s)] for s in running) < order[id(waiting[0])]
+        assert all(s.slot is None for s in waiting)
+        # Sequence i is in slot i; only the last are not prefilled.
+        assert [s.slot for s in running] == list(range(len(running)))
+        ready = [s.prefilled for s in running]
         assert ready == sorted(ready, reverse=True)
-        assert len(rows) <= decoder.slots <= sampler.max_batch_size
-        # The device knows of each row what the row says.
-        count = len(rows)
-        assert decoder.alive.tolist() == [1] * count + [0] * (sampler.max_batch_size - count)
-        assert not decoder.length[count:].any()
-        assert decoder.token.min() >= 0
-        for i, row in enumerate(rows):
-            params = row.request.params
-            assert sampler._held[i] is row
-            assert int(decoder.token[i]) == row.last_id
-            assert int(decoder.length[i]) == row.length - 1
-            assert int(decoder.drawn[i]) == len(row.token_ids) == len(row.logprobs)
-            assert int(decoder.seed[i]) == params.seed + row.index
-            assert int(decoder.top_k[i]) == params.top_k
-            assert decoder.weights[i].tolist() == row.request.weights.tolist()
-            assert len(row.token_ids) < params.max_tokens
-            if row.token_ids:
-                assert row.cached == row.length - 1
+        assert len(running) <= runner.slots <= sampler.max_batch_size
+        # The device has of each sequence what the sequence says.
+        count = len(running)
+        assert state.active.tolist() == [1] * count + [0] * (sampler.max_batch_size - count)
+        assert not state.length[count:].any()
+        assert state.token.min() >= 0
+        assert (scheduler.slots, scheduler.capacity) == (runner.slots, runner.capacity)
+        assert not scheduler.actions
+        for i, sequence in enumerate(running):
+            params = sequence.request.params
+            assert scheduler.contents[i] is sequence
+            assert int(state.token[i]) == sequence.last_id
+            assert int(state.length[i]) == sequence.length - 1
+            assert int(state.drawn[i]) == len(sequence.token_ids) == len(sequence.logprobs)
+            assert int(state.seed[i]) == params.seed + sequence.index
+            assert int(state.top_k[i]) == params.top_k
+            assert state.weights[i].tolist() == sequence.request.weights.tolist()
+            assert len(sequence.token_ids) < params.max_tokens
+            if sequence.token_ids:
+                assert sequence.cached == sequence.length - 1
         # Memory
         assert sampler.cache_bytes <= self.bound
-        for slot, held in enumerate(sampler._held):
-            assert held is None or (slot < decoder.slots and held.cached <= decoder.capacity)
-            if held is None or held.token_ids:
-                for tensor in decoder.caches[0].tensors():
-                    assert slot >= decoder.slots or tensor[slot].isfinite().all()
+        for slot, content in enumerate(scheduler.contents):
+            assert content is None or (slot < runner.slots and content.cached <= runner.capacity)
+            if content is None or content.token_ids:
+                for tensor in runner.models[0].cache.tensors():
+                    assert slot >= runner.slots or tensor[slot].isfinite().all()
 
     def check_slots(self):
-        """What the slots hold is what their rows say; a later request may copy it."""
-        for slot, row in enumerate(self.sampler._held):
-            ids = () if row is None else (row.request.prompt_ids + row.token_ids)[: row.cached]
-            if not ids or row.request.weights.abs().max() > 1e10:
+        """The slots contain what their sequences say; a later request may copy it."""
+        for slot, content in enumerate(self.sampler.scheduler.contents):
+            if content is None:
                 continue
-            wanted = keys_and_values(tuple(ids), tuple(row.request.weights.tolist()))
-            for got, want in zip(self.sampler._decoder.caches[0].tensors(), wanted, strict=True):
+            request = content.request
+            ids = (request.prompt_ids + content.token_ids)[: content.cached]
+            if not ids or request.weights.abs().max() > 1e10:
+                continue
+            wanted = keys_and_values(tuple(ids), tuple(request.weights.tolist()))
+            cache = self.sampler.runner.models[0].cache
+            for got, want in zip(cache.tensors(), wanted, strict=True):
                 torch.testing.assert_close(
                     got[slot, :, : len(ids)],
                     want,
@@ -276,7 +288,7 @@ def test_any_order_of_requests_gives_what_each_gets_alone(one_thread):
     Engine.events, Engine.alone = Counter(), {}
     run_state_machine_as_test(Engine, settings=settings(WITHOUT_SHRINKING, max_examples=30))
     for name in [
-        "copy", "spread", "move", "more slots", "more length", "fewer slots", "fewer length",
+        "copy", "copy each", "move", "more slots", "more length", "fewer slots", "fewer length",
         "prefill of several", "chunk", "unfinished chunk", "waits", "cancel",
         "stop", "length", "abort", "error",
     ]:  # fmt: skip

@@ -9,7 +9,7 @@ from decoding_alone import new_spread_policy
 from torch import nn
 
 from clp.engine import recording
-from clp.engine.recording import ROWS_NEEDED, Inputs, Unrecordable, record
+from clp.engine.recording import LARGEST_BATCH, Inputs, Unrecordable, record
 from clp.engine.sampler import Sampler, SamplingParams, with_seeds
 from clp_kernels.nn.mixed_lora import steered_layers
 
@@ -38,9 +38,9 @@ class Model(nn.Module):
 
 
 @contextmanager
-def steered(rows):
-    assert rows <= ROWS_NEEDED
-    tokens = torch.arange(rows)[:, None]
+def steered(batch):
+    assert batch <= LARGEST_BATCH
+    tokens = torch.arange(batch)[:, None]
     yield Inputs(tokens + 1, tokens % 3, Plan())
 
 
@@ -50,8 +50,8 @@ def recorded(body):
     return model, record(model, steered)
 
 
-def check(model, made, rows=(1, 2, 4, 9)):
-    for count in rows:
+def check(model, made, batches=(1, 2, 4, 9)):
+    for count in batches:
         tokens = torch.randint(16, (count, 1), generator=torch.Generator().manual_seed(count))
         plan, positions = Plan(), tokens % 5
         wanted = model(tokens, positions, False, plan).logits
@@ -66,7 +66,7 @@ def in_place(x):
 
 
 BODIES = {
-    "a product of the rows in a shape": lambda x: x.view(len(x) * 4, -1).cumsum(1).view(x.shape),
+    "a multiple of the batch in a shape": lambda x: x.view(len(x) * 4, -1).cumsum(1).view(x.shape),
     "factories": lambda x: x + torch.arange(x.shape[0])[:, None, None] + torch.zeros(x.shape),
     "results in a tuple": lambda x: x.chunk(2, -1)[1] + x.topk(4, -1).values,
     "in place, a property, an item that is set": in_place,
@@ -77,7 +77,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_the_calls_give_the_models_bits_for_other_numbers_of_rows(name):
+def test_the_calls_give_the_models_bits_for_other_batch_sizes(name):
     check(*recorded(BODIES[name]))
 
 
@@ -102,19 +102,19 @@ REFUSED = {
         lambda x: x + x.repeat_interleave(torch.tensor([1]), 1).sum(), "repeat_interleave",
     ),
     "a mask": (lambda x: x + x[x > 0].numel(), "a mask selects"),
-    "rows decide what is called": (lambda x: x + 1 if x.shape[0] > 2 else x, "decides what"),
-    "the square of the rows": (lambda x: x + x.shape[0] ** 2, "is given 4 and 9"),
-    "one row is another case": (lambda x: x + 1 if x.shape[0] == 1 else x + 2, "with 1 rows"),
-    "many rows do not fit": (
+    "the batch decides what is called": (lambda x: x + 1 if x.shape[0] > 2 else x, "decides what"),
+    "the square of the batch": (lambda x: x + x.shape[0] ** 2, "is given 4 and 9"),
+    "one example is different": (lambda x: x + 1 if x.shape[0] == 1 else x + 2, "at batch size 1"),
+    "a large batch does not fit": (
         lambda x: x + torch.ones(6)[: 6 // len(x) * len(x)].view(len(x), -1).sum(1)[:, None, None],
-        "with 5 rows the recorded calls fail",
+        "at batch size 5 the recorded calls fail",
     ),
-    "many rows are another case": (lambda x: x + 1 if x.shape[0] > 4 else x + 2, "with 5 rows"),
+    "a large batch is different": (lambda x: x + 1 if x.shape[0] > 4 else x + 2, "at batch size 5"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_list_of_calls_is_refused(name):
+def test_what_is_not_a_list_of_calls_is_refused(name):
     body, message = REFUSED[name]
     with pytest.raises(Unrecordable, match=message):
         recorded(body)
@@ -136,7 +136,7 @@ def test_a_compiled_model_is_refused():
 
 def test_nothing_is_left_on_model_and_plan(policy):
     sampler = Sampler(policy)
-    assert sampler._decoder.recordings[0] is not None
+    assert sampler.runner.models[0].recording is not None
     for layer in steered_layers(policy.model).values():
         assert "forward" not in layer.__dict__
 
@@ -158,7 +158,7 @@ def generate(sampler):
 def plainly(policy):
     """What the model itself gives."""
     sampler = Sampler(policy)
-    sampler._decoder.recordings = [None]
+    sampler.runner.models[0].recording = None
     return generate(sampler)
 
 

@@ -13,9 +13,9 @@ import torch
 from decoding_alone import Alone, spread_policy
 
 import clp_kernels
-from clp.engine.kv_cache import Decode
-from clp.engine.requests import Request, Row
+from clp.engine.attention import Decode
 from clp.engine.sampler import Sampler, SamplingParams
+from clp.engine.sequence import Request, Sequence
 
 IDS = torch.randint(3, 1000, (300,), generator=torch.Generator().manual_seed(2)).tolist()
 # (prompt, weights, parameters, simplex): each is refused with a ValueError or TypeError.
@@ -53,7 +53,8 @@ BAD = [
 
 
 def state(sampler):
-    return list(sampler._waiting), list(sampler._rows), list(sampler._held), sampler.cache_bytes
+    known = sampler.scheduler
+    return [list(known.waiting), list(known.running), list(known.contents), sampler.cache_bytes]
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_params_of_another_type_are_refused(sampler, bad):
             sampler.generate(prompts, "joy=1")
 
 
-def test_a_request_that_can_never_fit_is_refused_at_once(one_thread):
+def test_a_request_that_can_never_fit_is_refused(one_thread):
     blocks = 4
     small = Sampler(spread_policy(), max_batch_size=3, cache_gib=blocks * 16 * 2048 / 2**30)
     with pytest.raises(ValueError, match=r"prompt has 60 tokens.*the cache of"):
@@ -149,7 +150,7 @@ def test_what_the_slots_hold_is_not_copied_when_the_policy_has_changed(sampler):
                 p.copy_(old)
 
 
-# One row fails
+# One sequence fails
 
 
 def good_ones(sampler, count, **changes):
@@ -162,7 +163,7 @@ def good_ones(sampler, count, **changes):
     ]  # fmt: skip
 
 
-def test_logits_that_are_not_finite_fail_one_row_and_leave_nothing_behind(sampler):
+def test_logits_that_are_not_finite_fail_one_sequence_and_leave_nothing_behind(sampler):
     first, *rest = good_ones(sampler, 3, max_tokens=20)
     wild = sampler.submit(
         IDS[:20], [1e30, 1e30], SamplingParams(n=1, logprobs=2, stop=["a"]), simplex=False
@@ -171,9 +172,9 @@ def test_logits_that_are_not_finite_fail_one_row_and_leave_nothing_behind(sample
         sampler.step()
     assert [c.finish_reason for c in wild.completions] == ["error"]
     assert "not finite" in wild.completions[0].error
-    assert all(t.isfinite().all() for t in sampler._decoder.caches[0].tensors())
-    assert sampler._decoder.token.min() >= 0
-    # A shorter row in the same slot, beside longer ones: what lies behind its end is multiplied.
+    assert all(t.isfinite().all() for t in sampler.runner.models[0].cache.tensors())
+    assert sampler.runner.state.token.min() >= 0
+    # A shorter sequence in the same slot, beside longer ones: what is behind its end is multiplied.
     later = sampler.submit([5], [0.0, 1.0], SamplingParams(seed=1, max_tokens=5))
     sampler.finish([first, *rest, later])
     judge = Alone()
@@ -183,16 +184,17 @@ def test_logits_that_are_not_finite_fail_one_row_and_leave_nothing_behind(sample
 
 
 @pytest.mark.parametrize("end", ["cancel", "error"])
-def test_a_row_that_ends_before_its_first_token_leaves_nothing_behind(sampler, end):
+def test_a_sequence_that_ends_before_its_first_token_leaves_nothing_behind(sampler, end):
     """Its keys may be not finite without a step having shown it; also where it has moved from."""
     others = good_ones(sampler, 2, max_tokens=30)
     brief = sampler.submit([5], "joy=1", SamplingParams(max_tokens=3, seed=1, ignore_eos=True))
     sampler.step()
     wild = sampler.submit(IDS[:60], [1e30, 1e30], SamplingParams(), simplex=False)
     sampler.step()
-    assert (sampler._rows[3].request, sampler._rows[3].cached) == (wild, 24)
-    sampler.step()  # the third is done: the row that is being prefilled moves
-    assert brief.finished and sampler._rows[2].request is wild
+    running = sampler.scheduler.running
+    assert (running[3].request, running[3].cached) == (wild, 24)
+    sampler.step()  # the third is done: the sequence that is being prefilled moves
+    assert brief.finished and running[2].request is wild
     if end == "cancel":
         sampler.cancel(wild)
     else:
@@ -207,7 +209,7 @@ def test_a_row_that_ends_before_its_first_token_leaves_nothing_behind(sampler, e
 
 
 def test_a_slot_that_was_cut_is_not_copied_when_it_has_grown_again(one_thread):
-    """Rows that share the memory of a long one shorten its slot, also if it is not taken yet."""
+    """Sequences that share the memory of a long one shorten its slot, also before they take it."""
     small = Sampler(
         spread_policy(), max_batch_size=4, max_prefill_tokens=5, cache_gib=8 * 16 * 2048 / 2**30
     )
@@ -215,11 +217,11 @@ def test_a_slot_that_was_cut_is_not_copied_when_it_has_grown_again(one_thread):
     beside = small.submit([5], "joy=1", SamplingParams(max_tokens=60, seed=1, ignore_eos=True))
     long = small.submit(IDS[:60], "joy=1", one)
     small.finish([long])
-    assert small._held[1] is long.rows[0] and small._decoder.capacity == 64
+    assert small.scheduler.contents[1] is long.sequences[0] and small.runner.capacity == 64
     small.cancel(beside)
     brief = [small.submit(IDS[100 + i : 110 + i], "joy=1", one) for i in range(3)]
     small.step()
-    assert small._decoder.capacity == 16
+    assert small.runner.capacity == 16
     for request in brief:
         small.cancel(request)
     again = small.submit(IDS[:60], "joy=1", one)
@@ -255,36 +257,36 @@ ERRORS = [RuntimeError("no kernel"), MemoryError(), torch.OutOfMemoryError("2 Gi
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
-def test_a_failed_forward_ends_the_rows_of_that_forward_alone(sampler, at):
+def test_a_failed_forward_ends_the_sequences_of_that_forward_alone(sampler, at):
     layer = spread_policy().model.model.layers[2].mlp
-    groups, decoder = [], sampler._decoder
-    plan, decode = sampler._wave, decoder.decode
+    groups, scheduler, runner = [], sampler.scheduler, sampler.runner
+    plan, decode = scheduler.next_batch, runner.decode
 
-    def planning(budget):
-        wave = plan(budget)
-        if wave.parts:  # and the rows that would have copied it
-            groups.append([row for row, _ in wave.parts] + [row for _, row in wave.late])
-        return wave
+    def planning(budget, **mode):
+        batch = plan(budget, **mode)
+        if batch.parts:  # and the sequences that would have copied it
+            groups.append(batch.sequences)
+        return batch
 
-    def decoding(rows, first):
-        groups.append(list(rows))
-        return decode(rows, first)
+    def decoding(sequences, first):
+        groups.append(list(sequences))
+        return decode(sequences, first)
 
-    sampler._wave, decoder.decode = planning, decoding
+    scheduler.next_batch, runner.decode = planning, decoding
     requests = good_ones(sampler, 4, n=2)
     error = ERRORS[at % len(ERRORS)]
     with failing(layer, "forward", at, error):
         sampler.finish(requests)
-    hit = {id(row) for row in groups[at - 1]}
+    hit = {id(sequence) for sequence in groups[at - 1]}
     judge = Alone(24)
     assert hit
     for request in requests:
-        for row in request.rows:
-            assert (row.completion.finish_reason == "error") == (id(row) in hit)
-            if id(row) in hit:
-                assert row.completion.error == f"{type(error).__name__}: {error}"
+        for sequence in request.sequences:
+            assert (sequence.completion.finish_reason == "error") == (id(sequence) in hit)
+            if id(sequence) in hit:
+                assert sequence.completion.error == f"{type(error).__name__}: {error}"
         judge.check(request)
-    # Usable, and what the failed rows left is not copied.
+    # Usable, and what the failed sequences left is not copied.
     for request in good_ones(sampler, 4):
         sampler.finish([request])
         judge.check(request)
@@ -316,10 +318,10 @@ def test_the_next_turn_copies_the_last_one_but_its_last_token(sampler, ended, mo
     for _ in range(9 if ended else 5):
         sampler.step()
     assert before.finished is ended
-    ids = before.prompt_ids + before.rows[0].token_ids + more
+    ids = before.prompt_ids + before.sequences[0].token_ids + more
     copied = []
-    copy = sampler._decoder.copy
-    sampler._decoder.copy = lambda a, b, count: (copied.append(count), copy(a, b, count))
+    copy = sampler.runner.copy
+    sampler.runner.copy = lambda a, b, count: (copied.append(count), copy(a, b, count))
     after = sampler.submit(ids, "joy=1", SamplingParams(max_tokens=9, seed=1))
     sampler.finish([before, after])
     assert copied[:1] == ([] if ended else [28])  # of one that is done, in its own slot
@@ -329,24 +331,24 @@ def test_the_next_turn_copies_the_last_one_but_its_last_token(sampler, ended, mo
 def test_in_batch_invariant_mode_only_whole_prompts_are_copied(sampler):
     """A prompt's bits depend on how it is cut into forwards."""
     copied, params = [], SamplingParams(max_tokens=4, seed=1, ignore_eos=True)
-    copy = sampler._decoder.copy
-    sampler._decoder.copy = lambda a, b, count: (copied.append(count), copy(a, b, count))
+    copy = sampler.runner.copy
+    sampler.runner.copy = lambda a, b, count: (copied.append(count), copy(a, b, count))
     prompts = [IDS[:40], IDS[:30], [*IDS[:39], 5, 6], IDS[:40]]
     judge = Alone(24, invariant=True)
     with clp_kernels.batch_invariant():
         requests = [sampler.submit(ids, "joy=1", params) for ids in prompts]
         sampler.step()
         assert copied == [39]
-        assert all(row.token_ids for row in sampler._rows)
+        assert all(sequence.token_ids for sequence in sampler.scheduler.running)
         sampler.finish(requests)
     for request in requests:
         judge.check(request)
 
 
 @pytest.mark.parametrize("at", range(1, 5))
-def test_a_failed_resize_ends_the_rows_of_that_step(sampler, at):
+def test_a_failed_resize_ends_the_sequences_of_that_step(sampler, at):
     requests, hit, judge = [], [], Alone(24)
-    with failing(sampler._decoder.caches[0], "resize", at, MemoryError("slots")) as calls:
+    with failing(sampler.runner.models[0].cache, "resize", at, MemoryError("slots")) as calls:
         for i in range(6):  # each longer than those before: the slots grow
             requests.append(
                 sampler.submit(IDS[: 12 * i + 5], "joy=1", SamplingParams(max_tokens=9, seed=1))
@@ -371,7 +373,7 @@ def test_a_failed_copy_does_not_end_the_next_one_in_the_queue(sampler):
     first = sampler.submit(IDS[:30], "joy=1", SamplingParams(max_tokens=9, seed=1))
     sampler.step()
     sampler.step()
-    with failing(sampler._decoder, "copy", 1, RuntimeError("copy")):
+    with failing(sampler.runner, "copy", 1, RuntimeError("copy")):
         hit = sampler.submit(IDS[:28], "joy=1", SamplingParams(max_tokens=3, seed=1))
         other = sampler.submit(IDS[50:60], "joy=1", SamplingParams(max_tokens=3, seed=1))
         sampler.finish([first, hit, other])
@@ -397,14 +399,14 @@ class Tokenizer:
 
 
 @pytest.mark.parametrize("stop", [(), ("zzz",)])
-def test_a_tokenizer_that_fails_ends_the_row_whose_text_it_was(sampler, monkeypatch, stop):
+def test_a_tokenizer_that_fails_ends_the_sequence_whose_text_it_was(sampler, monkeypatch, stop):
     requests = good_ones(sampler, 4, stop=stop)
     tokenizer = Tokenizer(spread_policy().tokenizer, ())
     for request in requests:
         request.tokenizer = tokenizer
-        for row in request.rows:
-            if row.stopping is not None:
-                row.stopping._decode = tokenizer.decode
+        for sequence in request.sequences:
+            if sequence.stop_text is not None:
+                sequence.stop_text.tokenizer = tokenizer
     tokenizer.at = {2, 21} if stop else {3}
     sampler.finish(requests)
     failed = [r.completions[0].error for r in requests if r.completions[0].error]
@@ -420,10 +422,10 @@ def test_ctrl_c_in_generate_leaves_its_requests_nowhere_and_the_others_right(sam
     other = good_ones(sampler, 2, max_tokens=12)
     sampler.step()
     sampler.step()
-    if where == "decode after it":  # the step has drawn; the rows have not heard of it
-        owner, name, at = sampler._decoder, "_top", 2
+    if where == "decode after it":  # the step has drawn; the sequences do not have the tokens yet
+        owner, name, at = sampler.runner, "top_logprobs", 2
     elif where == "copy":
-        owner, name, at = sampler._decoder, "spread", 1
+        owner, name, at = sampler.runner, "copy_each", 1
     elif where == "prefill":
         owner, name, at = spread_policy().model.model.layers[2].mlp, "forward", 1
     else:  # in the third layer of the fourth step
@@ -432,8 +434,8 @@ def test_ctrl_c_in_generate_leaves_its_requests_nowhere_and_the_others_right(sam
     prompts = [IDS[:30], IDS[:30], IDS[40:60]]
     with failing(owner, name, at, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         sampler.generate(prompts, [0.25, 0.75], SamplingParams(seed=1))
-    assert [r for q in other for r in q.rows if not r.completion] == [
-        *sampler._rows, *sampler._waiting
+    assert [s for q in other for s in q.sequences if not s.completion] == [
+        *sampler.scheduler.running, *sampler.scheduler.waiting
     ]  # fmt: skip
     after = [sampler.submit(p, [0.25, 0.75], SamplingParams(seed=1, max_tokens=5)) for p in prompts]
     sampler.finish([*other, *after])
@@ -443,15 +445,41 @@ def test_ctrl_c_in_generate_leaves_its_requests_nowhere_and_the_others_right(sam
         judge.check(request)
 
 
-def test_a_row_that_was_done_when_ctrl_c_came_draws_no_more(sampler):
+def test_a_sequence_that_was_done_when_ctrl_c_came_draws_no_more(sampler):
     (last,) = good_ones(sampler, 1, max_tokens=3)
     sampler.step()
     sampler.step()
-    with failing(sampler, "_end", 1, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+    with (
+        failing(sampler.scheduler, "remove", 1, KeyboardInterrupt()),
+        pytest.raises(KeyboardInterrupt),
+    ):
         sampler.step()
     assert not last.finished
     sampler.finish([last])
     Alone().check(last)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["next_batch", "prefilled", "remove", "apply", "top_logprobs", "place", "advance", "vacate"],
+)
+def test_a_fault_of_the_sampler_is_raised_and_ends_no_request(sampler, name):
+    """The sampler goes on as after Ctrl-C."""
+    requests = good_ones(sampler, 2, max_tokens=5)
+    sampler.step()
+    requests += good_ones(sampler, 3, max_tokens=3, n=2)
+    runner = sampler.runner
+    owner = next(o for o in (sampler.scheduler, runner, runner.state) if hasattr(o, name))
+    fault = failing(owner, name, 1, AttributeError("a fault"))
+    with fault, pytest.raises(AttributeError, match="a fault"):
+        while sampler.unfinished:
+            sampler.step()
+    assert not any(c.error for request in requests for c in request.completions)
+    sampler.finish(requests)
+    judge = Alone(24)
+    for request in requests:
+        assert {c.finish_reason for c in request.completions} <= {"stop", "length"}
+        judge.check(request)
 
 
 # Streams
@@ -536,9 +564,9 @@ def resident():
 
 
 def living():
-    """How many rows, requests and tensors there are."""
+    """How many sequences, requests and tensors there are."""
     gc.collect()
-    kinds = (Row, Request, torch.Tensor)
+    kinds = (Sequence, Request, torch.Tensor)
     return [sum(issubclass(type(o), kind) for o in gc.get_objects()) for kind in kinds]
 
 
@@ -582,14 +610,14 @@ def test_thousands_of_requests_a_tenth_of_them_bad_leave_no_memory_behind(one_th
     memory, objects = resident(), living()
     for _ in range(8):
         some(count // 10)
-        # A request and its rows refer to each other: between collections thousands wait for one,
-        # and the memory that they have asked for is not all given back.
+        # A request and its sequences refer to each other: between collections thousands wait for
+        # one, and not all of their memory is given back.
         after = resident()
     later = living()
     assert answered + refused + wild == count // 5 + 8 * (count // 10)
     assert (refused, sampler.unfinished) == (count // 10, 0)
     assert after <= 1.02 * memory
-    # Rows that slots remember, at most one each, with their requests' weights.
+    # Sequences that slots contain, at most one each, with their requests' weights.
     slots = sampler.max_batch_size
     assert all(b - a <= slots for a, b in zip(objects, later, strict=True)), (objects, later)
     print(f"{answered} answered, {refused} refused, {wild} not finite; memory {after / memory:.4f}")

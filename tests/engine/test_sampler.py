@@ -18,7 +18,7 @@ PROMPTS = [
     "One day, the old dog was at the lake with a friend.",
     "Sam",
 ]
-ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
+WEIGHTS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def params(**changes):
 
 
 def test_order_counts_and_fields(sampler):
-    done = sampler.generate(PROMPTS, ROWS, params(n=2))
+    done = sampler.generate(PROMPTS, WEIGHTS, params(n=2))
     assert [(c.prompt_index, c.index) for c in done] == [(i, k) for i in range(4) for k in range(2)]
     for c in done:
         assert len(c.token_ids) == len(c.logprobs) <= 20
@@ -46,47 +46,47 @@ def test_order_counts_and_fields(sampler):
 
 
 def test_same_seed_same_tokens_and_other_seed_other_tokens(sampler):
-    first = [c.token_ids for c in sampler.generate(PROMPTS, ROWS, params())]
-    assert first == [c.token_ids for c in sampler.generate(PROMPTS, ROWS, params())]
-    assert first != [c.token_ids for c in sampler.generate(PROMPTS, ROWS, params(seed=4))]
+    first = [c.token_ids for c in sampler.generate(PROMPTS, WEIGHTS, params())]
+    assert first == [c.token_ids for c in sampler.generate(PROMPTS, WEIGHTS, params())]
+    assert first != [c.token_ids for c in sampler.generate(PROMPTS, WEIGHTS, params(seed=4))]
 
 
 def test_completion_k_of_a_request_draws_with_seed_plus_k(sampler):
-    many = sampler.generate(PROMPTS[:1], ROWS[:1], params(n=3))
+    many = sampler.generate(PROMPTS[:1], WEIGHTS[:1], params(n=3))
     for k in range(3):
-        (one,) = sampler.generate(PROMPTS[:1], ROWS[:1], params(seed=3 + k))
+        (one,) = sampler.generate(PROMPTS[:1], WEIGHTS[:1], params(seed=3 + k))
         assert one.token_ids == many[k].token_ids
 
 
 def test_weights_change_the_completion(sampler):
-    texts = {c.text for c in sampler.generate([PROMPTS[0]] * 4, ROWS, params())}
+    texts = {c.text for c in sampler.generate([PROMPTS[0]] * 4, WEIGHTS, params())}
     assert len(texts) > 1
 
 
 def test_alone_and_in_a_mixed_batch_are_the_same_bits_in_batch_invariant_mode(sampler):
     with clp_kernels.batch_invariant():
-        together = sampler.generate(PROMPTS, ROWS, params())
-        reordered = sampler.generate(PROMPTS[::-1], ROWS[::-1], params())[::-1]
+        together = sampler.generate(PROMPTS, WEIGHTS, params())
+        reordered = sampler.generate(PROMPTS[::-1], WEIGHTS[::-1], params())[::-1]
         for i in range(4):
-            (alone,) = sampler.generate([PROMPTS[i]], [ROWS[i]], params())
+            (alone,) = sampler.generate([PROMPTS[i]], [WEIGHTS[i]], params())
             for other in (together[i], reordered[i]):
                 assert other.token_ids == alone.token_ids
                 assert other.logprobs == alone.logprobs
 
 
 def test_alone_and_in_a_mixed_batch_agree_to_rounding_without_the_mode(sampler):
-    together = sampler.generate(PROMPTS, ROWS, params(temperature=0))
+    together = sampler.generate(PROMPTS, WEIGHTS, params(temperature=0))
     for i in range(4):
-        (alone,) = sampler.generate([PROMPTS[i]], [ROWS[i]], params(temperature=0))
+        (alone,) = sampler.generate([PROMPTS[i]], [WEIGHTS[i]], params(temperature=0))
         assert alone.token_ids == together[i].token_ids
         assert alone.logprobs == pytest.approx(together[i].logprobs, abs=1e-4)
 
 
 def test_logprobs_are_those_of_a_forward_pass(policy, sampler):
     for temperature in (1.0, 0.7):
-        (done,) = sampler.generate(PROMPTS[:1], ROWS[:1], params(temperature=temperature))
+        (done,) = sampler.generate(PROMPTS[:1], WEIGHTS[:1], params(temperature=temperature))
         ids = policy.tokenizer(PROMPTS[0])["input_ids"]
-        with torch.no_grad(), policy.steer(torch.tensor(ROWS[:1])):
+        with torch.no_grad(), policy.steer(torch.tensor(WEIGHTS[:1])):
             logits = policy.model(torch.tensor([ids + done.token_ids])).logits[0] / temperature
         logp = torch.log_softmax(logits, -1)[len(ids) - 1 : -1]
         picked = logp.gather(-1, torch.tensor(done.token_ids)[:, None])[:, 0]
@@ -94,39 +94,39 @@ def test_logprobs_are_those_of_a_forward_pass(policy, sampler):
 
 
 def test_greedy_equals_transformers_generate(policy, sampler):
-    done = sampler.generate(PROMPTS, ROWS, params(temperature=0))
+    done = sampler.generate(PROMPTS, WEIGHTS, params(temperature=0))
     for i, prompt in enumerate(PROMPTS):
         ids = policy.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        with policy.steer(torch.tensor(ROWS[i : i + 1])):
+        with policy.steer(torch.tensor(WEIGHTS[i : i + 1])):
             out = policy.model.generate(ids, max_new_tokens=20, do_sample=False)
         assert out[0, ids.shape[1] :].tolist() == done[i].token_ids
 
 
 def test_a_batch_larger_than_max_batch_size_is_the_same(policy, sampler):
-    small = Sampler(policy, max_batch_size=2).generate(PROMPTS, ROWS, params(temperature=0))
-    large = sampler.generate(PROMPTS, ROWS, params(temperature=0))
+    small = Sampler(policy, max_batch_size=2).generate(PROMPTS, WEIGHTS, params(temperature=0))
+    large = sampler.generate(PROMPTS, WEIGHTS, params(temperature=0))
     assert [c.token_ids for c in small] == [c.token_ids for c in large]
 
 
-def test_rows_of_one_batch_have_their_own_parameters(sampler):
+def test_sequences_of_one_batch_have_their_own_parameters(sampler):
     each = [
         params(temperature=0),
         params(top_k=1),
         params(max_tokens=1),
         params(top_p=0.5, min_p=0.1),
     ]
-    done = sampler.generate(PROMPTS, ROWS, each)
+    done = sampler.generate(PROMPTS, WEIGHTS, each)
     for i in range(4):
-        (alone,) = sampler.generate([PROMPTS[i]], [ROWS[i]], each[i])
+        (alone,) = sampler.generate([PROMPTS[i]], [WEIGHTS[i]], each[i])
         assert alone.token_ids == done[i].token_ids
-    greedy = sampler.generate(PROMPTS[1:2], ROWS[1:2], params(temperature=0))
+    greedy = sampler.generate(PROMPTS[1:2], WEIGHTS[1:2], params(temperature=0))
     assert greedy[0].token_ids == done[1].token_ids
 
 
 def test_stop_string_ends_the_text_before_it(sampler):
-    (free,) = sampler.generate(PROMPTS[:1], ROWS[:1], params(seed=1))
+    (free,) = sampler.generate(PROMPTS[:1], WEIGHTS[:1], params(seed=1))
     word = free.text.split()[2]
-    (cut,) = sampler.generate(PROMPTS[:1], ROWS[:1], params(seed=1, stop=[word]))
+    (cut,) = sampler.generate(PROMPTS[:1], WEIGHTS[:1], params(seed=1, stop=[word]))
     assert cut.finish_reason == "stop"
     assert cut.text == free.text[: free.text.index(word)]
     assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
@@ -165,7 +165,7 @@ def test_an_end_token_finishes_and_is_counted(policy, sampler):
 
 def test_token_ids_as_prompts(policy, sampler):
     ids = policy.tokenizer(PROMPTS[0])["input_ids"]
-    wanted = sampler.generate(PROMPTS[:1], ROWS[:1], params())
+    wanted = sampler.generate(PROMPTS[:1], WEIGHTS[:1], params())
     numpys = np.array(ids)
     for prompt in (
         ids,
@@ -175,18 +175,18 @@ def test_token_ids_as_prompts(policy, sampler):
         list(numpys),
         torch.tensor(ids),
     ):
-        assert sampler.generate([prompt], ROWS[:1], params()) == wanted
+        assert sampler.generate([prompt], WEIGHTS[:1], params()) == wanted
     for bad in (numpys[None], torch.tensor([ids])):
         with pytest.raises(TypeError, match="prompt 0 must be a text or a list of token ids"):
-            sampler.generate([bad], ROWS[:1])
+            sampler.generate([bad], WEIGHTS[:1])
     for bad in (numpys * 1.0, numpys > 5, torch.tensor(ids) - 50, [numpys[0], True]):
         with pytest.raises(ValueError, match="prompt 0 must hold token ids from 0"):
-            sampler.generate([bad], ROWS[:1])
+            sampler.generate([bad], WEIGHTS[:1])
 
 
 def test_without_a_seed_the_global_generator_decides(sampler):
     def draw():
-        return [c.token_ids for c in sampler.generate(PROMPTS, ROWS, params(seed=None))]
+        return [c.token_ids for c in sampler.generate(PROMPTS, WEIGHTS, params(seed=None))]
 
     torch.manual_seed(1)
     first = draw()
@@ -228,7 +228,7 @@ def test_without_max_tokens_the_context_is_the_end(policy, sampler):
 def test_any_integer_is_a_seed_and_its_lowest_64_bits_count(sampler):
     def draw(seed, n=1):
         one = params(seed=seed, n=n)
-        return [c.token_ids for c in sampler.generate(PROMPTS[:1], ROWS[:1], one)]
+        return [c.token_ids for c in sampler.generate(PROMPTS[:1], WEIGHTS[:1], one)]
 
     for seed in (3, -1, 2**63 - 1, -(2**63)):
         assert draw(seed) == draw(seed + 2**64) == draw(seed - 2**90)
@@ -239,7 +239,7 @@ def test_any_integer_is_a_seed_and_its_lowest_64_bits_count(sampler):
 
 def test_logprobs_are_of_the_most_likely_and_of_the_token_drawn(policy, sampler):
     hot = params(temperature=1.5, logprobs=3, ignore_eos=True)
-    done = sampler.generate(PROMPTS, ROWS, hot)
+    done = sampler.generate(PROMPTS, WEIGHTS, hot)
     sizes = set()
     for c in done:
         for token, logprob, top in zip(c.token_ids, c.logprobs, c.top_logprobs, strict=True):
@@ -252,10 +252,10 @@ def test_logprobs_are_of_the_most_likely_and_of_the_token_drawn(policy, sampler)
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30, 1e-300])
 def test_a_tiny_temperature_is_finite_and_greedy(sampler, temperature):
-    greedy = sampler.generate(PROMPTS, ROWS, params(temperature=0))
+    greedy = sampler.generate(PROMPTS, WEIGHTS, params(temperature=0))
     for changes in ({}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}):
         tiny = params(temperature=temperature, logprobs=2, **changes)
-        for c, wanted in zip(sampler.generate(PROMPTS, ROWS, tiny), greedy, strict=True):
+        for c, wanted in zip(sampler.generate(PROMPTS, WEIGHTS, tiny), greedy, strict=True):
             assert c.token_ids == wanted.token_ids
             assert all(math.isfinite(p) for top in c.top_logprobs for p in top.values())
             if temperature < 1e-5:
@@ -269,7 +269,7 @@ def test_no_prompts_no_completions(sampler):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: s.generate(PROMPTS, ROWS[:2]), "one row or 4 rows"),
+        (lambda s: s.generate(PROMPTS, WEIGHTS[:2]), "one row or 4 rows"),
         (lambda s: s.generate(PROMPTS, "joy=1", [params()]), "params must be one or 4"),
         (lambda s: s.generate(["a"], {"speed": 1.0}), "unknown objective 'speed'"),
         (lambda s: s.generate(["a"], [float("nan"), 1.0]), "finite"),

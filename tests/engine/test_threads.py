@@ -11,9 +11,10 @@ import torch
 from decoding_alone import new_spread_policy
 
 import clp_kernels
-from clp.engine import kv_cache, turns
-from clp.engine.kv_cache import IMPLEMENTATION
+from clp.engine import locks
+from clp.engine.attention import IMPLEMENTATION
 from clp.engine.sampler import Sampler, SamplingParams
+from clp.engine.slot_model import SlotModel, set_attention
 from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
 
@@ -27,8 +28,8 @@ def policy(one_thread):
 
 
 def ask(sampler, k):
-    row = [[0.25 * k, 1 - 0.25 * k]]
-    return [c.token_ids for c in sampler.generate(PROMPTS, row[0], PARAMS)]
+    weights = [0.25 * k, 1 - 0.25 * k]
+    return [c.token_ids for c in sampler.generate(PROMPTS, weights, PARAMS)]
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -42,7 +43,8 @@ def test_samplers_of_one_model_take_turns(policy, recorded):
     def work(k):
         sampler = samplers[k]
         if not recorded:
-            sampler._decoder.recordings = [None] * len(sampler._decoder.networks)
+            for model in sampler.runner.models:
+                model.recording = None
         for _ in range(4):
             assert ask(sampler, k) == wanted[k]
         assert ask(Sampler(policies[k]), k) == wanted[k]
@@ -61,34 +63,34 @@ def test_samplers_of_one_model_take_turns(policy, recorded):
 def test_models_made_from_one_configuration_take_turns(policy):
     other = copy.copy(policy)
     other.model = copy.deepcopy(policy.model)
-    assert turns.locks_of([policy.model.config]) != turns.locks_of([other.model.config])
+    assert locks.locks_of([policy.model.config]) != locks.locks_of([other.model.config])
     for module in other.model.modules():
         if getattr(module, "config", None) is not None:
             module.config = policy.model.config
-    a, b = Sampler(policy)._decoder, Sampler(other)._decoder
+    a, b = Sampler(policy).runner, Sampler(other).runner
     assert a.locks == b.locks and len(a.locks) == 1
 
 
 def test_locks_live_as_long_as_their_configuration():
-    before = len(turns._LOCKS)
+    before = len(locks.LOCKS)
     config = type("Config", (), {})()
-    lock = turns.locks_of([config, config])
-    assert turns.locks_of([config]) == lock and len(turns._LOCKS) == before + 1
+    lock = locks.locks_of([config, config])
+    assert locks.locks_of([config]) == lock and len(locks.LOCKS) == before + 1
     del config
-    assert len(turns._LOCKS) == before
+    assert len(locks.LOCKS) == before
 
 
 def test_a_sampler_is_for_one_thread(policy):
     sampler = Sampler(policy)
     inside, go_on = threading.Event(), threading.Event()
-    decode = sampler._decoder.decode
+    decode = sampler.runner.decode
 
     def slow(*args):
         inside.set()
         go_on.wait(60)
         return decode(*args)
 
-    sampler._decoder.decode = slow
+    sampler.runner.decode = slow
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, sampler, 1)
         assert inside.wait(60)
@@ -106,13 +108,13 @@ def test_a_sampler_is_for_one_thread(policy):
 
 def test_a_training_step_in_another_thread_is_refused_and_changes_nothing(policy):
     sampler, refused = Sampler(policy), []
-    sampler._decoder.recordings = [None]
+    sampler.runner.models[0].recording = None
     wanted = ask(sampler, 1)
-    rows = torch.tensor([[1.0, 0.0]])
+    weights = torch.tensor([[1.0, 0.0]])
 
     def train():
         try:
-            with policy.steer(rows):
+            with policy.steer(weights):
                 policy.model(torch.tensor([[5, 6]]))
         except RuntimeError as error:
             refused.append(str(error))
@@ -126,10 +128,10 @@ def test_a_training_step_in_another_thread_is_refused_and_changes_nothing(policy
     assert ask(sampler, 1) == wanted
     assert refused and all("another thread is running this model" in r for r in refused)
     handle.remove()
-    with policy.steer(rows), ThreadPoolExecutor(1) as pool:
+    with policy.steer(weights), ThreadPoolExecutor(1) as pool:
         with pytest.raises(RuntimeError, match="another thread is running this model"):
             pool.submit(ask, sampler, 1).result(60)
-        with policy.steer(rows):  # nests in its own thread
+        with policy.steer(weights):  # nests in its own thread
             policy.model(torch.tensor([[5, 6]]))
     assert ask(sampler, 1) == wanted
 
@@ -165,7 +167,7 @@ def test_a_plain_forward_beside_a_samplers_is_right_or_refused():
 
 @pytest.mark.parametrize("device_thread", [False, True])
 def test_a_recomputation_may_run_in_a_thread_of_autograds(policy, device_thread):
-    """What a backward enters is its own business: on CUDA it runs in another thread."""
+    """A backward may enter contexts of its own: on CUDA it runs in another thread."""
     seen = []
 
     class Enter(torch.autograd.Function):
@@ -195,9 +197,9 @@ def test_a_recomputation_may_run_in_a_thread_of_autograds(policy, device_thread)
 
 def test_ctrl_c_anywhere_restores_the_configuration(policy):
     """KeyboardInterrupt at every line that changes it, and at every call out of those."""
-    cache = kv_cache.KVCache(policy.model)
+    model = SlotModel(policy.model)
     config = policy.model.config
-    codes = {cache.run.__func__.__code__, kv_cache._name.__code__}
+    codes = {model.run.__func__.__code__, set_attention.__code__}
 
     def interrupted(at):
         """Whether there was an event number `at` to interrupt."""
@@ -215,7 +217,7 @@ def test_ctrl_c_anywhere_restores_the_configuration(policy):
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            cache.run(list)
+            model.run(list)
         finally:
             sys.settrace(before)
 

@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("transformers", exc_type=ImportError)
 
-from clp.engine.runner import Decoder
 from clp.engine.sampler import Sampler, SamplingParams
 from clp.policies.lora import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
@@ -48,24 +47,15 @@ def tokens(sampler: Sampler, temperature: float) -> list[list[int]]:
     return [c.token_ids for c in sampler.generate(PROMPTS, ROWS, asked)]
 
 
-def without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: Decoder, count: int, longest: int, filters: Any) -> Any:
-        return self._step(slice(0, count), longest, False, filters)
-
-    monkeypatch.setattr(Decoder, "_replay", step)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_captured_steps_draw_what_plain_steps_draw(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch, temperature: float
-) -> None:
+def test_captured_steps_draw_what_plain_steps_draw(policy: Policy, temperature: float) -> None:
     sampler = Sampler(policy)
     captured = [tokens(sampler, temperature) for _ in range(2)]  # captured, then replayed alone
-    assert len(sampler._decoder._graphs) >= 3
-    without_graphs(monkeypatch)
+    assert sampler.runner.graphs is not None and len(sampler.runner.graphs.captured) >= 3
     plain = Sampler(policy)
+    plain.runner.graphs = None
     wanted = tokens(plain, temperature)
-    assert not plain._decoder._graphs
+    assert plain.runner.graphs is None
     assert [len(t) for t in wanted] == [5 + 6 * i for i in range(COUNT)]
     assert captured == [wanted, wanted]
 

@@ -227,6 +227,6 @@ def test_a_sampler_keeps_the_numbers_of_its_requests() -> None:
         )
         sampler.submit([5, 6, 7], [0.5, 0.5], params)
     sampler.step()
-    slots = sampler._decoder
+    slots = sampler.runner.state
     kept = torch.stack([slots.temperature, slots.top_p, slots.min_p])[:, :2]
     assert kept.t().tolist() == [list(numbers) for numbers in asked]

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clp.engine.kv_cache import Decode, KVCache
+from clp.engine.attention import Decode
+from clp.engine.kv_cache import KVCache
 from clp_kernels import native, testing
 from clp_kernels.ops.slot_attention.cpu import slot_attention, why_not
 
@@ -300,19 +301,13 @@ def test_who_runs_it() -> None:
     assert "meta" in str(why_not(torch.zeros(1, device="meta")))
 
 
-class Model(torch.nn.Module):
-    """What a KVCache asks of a model."""
-
-    config = None
-
-
-def plan(args: Inputs, home: Tensor | None = None) -> Decode:
-    cache = KVCache(Model())
+def plan(args: Inputs, targets: Tensor | None = None) -> Decode:
+    cache = KVCache()
     cache.resize(args.keys.shape[0], args.keys.shape[2])
     for mine, given_ in zip(cache.layer(0, args.k, args.v), args[3:5], strict=True):
         mine.copy_(given_.nan_to_num())
     longest = int(args.lengths.max()) + 1
-    return Decode(cache, args.first, args.lengths, longest, False, home)
+    return Decode(cache, args.first, args.lengths, longest, False, targets)
 
 
 @pytest.mark.parametrize("window", [None, 1, 20, 1000])

@@ -1,4 +1,5 @@
-"""Samplers of one model in several threads take turns; one sampler is for one thread."""
+"""Locks: samplers of one model in several threads run one after the other; a sampler is for one
+thread at a time."""
 
 import functools
 import threading
@@ -6,8 +7,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+LOCKS: dict[int, Any] = {}  # by id of a model's configuration, while it lives
 _GUARD = threading.Lock()
-_LOCKS: dict[int, Any] = {}  # by id of a configuration, while it lives
 
 
 def locks_of(configs: Sequence[Any]) -> list[Any]:
@@ -18,24 +19,24 @@ def locks_of(configs: Sequence[Any]) -> list[Any]:
     """
     with _GUARD:
         for config in configs:
-            if id(config) not in _LOCKS:
-                _LOCKS[id(config)] = threading.RLock()
-                weakref.finalize(config, _LOCKS.pop, id(config)).atexit = False
-        return sorted({_LOCKS[id(config)] for config in configs}, key=id)
+            if id(config) not in LOCKS:
+                LOCKS[id(config)] = threading.RLock()
+                weakref.finalize(config, LOCKS.pop, id(config)).atexit = False
+        return sorted({LOCKS[id(config)] for config in configs}, key=id)
 
 
-def in_turn(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that runs while its object's `locks` are held."""
+def locked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a method that runs while its object's `locks` are taken."""
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _holding(self.locks, functools.partial(method, self, *args, **kwargs))
+        return _with(self.locks, functools.partial(method, self, *args, **kwargs))
 
     return run
 
 
 def one_thread(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that raises RuntimeError while another thread runs one of its object's.
+    """Decorator of a method that raises RuntimeError while another thread runs one of the object.
 
     The object keeps a lock `using`, which its own methods may take again.
     """
@@ -55,9 +56,9 @@ def one_thread(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _holding(locks: Sequence[Any], call: Callable[[], Any]) -> Any:
-    # Nested `with`s: none of them leaves its lock held, wherever Ctrl-C comes.
+def _with(locks: Sequence[Any], call: Callable[[], Any]) -> Any:
+    # Nested `with` statements: each releases its lock, wherever Ctrl-C comes.
     if not locks:
         return call()
     with locks[0]:
-        return _holding(locks[1:], call)
+        return _with(locks[1:], call)

@@ -1,0 +1,74 @@
+"""Tokens and log-probabilities out of logits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clp_kernels
+from clp.engine.model_error import ModelError
+from clp_kernels.registry import BackendError
+
+
+def draw(logits: Tensor, mixing: dict[str, Any], options: dict[str, Any]) -> clp_kernels.Sample:
+    """clp_kernels.sample; token -1 and NaN for the examples whose logits are not finite.
+
+    Args:
+        logits: [B, V], or [n, B, V] of n networks.
+        mixing: `weights` and `mode` of the op, or empty.
+        options: Its other arguments.
+
+    Raises: ModelError if the logits are finite and their mixture is not.
+    """
+    try:
+        return clp_kernels.sample(logits, **mixing, **options)
+    except BackendError:
+        raise
+    except ValueError:
+        # On the CPU the op refuses a batch with logits that are not finite; the others go on.
+        return _draw_finite(logits, mixing | options)
+
+
+def _draw_finite(logits: Tensor, options: dict[str, Any]) -> clp_kernels.Sample:
+    by_example = logits if logits.dim() == 2 else logits.transpose(0, 1).flatten(1)
+    # As the op decides: minus infinity excludes a token.
+    good = (by_example < torch.inf).all(1) & by_example.isfinite().any(1)
+    count = good.shape[0]
+    if bool(good.all()):
+        raise ModelError(ValueError("the logits cannot be sampled: their mixture is not finite"))
+    tokens = torch.full((count,), -1, device=good.device)
+    logprobs = torch.full((count,), float("nan"), device=good.device)
+    if bool(good.any()):
+        picked: dict[str, Any] = {
+            k: v[good] if isinstance(v, Tensor) else v for k, v in options.items()
+        }
+        drawn = clp_kernels.sample(logits[..., good, :], **picked)
+        tokens[good], logprobs[good] = drawn.tokens, drawn.logprobs
+    return clp_kernels.Sample(tokens, logprobs, logprobs)
+
+
+def top_logprobs(
+    logits: Tensor, mixing: dict[str, Any], temperatures: Sequence[float], counts: Sequence[int]
+) -> list[dict[int, float]]:
+    """For each example the `counts` likeliest tokens, under the tempered distribution.
+
+    Args:
+        logits: [k, V] or [n, k, V].
+        mixing: As in `draw`, for these examples.
+        temperatures: k of them; 0 counts as 1.
+        counts: k of them.
+    """
+    if mixing:
+        logits = clp_kernels.mix_logits(logits, **mixing)
+    # Less the largest, in float64: a quotient by the least temperature would be infinite.
+    logits = logits.double()
+    scaled = (logits - logits.amax(1, keepdim=True)) / torch.tensor(
+        [t or 1.0 for t in temperatures], dtype=torch.float64, device=logits.device
+    )[:, None]
+    logp = torch.log_softmax(scaled, 1)
+    values, ids = (t.tolist() for t in logp.topk(min(max(counts), logp.shape[1])))
+    return [
+        dict(list(zip(i, v, strict=True))[:most])
+        for i, v, most in zip(ids, values, counts, strict=True)
+    ]

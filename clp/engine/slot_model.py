@@ -1,0 +1,98 @@
+"""A model of transformers whose attention runs through the slots of a cache."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from clp.engine.attention import IMPLEMENTATION, Decode, Prefill
+from clp.engine.kv_cache import KVCache
+from clp.engine.model_error import model_errors
+from clp.engine.recording import Inputs, Recording
+
+Steering = AbstractContextManager[Any]  # in which the model runs with the weights of its inputs
+
+
+class SlotModel:
+    """A model with its cache.
+
+    Args:
+        model: A transformers model. Its code runs as it is.
+
+    Attributes:
+        cache: Its keys and values.
+        configs: Its configurations: transformers keeps one per model, or one per part of it.
+        recording: The decode step as a list of calls, or None: the model itself runs then.
+        recording_is_valid: Whether the model is as it was recorded.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.cache = model, KVCache()
+        self.recording: Recording | None = None
+        self.recording_is_valid = False
+        self.configs: list[Any] = []
+        self.find_configs()
+
+    def find_configs(self) -> None:
+        """Finds the configurations, which may be others if the model has changed."""
+        modules = self.model.modules()
+        parts = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
+        self.configs = [c for c in parts.values() if hasattr(c, "_attn_implementation")]
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """function(*args, **kwargs) while the model's attention is `slot_attention`.
+
+        No context manager: Ctrl-C may come when a `with` block is entered or left, and the
+        configurations would stay changed.
+        """
+        before = [config._attn_implementation for config in self.configs]
+        try:
+            try:
+                set_attention(self.configs, [IMPLEMENTATION] * len(before))
+                return function(*args, **kwargs)
+            finally:
+                set_attention(self.configs, before)
+        except BaseException:
+            set_attention(self.configs, before)  # Ctrl-C may have come in the middle of it
+            raise
+
+    def prefill(self, steering: Steering, tokens: Tensor, positions: Tensor, plan: Prefill) -> None:
+        """Puts the keys and values of tokens [T, 1] at positions [T, 1] into their slots.
+
+        The body alone runs: a prompt's last token goes through the head in a decode step.
+
+        Raises: ModelError for whatever the model raises.
+        """
+        with model_errors(Exception), steering:
+            self.run(
+                self.model.base_model,
+                input_ids=tokens,
+                position_ids=positions,
+                use_cache=False,
+                slots=plan,
+            )
+
+    def logits(self, steering: Steering, tokens: Tensor, positions: Tensor, plan: Decode) -> Tensor:
+        """Logits [B, V] of one token per slot: tokens [B, 1] at positions [B, 1].
+
+        Raises: ModelError for whatever the model raises.
+        """
+        with model_errors(Exception), steering:
+            if self.recording is not None and self.recording_is_valid:
+                logits = self.recording(Inputs(tokens, positions, plan), len(tokens))
+            else:
+                logits = self.run(
+                    self.model,
+                    input_ids=tokens,
+                    position_ids=positions,
+                    use_cache=False,
+                    slots=plan,
+                ).logits
+            return logits[:, -1]
+
+
+def set_attention(configs: Sequence[Any], implementations: Sequence[str | None]) -> None:
+    """Names the attention implementation in each configuration."""
+    for config, name in zip(configs, implementations, strict=True):
+        config._attn_implementation = name
