@@ -48,11 +48,7 @@ def call(name: str, *args: Any) -> Any:
     no_grad do not, and the way through torch.library costs 7 us hot and 18 us in a decoding loop,
     as much as the low-rank part of a 2048-wide layer itself.
     """
-    watched = (
-        torch.compiler.is_compiling()
-        or native.mode_active()
-        or type(args[0]) not in _PLAIN
-    )
+    watched = torch.compiler.is_compiling() or native.mode_active() or type(args[0]) not in _PLAIN
     if watched:
         return getattr(torch.ops.clp_kernels, name)(*args)
     return _run(name, args)

@@ -445,7 +445,7 @@ def test_zero_rows_on_every_path(dtype: torch.dtype, path: str) -> None:
     A[0, 0, 0], B[1, 5, 2] = torch.inf, torch.nan
     bare, zero = F.linear(x, W, c), (w == 0).all(1)
     finite = torch.where(zero[:, None], 1.0, w), A.nan_to_num(0, 0), torch.full_like(B, -0.0)
-    for gradient in (False, True):  # at once, and the long way
+    for gradient in (False, True):  # on the fast path, and checked
         A, a = A.requires_grad_(gradient), finite[1].requires_grad_(gradient)
         y = mixed_lora(x, W, A, B, w, bias=c, backend="cpu").detach()
         assert torch.equal(y[zero].view(torch.int16), bare[zero].view(torch.int16))
@@ -596,7 +596,7 @@ def test_mixed_linear_algebra(size: tuple[int, ...]) -> None:
         assert torch.equal(run(x=x[:1], w=w[:1]), whole[:1])
 
 
-# The short way from Python to the kernel: it takes what is plain, and gives None to all else.
+# The fast path: it takes plain inputs, and returns None for all others.
 
 
 def quick(**changed: Any) -> Tensor | None:
@@ -688,19 +688,21 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("case", TAKEN)
-def test_fast_path_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_gives_what_the_checked_call_gives(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("NATIVE_WORK", "FAST_PATH_WORK", "NATIVE_WORK_16_BITS"):
         monkeypatch.setattr(cpu_mixed_lora, name, 10**12)
     y = quick(**TAKEN[case])
     assert y is not None
-    # The long way, on the same arguments.
+    # The checked call, on the same arguments.
     bare = registry.Backend("cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not)
     monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (bare,))
 
-    def long_way(x, base_weight, lora_A, lora_B, weights, scaling, bias, *_):  # type: ignore[no-untyped-def]
+    def checked_call(x, base_weight, lora_A, lora_B, weights, scaling, bias, *_):  # type: ignore[no-untyped-def]
         return mixed_lora(x, base_weight, lora_A, lora_B, weights, scaling=scaling, bias=bias)
 
-    monkeypatch.setattr(cpu_mixed_lora, "fast_path", lambda: long_way)
+    monkeypatch.setattr(cpu_mixed_lora, "fast_path", lambda: checked_call)
     wanted = quick(**TAKEN[case])
     assert wanted is not None
     assert y.dtype == wanted.dtype
@@ -712,7 +714,7 @@ def test_fast_path_refuses(case: str) -> None:
     assert quick(**REFUSED[case]) is None
 
 
-def test_fast_path_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_leaves_calls_under_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quick() is not None
     with torch.no_grad():
         assert quick(lora_A=lambda t: t.requires_grad_()) is not None
@@ -730,7 +732,7 @@ def test_fast_path_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quick() is not None
 
 
-def test_fast_path_needs_the_first_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_belongs_to_the_first_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     x, A, B, w, _ = low_rank_inputs((3, 8, 6, 2, 4), F32, F32)
     W = torch.randn(6, 8)

@@ -3,7 +3,6 @@
 Unverified: the kernel (csrc/cuda/mixed_linear/mixed_linear.cu) has not run on a GPU yet.
 """
 
-import torch
 from torch import Tensor
 
 from clp_kernels import native

@@ -504,7 +504,7 @@ def test_an_unknown_instruction_set() -> None:
         draw(rows(2, 3, 5), "mmx")
 
 
-# The short way from Python to the kernel: it takes what is plain, and gives None to all else.
+# The fast path: it takes plain inputs, and returns None for all others.
 
 
 def quick(**changed: Any) -> tuple[Tensor, ...] | None:
@@ -594,18 +594,20 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", TAKEN)
-def test_fast_path_gives_what_the_long_way_gives(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_gives_what_the_checked_call_gives(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = quick_arguments(**TAKEN[case])
     drawn = quick(**TAKEN[case])
     assert drawn is not None
-    monkeypatch.setitem(registry.BACKENDS, "sample", (long_way(),))
+    monkeypatch.setitem(registry.BACKENDS, "sample", (checked_call(),))
     wanted = clp_kernels.sample(arguments.pop("logits"), **arguments)
     for a, b in zip(drawn, wanted, strict=True):
         assert a.dtype == b.dtype and not a.requires_grad
         assert torch.equal(a, b)
 
 
-def long_way() -> registry.Backend:
+def checked_call() -> registry.Backend:
     return registry.Backend("cpu", cpu_sample.sample, cpu_sample.why_not)
 
 
@@ -614,7 +616,7 @@ def test_fast_path_refuses(case: str) -> None:
     assert quick(**REFUSED[case]) is None
 
 
-def test_fast_path_sees_who_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_path_leaves_calls_under_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quick() is not None
     with torch.autocast("cpu", torch.bfloat16):
         assert quick() is None
