@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from decoding_alone import new_spread_policy
 from torch import nn
 
 from clp.engine import recording
@@ -139,11 +138,6 @@ def test_nothing_is_left_on_model_and_plan(policy):
     assert sampler.runner.models[0].recording is not None
     for layer in steered_layers(policy.model).values():
         assert "forward" not in layer.__dict__
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return new_spread_policy()
 
 
 def generate(sampler):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from decoding_alone import new_spread_policy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,11 +12,6 @@ from clp.engine.scheduler import Scheduler
 
 BYTES = 4 * 2 * 2 * 32 * 4  # tiny: layers, keys and values, heads, width, float32
 WEIGHTS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return new_spread_policy()
 
 
 def prompts(lengths, seed=0):

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from decoding_alone import new_spread_policy
 
 import clp_kernels
 from clp.engine.sampler import Sampler, SamplingParams, with_seeds
@@ -19,11 +18,6 @@ PROMPTS = [
     "Sam",
 ]
 WEIGHTS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return new_spread_policy()
 
 
 @pytest.fixture(scope="module")
