@@ -11,12 +11,8 @@ import torch
 import clp_kernels
 from clp.engine.sampler import Sampler, SamplingParams, with_seeds
 
-PROMPTS = [
-    "Tom had a red kite.",
-    "Mia",
-    "One day, the old dog was at the lake with a friend.",
-    "Sam",
-]
+LONGEST = "One day, the old dog was at the lake with a friend."
+PROMPTS = ["Tom had a red kite.", "Mia", LONGEST, "Sam"]
 WEIGHTS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
 
 
@@ -103,12 +99,8 @@ def test_a_batch_larger_than_max_batch_size_is_the_same(policy, sampler):
 
 
 def test_sequences_of_one_batch_have_their_own_parameters(sampler):
-    each = [
-        params(temperature=0),
-        params(top_k=1),
-        params(max_tokens=1),
-        params(top_p=0.5, min_p=0.1),
-    ]
+    changes = {"temperature": 0}, {"top_k": 1}, {"max_tokens": 1}, {"top_p": 0.5, "min_p": 0.1}
+    each = [params(**one) for one in changes]
     done = sampler.generate(PROMPTS, WEIGHTS, each)
     for i in range(4):
         (alone,) = sampler.generate([PROMPTS[i]], [WEIGHTS[i]], each[i])
@@ -131,9 +123,8 @@ def test_a_stop_string_that_is_a_special_token_stops(policy, sampler):
     free = params(max_tokens=60, temperature=2.0, ignore_eos=True)
     everything = with_seeds(free, range(16))
     found = 0
-    for c, one in zip(
-        sampler.generate(PROMPTS[:1] * 16, "joy=1", everything), everything, strict=True
-    ):
+    done = sampler.generate(PROMPTS[:1] * 16, "joy=1", everything)
+    for c, one in zip(done, everything, strict=True):
         at = next((i for i, token in enumerate(c.token_ids) if token in policy.end_ids), None)
         assert eos not in c.text
         if at is None:
@@ -161,14 +152,8 @@ def test_token_ids_as_prompts(policy, sampler):
     ids = policy.tokenizer(PROMPTS[0])["input_ids"]
     wanted = sampler.generate(PROMPTS[:1], WEIGHTS[:1], params())
     numpys = np.array(ids)
-    for prompt in (
-        ids,
-        tuple(ids),
-        numpys,
-        numpys.astype(np.uint16),
-        list(numpys),
-        torch.tensor(ids),
-    ):
+    same = [ids, tuple(ids), numpys, numpys.astype(np.uint16), list(numpys), torch.tensor(ids)]
+    for prompt in same:
         assert sampler.generate([prompt], WEIGHTS[:1], params()) == wanted
     for bad in (numpys[None], torch.tensor([ids])):
         with pytest.raises(TypeError, match="prompt 0 must be a text or a list of token ids"):
