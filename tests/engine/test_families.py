@@ -72,7 +72,10 @@ SERVED = {
         "ernie4_5_moe",
         EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
     ),
-    "modernbert-decoder": ("modernbert-decoder", {"layer_types": MIXED, "local_attention": 12}),
+    "modernbert-decoder": (
+        "modernbert-decoder",
+        {"layer_types": MIXED, "local_attention": 2 * WINDOW},
+    ),
 }
 # Values decide which experts run: their step is not a list of calls (clp/engine/recording.py).
 UNRECORDED = {"qwen3_moe", "mixtral", "deepseek_v3, values narrower than keys", "ernie4_5_moe",
