@@ -124,7 +124,7 @@ def rows(
 def append(path: Path, new: Iterable[Row]) -> None:
     """Adds rows at the end of the file, with a header if it is new.
 
-    A file from before the last columns gets them first, empty in its rows (`migrate`).
+    A file from before the last columns is first written anew with them, empty in its rows.
 
     Raises: ValueError if the file has other columns; values that are there never change.
     """
@@ -133,20 +133,15 @@ def append(path: Path, new: Iterable[Row]) -> None:
         path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
     header = _header(path)
     if header in [FIELDS[:count] for count in OLDER]:
-        migrate(path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(read(path))
+        write_whole(path, text.getvalue().encode())
     elif header != FIELDS:
         raise ValueError(f"{path.name} has the columns {list(header)}, expected {list(FIELDS)}")
     with path.open("a", encoding="utf-8", newline="") as file:
         csv.DictWriter(file, FIELDS, lineterminator="\n").writerows(new)
-
-
-def migrate(path: Path) -> None:
-    """Writes a file without the last columns anew with them, empty; every value stays as it is."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(read(path))
-    write_whole(path, text.getvalue().encode())
 
 
 def _header(path: Path) -> tuple[str, ...]:

@@ -91,24 +91,21 @@ def test_percentile() -> None:
     assert workload.percentile([1.0], 0.5) == 1.0
 
 
-def made(models: tuple[Any, Any]) -> dict[str, tuple[engines.Engine, bool]]:
+def test_greedy_tokens_of_all_engines_agree(models, work, judge) -> None:
+    """With the weight rows ours are PEFT's merges', without them all three bases are the same."""
+    pytest.importorskip("peft")
     policy, base = models
     bare = engines.Bare(base, policy.tokenizer)
-    return {
+    made = {
         "clp": (engines.Clp(policy, 6), True),
         "clp_no_adapters": (engines.Clp(bare, 6, weighted=False), False),
         "torch_generate_base": (engines.Generate(base), False),
         "peft_merged_generate": (engines.PeftMerged(policy, base), True),
         "transformers_cb": (engines.ContinuousBatching(base, 6, 80), False),
     }
-
-
-def test_greedy_tokens_of_all_engines_agree(models, work, judge) -> None:
-    """With the weight rows ours are PEFT's merges', without them all three bases are the same."""
-    pytest.importorskip("peft")
     batch = work.batch(0, 3)
     tokens: dict[str, list[list[int]]] = {}
-    for name, (engine, weighted) in made(models).items():
+    for name, (engine, weighted) in made.items():
         served = engine.serve(batch, greedy=True)
         workload.counted(served, batch, work.vocab_size)
         assert judge.share(batch, served, weighted=weighted) <= 1

@@ -140,17 +140,15 @@ def test_what_the_slots_hold_is_not_copied_when_the_policy_has_changed(sampler):
     parameters = list(policy.adapter_parameters().values())
     before = [p.detach().clone() for p in parameters]
     try:
-        with torch.no_grad():
-            for p in parameters:
-                p.mul_(1.3)
+        for p in parameters:
+            p.data.mul_(1.3)
         changed = sampler.submit(IDS[:40], "joy=1", SamplingParams(max_tokens=8, seed=1))
         sampler.finish([changed])
         Alone().check(changed)
         assert changed.completions[0].token_ids != request.completions[0].token_ids
     finally:
-        with torch.no_grad():
-            for p, old in zip(parameters, before, strict=True):
-                p.copy_(old)
+        for p, old in zip(parameters, before, strict=True):
+            p.data.copy_(old)
 
 
 # One sequence fails
@@ -260,8 +258,8 @@ ERRORS = [RuntimeError("no kernel"), MemoryError(), torch.OutOfMemoryError("2 Gi
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
 def test_a_failed_forward_ends_the_sequences_of_that_forward_alone(sampler, at):
     layer = spread_policy().model.model.layers[2].mlp
-    groups, scheduler, runner = [], sampler.scheduler, sampler.runner
-    plan, decode = scheduler.next_batch, runner.decode
+    groups, runner = [], sampler.runner
+    plan, decode = sampler.scheduler.next_batch, runner.decode
 
     def planning(budget, **mode):
         batch = plan(budget, **mode)
@@ -269,11 +267,8 @@ def test_a_failed_forward_ends_the_sequences_of_that_forward_alone(sampler, at):
             groups.append(batch.sequences)
         return batch
 
-    def decoding(sequences, first):
-        groups.append(list(sequences))
-        return decode(sequences, first)
-
-    scheduler.next_batch, runner.decode = planning, decoding
+    sampler.scheduler.next_batch = planning
+    runner.decode = lambda group, first: (groups.append(list(group)), decode(group, first))[1]
     requests = good_ones(sampler, 4, n=2)
     error = ERRORS[at % len(ERRORS)]
     with failing(layer, "forward", at, error):
@@ -361,16 +356,16 @@ def test_a_failed_resize_ends_the_sequences_of_that_step(sampler, at):
 
 
 def test_a_failed_copy_does_not_end_the_next_one_in_the_queue(sampler):
-    first = sampler.submit(IDS[:30], "joy=1", SamplingParams(max_tokens=9, seed=1))
+    requests = [sampler.submit(IDS[:30], "joy=1", SamplingParams(max_tokens=9, seed=1))]
     sampler.step()
     sampler.step()
     with failing(sampler.runner, "copy", 1, RuntimeError("copy")):
-        hit = sampler.submit(IDS[:28], "joy=1", SamplingParams(max_tokens=3, seed=1))
-        other = sampler.submit(IDS[50:60], "joy=1", SamplingParams(max_tokens=3, seed=1))
-        sampler.finish([first, hit, other])
-    errors = [r.completions[0].error for r in (first, hit, other)]
+        for ids in (IDS[:28], IDS[50:60]):
+            requests.append(sampler.submit(ids, "joy=1", SamplingParams(max_tokens=3, seed=1)))
+        sampler.finish(requests)
+    errors = [r.completions[0].error for r in requests]
     assert errors == ["RuntimeError: copy", "RuntimeError: copy", None]
-    Alone().check(other)
+    Alone().check(requests[2])
 
 
 class Tokenizer:

@@ -75,17 +75,15 @@ def test_two_runs_are_bitwise_the_same(whole, tmp_path):
     assert metrics(whole) == metrics(tmp_path / "b")
 
 
-def test_micro_batches_give_the_same_training(whole, tmp_path):
-    CLPTrainer(args=config(tmp_path / "b", micro_batch_size=3)).train()
+LESS_MEMORY = [({"micro_batch_size": 3}, 1e-3), ({"gradient_checkpointing": True}, 1e-4)]
+
+
+@pytest.mark.parametrize(("changes", "limit"), LESS_MEMORY)
+def test_less_memory_gives_the_same_training(whole, tmp_path, changes, limit):
+    CLPTrainer(args=config(tmp_path / "b", **changes)).train()
     for a, b in zip(metrics(whole), metrics(tmp_path / "b"), strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-4)
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
-
-
-def test_gradient_checkpointing_gives_the_same_training(whole, tmp_path):
-    CLPTrainer(args=config(tmp_path / "b", gradient_checkpointing=True)).train()
-    for a, b in zip(metrics(whole), metrics(tmp_path / "b"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], abs=limit)
 
 
 @pytest.mark.slow
