@@ -18,7 +18,7 @@ ANEW := anew
 endif
 endif
 
-.venv/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f) $(ANEW)
+.venv/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*/*.* csrc/*/*/*.*) $(ANEW)
 ifdef ANEW
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15) and "clp needs Python 3.11 to 3.14, $(PYTHON) is Python %d.%d: name another one, as in make dev PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv --clear .venv
