@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clp.policies.lora import Policy
+from clp.training.config import CLPConfig
 from clp_kernels.nn.mixed_lora import steered_layers
 
 
@@ -22,6 +23,13 @@ def randomise(model, std, seed):
     for layer in steered_layers(model).values():
         values = torch.empty(layer.lora_B.shape).normal_(0, std, generator=generator)
         layer.lora_B.data.copy_(values)
+
+
+def config(folder, **changes):
+    """A training of four short steps, or as the changes say."""
+    small = {"num_prompts": 2, "num_generations": 2, "max_completion_length": 4, "r": 2}
+    steps = {"max_steps": 4, "save_steps": 2, "warmup_steps": 1}
+    return CLPConfig(output_dir=str(folder), **(small | steps | changes))
 
 
 def records(path):

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -108,11 +108,7 @@ def _sample(command: SampleCommand, params: "SamplingParams") -> int:
         raise ValueError("the prompts have no weights: give --weights")
     else:
         source = Source.of_prompts(command.prompts)
-    return sample_file(
-        source,
-        None if command.output is None else home_expanded(command.output),
-        defaults,
-        make_sampler,
-        policy_sha256=hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest(),
-        base_model=command.base_model,
-    )
+    output = None if command.output is None else home_expanded(command.output)
+    digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+    policy: dict[str, Any] = {"policy_sha256": digest, "base_model": command.base_model}
+    return sample_file(source, output, defaults, make_sampler, **policy)

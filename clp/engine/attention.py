@@ -70,29 +70,20 @@ class Prefill:
         self._target.write(keys, k)
         self._target.write(values, v)
         q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
-        gqa, parts = q.shape[1] != k.shape[1], []
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+        parts = []
         for tokens in self._groups:
-            longest = tokens.shape[1]
-            mask = _mask(0, longest, window, q.device)
+            mask = _mask(0, tokens.shape[1], window, q.device)
+            own, ks, vs = (t[tokens].transpose(1, 2) for t in (q, k, v))
             out = F.scaled_dot_product_attention(
-                q[tokens].transpose(1, 2),
-                k[tokens].transpose(1, 2),
-                v[tokens].transpose(1, 2),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=gqa,
+                own, ks, vs, mask, is_causal=mask is None, **options
             )
             parts.append(out.transpose(1, 2).flatten(0, 1))
         for (slot, start, stop), here in self._later:
-            out = F.scaled_dot_product_attention(
-                q[here].transpose(0, 1)[None],
-                keys[slot : slot + 1, :, :stop],
-                values[slot : slot + 1, :, :stop],
-                attn_mask=_mask(start, stop, window, q.device),
-                scale=scale,
-                enable_gqa=gqa,
-            )
+            mask = _mask(start, stop, window, q.device)
+            own = q[here].transpose(0, 1)[None]
+            cached = slice(slot, slot + 1), slice(None), slice(stop)
+            out = F.scaled_dot_product_attention(own, keys[cached], values[cached], mask, **options)
             parts.append(out[0].transpose(0, 1))
         return torch.cat(parts)[self._back][:, None]
 

@@ -127,9 +127,9 @@ class Runner:
         """
         match action:
             case Resize() | Copy() | CopyEach():
-                kinds = {Resize: self.resize, Copy: self.copy, CopyEach: self.copy_each}
+                calls: Any = {Resize: self.resize, Copy: self.copy, CopyEach: self.copy_each}
                 with model_errors(RuntimeError, MemoryError):
-                    kinds[type(action)](*action)
+                    calls[type(action)](*action)
             case Place():
                 self.state.place(*action)
             case Move():

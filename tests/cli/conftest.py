@@ -1,27 +1,16 @@
 """The command line, run in this process."""
 
 import sys
-from typing import NamedTuple
 
 import pytest
 
 from clp import cli
 
 
-class Said(NamedTuple):
-    """What a command has written."""
-
-    out: str
-    err: str
-
-    @property
-    def last(self):
-        return self.err.splitlines()[-1]
-
-
 @pytest.fixture
 def clp(monkeypatch, capsys):
-    """clp(*argv, code=2) runs a command that must end with this code; without one it returns."""
+    """clp(*argv, code=2) runs a command that must end with this code (without one it must return),
+    and gives what it has written: `out` and `err`."""
 
     def run(*argv, code=None):
         capsys.readouterr()
@@ -31,7 +20,7 @@ def clp(monkeypatch, capsys):
             cli.main()
         except SystemExit as stop:
             ended = stop.code
-        said = Said(*capsys.readouterr())
+        said = capsys.readouterr()
         assert ended == code, said
         return said
 

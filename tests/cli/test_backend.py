@@ -23,7 +23,8 @@ def test_one_line(monkeypatch, clp, tmp_path, saved, command, value):
         "eval": [saved],
         "sample": [saved, "Hi", "--weights", "joy=1"],
     }[command]
-    assert clp(command, *argv, code=2).last.startswith(f"clp {command}: error: CLP_KERNELS_BACKEND")
+    error = clp(command, *argv, code=2).err.splitlines()[-1]
+    assert error.startswith(f"clp {command}: error: CLP_KERNELS_BACKEND")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -65,7 +65,7 @@ def test_resume_needs_the_folder_alone(clp, tmp_path):
         (["--rewards", "joy=brevity", "brevity=sentiment"], "as the reward of brevity"),
     ]:
         said = clp("train", "--output-dir", folder, "--resume", *option, code=2)
-        assert message in said.last
+        assert message in said.err.splitlines()[-1]
 
 
 def test_a_training_that_diverges_ends_with_one_line(clp, monkeypatch, tmp_path):
@@ -74,7 +74,7 @@ def test_a_training_that_diverges_ends_with_one_line(clp, monkeypatch, tmp_path)
 
     monkeypatch.setattr("clp.training.trainer.CLPTrainer.train", diverge)
     said = clp("train", "--output-dir", tmp_path / "r", *SMALL, code=2)
-    assert said.last == "clp train: error: the last checkpoint is x"
+    assert said.err.splitlines()[-1] == "clp train: error: the last checkpoint is x"
 
 
 def test_sample_from_prompts(clp, trained):
@@ -413,7 +413,7 @@ def test_ctrl_c_is_one_line_and_code_130(clp, monkeypatch, trained, tmp_path, co
         "sample": [trained, "Tom", "--weights", "joy=1"],
     }[command]
     hint = "; there is no checkpoint yet: --resume begins at step 1" if command == "train" else ""
-    assert clp(command, *argv, code=130).last == f"clp {command}: stopped{hint}"
+    assert clp(command, *argv, code=130).err.splitlines()[-1] == f"clp {command}: stopped{hint}"
 
 
 def info_prints(what):

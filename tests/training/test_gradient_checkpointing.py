@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.utils.checkpoint
 import transformers
+from tiny_runs import config
 from torch.autograd.graph import saved_tensors_hooks
 
 import clp_kernels
 from clp.data.paths import TINY
 from clp.policies.lora import Policy
 from clp.policies.token_stats import Batch, token_stats
-from clp.training.config import CLPConfig
 from clp.training.gradient_checkpointing import checkpointing
 from clp.training.trainer import CLPTrainer
 
@@ -149,11 +149,10 @@ def test_a_model_without_such_layers_is_refused():
 
 
 def test_the_trainer_checkpoints_its_own_forwards_alone(tmp_path, calls):
-    small = {"num_prompts": 4, "num_generations": 2, "max_completion_length": 6, "max_steps": 2,
-             "r": 2, "micro_batch_size": 4}  # fmt: skip
+    small = {"num_prompts": 4, "max_completion_length": 6, "max_steps": 2, "micro_batch_size": 4}
     losses = []
     for on in (False, True):
-        args = CLPConfig(output_dir=str(tmp_path / str(on)), gradient_checkpointing=on, **small)
+        args = config(tmp_path / str(on), gradient_checkpointing=on, **small)
         trainer = CLPTrainer(args=args)
         losses.append([trainer.train_step() for _ in range(2)])
     layers = trainer.policy.model.config.num_hidden_layers

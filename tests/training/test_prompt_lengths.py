@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny_runs import config
 
 from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
@@ -10,8 +11,6 @@ from clp.training.config import CLPConfig
 from clp.training.prompt_lengths import fitting_rows
 from clp.training.trainer import CLPTrainer
 
-SMALL = {"num_prompts": 2, "num_generations": 2, "max_completion_length": 4, "max_steps": 1,
-         "r": 2}  # fmt: skip
 LONG = "Tom had a red kite. " * 200
 
 
@@ -33,7 +32,7 @@ def write(path, *prompts):
 
 def test_a_prompt_that_is_too_long_is_named_by_file_and_line(tmp_path):
     path = write(tmp_path / "p.jsonl", "Tom had a kite", LONG, "Mia was sad", LONG + "More")
-    args = CLPConfig(output_dir=str(tmp_path / "r"), prompts=path, **SMALL)
+    args = config(tmp_path / "r", prompts=path, max_steps=1)
     message = r"p\.jsonl:3: the prompt has \d+ tokens, at most \d+ fit .* 2 of 4 prompts"
     with pytest.raises(ValueError, match=message):
         CLPTrainer(args=args)
@@ -41,7 +40,7 @@ def test_a_prompt_that_is_too_long_is_named_by_file_and_line(tmp_path):
 
 
 def test_rows_given_in_python_are_named_by_index(tmp_path):
-    args = CLPConfig(output_dir=str(tmp_path / "r"), **SMALL)
+    args = config(tmp_path / "r", max_steps=1)
     with pytest.raises(ValueError, match=r"train_dataset\[1\]: the prompt has"):
         CLPTrainer(args=args, train_dataset=[{"prompt": "Tom"}, {"prompt": LONG}])
 
@@ -50,7 +49,7 @@ def test_max_prompt_length_leaves_out_and_says_how_many(tmp_path, capsys, length
     short = ["Tom had a kite.", "Mia was sad."]
     limit = max(map(length, short))
     rows = [{"prompt": p} for p in (LONG, short[0], LONG, short[1], short[0] + " So")]
-    args = CLPConfig(output_dir=str(tmp_path / "r"), max_prompt_length=limit, **SMALL)
+    args = config(tmp_path / "r", max_prompt_length=limit, max_steps=1)
     trainer = CLPTrainer(args=args, train_dataset=rows)
     assert f"left out 3 of 5 prompts: they have more than {limit} tokens" in capsys.readouterr().err
     assert [row["prompt"] for row in trainer.rows] == short
@@ -68,7 +67,7 @@ def test_the_longest_prompt_that_fits_is_trained_on(tmp_path, policy, length):
     words = policy.context_length - 4 - length("Tom")
     fitting = "Tom" + " a" * words
     assert length(fitting) == policy.context_length - 4
-    args = CLPConfig(output_dir=str(tmp_path / "r"), **SMALL)
+    args = config(tmp_path / "r", max_steps=1)
     CLPTrainer(args=args, train_dataset=[{"prompt": fitting}]).train()
     with pytest.raises(ValueError, match=r"train_dataset\[0\]: the prompt has"):
         fitting_rows([{"prompt": fitting + " a"}], policy, Sampler(policy), 4)

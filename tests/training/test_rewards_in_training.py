@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import metrics, records
+from tiny_runs import config, metrics, records
 
 from clp.engine.requests import SamplingParams
 from clp.evaluation.frontier import evaluate
 from clp.rewards import brevity, sentiment
-from clp.training.config import CLPConfig
 from clp.training.rollout import metric_names
 from clp.training.trainer import CLPTrainer
 
@@ -21,11 +20,8 @@ ROWS = [{"prompt": "Tom had a red kite.", "gold": "red"}, {"prompt": "Mia was sa
 
 
 def make(folder, reward_funcs, rows=ROWS, model="tiny", **changes):
-    args = CLPConfig(output_dir=str(folder), **({
-        "num_prompts": 2, "num_generations": 3, "max_completion_length": 8, "max_steps": 2,
-        "save_steps": 1, "r": 2,
-    } | changes))  # fmt: skip
-    return CLPTrainer(model=model, reward_funcs=reward_funcs, args=args, train_dataset=rows)
+    longer = {"num_generations": 3, "max_completion_length": 8, "max_steps": 2, "save_steps": 1}
+    return CLPTrainer(model, reward_funcs, config(folder, **(longer | changes)), rows)
 
 
 def odd(value):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import metrics
+from tiny_runs import config, metrics
 
 from clp.data.prompts import TRAIN_PROMPTS
 from clp.rewards import brevity, sentiment
@@ -18,10 +18,6 @@ from clp.training.config import CLPConfig
 from clp.training.run_folder import Inputs, RunLock
 from clp.training.trainer import CLPTrainer
 
-SMALL = {
-    "num_prompts": 2, "num_generations": 2, "max_completion_length": 4, "max_steps": 4,
-    "save_steps": 2, "r": 2, "warmup_steps": 1,
-}  # fmt: skip
 ROWS = [{"prompt": f"Tom had {i} red kites.", "mood": i} for i in range(5)]
 
 
@@ -30,10 +26,6 @@ def mood(prompts, completions, mood, **columns):
 
 
 FUNCTIONS = {"tone": sentiment, "mood": mood}
-
-
-def config(folder, **changes):
-    return CLPConfig(output_dir=str(folder), **(SMALL | changes))
 
 
 def resumed(folder, functions=None, rows=None, **changes):

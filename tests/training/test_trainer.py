@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
 from tiny_runs import metrics
 
@@ -27,10 +28,7 @@ SMALL = {
     "num_prompts": 4, "num_generations": 3, "max_completion_length": 8, "max_steps": 6,
     "save_steps": 2, "r": 2, "warmup_steps": 2,
 }  # fmt: skip
-
-
-def config(folder, **changes):
-    return CLPConfig(output_dir=str(folder), **(SMALL | changes))
+config = partial(tiny_runs.config, **SMALL)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """TRL's own reward functions, unchanged, in a training."""
 
 import torch
-from tiny_runs import metrics, records
+from tiny_runs import config, metrics, records
 from transformers import TrainerState
 from trl.rewards import (
     accuracy_reward,
@@ -14,7 +14,6 @@ from trl.rewards import (
 
 from clp.data import scoring
 from clp.data.scoring import RewardLog
-from clp.training.config import CLPConfig
 from clp.training.trainer import CLPTrainer
 
 FUNCTIONS = [
@@ -54,10 +53,7 @@ def test_their_values():
 
 
 def test_a_training_with_all_of_them(tmp_path, chat_model):
-    args = CLPConfig(
-        output_dir=str(tmp_path / "r"), num_prompts=2, num_generations=2, max_completion_length=8,
-        max_steps=2, r=2,
-    )  # fmt: skip
+    args = config(tmp_path / "r", max_completion_length=8, max_steps=2)
     rows = [{"prompt": PROMPT, "solution": text} for text in ("2", EMPTY)]
     CLPTrainer(chat_model, FUNCTIONS, args, rows).train()
     rows, table = metrics(tmp_path / "r"), records(tmp_path / "r/completions.jsonl")
