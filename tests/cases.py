@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clp_kernels import testing
+from clp_kernels import native, testing
 from clp_kernels.ops.linear_logprob.head import Inputs as HeadInputs
 from clp_kernels.testing import assert_within_budget
 
@@ -21,6 +22,14 @@ MODES = ("geometric", "probability")
 # x's dtype and that of the adapters.
 LORA_DTYPES = [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F32, F32)]
 Results = dict[str, Tensor]
+
+# Marks of the tests of compiled kernels, and the instruction sets of this processor.
+CPU_KERNELS = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
+CUDA_KERNELS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(native.cuda_missing() is not None, reason=str(native.cuda_missing())),
+]
+ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
@@ -63,6 +72,25 @@ def gradients(
     )
     named = {f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}
     return {k: t.detach() for k, t in out.items()} | named
+
+
+def assert_graph_replays(
+    run: Callable[[dict[str, Any]], tuple[Tensor, ...]], fresh: Callable[[], dict[str, Any]]
+) -> None:
+    """Captures run(fresh()) once and replays it with other inputs: nothing is read on the host."""
+    args = fresh()
+    run(args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(args)
+    for _ in range(3):
+        new = fresh()
+        for name, captured_input in args.items():
+            if isinstance(captured_input, Tensor):
+                captured_input.copy_(new[name])
+        graph.replay()
+        assert all(map(same_bits, captured, run(new)))
 
 
 def judge(runs: list[tuple[Results, Results, Results]], what: str = "") -> None:
