@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clp_kernels import native, testing
 from clp_kernels.ops.linear_logprob.head import Inputs as HeadInputs
+from clp_kernels.ops.sample import reference as sample_reference
 from clp_kernels.testing import assert_within_budget
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -341,6 +342,134 @@ def judge_mixture(
         assert (three[0].dtype, three[0].is_contiguous()) == (three[2].dtype, True), name
         assert_within_budget(*three, name=name)
     return got, same
+
+
+# sample: the arguments of its backends by name.
+
+# The vectors that Random123 publishes (kat_vectors, philox4x32 10), by counter and key.
+PHILOX_ANSWERS = {
+    ((0,) * 4, (0,) * 2): "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2): "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+    ): "d16cfe09 94fdcceb 5001e420 24126ea1",
+}
+Draw = dict[str, Any]
+
+
+def draw_inputs(
+    m: int,
+    batch: int,
+    vocab_size: int,
+    dtype: torch.dtype = F32,
+    mode: str = "geometric",
+    filters: str = "",
+) -> Draw:
+    """Logits of spread 3, every temperature, weights of any sign that the mode allows.
+
+    filters: those of "top_k top_p min_p" that are given; each is off in some rows.
+    """
+    weights = torch.rand(batch, m) if mode == "probability" else torch.randn(batch, m)
+
+    def one_of(values: list[float], dtype: torch.dtype = F32) -> Tensor:
+        return torch.tensor(values, dtype=dtype)[torch.randint(0, len(values), (batch,))]
+
+    k = one_of([0, 1, 2, 20, 1000, vocab_size, vocab_size + 9], torch.int64)
+    p, least = one_of([1.0, 0.999999, 0.9, 0.5, 1e-6]), one_of([0.0, 1e-4, 0.05, 1.0])
+    return {
+        "logits": (3 * torch.randn(m, batch, vocab_size)).to(dtype),
+        "weights": None if m == 1 else weights,
+        "mode": mode,
+        "temperature": torch.tensor([0.0, 0.3, 1.0, 3.0]).repeat(batch)[:batch],
+        "top_k": k if "top_k" in filters else None,
+        "top_p": p if "top_p" in filters else None,
+        "min_p": least if "min_p" in filters else None,
+        "seed": torch.randint(-(2**63), 2**63 - 1, (batch,)),
+        "position": torch.randint(2**31, 2**40, (batch,)),
+    }
+
+
+def draw_rows(args: Draw, rows: Any) -> Draw:
+    """These rows of the batch."""
+    tensors = {k: t for k, t in args.items() if isinstance(t, Tensor)}
+    return args | {k: t[:, rows] if k == "logits" else t[rows] for k, t in tensors.items()}
+
+
+def draw_on(args: Draw, device: str) -> Draw:
+    return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in args.items()}
+
+
+def assert_close_draws(got: Any, wanted: Any, atol: float = 1e-5, rtol: float = 1e-6) -> None:
+    """The same tokens, and close log-probabilities, NaN where they are NaN."""
+    assert [t.dtype for t in got] == [torch.int64, F32, F32]
+    assert torch.equal(got[0].cpu(), wanted[0])
+    for ours, theirs in zip(got[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def huge_draws(scale: float, vocab_size: int = 5000, filters: str = "") -> Draw:
+    """If a score's rounding loses the noise, ties go to the lowest index, as in float64."""
+    args = draw_inputs(1, 4, vocab_size, filters=filters)
+    logits = args["logits"][0]
+    logits[:] = scale
+    logits[2, ::3] = -scale
+    logits[3] *= 1 - torch.rand(vocab_size) * 1e-6
+    return args
+
+
+def largest_noise_draw(margin: float, filters: str = "") -> Draw:
+    """Id 510 of (seed 7, position 115434) has the word 0xffffffff: noise 22.87, once in 2^32.
+
+    Its score is above that of id 0 by the margin, and above all others.
+    """
+    args = draw_inputs(1, 1, 512, filters=filters)
+    args["seed"], args["position"] = torch.tensor([7]), torch.tensor([115_434])
+    noise = sample_reference.gumbel(
+        sample_reference.philox_uniform(args["seed"], args["position"], 512)
+    )[0]
+    assert noise[510] > 22.87
+    args["logits"][:] = -60.0
+    args["logits"][0, 0, 0], args["logits"][0, 0, 510] = 0.0, noise[0] - noise[510] + margin
+    args["temperature"][:] = 1.0
+    return args
+
+
+# Whether a row of bad_draws, and of infinite_draws, gives a token.
+GOOD_ROWS = [False, False, False, True, False, True, True]
+FINITE_ROWS = [True] * 4 + [False] * 4
+
+
+def bad_draws(vocab_size: int, batch: int = 6, mode: str = "geometric", filters: str = "") -> Draw:
+    """Rows without a finite logit, with NaN or with infinity, beside rows that are well."""
+    args = draw_inputs(1, batch, vocab_size, mode=mode, filters=filters)
+    logits = args["logits"][0]
+    logits[0] = -INF
+    logits[1, vocab_size // 2] = NAN
+    logits[2, 3] = INF
+    logits[3, :-5] = -INF
+    logits[4] = -INF
+    logits[4, -1] = NAN
+    return args
+
+
+def infinite_draws(filters: str = "") -> Draw:
+    """A term of weight 0 is not read; an active -inf decides, whatever stands beside it."""
+    args = draw_inputs(4, 8, 600, filters=filters)
+    logits, weights = args["logits"], args["weights"]
+    weights[0] = torch.tensor([0.0, 1.0, 0.0, 2.0])
+    logits[0, 0], logits[2, 0, ::2] = -INF, NAN
+    weights[1] = torch.tensor([1.0, -1.0, 0.5, 0.5])
+    logits[1, 1, :500] = -INF
+    weights[2] = 1
+    logits[0, 2, :300], logits[1, 2, :300] = -INF, NAN
+    weights[3] = 0
+    weights[4] = torch.tensor([1.0, 1.0, -1.0, 1.0])
+    logits[0, 4, 7], logits[2, 4, 8] = INF, INF
+    weights[5] = torch.tensor([1.0, NAN, 0.0, 0.0])
+    logits[1, 6, 400] = NAN
+    logits[:, 7] = -INF
+    return args
 
 
 # linear_logprob.

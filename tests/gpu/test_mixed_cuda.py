@@ -5,17 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    BF16,
-    CUDA_KERNELS,
-    F16,
-    F32,
-    F64,
-    INF,
-    NAN,
-    assert_graph_replays,
-    cast,
-)  # fmt: skip
+from cases import BF16, CUDA_KERNELS, F16, F32, F64, INF, NAN, assert_graph_replays, cast
 from torch import Tensor
 
 from clp_kernels import mixed_linear, mixed_lora

@@ -1,37 +1,19 @@
-"""The Triton kernels of mixed_linear on a GPU, held to the reference. Needs no conftest.py."""
-
-from typing import Any
+"""The Triton kernels of mixed_linear on a GPU, held to the reference. Needs a GPU."""
 
 import pytest
 import torch
 from cases import BF16, F16, F32, INF, NAN, LinearInputs, judge_linear
+from launches import TRITON_GPU
 from torch import Tensor
-
-pytest.importorskip("triton", reason="triton is not installed")
 
 from clp_kernels.ops.mixed_linear import reference
 from clp_kernels.ops.mixed_linear import triton as backend
-from clp_kernels.ops.triton_launch import INTERPRETED
 from clp_kernels.testing import expanded, noncontiguous
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 hides the GPU"),
-]
+pytestmark = TRITON_GPU
 
 DTYPES = (BF16, F16, F32)
 ALL = [True] * 4
-
-
-@pytest.fixture(autouse=True)
-def _poison_and_exact_products() -> Any:
-    """torch.empty gives NaN, and float32 products of the reference are not rounded to TF32."""
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(

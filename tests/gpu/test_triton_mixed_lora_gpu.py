@@ -8,43 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    INF,
-    NAN,
-    LoraInputs,
-    judge_lora,
-    lora_inputs,
-    not_finite,
-    run_lora,
-)  # fmt: skip
+from cases import INF, NAN, LoraInputs, judge_lora, lora_inputs, not_finite, run_lora
 from cases import LORA_DTYPES as DTYPES
-
-from clp_kernels.testing import WEIGHT_KINDS, noncontiguous, weight_rows
-
-pytest.importorskip("triton")
+from launches import TRITON_GPU
 
 from clp_kernels.ops.mixed_lora import triton as backend
 from clp_kernels.ops.mixed_lora import triton_kernels as kernels
-from clp_kernels.ops.triton_launch import INTERPRETED
+from clp_kernels.testing import WEIGHT_KINDS, noncontiguous, weight_rows
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or INTERPRETED,
-        reason="needs a CUDA device, and triton without its interpreter",
-    ),
-]
-
-
-@pytest.fixture(autouse=True)
-def _poison_and_seed() -> Any:
-    """torch.empty gives NaN: an element that a kernel does not write fails its test."""
-    torch.manual_seed(0)
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+pytestmark = TRITON_GPU
 
 
 draw, run = partial(lora_inputs, device="cuda"), partial(run_lora, backend)

@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from cases import (
     BF16,
+    CPU_KERNELS,
     F16,
     F32,
     F64,
+    ISAS,
     Results,
     gradients,
     judge,
     linear_plain,
     lora_plain,
-)  # fmt: skip
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -41,9 +43,7 @@ from clp_kernels.testing import (
     weight_rows,
 )
 
-pytestmark = pytest.mark.skipif(
-    native.cpu_missing() is not None, reason="the CPU kernels are not built"
-)
+pytestmark = CPU_KERNELS
 
 OPS = ("mixed_lora", "mixed_linear")
 CASES, CHUNK = 1500, 50
@@ -218,7 +218,6 @@ def test_budget(op: str, chunk: int) -> None:
 
 # The C++ kernels themselves, on every instruction set of this machine.
 
-ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
 SHAPES = (  # T, in, out, m, r: registers' remainders, one segment and more, few and many rows
     (1, 64, 64, 2, 8),
     (2, 1030, 21, 3, 5),

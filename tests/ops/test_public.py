@@ -21,7 +21,7 @@ from cases import (
     linear_plain,
     lora_plain,
     same_bits,
-)  # fmt: skip
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

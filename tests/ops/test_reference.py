@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from cases import PHILOX_ANSWERS
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -415,15 +416,6 @@ def test_second_derivatives_raise(name: str) -> None:
 
 # Random numbers.
 
-KNOWN_ANSWERS = {
-    ((0,) * 4, (0,) * 2): "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2): "408f276d 41c83b0e a20bc7c6 6d5451fd",
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-    ): "d16cfe09 94fdcceb 5001e420 24126ea1",
-}
-
 
 def uniform_words(seed: int, position: int, vocab: int) -> list[int]:
     """The 32-bit words behind philox_uniform."""
@@ -433,14 +425,16 @@ def uniform_words(seed: int, position: int, vocab: int) -> list[int]:
     return words.long().tolist()
 
 
-@pytest.mark.parametrize("counter, key", KNOWN_ANSWERS)
+@pytest.mark.parametrize("counter, key", PHILOX_ANSWERS)
 def test_philox_oracle_meets_the_known_answers(counter: tuple, key: tuple) -> None:
-    assert [f"{w:08x}" for w in philox4x32(counter, key)] == KNOWN_ANSWERS[counter, key].split()
+    assert [f"{w:08x}" for w in philox4x32(counter, key)] == PHILOX_ANSWERS[counter, key].split()
 
 
 def test_philox_known_answer() -> None:
     """Counter 0, key 0 is seed 0, position 0, tokens 0 to 3 (the others need a last word > 0)."""
-    assert " ".join(f"{w:08x}" for w in uniform_words(0, 0, 4)) == KNOWN_ANSWERS[(0,) * 4, (0,) * 2]
+    assert (
+        " ".join(f"{w:08x}" for w in uniform_words(0, 0, 4)) == PHILOX_ANSWERS[(0,) * 4, (0,) * 2]
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, -(2**31) - 5, 2**63 - 1, -(2**63)])

@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 import torch
 from cases import BF16, F16, F32, INF, NAN, LinearInputs, case_id, judge_linear
-from launches import Recorder, Witness, listed_keys, replace_kernels
+from launches import INTERPRETER, Recorder, Witness, listed_keys, replace_kernels
 from torch import Tensor
-
-pytest.importorskip("triton", reason="triton is not installed")
 
 from clp_kernels import testing
 from clp_kernels.ops import triton_launch
@@ -24,15 +22,7 @@ from clp_kernels.ops.mixed_linear import reference
 from clp_kernels.ops.mixed_linear import triton as backend
 from clp_kernels.ops.mixed_linear import triton_kernels as kernels
 
-pytestmark = [
-    pytest.mark.skipif(
-        not triton_launch.INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"
-    ),
-    # Small matrices: waking a second thread costs more than it brings.
-    pytest.mark.usefixtures("one_thread"),
-    # The interpreter warns where a test means inf and NaN to appear.
-    pytest.mark.filterwarnings("ignore:.*encountered in (matmul|cast):RuntimeWarning"),
-]
+pytestmark = INTERPRETER
 ALL = [True] * 4
 DTYPES = (F32, F16)
 
