@@ -141,9 +141,8 @@ def sampler_runs(args: argparse.Namespace) -> int:
 
 def _where(device: torch.device, roofs: timing.Roofs) -> str:
     """The machine and its state, in a line."""
-    gemm = "".join(
-        f", {dtype} GEMM {rate / 1e9:.0f} GFLOP/s" for dtype, rate in roofs.flops.items()
-    )
+    rates = {dtype: f"{rate / 1e9:.0f} GFLOP/s" for dtype, rate in roofs.flops.items()}
+    gemm = "".join(f", {dtype} GEMM {rate}" for dtype, rate in rates.items())
     return (
         f"{rows.machine(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"copy bandwidth {roofs.bandwidth / 1e9:.0f} GB/s{gemm}, "
@@ -181,17 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtypes = sorted({case.dtype for case in cases}) if subject is not sample else []
     roofs = timing.roofs(device, dtypes)
     print(_where(device, roofs), flush=True)
-    found, refusals = ladder(
-        subject,
-        cases,
-        device,
-        protocol,
-        roofs=roofs,
-        save=None if args.no_save else rows.RESULTS / f"{args.device}.csv",
-        graph=args.graph,
-        compiled=args.compile,
-        memory=subject is linear_logprob or (subject is mixed_lora and args.grad),
-    )
+    save = None if args.no_save else rows.RESULTS / f"{args.device}.csv"
+    memory = subject is linear_logprob or (subject is mixed_lora and args.grad)
+    options = {"graph": args.graph, "compiled": args.compile, "memory": memory}
+    found, refusals = ladder(subject, cases, device, protocol, roofs=roofs, save=save, **options)
     print(tables.tables(found, spread=False))
     return _refused(refusals)
 

@@ -38,8 +38,6 @@ LOADS = "from clp_kernels import native; raise SystemExit(native.cuda_missing())
 SAMPLE = [PYTHON, "-m", "bench", "sample", "--device", "cuda"]
 HEAD = [PYTHON, "-m", "bench", "linear_logprob", "--device", "cuda"]
 MIXED = [PYTHON, "-m", "bench", "mixed_lora", "--device", "cuda"]
-
-
 SAMPLER = [PYTHON, "-m", "bench", "sampler", "--device", "cuda", "--quick"]
 
 

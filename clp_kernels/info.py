@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
         },
         "backends": {
             op: [entry.name for entry in table if entry.name not in absent]
-            for op, table in registry.BACKENDS.items()
+            for op, table in sorted(registry.BACKENDS.items())
             if not op.endswith("_backward")
         },
         "backends not here": absent or "none",

@@ -82,13 +82,12 @@ def cuda_missing() -> str | None:
 
 def cpu() -> Any:
     """The module clp_kernels._cpu. Raises RuntimeError, with the reason, where it is missing."""
-    module, reason = _load("_cpu")
-    return _present(module, reason)
+    return _present("_cpu", cpu_missing())
 
 
 def cuda() -> Any:
     """The module clp_kernels._cuda. Raises RuntimeError, with the reason, where it is missing."""
-    return _present(_load("_cuda")[0], cuda_missing())
+    return _present("_cuda", cuda_missing())
 
 
 def has_native_gemm(dtype: torch.dtype) -> bool:
@@ -100,10 +99,10 @@ def has_native_gemm(dtype: torch.dtype) -> bool:
     return True
 
 
-def _present(module: ModuleType | None, reason: str | None) -> Any:
-    if reason is not None:
-        raise RuntimeError(reason)
-    return module
+def _present(name: str, missing: str | None) -> Any:
+    if missing is not None:
+        raise RuntimeError(missing)
+    return _load(name)[0]
 
 
 def _runs_on(built: str, capability: tuple[int, int]) -> bool:

@@ -4,28 +4,32 @@ import math
 from functools import cache
 
 import torch
+from tiny_runs import randomised
 
 import clp_kernels
-from clp.engine.sampler import Sampler
-from clp.policies.lora import Policy
-from clp_kernels.nn.mixed_lora import steered_layers
+from clp.engine.sampler import Sampler, SamplingParams
 from clp_kernels.ops.sample import reference
 
-NAMES = ["joy", "brief"]
 TOLERANCE = 1e-4  # of log-probabilities and of scores that count as a tie; float32 rounds at 1e-5
 
 
 def new_spread_policy(dtype=torch.float32):
     """The tiny model with adapters so large that all weights write something else."""
-    made = Policy.create("tiny", NAMES, r=4, dtype=dtype)
-    generator = torch.Generator().manual_seed(5)
-    for layer in steered_layers(made.model).values():
-        values = torch.empty(layer.lora_B.shape).normal_(0, 0.15, generator=generator)
-        layer.lora_B.data.copy_(values)
-    return made
+    return randomised(0.15, 5, r=4, dtype=dtype)
 
 
 spread_policy = cache(new_spread_policy)  # shared: not to be changed
+
+
+def token_ids(count, seed=0):
+    """Random ids of the tiny model without its special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 1024, (count,), generator=generator).tolist()
+
+
+def without_end(max_tokens, **changes):
+    """Parameters of completions that have their whole length."""
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **({"seed": 1} | changes))
 
 
 class Alone:
@@ -50,17 +54,17 @@ class Alone:
             self._known[key] = own.completions
         return self._known[key]
 
-    def check(self, request):
+    def check(self, *requests):
         """Every completion is the one alone; what was cancelled or failed is its beginning."""
-        for own, alone in zip(request.sequences, self.of(request), strict=True):
+        each = ((q, *s) for q in requests for s in zip(q.sequences, self.of(q), strict=True))
+        for request, own, alone in each:
             got = own.completion
             self.compared += 1
             count = len(got.token_ids)
             _check_alone(request, got)
-            same = next(
-                (i for i, pair in enumerate(zip(got.token_ids, alone.token_ids, strict=False))
-                 if pair[0] != pair[1]), min(count, len(alone.token_ids)),
-            )  # fmt: skip
+            pairs = enumerate(zip(got.token_ids, alone.token_ids, strict=False))
+            parted = (i for i, (mine, other) in pairs if mine != other)
+            same = next(parted, min(count, len(alone.token_ids)))
             bound = 0.0 if self._invariant else TOLERANCE
             for mine, other in zip(got.logprobs[:same], alone.logprobs[:same], strict=True):
                 assert abs(mine - other) <= bound, (request.params, got, alone)

@@ -51,8 +51,8 @@ def offences(package: str, forbidden: set[str], *, at_import_time: bool = False)
 # clp imports clp_kernels; bench and tests import both, and nothing imports them.
 PARTS = (
     ("clp_kernels", "checks native invariant registry testing", "ops", "nn", "peft"),
-    ("clp", "data rewards", "policies", "engine", "training", "methods", "evaluation", "cli"),
-    ("clp", "data rewards", "policies", "engine", "serving", "cli"),
+    ("clp", "data", "policies", "rewards", "engine", "training", "methods", "evaluation", "cli"),
+    ("clp", "data", "policies", "rewards", "engine", "serving", "cli"),
 )
 # An op may use the reference and the kernels of these others.
 OPS = {"mixed_linear": {"mixed_lora"}, "linear_logprob": {"mixed_lora", "mixed_linear"},
@@ -65,11 +65,15 @@ ROOT_FILES = {
 ALONE = {
     "tyro": ("clp/cli",),
     "accelerate": ("clp/training/distributed.py",),
+    # In training: what reward functions are given, and its layers that recompute.
     "transformers": (
-        "clp/policies",
-        "clp/engine/attention.py",
+        "clp/policies/",
         "clp/rewards.py",
-        "clp/data/scoring.py",
+        "clp/engine/attention.py",
+        "clp/engine/model_state.py",
+        "clp/training/gradient_checkpointing.py",
+        "clp/training/rollout.py",
+        "clp/training/trainer.py",
     ),
 }
 

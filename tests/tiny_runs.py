@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from clp.policies.lora import Policy
@@ -11,13 +12,24 @@ from clp_kernels.nn.mixed_lora import steered_layers
 def randomised(std, seed, objectives=("joy", "brief"), model="tiny", **options):
     """A policy whose adapters have random lora_B, so that the weights matter."""
     policy = Policy.create(model, objectives, **options)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in steered_layers(policy.model).values():
-        layer.lora_B.data.normal_(0, std, generator=generator)
+    randomise(policy.model, std, seed)
     return policy
+
+
+def randomise(model, std, seed):
+    """Random lora_B, drawn in float32: those of a wider dtype are the same."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in steered_layers(model).values():
+        values = torch.empty(layer.lora_B.shape).normal_(0, std, generator=generator)
+        layer.lora_B.data.copy_(values)
+
+
+def records(path):
+    """The lines of a file, each strict JSON."""
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
 
 
 def metrics(folder):
     """The lines of metrics.jsonl, without the time that a step took."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = records(folder / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k != "step_time"} for line in lines]

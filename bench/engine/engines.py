@@ -4,6 +4,7 @@ import copy
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -68,24 +69,17 @@ class Clp(Engine):
 
     def serve(self, batch: Batch, greedy: bool) -> Served:
         begin = time.perf_counter()
-        sampler, temperature = self.sampler, 0.0 if greedy else 1.0
-        requests = [
-            sampler.submit(
-                prompt,
-                list(weights) if self.weighted else [1.0],
-                SamplingParams(
-                    max_tokens=length, temperature=temperature, seed=batch.seed + i,
-                    ignore_eos=True,
-                ),
-            )
-            for i, (prompt, length, weights) in enumerate(
-                zip(batch.prompts, batch.lengths, batch.weights, strict=True)
-            )
-        ]  # fmt: skip
+        same = SamplingParams(temperature=0.0 if greedy else 1.0, ignore_eos=True)
+        requests = []
+        cases = zip(batch.prompts, batch.lengths, batch.weights, strict=True)
+        for i, (prompt, length, weights) in enumerate(cases):
+            params = replace(same, max_tokens=length, seed=batch.seed + i)
+            own = list(weights) if self.weighted else [1.0]
+            requests.append(self.sampler.submit(prompt, own, params))
         first = [0.0] * len(requests)
         waiting = list(range(len(requests)))
-        while sampler.unfinished:
-            sampler.step()
+        while self.sampler.unfinished:
+            self.sampler.step()
             now = time.perf_counter() - begin
             for i in waiting:
                 if requests[i].sequences[0].token_ids:
@@ -225,7 +219,7 @@ class PeftMerged(Engine):
 
 
 class ContinuousBatching(Engine):
-    """transformers\' continuous batching over the base model, its paged cache made beforehand."""
+    """transformers' continuous batching over the base model, its paged cache made beforehand."""
 
     def __init__(self, model: Any, count: int, longest: int) -> None:
         # Of its own: the manager changes the attention of its model.

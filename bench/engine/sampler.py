@@ -202,19 +202,9 @@ class Runner:
         grown = take(self.run) if kept is not None else None
         return None if kept is None or grown is None else kept + grown
 
-    def first_us(self, rounds: Sequence[list[float]]) -> tuple[float, float]:
-        """(mean, 95th percentile) of the time to first token, medians over the rounds."""
-        means = median(fmean(first) for first in rounds)
-        return means * 1e6, median(percentile(first, 0.95) for first in rounds) * 1e6
-
 
 def measure(
-    case: Case,
-    name: str,
-    policy: Policy,
-    base: Any,
-    protocol: timing.Protocol,
-    bandwidth: float,
+    case: Case, name: str, policy: Policy, base: Any, protocol: timing.Protocol, bandwidth: float
 ) -> tuple[list[Row], dict[str, str], dict[str, str]]:
     """(rows, refusals by provider and number of weights, missing providers and the reasons).
 
@@ -245,10 +235,11 @@ def measure(
         for way in found:
             way.engine.close()
     for label, timed in times.items():
-        runner = runners[label]
         # The first run was the gate's, and the last, where memory is known, the peak's.
-        rounds = runner.firsts[1 : None if timed.peak_bytes is None else -1]
-        mean, p95 = runner.first_us(rounds[protocol.warmup :])
+        last = None if timed.peak_bytes is None else -1
+        rounds = runners[label].firsts[1 + protocol.warmup : last]
+        mean = median(fmean(first) for first in rounds) * 1e6
+        p95 = median(percentile(first, 0.95) for first in rounds) * 1e6
         times[label] = replace(timed, ttft_us=mean, ttft_p95_us=p95)
     shared, rows = provenance(device), []
     weight_bytes = sum(p.nbytes for p in base.parameters())

@@ -55,9 +55,8 @@ class Case:
     def fields(self) -> dict[str, object]:
         """The case as it stands in a row."""
         sizes = {"T": self.tokens, "V": self.vocab_size, "d": self.features}
-        mode = "forward+backward, frozen head"
+        mode = f"forward+backward, frozen {'mixed ' * bool(self.experts)}head"
         if self.experts:
-            mode = "forward+backward, frozen mixed head"
             sizes |= {"m": self.experts, "B": EXAMPLES}
         return {"mode": mode, **sizes, "dtype": self.dtype}
 
@@ -105,9 +104,8 @@ class Inputs:
     @property
     def example_ids(self) -> Tensor:
         """The example of each token, int64 [T]."""
-        return torch.arange(len(self.hidden), device=self.hidden.device) // (
-            len(self.hidden) // EXAMPLES
-        )
+        count = len(self.hidden)
+        return torch.arange(count, device=self.hidden.device) // (count // EXAMPLES)
 
 
 def inputs(case: Case, device: torch.device) -> Inputs:
@@ -126,18 +124,17 @@ def inputs(case: Case, device: torch.device) -> Inputs:
     return Inputs(hidden.to(dtype), head.to(dtype), targets, upstream, weights)
 
 
-def materialised(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
-    """The plain form; in 16 bits its logits are rounded to them."""
-    logp = torch.log_softmax(F.linear(hidden, head), dim=-1)
-    return logp.gather(-1, targets[:, None])[:, 0]
-
-
-def mixed(token_weights: Tensor, head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
-    """The plain form of a mixed head."""
-    columns = token_weights.to(hidden.dtype).t()[..., None]
-    first, *others = (w * F.linear(hidden, part) for w, part in zip(columns, head, strict=True))
-    logp = torch.log_softmax(sum(others, first), dim=-1)
-    return logp.gather(-1, targets[:, None])[:, 0]
+def materialised(
+    token_weights: Tensor | None, head: Tensor, targets: Tensor, hidden: Tensor
+) -> Tensor:
+    """The plain form, of a mixed head with token_weights; in 16 bits its logits are rounded."""
+    if token_weights is None:
+        logits = F.linear(hidden, head)
+    else:
+        columns = token_weights.to(hidden.dtype).t()[..., None]
+        first, *others = (w * F.linear(hidden, part) for w, part in zip(columns, head, strict=True))
+        logits = sum(others, first)
+    return torch.log_softmax(logits, dim=-1).gather(-1, targets[:, None])[:, 0]
 
 
 def cross_entropy(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
@@ -159,16 +156,13 @@ def _train(data: Inputs, form: Form) -> Outputs:
 
 def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
     """Everything that can run these inputs on their device."""
+    ids = None if data.weights is None else data.example_ids
     plain: dict[str, Callable[..., Tensor]] = {
-        "torch": materialised,
-        "torch_cross_entropy": cross_entropy,
-        "torch_linear": linear_cross_entropy,
+        "torch": partial(materialised, None if data.weights is None else data.weights[ids])
     }
-    plain |= peers.heads(data.hidden.device)
-    mixture: tuple[Tensor | None, Tensor | None] = (None, None)
-    if data.weights is not None:
-        mixture = (data.weights, data.example_ids)
-        plain = {"torch": partial(mixed, data.weights[data.example_ids])}
+    if data.weights is None:
+        plain |= {"torch_cross_entropy": cross_entropy, "torch_linear": linear_cross_entropy}
+        plain |= peers.heads(data.hidden.device)
     if compiled:
         torch.compiler.reset()
         plain["torch_compile"] = torch.compile(plain["torch"], dynamic=False)
@@ -177,17 +171,15 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
         Provider(name, partial(_train, data, partial(form, data.head, data.targets)), gate)
         for name, form in plain.items()
     ]
-    states = (data.hidden, data.head, data.targets, None, *mixture, data.upstream, None)
+    states = (data.hidden, data.head, data.targets, None, data.weights, ids, data.upstream, None)
     call = head.Inputs(*states, invariant=False), False, True
     for entry in registry.BACKENDS[OP]:
         if entry.why_not(*call) is None:
 
             def ours(hidden: Tensor, backend: str = entry.name) -> Tensor:
-                if data.weights is None:
-                    return clp_kernels.linear_logprob(
-                        hidden, data.head, data.targets, backend=backend
-                    ).logprobs
-                states, targets = (t.unflatten(0, (EXAMPLES, -1)) for t in (hidden, data.targets))
+                states, targets = hidden, data.targets
+                if data.weights is not None:
+                    states, targets = (t.unflatten(0, (EXAMPLES, -1)) for t in (states, targets))
                 return clp_kernels.linear_logprob(
                     states, data.head, targets, weights=data.weights, backend=backend
                 ).logprobs.flatten()
@@ -200,14 +192,10 @@ def _gate(data: Inputs) -> Callable[[Outputs], float]:
     every = slice(None, None, max(1, len(data.hidden) // JUDGED))
 
     def form(dtype: torch.dtype) -> Outputs:
-        some = Inputs(
-            data.hidden[every].to(dtype), data.head.to(dtype), data.targets[every],
-            data.upstream[every],
-        )  # fmt: skip
-        if data.weights is None:
-            return _train(some, partial(materialised, some.head, some.targets))
-        token_weights = data.weights[data.example_ids[every]].to(dtype)
-        return _train(some, partial(mixed, token_weights, some.head, some.targets))
+        head, targets = data.head.to(dtype), data.targets[every]
+        some = Inputs(data.hidden[every].to(dtype), head, targets, data.upstream[every])
+        weights = None if data.weights is None else data.weights[data.example_ids[every]]
+        return _train(some, partial(materialised, weights, head, targets))
 
     wide, same = form(torch.float64), form(data.hidden.dtype)
 

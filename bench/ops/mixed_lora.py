@@ -158,14 +158,14 @@ def inputs(case: Case, device: torch.device) -> Inputs:
 
     tokens = case.tokens // case.batch
     shape = (case.batch, d) if tokens == 1 else (case.batch, tokens, d)
+    on_cpu = torch.Generator().manual_seed(0)
+    weights = weight_rows("all_different", case.batch, m, generator=on_cpu)
     return Inputs(
         normal(*shape),
         normal(d, d, scale=d**-0.5),
         normal(m, r, d, scale=d**-0.5),
         normal(m, d, r, scale=r**-0.5),
-        weight_rows("all_different", case.batch, m, generator=torch.Generator().manual_seed(0)).to(
-            device
-        ),
+        weights.to(device),
         normal(*shape) if case.grad else None,
         case.equal_rows,
     )
@@ -284,9 +284,6 @@ def _plain(data: Inputs, form: Callable[..., Tensor], *, cat: bool = True) -> Ru
 
 
 def _ours(data: Inputs, run: Callable[..., Tensor]) -> Run:
-    if data.dy is None:
-        args = (data.x, data.base_weight, data.lora_A, data.lora_B, data.weights)
-        return lambda: (run(*args),)
     leaves = _leaves(data, data.x, data.lora_A, data.lora_B, data.weights)
     return _call(data, lambda x, a, b, w: run(x, data.base_weight, a, b, w), leaves)
 
@@ -296,11 +293,9 @@ def _public(backend: str) -> Callable[..., Tensor]:
 
 
 def _triton(path: str) -> Callable[..., Tensor]:
-    from clp_kernels.ops.mixed_lora import (
-        triton as triton_mixed_lora,  # imports triton: only where it can run
-    )
+    from clp_kernels.ops.mixed_lora import triton  # which is not installed everywhere
 
-    run: Callable[..., tuple[Tensor, Tensor]] = triton_mixed_lora.mixed_lora
+    run: Callable[..., tuple[Tensor, Tensor]] = triton.mixed_lora
     return lambda *args: run(*args, None, None, False, path=path)[0]
 
 

@@ -18,6 +18,7 @@ with top-p every token they draw must be one that the definition keeps.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
@@ -135,8 +136,7 @@ def torch_gumbel(data: Inputs) -> Draw:
     """Gumbel-max with the logarithms cancelled: argmax p / e, e exponential (as in gpt-fast)."""
     probs = probabilities(data)
     noise = torch.empty_like(probs).exponential_(1)
-    tokens = torch.div(probs, noise, out=noise).argmax(-1, keepdim=True)
-    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+    return _picked(probs, torch.div(probs, noise, out=noise).argmax(-1, keepdim=True))
 
 
 def torch_cdf(data: Inputs) -> Draw:
@@ -144,14 +144,16 @@ def torch_cdf(data: Inputs) -> Draw:
     probs = probabilities(data)
     cdf = probs.cumsum(-1)
     u = torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[1] - 1)
-    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+    return _picked(probs, torch.searchsorted(cdf, u, right=True).clamp_(max=cdf.shape[1] - 1))
 
 
 def torch_multinomial(data: Inputs) -> Draw:
     """What most samplers call."""
     probs = probabilities(data)
-    tokens = torch.multinomial(probs, 1)
+    return _picked(probs, torch.multinomial(probs, 1))
+
+
+def _picked(probs: Tensor, tokens: Tensor) -> Draw:
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
@@ -199,29 +201,24 @@ def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:
         torch.compiler.reset()  # each case is compiled for its own sizes
         found.append(plain("torch_compile", torch.compile(torch_gumbel, dynamic=False)))
     for name, form in peers.samplers(data.logits.device, data.top_p).items():
-        found.append(Provider(name, _peer(data, form), logprobs_right))
+        found.append(Provider(name, partial(_peer, data, form), logprobs_right))
     for backend in ("reference", kind):
         missing = ours[backend]
         if missing is None or missing() is None:
-            found.append(Provider(backend, _draw(data, backend), draw_right, backend == kind))
+            run = partial(_ours, data, backend)
+            found.append(Provider(backend, run, draw_right, backend == kind))
     return found
 
 
-def _peer(data: Inputs, form: peers.Sampler) -> Callable[[], Draw]:
-    def draw() -> Draw:
-        return form(mix(data), data.top_p, data.seed, data.position)
-
-    return draw
+def _peer(data: Inputs, form: peers.Sampler) -> Draw:
+    return form(mix(data), data.top_p, data.seed, data.position)
 
 
-def _draw(data: Inputs, backend: str) -> Callable[[], Draw]:
-    def draw() -> Draw:
-        return clp_kernels.sample(
-            data.logits, weights=data.weights, mode=data.mode, seed=data.seed,
-            position=data.position, top_p=data.top_p, backend=backend,
-        )[:2]  # fmt: skip
-
-    return draw
+def _ours(data: Inputs, backend: str) -> Draw:
+    options = {"mode": data.mode, "position": data.position, "top_p": data.top_p}
+    return clp_kernels.sample(  # type: ignore[arg-type]
+        data.logits, weights=data.weights, seed=data.seed, backend=backend, **options
+    )[:2]
 
 
 def _gates(data: Inputs) -> tuple[Callable[[Draw], float], Callable[[Draw], float]]:
@@ -231,12 +228,11 @@ def _gates(data: Inputs) -> tuple[Callable[[Draw], float], Callable[[Draw], floa
         z64 = clp_kernels.mix_logits(z64, data.weights, mode=data.mode, backend="reference")
     logp64 = torch.log_softmax(z64, dim=-1)
     logp32 = log_probabilities(data)
-    wanted, _ = _draw(data, "reference")()
+    wanted, _ = _ours(data, "reference")
     kept = logp64.exp() > 0
     if data.top_p < 1:
-        kept = reference.top_p_mask(
-            logp64, torch.full((len(logp64),), data.top_p, dtype=torch.float64)
-        )
+        bounds = torch.full((len(logp64),), data.top_p, dtype=torch.float64)
+        kept = reference.top_p_mask(logp64, bounds)
 
     def logprobs_right(draw: Draw) -> float:
         tokens, logprobs = draw

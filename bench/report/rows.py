@@ -43,6 +43,7 @@ FIELDS = (
     "ttft_us",  # of a generation run: time to a request's first token, its mean; median of rounds
     "ttft_p95_us",  # its 95th percentile over the requests; median of rounds
 )
+DIGITS = {"ratio": 3, "max_err_ratio": 4, "peak_bytes": 0, "over_base": 4}  # of others 2
 OLDER = (16, 18)  # how many of the columns the files of earlier days have
 BASELINES = ("torch", "peft", "transformers", "flashinfer", "vllm", "liger", "cut_cross_entropy")
 Row = dict[str, str]
@@ -107,22 +108,14 @@ def rows(
     strongest = min(baselines, default=None)
 
     def row(provider: str, timing: Timing) -> Row:
-        own = {
-            "op": op,
-            "provider": provider,
-            "case": json.dumps(case),
-            "p20_us": f"{timing.p20_us:.2f}",
-            "p50_us": f"{timing.p50_us:.2f}",
-            "p80_us": f"{timing.p80_us:.2f}",
-            "ratio": "" if strongest is None else f"{strongest / timing.p50_us:.3f}",
-            "max_err_ratio": "" if provider in floors else f"{timing.max_err_ratio:.4f}",
-            "peak_bytes": "" if timing.peak_bytes is None else str(timing.peak_bytes),
-            "extra_us": "" if timing.extra_us is None else f"{timing.extra_us:.2f}",
-            "over_base": "" if timing.over_base is None else f"{timing.over_base:.4f}",
-            "ttft_us": "" if timing.ttft_us is None else f"{timing.ttft_us:.2f}",
-            "ttft_p95_us": "" if timing.ttft_p95_us is None else f"{timing.ttft_p95_us:.2f}",
+        numbers = vars(timing) | {
+            "ratio": None if strongest is None else strongest / timing.p50_us,
+            "max_err_ratio": None if provider in floors else timing.max_err_ratio,
         }
-        return shared | own
+        found = shared | {"op": op, "provider": provider, "case": json.dumps(case)}
+        for name, value in numbers.items():
+            found[name] = "" if value is None else f"{value:.{DIGITS.get(name, 2)}f}"
+        return {name: found[name] for name in FIELDS}
 
     floor_times = {name: Timing(us, us, us, 0.0) for name, us in floors.items()}
     return [row(name, timing) for name, timing in (floor_times | dict(times)).items()]
@@ -131,7 +124,7 @@ def rows(
 def append(path: Path, new: Iterable[Row]) -> None:
     """Adds rows at the end of the file, with a header if it is new.
 
-    A file from before the last columns gets them first, empty in its rows (`migrate`).
+    A file from before the last columns is first written anew with them, empty in its rows.
 
     Raises: ValueError if the file has other columns; values that are there never change.
     """
@@ -140,20 +133,15 @@ def append(path: Path, new: Iterable[Row]) -> None:
         path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
     header = _header(path)
     if header in [FIELDS[:count] for count in OLDER]:
-        migrate(path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(read(path))
+        write_whole(path, text.getvalue().encode())
     elif header != FIELDS:
         raise ValueError(f"{path.name} has the columns {list(header)}, expected {list(FIELDS)}")
     with path.open("a", encoding="utf-8", newline="") as file:
         csv.DictWriter(file, FIELDS, lineterminator="\n").writerows(new)
-
-
-def migrate(path: Path) -> None:
-    """Writes a file without the last columns anew with them, empty; every value stays as it is."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(read(path))
-    write_whole(path, text.getvalue().encode())
 
 
 def _header(path: Path) -> tuple[str, ...]:

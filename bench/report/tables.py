@@ -67,7 +67,7 @@ def tables(rows: Sequence[Row], *, spread: bool = True) -> str:
     """A Markdown table for each op and kind of case in the rows, with what its cells mean."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        case = json.loads(row["case"])
+        case = case_of(row)
         kind = ", ".join(str(case[key]) for key in ("mode", "rows") if key in case)
         groups.setdefault((row["op"], kind), []).append(row)
     parts = []

@@ -148,8 +148,7 @@ class Decode:
         targets: Tensor | None = None,
     ) -> None:
         self.cache, self.first, self.lengths, self.longest = cache, first, lengths, longest
-        self.even = even
-        self.count, self._targets = lengths.shape[0], targets
+        self.even, self.count, self._targets = even, lengths.shape[0], targets
         self._native: bool | None = None  # whether the CPU kernel attends; the first layer decides
         self._write_index: _WriteIndex | None = None
         self._masks: dict[int | None, Tensor | None] = {}

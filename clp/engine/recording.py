@@ -70,12 +70,12 @@ class Recording:
         state: The model as it was recorded; the recording is valid while it has `same_calls`.
     """
 
-    def __init__(self, model: Any, step: fx.GraphModule) -> None:
-        self._step = step
+    def __init__(self, model: Any, calls: fx.GraphModule) -> None:
+        self._calls = calls
         self.state = ModelState(model)
 
     def __call__(self, inputs: Inputs, batch: int) -> Tensor:
-        return self._step.forward(*inputs, batch)  # type: ignore[no-any-return]
+        return self._calls.forward(*inputs, batch)  # type: ignore[no-any-return]
 
 
 def record(model: Any, steered: Callable[[int], AbstractContextManager[Inputs]]) -> Recording:
@@ -100,7 +100,7 @@ def record(model: Any, steered: Callable[[int], AbstractContextManager[Inputs]])
     for batch in COMPARED:
         at = f"at batch size {batch}"
         with steered(batch) as inputs:
-            wanted = _run(model, inputs)
+            wanted = step(model, inputs).logits
             try:
                 with model_errors(Exception):  # calls of PyTorch that do not fit the batch size
                     got = made(inputs, batch)
@@ -111,10 +111,10 @@ def record(model: Any, steered: Callable[[int], AbstractContextManager[Inputs]])
     return made
 
 
-def _run(model: Any, inputs: Inputs) -> Tensor:
+def step(model: Any, inputs: Inputs) -> Any:
+    """What the model, or its body, gives for the inputs while its attention is `slot_attention`."""
     tokens, positions, plan = inputs
-    output = model(input_ids=tokens, position_ids=positions, use_cache=False, slots=plan)
-    return output.logits  # type: ignore[no-any-return]
+    return model(input_ids=tokens, position_ids=positions, use_cache=False, slots=plan)
 
 
 def _calls(model: Any, inputs: Inputs) -> list[_Call]:
@@ -126,7 +126,7 @@ def _calls(model: Any, inputs: Inputs) -> list[_Call]:
             layer.forward = recorder.as_one_call(layer.forward, layer.forward)  # type: ignore[method-assign]
         inputs.plan.attend = recorder.as_one_call(inputs.plan.attend, "attend", inputs.plan)
         with recorder:
-            logits = _run(model, inputs)
+            logits = step(model, inputs).logits
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)

@@ -126,15 +126,10 @@ class Runner:
             torch.OutOfMemoryError is one, or Python MemoryError.
         """
         match action:
-            case Resize():
+            case Resize() | Copy() | CopyEach():
+                kinds = {Resize: self.resize, Copy: self.copy, CopyEach: self.copy_each}
                 with model_errors(RuntimeError, MemoryError):
-                    self.resize(*action)
-            case Copy():
-                with model_errors(RuntimeError, MemoryError):
-                    self.copy(*action)
-            case CopyEach():
-                with model_errors(RuntimeError, MemoryError):
-                    self.copy_each(*action)
+                    kinds[type(action)](*action)
             case Place():
                 self.state.place(*action)
             case Move():

@@ -20,13 +20,7 @@ from clp.data.conversation import Prompt
 from clp.data.weights import WeightSpec, parse_rows, parse_weights
 from clp.engine.locks import one_thread
 from clp.engine.model_error import ModelError
-from clp.engine.requests import (
-    MOST_TOKENS,
-    Completion,
-    SamplingParams,
-    StreamedToken,
-    parse_prompt,
-)
+from clp.engine.requests import MOST_TOKENS, Completion, SamplingParams, StreamedToken, parse_prompt
 from clp.engine.runner import Runner
 from clp.engine.scheduler import CopyEach, Scheduler
 from clp.engine.sequence import Request, Sequence, SequenceStream
@@ -66,9 +60,8 @@ class Sampler:
         cache_gib: float = 4.0,
         max_prefill_tokens: int = 2048,
     ) -> None:
-        for name, value in {
-            "max_batch_size": max_batch_size, "max_prefill_tokens": max_prefill_tokens,
-        }.items():  # fmt: skip
+        counts = {"max_batch_size": max_batch_size, "max_prefill_tokens": max_prefill_tokens}
+        for name, value in counts.items():
             if type(value) is not int or not 1 <= value <= MOST_TOKENS:
                 raise ValueError(f"{name} must be an integer in [1, {MOST_TOKENS}], got {value!r}")
         if not isinstance(cache_gib, (int, float)) or not 0 < cache_gib < 2**20:
@@ -267,9 +260,8 @@ class Sampler:
         except ModelError as error:
             return [(sequence, "error", str(error)) for sequence in group]
         ended: list[tuple[Sequence, str, str | None]] = []
-        for i, (sequence, token, logprob) in enumerate(
-            zip(group, drawn.tokens, drawn.logprobs, strict=True)
-        ):
+        each = zip(group, drawn.tokens, drawn.logprobs, strict=True)
+        for i, (sequence, token, logprob) in enumerate(each):
             if token < 0:
                 ended.append((sequence, "error", "the logits are not finite for these weights"))
                 continue

@@ -9,7 +9,7 @@ from torch import Tensor
 from clp.engine.attention import IMPLEMENTATION, Decode, Prefill
 from clp.engine.kv_cache import KVCache
 from clp.engine.model_error import model_errors
-from clp.engine.recording import Inputs, Recording
+from clp.engine.recording import Inputs, Recording, step
 
 Steering = AbstractContextManager[Any]  # in which the model runs with the weights of its inputs
 
@@ -65,30 +65,19 @@ class SlotModel:
         Raises: ModelError for whatever the model raises.
         """
         with model_errors(Exception), steering:
-            self.run(
-                self.model.base_model,
-                input_ids=tokens,
-                position_ids=positions,
-                use_cache=False,
-                slots=plan,
-            )
+            self.run(step, self.model.base_model, Inputs(tokens, positions, plan))
 
     def logits(self, steering: Steering, tokens: Tensor, positions: Tensor, plan: Decode) -> Tensor:
         """Logits [B, V] of one token per slot: tokens [B, 1] at positions [B, 1].
 
         Raises: ModelError for whatever the model raises.
         """
+        inputs = Inputs(tokens, positions, plan)
         with model_errors(Exception), steering:
             if self.recording is not None and self.recording_is_valid:
-                logits = self.recording(Inputs(tokens, positions, plan), len(tokens))
+                logits = self.recording(inputs, len(tokens))
             else:
-                logits = self.run(
-                    self.model,
-                    input_ids=tokens,
-                    position_ids=positions,
-                    use_cache=False,
-                    slots=plan,
-                ).logits
+                logits = self.run(step, self.model, inputs).logits
             return logits[:, -1]
 
 

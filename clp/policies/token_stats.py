@@ -67,10 +67,7 @@ def token_stats(
         return_entropy=True,
         ref_hidden=ref_hidden[:, before][mask],
     )
+    values = (value for value in found if value is not None)
     return TokenStats(
-        *(
-            torch.zeros_like(mask, dtype=value.dtype).masked_scatter(mask, value)
-            for value in found
-            if value is not None
-        )
+        *(torch.zeros_like(mask, dtype=v.dtype).masked_scatter(mask, v) for v in values)
     )

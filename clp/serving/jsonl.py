@@ -51,12 +51,11 @@ def check_defaults(
     weights = corner if defaults.weights is None else defaults.weights
     for i, prompt in enumerate(prompts or [[0]]):
         try:
-            sampler.cancel(
-                sampler.submit(prompt, weights, defaults.params, simplex=defaults.simplex)
-            )
+            request = sampler.submit(prompt, weights, defaults.params, simplex=defaults.simplex)
         except (ValueError, TypeError) as error:
             where = f"prompt {i}: " if prompts else ""
             raise ValueError(f"{where}{error}") from error
+        sampler.cancel(request)
 
 
 def line_seed(base_seed: int, line: int) -> int:
@@ -101,11 +100,7 @@ def _record(line: int, c: Completion, kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def sample_lines(
-    sampler: Sampler,
-    lines: Iterator[Line],
-    defaults: Defaults,
-    base_seed: int,
-    bar: "tqdm[Any]",
+    sampler: Sampler, lines: Iterator[Line], defaults: Defaults, base_seed: int, bar: "tqdm[Any]"
 ) -> Iterator[Group]:
     """The groups of the lines, in order, as they are completed.
 

@@ -91,26 +91,21 @@ def test_percentile() -> None:
     assert workload.percentile([1.0], 0.5) == 1.0
 
 
-def made(models: tuple[Any, Any]) -> dict[str, tuple[engines.Engine, bool]]:
+def test_greedy_tokens_of_all_engines_agree(models, work, judge) -> None:
+    """With the weight rows ours are PEFT's merges', without them all three bases are the same."""
+    pytest.importorskip("peft")
     policy, base = models
-    return {
+    bare = engines.Bare(base, policy.tokenizer)
+    made = {
         "clp": (engines.Clp(policy, 6), True),
-        "clp_no_adapters": (
-            engines.Clp(engines.Bare(base, policy.tokenizer), 6, weighted=False),
-            False,
-        ),
+        "clp_no_adapters": (engines.Clp(bare, 6, weighted=False), False),
         "torch_generate_base": (engines.Generate(base), False),
         "peft_merged_generate": (engines.PeftMerged(policy, base), True),
         "transformers_cb": (engines.ContinuousBatching(base, 6, 80), False),
     }
-
-
-def test_greedy_tokens_of_all_engines_agree(models, work, judge) -> None:
-    """With the weight rows ours are PEFT's merges', without them all three bases are the same."""
-    pytest.importorskip("peft")
     batch = work.batch(0, 3)
     tokens: dict[str, list[list[int]]] = {}
-    for name, (engine, weighted) in made(models).items():
+    for name, (engine, weighted) in made.items():
         served = engine.serve(batch, greedy=True)
         workload.counted(served, batch, work.vocab_size)
         assert judge.share(batch, served, weighted=weighted) <= 1
@@ -143,7 +138,7 @@ def test_a_model_without_a_tokenizer_is_served(models, work, judge) -> None:
         assert judge.share(batch, served, weighted=engine.weighted) <= 1
 
 
-class Wrong:
+class Wrong(engines.Engine):
     """The right engine with one thing wrong."""
 
     def __init__(self, engine: engines.Engine, change: Any, on: str) -> None:
@@ -154,12 +149,6 @@ class Wrong:
             batch = self.change(batch)
         served = self.engine.serve(batch, greedy)
         return self.change(served) if self.on == "served" else served
-
-    def kept_bytes(self) -> int | None:
-        return self.engine.kept_bytes()
-
-    def close(self) -> None:
-        self.engine.close()
 
 
 @pytest.mark.parametrize(
@@ -307,17 +296,12 @@ def rate_rows(*providers: str) -> list[rows.Row]:
 NAMES = ("floor", "torch_generate_base", "peft_merged_generate", "transformers_cb", "clp")
 
 
-def test_tables_and_page(tmp_path: Path) -> None:
+def test_tables_and_page(tmp_path: Path, page) -> None:
     rows.append(tmp_path / "cpu.csv", rate_rows(*NAMES, "clp_no_adapters"))
-    plot.write_plots(tmp_path)
-    tables.write_results(tmp_path, tmp_path / "RESULTS.md")
-    page = re.sub(" +", " ", (tmp_path / "RESULTS.md").read_text())
-    assert "python -m bench sampler --device cpu --model tiny`" in page
-    assert (
-        "![tokens per second against the number of distinct weights](results/sampler_cpu.png)"
-        in page
-    )
-    lines = [line for line in page.splitlines() if line.startswith("|")]
+    text, lines = page()
+    assert "python -m bench sampler --device cpu --model tiny`" in text
+    image = "![tokens per second against the number of distinct weights](results/sampler_cpu.png)"
+    assert image in text
     head = "| model | dtype | N | tokens | weight_rows |"
     names = "torch_generate_base | peft_merged_generate | transformers_cb | clp | clp_no_adapters |"
     assert lines[0] == f"{head} floor | {names}"

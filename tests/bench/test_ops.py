@@ -19,14 +19,8 @@ from bench.report import plot, rows, tables
 from clp_kernels import mix_logits, registry
 
 CPU = torch.device("cpu")
-TOY = timing.Protocol(warmup=1, repeats=2, least=1, seconds=1)
-ROOFS = timing.Roofs(bandwidth=1e6, flops={"float32": 1e9, "bfloat16": 1e9})
-
-
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the suite interprets Triton, it would be one more provider, and a very slow one."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+ROOFS = timing.Roofs(bandwidth=1e6, flops={"float32": 1e9})
+LORA = mixed_lora.Case(24, 12, 3, 4, 2, "float32")
 
 
 def toy(case: sample.Case) -> sample.Case:
@@ -40,10 +34,10 @@ def a_row(provider: str = "cpu", p50: float = 2.0, **changes: str) -> rows.Row:
     return row | changes
 
 
-def test_every_case_emits_a_valid_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_case_emits_a_valid_row(monkeypatch, tmp_path: Path, measured) -> None:
     monkeypatch.setattr(sample, "SMALL", 100)  # both forms of the mix
     path, cases = tmp_path / "cpu.csv", [toy(c) for c in sample.cases() if c.top_p == 1]
-    found, refused = command.ladder(sample, cases, CPU, TOY, roofs=ROOFS, save=path)
+    found, refused = measured(sample, cases, path)
     assert not refused and rows.read(path) == found
     names = ["floor", "torch", "torch_cdf", "torch_multinomial", "reference"]
     names += ["cpu"] if sample.native.cpu_missing() is None else []
@@ -61,24 +55,19 @@ def test_every_case_emits_a_valid_row(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert [float(row["ratio"]) for row in case] == pytest.approx(ratios, rel=0.01, abs=1e-3)
 
 
-def test_filtered_and_logprob_cases_emit_valid_rows(tmp_path: Path) -> None:
+def test_filtered_and_logprob_cases_emit_valid_rows(tmp_path: Path, measured) -> None:
     """Every baseline passes its gate, and so do ours."""
     filtered = [toy(c) for c in sample.cases() if c.top_p < 1]
     filtered = [*filtered[::4], filtered[-1]]  # the last one mixes probabilities
     heads = [linear_logprob.Case(21, 70, 8, dtype) for dtype in ("float32", "bfloat16")]
     expected = {
         "sample": ["floor", "torch_sort", "torch_transformers", "reference", "cpu"],
-        "linear_logprob": [
-            *("floor", "floor_bytes", "torch", "torch_cross_entropy", "torch_linear"),
-            *("cpu", "reference"),
-        ],
+        "linear_logprob": ["floor", "floor_bytes", "torch", "torch_cross_entropy", "torch_linear"],
     }
-    roofs = timing.Roofs(1e9, {"float32": 1e11, "bfloat16": 1e11})
+    expected["linear_logprob"] += ["cpu", "reference"]
     for subject, cases in ((sample, filtered), (linear_logprob, heads)):
         path = tmp_path / f"{subject.OP}.csv"
-        found, refused = command.ladder(
-            subject, cases, CPU, TOY, roofs=roofs, save=path, memory=subject is linear_logprob
-        )
+        found, refused = measured(subject, cases, path, memory=subject is linear_logprob)
         assert not refused and rows.read(path) == found
         names = [n for n in expected[subject.OP] if n != "cpu" or not sample.native.cpu_missing()]
         assert [row["provider"] for row in found] == names * len(cases)
@@ -173,13 +162,18 @@ def test_a_baseline_that_leaves_the_vocabulary_is_refused(token: int) -> None:
         baseline.check((torch.tensor([0, token, 1]), torch.zeros(3)))
 
 
-def test_providers_take_turns_and_a_slow_one_leaves_early(monkeypatch) -> None:
+@pytest.fixture
+def seconds_are_given(monkeypatch) -> None:
+    """A provider's run gives the time that it is said to have taken."""
+    monkeypatch.setattr(timing, "stopwatch", lambda device: lambda run: run())
+
+
+def test_providers_take_turns_and_a_slow_one_leaves_early(seconds_are_given) -> None:
     calls: list[str] = []
 
     def provider(name: str, seconds: float) -> timing.Provider:
         return timing.Provider(name, lambda: calls.append(name) or seconds, lambda _: 0.25)
 
-    monkeypatch.setattr(timing, "stopwatch", lambda device: lambda run: run())
     both = [provider("slow", 0.2), provider("fast", 1e-6)]
     times, refused = timing.measure(both, CPU, timing.Protocol(1, repeats=10, least=2, seconds=0.5))
     assert not refused
@@ -198,19 +192,17 @@ def small(case: mixed_lora.Case) -> mixed_lora.Case:
 
 def ours(grad: bool, suffix: str = "") -> set[str]:
     """The backends that a 24 x 24 case on the CPU has, by the dispatch table itself."""
-    case = mixed_lora.Case(24, 12, 3, 4, 2, "float32", grad=grad)
+    case = dataclasses.replace(LORA, grad=grad)
     return {f"{b.name}{suffix}" for b in mixed_lora.backends(mixed_lora.inputs(case, CPU))}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("grad, graph", [(False, False), (True, False), (False, True)])
-def test_every_mixed_lora_case_emits_a_valid_row(tmp_path: Path, device, grad, graph) -> None:
+def test_every_mixed_lora_case_emits_a_valid_row(tmp_path, measured, device, grad, graph) -> None:
     """The cases of both devices, at toy size and on the CPU."""
     cases = list(dict.fromkeys(map(small, mixed_lora.cases(device, grad=grad, graph=graph))))
     path = tmp_path / "cpu.csv"
-    found, refused = command.ladder(
-        mixed_lora, cases, CPU, TOY, roofs=ROOFS, save=path, memory=grad
-    )
+    found, refused = measured(mixed_lora, cases, path, memory=grad)
     assert not refused and rows.read(path) == found
     plain = {"floor_bytes", "floor_flops", "base", "torch_loop", "torch_cat", "peft"}
     plain |= {"torch_cat_by_hand"} if grad else {"torch_stacked"}
@@ -284,8 +276,7 @@ def test_each_path_of_the_triton_kernel_is_a_provider(monkeypatch) -> None:
     if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
         pytest.skip("triton is not installed, or compiles for a GPU")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    case = mixed_lora.Case(24, 12, 3, 4, 2, "float32")
-    found = mixed_lora.providers(mixed_lora.inputs(case, CPU))
+    found = mixed_lora.providers(mixed_lora.inputs(LORA, CPU))
     assert {"triton", "triton_fused", "triton_split"} <= {provider.name for provider in found}
     for provider in found:
         assert provider.check(provider.run()) <= 1
@@ -297,7 +288,7 @@ def test_torch_compile_of_a_baseline(monkeypatch, grad: bool, dtype: str) -> Non
     """Compiled by a backend that needs no compiler, so that the call stays the one that is used."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda form, mode: compile(form, backend="aot_eager"))
-    case = mixed_lora.Case(24, 12, 3, 4, 2, dtype, grad=grad)
+    case = dataclasses.replace(LORA, dtype=dtype, grad=grad)
     found = mixed_lora.providers(mixed_lora.inputs(case, CPU), compiled=True)
     compiled = next(p for p in found if p.name == "torch_cat_compiled")
     assert compiled.check(compiled.run()) <= 1
@@ -310,17 +301,14 @@ def wrong_outputs(case: mixed_lora.Case):
     right = tuple(t.detach() for t in provider.run())
     for i, name in enumerate(mixed_lora.NAMES[: len(right)]):
         for change in (lambda t: t * 1.05, lambda t: t.flip(0), lambda t: t * torch.nan):
-            yield (
-                name,
-                provider.check,
-                tuple(change(t) if j == i else t for j, t in enumerate(right)),
-            )
+            wrong = (*right[:i], change(right[i]), *right[i + 1 :])
+            yield name, provider.check, wrong
 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_mixed_lora_gate_refuses_each_wrong_output(grad: bool) -> None:
     seen = set()
-    for name, check, output in wrong_outputs(mixed_lora.Case(24, 12, 3, 4, 2, "float32", grad)):
+    for name, check, output in wrong_outputs(dataclasses.replace(LORA, grad=grad)):
         with pytest.raises(AssertionError, match=f"^{name} "):
             check(output)
         seen.add(name)
@@ -329,7 +317,7 @@ def test_the_mixed_lora_gate_refuses_each_wrong_output(grad: bool) -> None:
 
 def test_the_gate_refuses_an_adapter_left_out_or_the_rows_of_another_example() -> None:
     """Of every kind of provider: the wrong weights, the layout of its gradients unchanged."""
-    case = mixed_lora.Case(24, 12, 3, 4, 2, "float32", grad=True, equal_rows=True)
+    case = dataclasses.replace(LORA, grad=True, equal_rows=True)
     data = mixed_lora.inputs(case, CPU)
     right = mixed_lora.providers(data)
     lacking = data.weights * torch.tensor([1.0, 1.0, 1.0, 0.0])
@@ -343,7 +331,7 @@ def test_the_gate_refuses_an_adapter_left_out_or_the_rows_of_another_example() -
 
 def test_large_outputs_are_judged_on_some_rows_and_must_be_finite(monkeypatch) -> None:
     monkeypatch.setattr(mixed_lora, "JUDGED", 24 * 3)
-    data = mixed_lora.inputs(mixed_lora.Case(24, 12, 3, 4, 2, "float32"), CPU)
+    data = mixed_lora.inputs(LORA, CPU)
     cat = next(p for p in mixed_lora.providers(data) if p.name == "torch_cat")
     output = cat.run()[0]  # rows 0, 4 and 8 of 12
     assert cat.check((output,)) <= 1
@@ -373,11 +361,10 @@ def test_a_wrong_mixed_lora_is_refused_on_the_command_line(monkeypatch, capsys) 
     assert "| triton " not in printed and "torch_cat" in printed
 
 
-def test_differences_are_taken_round_by_round(monkeypatch) -> None:
+def test_differences_are_taken_round_by_round(seconds_are_given) -> None:
     """Times whose medians say 7.2 and 4.6; the pairs say 0.2 and 1.1."""
     seconds = {"base": [0.0, 1.0, 2.0, 9.0], "torch_cat": [0.0, 1.1, 10.0, 9.2]}  # gate, 3 rounds
     left = {name: iter(times) for name, times in seconds.items()}
-    monkeypatch.setattr(timing, "stopwatch", lambda device: lambda run: run())
     both = [timing.Provider(n, lambda n=n: next(left[n]), lambda _: 0.0) for n in seconds]
     times, _ = timing.measure(both, CPU, timing.Protocol(warmup=0, repeats=3, least=3, seconds=99))
     assert times["torch_cat"].extra_us == pytest.approx(0.2e6)
@@ -385,9 +372,8 @@ def test_differences_are_taken_round_by_round(monkeypatch) -> None:
     assert times["base"].extra_us is None and times["base"].over_base is None
 
 
-def test_the_base_stays_as_long_as_the_slowest(monkeypatch) -> None:
+def test_the_base_stays_as_long_as_the_slowest(seconds_are_given) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(timing, "stopwatch", lambda device: lambda run: run())
     both = [
         timing.Provider(name, lambda n=name, s=s: calls.append(n) or s, lambda _: 0.0)
         for name, s in (("base", 1.0), ("torch_cat", 0.01))
@@ -400,11 +386,9 @@ def test_a_provider_that_cannot_run_is_refused() -> None:
     def fail() -> None:
         raise RuntimeError("no kernel image is available")
 
-    providers = [
-        timing.Provider("triton", fail, lambda _: 0.0),
-        timing.Provider("torch_cat", lambda: 1, lambda _: 0.0),
-    ]
-    times, refused = timing.measure(providers, CPU, TOY)
+    runs = {"triton": fail, "torch_cat": lambda: 1}
+    providers = [timing.Provider(name, run, lambda _: 0.0) for name, run in runs.items()]
+    times, refused = timing.measure(providers, CPU, timing.Protocol(warmup=1, repeats=2, least=1))
     assert set(times) == {"torch_cat"}
     assert refused == {"triton": "RuntimeError: no kernel image is available"}
 
@@ -450,11 +434,8 @@ def test_rows_from_before_the_last_columns_stay_as_they_are(tmp_path: Path, coun
     """Read with the new columns empty; rewritten once, when a row is added, and then only added."""
     path, old = tmp_path / "cpu.csv", rows.FIELDS[:count]
     lacking = len(rows.FIELDS) - count
-    lines = [
-        ",".join(old),
-        '1,2,no,"A, 2 cores"' + ",x" * (len(old) - 4),
-        ",".join("abc" * 7)[: 2 * count - 1],
-    ]
+    first = '1,2,no,"A, 2 cores"' + ",x" * (len(old) - 4)
+    lines = [",".join(old), first, ",".join("abc" * 7)[: 2 * count - 1]]
     assert all(len(line.split(",")) >= len(old) for line in lines)
     path.write_text("\n".join(lines) + "\n")
     before = rows.read(path)
@@ -482,18 +463,16 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert os.uname().nodename not in shared["machine"]
 
 
-def test_results_page_shows_the_latest_rows(tmp_path: Path) -> None:
+def test_results_page_shows_the_latest_rows(tmp_path: Path, page) -> None:
     old = a_row("cpu", p50=9999, machine="A")
     rest = [a_row("floor", 0.5, machine="A"), a_row("torch", 8, machine="A")]
     new = a_row("cpu", p50=2, ratio="4.00", machine="A", commit="c2", dirty="yes")
     lone = a_row("cpu", 7, machine="A", case='{"V": 8}', ratio="")
     rows.append(tmp_path / "cpu.csv", [old, *rest, new, lone, a_row("cpu", 7, machine="B")])
-    tables.write_results(tmp_path, tmp_path / "RESULTS.md")
-    page = re.sub(" +", " ", (tmp_path / "RESULTS.md").read_text())
-    assert page.index("## `sample` on A,") < page.index("## `sample` on B,")
-    assert "9999" not in page and "commit 1, c2+ " in page
-    assert "python -m bench sample --device cpu" in page
-    lines = [line for line in page.splitlines() if line.startswith("|")]
+    text, lines = page()
+    assert text.index("## `sample` on A,") < text.index("## `sample` on B,")
+    assert "9999" not in text and "commit 1, c2+ " in text
+    assert "python -m bench sample --device cpu" in text
     assert lines[0] == "| V | m | floor | torch | cpu | cpu speed-up | cpu / floor |"
     assert lines[2] == "| 7 | 1 | 0.5 | 8.0 [1.0, 1.0] | 2.0 [1.0, 1.0] | 4.00 | 4.0 |"
     assert lines[3] == "| 8 | | | | 7.0 [1.0, 1.0] | | |"
@@ -512,19 +491,16 @@ def mixed_rows(*providers: str, **changes: str) -> list[rows.Row]:
     return found
 
 
-def test_results_of_mixed_lora(tmp_path: Path) -> None:
+def test_results_of_mixed_lora(tmp_path: Path, page) -> None:
     found = mixed_rows("cpu", "torch_cat", "peft", "reference")
     grad = json.dumps({"mode": "forward+backward", "d": 8, "T": 9})
     both = [a_row("base", op="mixed_lora", case=grad, peak_bytes="2000000", over_base="")]
     both += [a_row("cpu", op="mixed_lora", case=grad, peak_bytes="2200000", extra_us="-3.0")]
     both += [a_row("torch_cat", op="mixed_lora", case=grad, peak_bytes="")]
     rows.append(tmp_path / "cpu.csv", [*found, *both])
-    plot.write_plots(tmp_path)
-    tables.write_results(tmp_path, tmp_path / "RESULTS.md")
-    page = re.sub(" +", " ", (tmp_path / "RESULTS.md").read_text())
-    assert "python -m bench mixed_lora --device cpu`" in page
-    assert "--device cpu --grad`" in page and "](results/mixed_lora_cpu.png)" in page
-    lines = [line for line in page.splitlines() if line.startswith("|")]
+    text, lines = page()
+    assert "python -m bench mixed_lora --device cpu`" in text
+    assert "--device cpu --grad`" in text and "](results/mixed_lora_cpu.png)" in text
     head = "| d | T | B | m | r | dtype | base | torch_cat | peft | reference | cpu |"
     assert lines[0] == f"{head} cat extra / cpu's | cpu / cat |"
     assert lines[2] == (
@@ -532,10 +508,8 @@ def test_results_of_mixed_lora(tmp_path: Path) -> None:
         " | 1.400 (40.0) | 1.100 (10.0) | 2.00 | 0.917 |"
     )
     assert lines[-4].endswith("| 1.000 (-3.0) | all | 1.000 |")  # faster than the base itself
-    assert (
-        lines[-3] == "| d | T | base MB | torch_cat | cpu |"
-        and lines[-1] == "| 8 | 9 | 2.0 | | 1.10 |"
-    )
+    assert lines[-3] == "| d | T | base MB | torch_cat | cpu |"
+    assert lines[-1] == "| 8 | 9 | 2.0 | | 1.10 |"
 
 
 def test_the_plot_is_written(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -13,20 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import __main__ as command
-from bench import peers, timing
+from bench import peers
 from bench.ops import linear_logprob, sample
 from bench.report import rows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-TOY = timing.Protocol(warmup=1, repeats=2, least=1, seconds=1)
-ROOFS = timing.Roofs(bandwidth=1e6, flops={"bfloat16": 1e9})
 SAMPLER_CASES = [
     sample.Case(50, m, 5, dtype, top_p)
-    for m in (1, 3)
-    for dtype in ("float32", "bfloat16")
-    for top_p in (1.0, 0.5)
+    for m, dtype, top_p in product((1, 3), ("float32", "bfloat16"), (1.0, 0.5))
 ]
+HEAD_CASE = linear_logprob.Case(21, 70, 8, "bfloat16")
 PACKAGES = set(peers.PACKAGES.values())
 
 
@@ -131,12 +128,6 @@ MODULES: dict[str, tuple[Callable[..., Any], ...]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the suite interprets Triton, it would be one more provider, and a very slow one."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """All four packages, and the choice that a GPU would make."""
@@ -159,31 +150,26 @@ def names(found: list[rows.Row], case: Any) -> set[str]:
     return {row["provider"] for row in found if row["case"] == fields}
 
 
-def test_installed_samplers_have_rows(installed) -> None:
+def test_installed_samplers_have_rows(installed, measured) -> None:
     for case in SAMPLER_CASES:
         data = sample.inputs(case, CPU)
         before = data.logits.clone()
         for provider in sample.providers(data):
             assert provider.check(provider.run()) <= 1
         assert torch.equal(data.logits, before)  # a mask in place must not reach them
-    found, refused = command.ladder(sample, SAMPLER_CASES, CPU, TOY, roofs=ROOFS, save=None)
+    found, refused = measured(sample, SAMPLER_CASES)
     assert not refused
     for case in SAMPLER_CASES:
         wanted = {"flashinfer", "vllm"} | ({"flashinfer_logits"} if case.top_p == 1 else set())
         assert names(found, case) & set(peers.PACKAGES) == wanted
-    for row in found:
-        assert rows.is_baseline(row["provider"]) == (
-            row["provider"] in peers.PACKAGES or row["provider"].startswith("torch")
-        )
+    for name in {row["provider"] for row in found}:
+        assert rows.is_baseline(name) == (name in peers.PACKAGES or name.startswith("torch"))
 
 
-def test_installed_heads_have_rows(installed) -> None:
-    case = linear_logprob.Case(21, 70, 8, "bfloat16")
-    found, refused = command.ladder(
-        linear_logprob, [case], CPU, TOY, roofs=ROOFS, save=None, memory=True
-    )
+def test_installed_heads_have_rows(installed, measured) -> None:
+    found, refused = measured(linear_logprob, [HEAD_CASE], memory=True)
     assert not refused
-    assert {"liger", "cut_cross_entropy"} <= names(found, case)
+    assert {"liger", "cut_cross_entropy"} <= names(found, HEAD_CASE)
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
@@ -214,15 +200,15 @@ def least_likely(probs: Tensor, top_p: float, **options: Any) -> Tensor:
         ("vllm.v1.worker.gpu.sample.gumbel", "gumbel_sample", None, "ImportError: .*gumbel_sample"),
     ],
 )
-def test_a_peer_that_is_wrong_is_refused_alone(installed, module, name, broken, reason) -> None:
+def test_a_peer_that_is_wrong_is_refused_alone(
+    installed, measured, module, name, broken, reason
+) -> None:
     if broken is None:
         delattr(installed[module], name)
     else:
         setattr(installed[module], name, broken)
     peer = module.partition(".")[0]
-    found, refused = command.ladder(
-        sample, [sample.Case(50, 3, 5, "float32", 0.5)], CPU, TOY, roofs=ROOFS, save=None
-    )
+    found, refused = measured(sample, [sample.Case(50, 3, 5, "float32", 0.5)])
     assert len(refused) == 1
     (which, why), *_ = refused.items()
     assert which.startswith(f"{peer}, ") and re.search(reason, why)
@@ -237,7 +223,7 @@ def test_a_peer_that_is_wrong_is_refused_alone(installed, module, name, broken, 
         ("cut_cross_entropy", "linear_cross_entropy"),
     ],
 )
-def test_a_head_with_a_wrong_gradient_is_refused_alone(installed, module, name) -> None:
+def test_a_head_with_a_wrong_gradient_is_refused_alone(installed, measured, module, name) -> None:
     right = getattr(installed[module], name)
 
     def wrong(hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -246,7 +232,6 @@ def test_a_head_with_a_wrong_gradient_is_refused_alone(installed, module, name) 
         return loss.detach() + (loss.sum() - loss.sum().detach())
 
     setattr(installed[module], name, wrong)
-    case = linear_logprob.Case(21, 70, 8, "bfloat16")
-    found, refused = command.ladder(linear_logprob, [case], CPU, TOY, roofs=ROOFS, save=None)
+    found, refused = measured(linear_logprob, [HEAD_CASE])
     assert len(refused) == 1 and "d_hidden" in next(iter(refused.values()))
-    assert len(names(found, case) & {"liger", "cut_cross_entropy"}) == 1
+    assert len(names(found, HEAD_CASE) & {"liger", "cut_cross_entropy"}) == 1

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_runs import records
 
 from clp import cli
 from clp.data.paths import TINY
@@ -20,23 +21,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["clp", *map(str, argv)])
-    cli.main()
-
-
-def refused(monkeypatch, capsys, *argv):
-    """What a command says that ends with code 2."""
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *argv)
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    lines = [line for line in said.splitlines() if line.startswith("clp")]
-    assert len(lines) == 1 or "For full helptext" in said  # tyro's page about an option
-    return said
-
-
 def not_reached(*args, **kwargs):
     raise AssertionError("a model was loaded")
 
@@ -45,29 +29,30 @@ def not_reached(*args, **kwargs):
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        run(patch, "train", "--output-dir", folder, *SMALL)
+        patch.setattr(sys, "argv", ["clp", "train", "--output-dir", str(folder), *SMALL])
+        cli.main()
     return folder
 
 
-def test_train_with_a_file_and_options(monkeypatch, tmp_path):
+def test_train_with_a_file_and_options(clp, tmp_path):
     (tmp_path / "c.yaml").write_text("max_steps: 1\nr: 3\nalpha: 0.3\nseed: 5\n")
     options = ["--num-prompts", "2", "--num-generations", "2", "--max-completion-length", "4"]
-    run(monkeypatch, "train", "--config", tmp_path / "c.yaml", "--alpha", "0.4", *options,
+    clp("train", "--config", tmp_path / "c.yaml", "--alpha", "0.4", *options,
         "--output-dir", tmp_path / "r")  # fmt: skip
     saved = (tmp_path / "r/config.yaml").read_text()
     assert "alpha: 0.4" in saved and "r: 3" in saved and "seed: 5" in saved
 
 
-def test_resume_needs_the_folder_alone(monkeypatch, capsys, tmp_path):
+def test_resume_needs_the_folder_alone(clp, tmp_path):
     folder = tmp_path / "r"
     options = [*SMALL, "--alpha", "0.3", "--seed", "7", "--rewards", "brevity", "joy=sentiment"]
-    run(monkeypatch, "train", "--output-dir", folder, *options)
+    clp("train", "--output-dir", folder, *options)
     first = (folder / "metrics.jsonl").read_text()
     folder = folder.rename(tmp_path / "moved")
-    run(monkeypatch, "train", "--output-dir", folder, "--resume")
-    assert f"{folder} goes on from checkpoint-000001" in capsys.readouterr().err
+    said = clp("train", "--output-dir", folder, "--resume")
+    assert f"{folder} goes on from checkpoint-000001" in said.err
     assert (folder / "metrics.jsonl").read_text() == first
-    run(monkeypatch, "train", "--output-dir", folder, "--resume", "--max-steps", "2")
+    clp("train", "--output-dir", folder, "--resume", "--max-steps", "2")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert lines[0] == first and len(lines) == 2
     saved = load_config(folder / "config.yaml")
@@ -79,32 +64,28 @@ def test_resume_needs_the_folder_alone(monkeypatch, capsys, tmp_path):
         (["--max-steps", "1"], "max_steps=2; resume asks for 1"),
         (["--rewards", "joy=brevity", "brevity=sentiment"], "as the reward of brevity"),
     ]:
-        with pytest.raises(SystemExit) as stop:
-            run(monkeypatch, "train", "--output-dir", folder, "--resume", *option)
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert stop.value.code == 2 and message in error
+        said = clp("train", "--output-dir", folder, "--resume", *option, code=2)
+        assert message in said.last
 
 
-def test_a_training_that_diverges_ends_with_one_line(monkeypatch, capsys, tmp_path):
+def test_a_training_that_diverges_ends_with_one_line(clp, monkeypatch, tmp_path):
     def diverge(self):
         raise FloatingPointError("the last checkpoint is x")
 
     monkeypatch.setattr("clp.training.trainer.CLPTrainer.train", diverge)
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "train", "--output-dir", tmp_path / "r", *SMALL)
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and error == "clp train: error: the last checkpoint is x"
+    said = clp("train", "--output-dir", tmp_path / "r", *SMALL, code=2)
+    assert said.last == "clp train: error: the last checkpoint is x"
 
 
-def test_sample_from_prompts(monkeypatch, capsys, trained):
-    run(monkeypatch, "sample", trained, "Tom had a red kite.", "Mia was sad.", "--weights",
-        "joy=0.7,brief=0.3", "--seed", "1", "--max-tokens", "6")  # fmt: skip
-    lines = capsys.readouterr().out.splitlines()
+def test_sample_from_prompts(clp, trained):
+    options = ["--weights", "joy=0.7,brief=0.3", "--seed", "1", "--max-tokens", "6"]
+    said = clp("sample", trained, "Tom had a red kite.", "Mia was sad.", *options)
+    lines = said.out.splitlines()
     assert lines[0].startswith("[joy=0.7,brief=0.3] Tom had a red kite.")
     assert lines[1].startswith("[joy=0.7,brief=0.3] Mia was sad.")
 
 
-def test_sample_from_a_file_with_a_row_a_prompt(monkeypatch, trained, tmp_path):
+def test_sample_from_a_file_with_a_row_a_prompt(clp, trained, tmp_path):
     rows = [
         {"prompt": "Tom had a red kite.", "weights": [1, 0], "seed": 3},
         {"prompt": "Tom had a red kite.", "weights": {"brief": 1.0}, "max_tokens": 2},
@@ -112,47 +93,40 @@ def test_sample_from_a_file_with_a_row_a_prompt(monkeypatch, trained, tmp_path):
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)))
-    run(monkeypatch, "sample", trained, "--input", source, "--output", target, "--weights",
+    clp("sample", trained, "--input", source, "--output", target, "--weights",
         "brief=1", "--n", "2", "--max-tokens", "5")  # fmt: skip
-    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    lines = records(target)
     assert [line["prompt"] for line in lines] == [r["prompt"] for r in rows for _ in range(2)]
     assert [line["index"] for line in lines] == [0, 1] * 3
     assert all(len(line["token_ids"]) <= 2 for line in lines[2:4])
     assert all(len(line["token_ids"]) == len(line["logprobs"]) for line in lines)
 
 
-def test_a_bad_line_ends_with_code_1_and_the_others_are_written(
-    monkeypatch, capsys, trained, tmp_path
-):
+def test_a_bad_line_ends_with_code_1_and_the_others_are_written(clp, trained, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "Tom"}\n{"prompt": "Tom", "weight": [1, 0]}\n{"prompt": "Mia"}\n')
     argv = ["sample", trained, "--input", source, "--output", target, "--weights", "joy=1",
             "--max-tokens", "3", "--logprobs", "2", "--stop-token-ids", "7", "9", "--ignore-eos",
             "--cache-gib", "0.5"]  # fmt: skip
     for shown in ('see "error" in', "nothing to do"):  # the second run has the same lines
-        with pytest.raises(SystemExit) as stop:
-            run(monkeypatch, *argv)
-        error = capsys.readouterr().err
-        assert stop.value.code == 1 and "lines that failed: 1" in error and shown in error
-        lines = [json.loads(line) for line in target.read_text().splitlines()]
+        error = clp(*argv, code=1).err
+        assert "lines that failed: 1" in error and shown in error
+        lines = records(target)
         assert [line["line"] for line in lines] == [1, 2, 3]
         assert "'weight'" in lines[1]["error"]
         assert all(len(pairs) in (2, 3) for pairs in lines[0]["top_logprobs"])
     options = json.loads((tmp_path / "out.jsonl.meta.json").read_text())["options"]
     assert options["stop_token_ids"] == [7, 9] and options["ignore_eos"] is True
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *argv, "--top-k", "3")
-    assert stop.value.code == 2
-    assert "another run: top_k was 0 and is 3" in capsys.readouterr().err
+    assert "another run: top_k was 0 and is 3" in clp(*argv, "--top-k", "3", code=2).err
 
 
-def test_prompts_into_a_file(monkeypatch, trained, tmp_path):
+def test_prompts_into_a_file(clp, trained, tmp_path):
     argv = ["sample", trained, "Tom", "Mia", "--weights", "joy=1", "--max-tokens", "3",
             "--output", tmp_path / "out.jsonl"]  # fmt: skip
-    run(monkeypatch, *argv)
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    clp(*argv)
+    lines = records(tmp_path / "out.jsonl")
     assert [(line["line"], line["prompt"]) for line in lines] == [(1, "Tom"), (2, "Mia")]
-    run(monkeypatch, *argv)
+    clp(*argv)
 
 
 @pytest.mark.parametrize(
@@ -169,62 +143,53 @@ def test_prompts_into_a_file(monkeypatch, trained, tmp_path):
         (["--interactive"], "give one of"),
     ],
 )
-def test_bad_options_of_a_file_run_write_nothing(
-    monkeypatch, capsys, trained, tmp_path, options, message
-):
+def test_bad_options_of_a_file_run_write_nothing(clp, trained, tmp_path, options, message):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "Tom"}\n')
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "sample", trained, *options[:1], *options[1:], "--input", source,
-            "--output", target)  # fmt: skip
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    said = clp("sample", trained, *options, "--input", source, "--output", target, code=2)
+    assert message in said.err
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_ctrl_c_in_a_file_run_says_how_to_go_on(monkeypatch, capsys, trained, tmp_path):
+def test_ctrl_c_in_a_file_run_says_how_to_go_on(clp, monkeypatch, trained, tmp_path):
     def interrupted(self):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("clp.engine.sampler.Sampler.step", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "sample", trained, "Tom", "--weights", "joy=1", "--output",
-            tmp_path / "out.jsonl")  # fmt: skip
-    assert stop.value.code == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    argv = ["sample", trained, "Tom", "--weights", "joy=1", "--output", tmp_path / "out.jsonl"]
+    assert "the same command goes on from here" in clp(*argv, code=130).err
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_prompt_loop_with_its_option_or_on_a_terminal(monkeypatch, capsys, trained, terminal):
+def test_the_prompt_loop_with_its_option_or_on_a_terminal(clp, monkeypatch, trained, terminal):
     lines = iter(["Tom", "/w", "/quit"])
     monkeypatch.setattr("clp.cli.sample.input", lambda shown: next(lines), raising=False)
     if terminal:
         monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
         monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     options = [] if terminal else ["--interactive"]
-    run(monkeypatch, "sample", trained, *options, "--weights", "joy=1", "--max-tokens", "3")
-    shown = capsys.readouterr().out.splitlines()
+    said = clp("sample", trained, *options, "--weights", "joy=1", "--max-tokens", "3")
+    shown = said.out.splitlines()
     assert shown[0].startswith("weights joy=1,brief=0;") and shown[-1] == "weights joy=1,brief=0"
     assert len(shown) == 3
 
 
-def test_eval_writes_its_three_files(monkeypatch, capsys, trained):
-    run(monkeypatch, "eval", trained, "--num-prompts", "4")
+def test_eval_writes_its_three_files(clp, trained):
+    said = clp("eval", trained, "--num-prompts", "4")
     front = json.loads((trained / "frontier.json").read_text())
     assert len(front["weights"]) == len(front["rewards"]) == 11
     assert front["objectives"] == ["joy", "brief"]
     assert front["prompts"] == 4
-    samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 12 * 4
+    assert len(records(trained / "samples.jsonl")) == 12 * 4
     assert (trained / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    out = capsys.readouterr().out
-    assert "Spearman" in out and "joy 1.00 brief 0.00" in out
+    assert "Spearman" in said.out and "joy 1.00 brief 0.00" in said.out
 
 
-def test_eval_into_another_folder_says_how_it_was_made(monkeypatch, trained, tmp_path):
+def test_eval_into_another_folder_says_how_it_was_made(clp, monkeypatch, trained, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Tom"}\n{"prompt": "Mia"}\n')
     monkeypatch.chdir(tmp_path)
     before = {p.name: p.stat().st_mtime_ns for p in trained.iterdir()}
-    run(monkeypatch, "eval", trained, "--output-dir", "new/er", "--prompts", "p.jsonl",
+    clp("eval", trained, "--output-dir", "new/er", "--prompts", "p.jsonl",
         "--max-tokens", "3", "--temperature", "0.5", "--top-p", "0.9", "--seed", "7",
         "--rewards", "joy=diversity", "brief=brevity", "--reference-point", "2", "2")  # fmt: skip
     front = json.loads((tmp_path / "new/er/frontier.json").read_text())
@@ -240,7 +205,7 @@ def test_eval_into_another_folder_says_how_it_was_made(monkeypatch, trained, tmp
 
 @pytest.mark.parametrize("how", ["path", "dot", "link"])
 def test_eval_of_a_checkpoint_takes_the_configuration_of_its_run(
-    monkeypatch, trained, tmp_path, how
+    clp, monkeypatch, trained, tmp_path, how
 ):
     """Its prompts and length; from a copy of a checkpoint, that has no run, the defaults."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "Tom"}\n{"prompt": "Mia"}\n')
@@ -253,12 +218,12 @@ def test_eval_of_a_checkpoint_takes_the_configuration_of_its_run(
     if how == "dot":
         monkeypatch.chdir(checkpoint)
     (tmp_path / "latest").symlink_to(checkpoint)
-    run(monkeypatch, "eval", {"path": checkpoint, "dot": ".", "link": tmp_path / "latest"}[how])
+    clp("eval", {"path": checkpoint, "dot": ".", "link": tmp_path / "latest"}[how])
     front = json.loads((checkpoint / "frontier.json").read_text())
     assert (front["prompts"], front["max_tokens"]) == (2, 5)
 
 
-def test_what_a_run_names_is_found_from_elsewhere(monkeypatch, tmp_path):
+def test_what_a_run_names_is_found_from_elsewhere(clp, monkeypatch, tmp_path):
     """A model, prompts and a configuration that are given relative to the working folder."""
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
@@ -267,54 +232,52 @@ def test_what_a_run_names_is_found_from_elsewhere(monkeypatch, tmp_path):
         (tmp_path / "here" / name).write_text('{"prompt": "Tom"}\n')
     (tmp_path / "here/c.yaml").write_text("r: 1\n")
     monkeypatch.chdir(tmp_path / "here")
-    run(monkeypatch, "train", *SMALL, "--config=c.yaml", "--model", "models/tiny", "--prompts",
+    clp("train", *SMALL, "--config=c.yaml", "--model", "models/tiny", "--prompts",
         "p.jsonl", "--eval-prompts", "e.jsonl", "--output-dir", "run")  # fmt: skip
     model = str(tmp_path / "here/models/tiny")
     assert json.loads((tmp_path / "here/run/clp.json").read_text())["base_model"] == model
     adapter = json.loads((tmp_path / "here/run/adapters/joy/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == model
     monkeypatch.chdir(tmp_path / "there")
-    run(monkeypatch, "eval", "../here/run", "--max-tokens", "2")
-    run(monkeypatch, "sample", "../here/run", "Tom", "--weights", "joy=1", "--max-tokens", "2")
-    run(monkeypatch, "export", "../here/run", "out", "--weights", "joy=1")
+    clp("eval", "../here/run", "--max-tokens", "2")
+    clp("sample", "../here/run", "Tom", "--weights", "joy=1", "--max-tokens", "2")
+    clp("export", "../here/run", "out", "--weights", "joy=1")
     monkeypatch.chdir(tmp_path / "here")
-    run(monkeypatch, "train", *SMALL, "--config", "c.yaml", "--model", "./models/tiny", "--prompts",
+    clp("train", *SMALL, "--config", "c.yaml", "--model", "./models/tiny", "--prompts",
         "p.jsonl", "--eval-prompts", "e.jsonl", "--output-dir", "run", "--resume")  # fmt: skip
 
 
-def test_a_model_that_has_moved_is_named_again(monkeypatch, capsys, trained, tmp_path):
+def test_a_model_that_has_moved_is_named_again(clp, refused, trained, tmp_path):
     copied = tmp_path / "run"
     shutil.copytree(trained, copied)
     card = json.loads((copied / "clp.json").read_text())
     (copied / "clp.json").write_text(json.dumps(card | {"base_model": "/gone/away"}))
     argv = ["sample", copied, "Tom", "--weights", "joy=1", "--max-tokens", "2"]
-    assert "if it has moved, base_model (--base-model)" in refused(monkeypatch, capsys, *argv)
-    run(monkeypatch, *argv, "--base-model", TINY)
+    assert "if it has moved, base_model (--base-model)" in refused(*argv)
+    clp(*argv, "--base-model", TINY)
 
 
-def test_a_run_that_has_not_ended_has_checkpoints(monkeypatch, capsys, trained, tmp_path):
+def test_a_run_that_has_not_ended_has_checkpoints(refused, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run/clp.json").unlink()
-    error = refused(monkeypatch, capsys, "sample", tmp_path / "run", "Hi", "--weights", "joy=1")
+    error = refused("sample", tmp_path / "run", "Hi", "--weights", "joy=1")
     assert error.endswith("clp.json is missing; the training has not ended: name one of its "
                           "checkpoints\n")  # fmt: skip
 
 
-def test_export_writes_a_peft_folder(monkeypatch, capsys, trained, tmp_path):
-    run(monkeypatch, "export", trained, tmp_path / "one", "--weights", "joy=0.5,brief=0.5")
+def test_export_writes_a_peft_folder(clp, trained, tmp_path):
+    said = clp("export", trained, tmp_path / "one", "--weights", "joy=0.5,brief=0.5")
     assert json.loads((tmp_path / "one/adapter_config.json").read_text())["r"] == 4
     assert (tmp_path / "one/adapter_model.safetensors").is_file()
-    assert "rank 4" in capsys.readouterr().out
+    assert "rank 4" in said.out
 
 
-def test_info_prints_the_backends(monkeypatch, capsys):
-    run(monkeypatch, "info")
-    assert "mixed_lora" in capsys.readouterr().out
+def test_info_prints_the_backends(clp):
+    assert "mixed_lora" in clp("info").out
 
 
-def test_help_lists_the_commands(monkeypatch, capsys):
-    run(monkeypatch, "--help")
-    out = capsys.readouterr().out
+def test_help_lists_the_commands(clp):
+    out = clp("--help").out
     assert all(f"clp {name}" in out for name in [*cli.COMMANDS, "--version"])
 
 
@@ -365,37 +328,37 @@ def test_help_lists_the_commands(monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_said_and_ends_with_code_2(
-    monkeypatch, capsys, trained, tmp_path, argv, message
+    refused, monkeypatch, trained, tmp_path, argv, message
 ):
     monkeypatch.setattr("clp.policies.lora.load_base", not_reached)
     before = sorted(trained.iterdir())
     filled = [a.format(run=trained, tmp=tmp_path / "t") for a in argv]
-    assert message in refused(monkeypatch, capsys, *filled)
+    assert message in refused(*filled)
     assert sorted(trained.iterdir()) == before and not (tmp_path / "t").exists()
 
 
-def test_a_prompt_that_is_too_long(monkeypatch, capsys, trained):
+def test_a_prompt_that_is_too_long(refused, trained):
     argv = ["sample", trained, "Hi", "Ho " * 9999, "--weights", "joy=1"]
-    assert "prompt 1: prompt has" in refused(monkeypatch, capsys, *argv)
+    assert "prompt 1: prompt has" in refused(*argv)
 
 
-def test_cuda_where_there_is_none(monkeypatch, capsys, trained, tmp_path):
+def test_cuda_where_there_is_none(refused, monkeypatch, trained, tmp_path):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     for argv in (
         ["train", "--output-dir", tmp_path / "t"],
         ["eval", trained],
         ["sample", trained, "Hi", "--weights", "joy=1"],
     ):
-        error = refused(monkeypatch, capsys, *argv, "--device", "cuda")
+        error = refused(*argv, "--device", "cuda")
         assert "device 'cuda' is not here" in error
     assert not (tmp_path / "t").exists()
 
 
-def test_a_device_that_is_not_among_those_here(monkeypatch, capsys, trained):
+def test_a_device_that_is_not_among_those_here(refused, monkeypatch, trained):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
-    error = refused(monkeypatch, capsys, "eval", trained, "--device", "cuda:2")
+    error = refused("eval", trained, "--device", "cuda:2")
     assert "device 'cuda:2' is not here: there are 2, counted from 0" in error
     assert torch_device("cuda:1") == torch.device("cuda", 1)
 
@@ -417,52 +380,50 @@ def test_a_device_that_is_not_among_those_here(monkeypatch, capsys, trained):
         ("tokenizer.json", {"model": {"type": "none"}}, "ModelUntagged"),
     ],
 )
-def test_a_model_that_cannot_be_loaded(monkeypatch, capsys, tmp_path, name, value, message):
+def test_a_model_that_cannot_be_loaded(refused, tmp_path, name, value, message):
     """The last one is what the library tokenizers says of files newer than itself."""
     shutil.copytree(TINY, tmp_path / "model")
     file = tmp_path / "model" / name
     old = json.loads(file.read_text())
     file.write_text(value if isinstance(value, str) else json.dumps(old | value))
-    error = refused(
-        monkeypatch, capsys, "train", "--model", tmp_path / "model", "--output-dir", tmp_path / "t"
-    )
+    error = refused("train", "--model", tmp_path / "model", "--output-dir", tmp_path / "t")
     assert "model '" in error and message in error
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])
-def test_a_column_of_another_kind(monkeypatch, capsys, trained, tmp_path, command):
+def test_a_column_of_another_kind(refused, trained, tmp_path, command):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Tom", "reference": 3}\n')
     where = [trained] if command == "eval" else ["--output-dir", tmp_path / "t"]
-    error = refused(monkeypatch, capsys, command, *where, "--prompts", tmp_path / "p.jsonl",
-                    "--rewards", "joy=rouge", "brief=brevity")  # fmt: skip
+    options = ["--prompts", tmp_path / "p.jsonl", "--rewards", "joy=rouge", "brief=brevity"]
+    error = refused(command, *where, *options)
     assert "column 'reference', row 0: expected a string" in error
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "export", "sample"])
-def test_ctrl_c_is_one_line_and_code_130(monkeypatch, capsys, trained, tmp_path, command):
+def test_ctrl_c_is_one_line_and_code_130(clp, monkeypatch, trained, tmp_path, command):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("clp.engine.sampler.Sampler.step", interrupted)
     monkeypatch.setattr("clp_kernels.export_adapter", interrupted)
-    argv, hint = {
-        "train": (
-            ["--output-dir", tmp_path / "t"],
-            "; there is no checkpoint yet: --resume begins at step 1",
-        ),
-        "eval": ([trained], ""),
-        "export": ([trained, tmp_path / "t", "--weights", "joy=1"], ""),
-        "sample": ([trained, "Tom", "--weights", "joy=1"], ""),
+    argv = {
+        "train": ["--output-dir", tmp_path / "t"],
+        "eval": [trained],
+        "export": [trained, tmp_path / "t", "--weights", "joy=1"],
+        "sample": [trained, "Tom", "--weights", "joy=1"],
     }[command]
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, command, *argv)
-    assert stop.value.code == 130
-    assert capsys.readouterr().err.splitlines()[-1] == f"clp {command}: stopped{hint}"
+    hint = "; there is no checkpoint yet: --resume begins at step 1" if command == "train" else ""
+    assert clp(command, *argv, code=130).last == f"clp {command}: stopped{hint}"
+
+
+def info_prints(what):
+    """A process whose `clp info` prints this."""
+    code = f"cli.COMMANDS['info'] = lambda argv: {what}; sys.argv = ['clp', 'info']; cli.main()"
+    return [sys.executable, "-c", f"import sys; from clp import cli; {code}"]
 
 
 def test_a_terminal_without_the_characters(monkeypatch):
-    code = "import sys; from clp import cli; sys.argv = ['clp', 'info']; cli.COMMANDS['info'] = {}"
-    argv = [sys.executable, "-c", code.format("lambda argv: print('“é”')") + "; cli.main()"]
+    argv = info_prints("print('“é”')")
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = subprocess.run(argv, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\\u201c\\xe9\\u201d\n")
@@ -470,9 +431,7 @@ def test_a_terminal_without_the_characters(monkeypatch):
 
 def test_a_reader_that_goes_is_no_error():
     """`| head`: the command ends as others do, without a word."""
-    code = "import sys; from clp import cli; sys.argv = ['clp', 'info']; cli.COMMANDS['info'] = {}"
-    prints = "lambda argv: [print('x' * 99) for _ in range(9999)]"
-    argv = [sys.executable, "-c", code.format(prints) + "; cli.main()"]
+    argv = info_prints("[print('x' * 99) for _ in range(9999)]")
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
         done.stdout.readline()
         done.stdout.close()
@@ -481,11 +440,9 @@ def test_a_reader_that_goes_is_no_error():
     assert error == ""
 
 
-def test_unknown_option_is_refused(monkeypatch, capsys, tmp_path):
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "train", "--learning-rat", "1", "--output-dir", tmp_path / "t")
-    assert stop.value.code == 2
-    assert "learning-rate" in capsys.readouterr().err
+def test_unknown_option_is_refused(clp, tmp_path):
+    said = clp("train", "--learning-rat", "1", "--output-dir", tmp_path / "t", code=2)
+    assert "learning-rate" in said.err
 
 
 def test_help_is_immediate():

@@ -39,9 +39,8 @@ def test_folders_become_absolute(tmp_path):
     (tmp_path / "link").symlink_to(one)
     assert model_location(str(tmp_path / "link")) == str(tmp_path / "link")
     (tmp_path / "work/tiny").mkdir()
-    assert model_location("tiny") == "tiny" and model_location("./tiny") == str(
-        tmp_path / "work/tiny"
-    )
+    assert model_location("tiny") == "tiny"
+    assert model_location("./tiny") == str(tmp_path / "work/tiny")
 
 
 @pytest.mark.parametrize(

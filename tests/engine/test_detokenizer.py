@@ -20,18 +20,10 @@ BOS, EOS = 1, 2
 @cache
 def tokenizer(template=None, metaspace=False, extra=()):
     """Characters as tokens; `template` is what the tokenizer makes of every text ("$A")."""
-    letters = [
-        "<pad>",
-        "<s>",
-        "</s>",
-        "<unk>",
-        *"abcdefghijklmnopqrstuvwxyz<>/|.\u2581 ",
-        "ab",
-        "bcd",
-    ]
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(letters))}
+    letters = "abcdefghijklmnopqrstuvwxyz<>/|.\u2581 "
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *letters, "ab", "bcd", "cd"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [("a", "b"), ("c", "d"), ("b", "cd")]
-    vocabulary["cd"] = len(vocabulary)
     made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
     if metaspace:  # as Llama's: a space in front, and none of it in the text
         made.normalizer = normalizers.Sequence(

@@ -8,13 +8,13 @@ import functools
 import pytest
 import torch
 import transformers
+from tiny_runs import randomise
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import clp_kernels
 from clp.engine.sampler import Sampler, SamplingParams
 from clp.policies.loading import load_base
 from clp.policies.lora import Policy
-from clp_kernels.nn.mixed_lora import steered_layers
 
 WINDOW = 6  # shorter than most sequences here, longer than the five tokens of the model check
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -27,6 +27,9 @@ SMALL_GPT = {
     "vocab_size": 1024, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256,
     "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+SMALL_MPT = {"vocab_size": 1024, "d_model": 32, "n_heads": 4, "n_layers": 3}
+CHUNKED = {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": 8}
+WINDOWED = {"sliding_window": WINDOW}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
            "moe_intermediate_size": 16}  # fmt: skip
 LATENT = {"head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 4,
@@ -34,47 +37,44 @@ LATENT = {"head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_d
           "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
           "first_k_dense_replace": 1}  # fmt: skip
 
-# name: (model_type, sizes and options)
+# name: (model_type, sizes and options); SIZES if they are not SMALL_GPT
 SERVED = {
-    "llama": ("llama", SIZES),
-    "llama without groups": ("llama", SIZES | {"num_key_value_heads": 4}),
+    "llama": ("llama", {}),
+    "llama without groups": ("llama", {"num_key_value_heads": 4}),
     "gpt2": ("gpt2", SMALL_GPT),
     "gpt_bigcode, one key head": ("gpt_bigcode", SMALL_GPT),
-    "gpt_neox": ("gpt_neox", SIZES),
-    "qwen2": ("qwen2", SIZES),
+    "gpt_neox": ("gpt_neox", {}),
+    "qwen2": ("qwen2", {}),
     "qwen2, windows in the upper layers": (
         "qwen2",
-        SIZES | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+        WINDOWED | {"use_sliding_window": True, "max_window_layers": 1},
     ),
-    "qwen3": ("qwen3", SIZES),
-    "qwen3_moe": ("qwen3_moe", SIZES | EXPERTS),
-    "mistral": ("mistral", SIZES | {"sliding_window": WINDOW}),
-    "mixtral": ("mixtral", SIZES | EXPERTS | {"sliding_window": WINDOW}),
-    "phi3": ("phi3", SIZES | {"sliding_window": WINDOW}),
-    "starcoder2": ("starcoder2", SIZES | {"sliding_window": WINDOW}),
-    "gemma3": (
-        "gemma3_text",
-        SIZES | {"sliding_window": WINDOW, "layer_types": MIXED, "query_pre_attn_scalar": 5},
-    ),
-    "cohere2": ("cohere2", SIZES | {"sliding_window": WINDOW, "layer_types": MIXED}),
-    "olmo2": ("olmo2", SIZES),
-    "granite": ("granite", SIZES | {"attention_multiplier": 0.3, "logits_scaling": 2.0}),
-    "deepseek_v3, values narrower than keys": ("deepseek_v3", SIZES | LATENT),
+    "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "mistral": ("mistral", WINDOWED),
+    "mixtral": ("mixtral", EXPERTS | WINDOWED),
+    "phi3": ("phi3", WINDOWED),
+    "starcoder2": ("starcoder2", WINDOWED),
+    "gemma3": ("gemma3_text", WINDOWED | {"layer_types": MIXED, "query_pre_attn_scalar": 5}),
+    "cohere2": ("cohere2", WINDOWED | {"layer_types": MIXED}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"attention_multiplier": 0.3, "logits_scaling": 2.0}),
+    "deepseek_v3, values narrower than keys": ("deepseek_v3", LATENT),
     "opt, which flattens tokens in its blocks": (
         "opt",
-        SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2},
+        {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.2},
     ),
     "qwen2_moe, which flattens tokens for its shared expert": (
         "qwen2_moe",
-        SIZES | EXPERTS | {"shared_expert_intermediate_size": 16},
+        EXPERTS | {"shared_expert_intermediate_size": 16},
     ),
     "ernie4_5_moe": (
         "ernie4_5_moe",
-        SIZES | EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
+        EXPERTS | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
     ),
     "modernbert-decoder": (
         "modernbert-decoder",
-        SIZES | {"layer_types": MIXED, "local_attention": 2 * WINDOW},
+        {"layer_types": MIXED, "local_attention": 2 * WINDOW},
     ),
 }
 # Values decide which experts run: their step is not a list of calls (clp/engine/recording.py).
@@ -82,39 +82,34 @@ UNRECORDED = {"qwen3_moe", "mixtral", "deepseek_v3, values narrower than keys", 
               "qwen2_moe, which flattens tokens for its shared expert"}  # fmt: skip
 # name: (model_type, sizes and options, what the refusal says)
 REFUSED = {
-    "gemma2": ("gemma2", SIZES, "softcap"),
-    "gpt_oss": ("gpt_oss", SIZES | EXPERTS | {"sliding_window": WINDOW}, "s_aux"),
-    "llama4": (
-        "llama4_text",
-        SIZES | {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": 8,
-                 "interleave_moe_layer_step": 5},
-        "chunked_attention",
-    ),
-    "mamba": ("mamba", SIZES | {"state_size": 4}, "linear_attention"),
+    "gemma2": ("gemma2", {}, "softcap"),
+    "gpt_oss": ("gpt_oss", EXPERTS | WINDOWED, "s_aux"),
+    "llama4": ("llama4_text", CHUNKED | {"interleave_moe_layer_step": 5}, "chunked_attention"),
+    "mamba": ("mamba", {"state_size": 4}, "linear_attention"),
     "qwen3_next": (
         "qwen3_next",
-        SIZES | EXPERTS | {"layer_types": ["linear_attention", "full_attention", "full_attention"]},
+        EXPERTS | {"layer_types": ["linear_attention", "full_attention", "full_attention"]},
         "linear_attention",
     ),
-    "lfm2": ("lfm2", SIZES | {"layer_types": ["conv", "full_attention", "conv"]}, "conv"),
-    "bloom, ALiBi": ("bloom", SIZES | {"n_layer": 3, "n_head": 4}, "its logits differ"),
-    "mpt, ALiBi": (
-        "mpt", {"vocab_size": 1024, "d_model": 32, "n_heads": 4, "n_layers": 3}, "MptFor"
-    ),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "conv"),
+    "bloom, ALiBi": ("bloom", {"n_layer": 3, "n_head": 4}, "its logits differ"),
+    "mpt, ALiBi": ("mpt", SMALL_MPT, "MptFor"),
     "gptj": ("gptj", SMALL_GPT | {"rotary_dim": 8}, "its logits differ"),
-    "stablelm": ("stablelm", SIZES, "does not pass keyword arguments"),
-    "doge, a learned mask": ("doge", SIZES, "a mask of its own"),
+    "stablelm": ("stablelm", {}, "does not pass keyword arguments"),
+    "doge, a learned mask": ("doge", {}, "a mask of its own"),
     "qwen2_moe, a window in its masks alone": (
         "qwen2_moe",
-        SIZES | EXPERTS | {"use_sliding_window": True, "sliding_window": WINDOW,
-                           "shared_expert_intermediate_size": 16, "max_window_layers": 2},
+        SERVED["qwen2_moe, which flattens tokens for its shared expert"][1]
+        | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
         "layer 0 does not pass its window of 6 tokens",
     ),
     "phimoe, a window in its masks alone": (
-        "phimoe", SIZES | EXPERTS | {"sliding_window": WINDOW}, "its window of 6 tokens"
+        "phimoe",
+        EXPERTS | WINDOWED,
+        "its window of 6 tokens",
     ),
-    "rwkv": ("rwkv", SIZES | {"attention_hidden_size": 32}, "RwkvFor"),
-}  # fmt: skip
+    "rwkv": ("rwkv", {"attention_hidden_size": 32}, "RwkvFor"),
+}
 # Its routers have a forward of their own: the attention alone is steered.
 ATTENTION_ONLY = {"phimoe, a window in its masks alone"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
@@ -129,7 +124,8 @@ def tokenizer():
 
 def made(model_type, options, dtype=torch.float64):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **options)
+    own_sizes = "vocab_size" in options
+    config = AutoConfig.for_model(model_type, **(options if own_sizes else SIZES | options))
     family = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     attention = "sdpa" if family._supports_sdpa else "eager"
     config._experts_implementation = "eager"  # the grouped product of experts has no float64
@@ -139,11 +135,9 @@ def made(model_type, options, dtype=torch.float64):
 
 def policy_of(model, target_modules="all-linear"):
     names = ["joy", "brief"]
-    clp_kernels.inject(model, names, r=2, target_modules=target_modules,
-                       generator=torch.Generator().manual_seed(3))  # fmt: skip
-    generator = torch.Generator().manual_seed(5)
-    for layer in steered_layers(model).values():
-        layer.lora_B.data.normal_(0, 0.3, generator=generator)
+    generator = torch.Generator().manual_seed(3)
+    clp_kernels.inject(model, names, r=2, target_modules=target_modules, generator=generator)
+    randomise(model, 0.3, 5)
     return Policy(model, tokenizer(), names, "random")
 
 
@@ -220,7 +214,7 @@ def test_an_encoder_is_refused():
 
 
 def test_a_window_longer_than_the_check_is_refused_too_where_it_is_not_passed():
-    options = SIZES | EXPERTS | {"sliding_window": 100}
+    options = EXPERTS | {"sliding_window": 100}
     policy = policy_of(made("phimoe", options, torch.float32), PROJECTIONS)
     with pytest.raises(ValueError, match="its window of 100 tokens"):
         Sampler(policy)
@@ -232,7 +226,7 @@ def test_long_rope_is_served_within_its_short_factors():
         "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
         "long_factor": [4.0] * 4, "original_max_position_embeddings": 70,
     }  # fmt: skip
-    options = SIZES | {"rope_parameters": rope, "original_max_position_embeddings": 70}
+    options = {"rope_parameters": rope, "original_max_position_embeddings": 70}
     policy = policy_of(made("phi3", options))
     assert policy.context_length == 70
     sampler = Sampler(policy)

@@ -3,17 +3,11 @@
 import random
 
 import pytest
-from decoding_alone import new_spread_policy
 
 import clp_kernels
 from clp.engine.sampler import Sampler, SamplingParams
 
 BUDGETS = [2048, 24]
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return new_spread_policy()
 
 
 def asked(count):

@@ -6,20 +6,20 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from decoding_alone import new_spread_policy
+from decoding_alone import token_ids
 from torch import nn
 
-from clp.engine import recording
 from clp.engine.model_state import ModelState
 from clp.engine.sampler import Sampler, SamplingParams
 from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
 from clp_kernels.nn.mixed_lora import steered_layers
 
-PROMPT = torch.randint(3, 1000, (40,), generator=torch.Generator().manual_seed(2)).tolist()
+PROMPT = token_ids(40, 2)
 PARAMS = SamplingParams(max_tokens=4, seed=1, ignore_eos=True)
 
 
@@ -33,74 +33,18 @@ def layer(model):
     return model.base_model.layers[1]
 
 
-def hook(model):
-    layer(model).mlp.register_forward_hook(lambda module, args, out: out * 1.5)
+def of_type(self, x):
+    """The forward of a module's class, scaled."""
+    return 1.5 * type(self).forward(self, x)
 
 
-def pre_hook(model):
-    layer(model).mlp.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+def own_forward(module):
+    module.forward = types.MethodType(of_type, module)
 
 
-def hook_with_kwargs(model):
-    layer(model).self_attn.register_forward_hook(
-        lambda module, args, kwargs, out: (out[0] * 1.5, *out[1:]), with_kwargs=True
-    )
-
-
-def own_forward(model):
-    mlp = layer(model).mlp
-    mlp.forward = types.MethodType(lambda self, x: 1.5 * type(self).forward(self, x), mlp)
-
-
-def own_forward_of_a_steered_layer(model):
-    one = layer(model).mlp.down_proj
-    one.forward = types.MethodType(lambda self, x: 1.5 * type(self).forward(self, x), one)
-
-
-def scale_of_attention(model):
-    layer(model).self_attn.scaling *= 1.5
-
-
-def epsilon(model):
-    layer(model).input_layernorm.variance_epsilon = 0.5
-
-
-def buffer_in_place(model):
-    model.base_model.rotary_emb.inv_freq.mul_(1.5)
-
-
-def another_buffer(model):
-    rotary = model.base_model.rotary_emb
-    rotary.inv_freq = rotary.inv_freq * 1.5
-
-
-def scale_of_positions(model):
-    model.base_model.rotary_emb.attention_scaling = 1.2
-
-
-def activation(model):
-    layer(model).mlp.act_fn = nn.GELU()
-
-
-def function(model):
-    layer(model).mlp.act_fn.forward = F.relu
-
-
-def frozen_in_place(model):
-    with torch.no_grad():
-        layer(model).input_layernorm.weight.mul_(1.5)
-
-
-def frozen_through_data(model):
-    layer(model).input_layernorm.weight.data.mul_(1.5)
-
-
-def frozen_through_numpy(model):
-    layer(model).mlp.down_proj.base_layer.weight.numpy()[:] *= 1.5
-
-
-def embedding_through_data(model):
-    model.get_input_embeddings().weight.data *= 1.5
+def times(module, name):
+    """Another tensor or number in place of the one that is there."""
+    setattr(module, name, getattr(module, name) * 1.5)
 
 
 def other_class(model):
@@ -111,32 +55,36 @@ def other_class(model):
     layer(model).mlp.__class__ = Doubled
 
 
-CHANGES = [
-    hook, pre_hook, hook_with_kwargs, own_forward, own_forward_of_a_steered_layer,
-    scale_of_attention, epsilon, buffer_in_place, another_buffer, scale_of_positions, activation,
-    function, frozen_in_place, frozen_through_data, frozen_through_numpy, embedding_through_data,
-    other_class,
-]  # fmt: skip
-
-
-def scaling_of_a_steered_layer(model):
-    for one in steered_layers(model).values():
-        one.scaling.mul_(1.5)
-
-
-def another_scaling(model):
-    for one in steered_layers(model).values():
-        one.scaling = one.scaling * 1.5
-
-
-def adapter_in_place(model):
-    for one in steered_layers(model).values():
-        one.lora_B.data.mul_(1.5)
-
-
-@pytest.fixture(scope="module")
-def unchanged():
-    return new_spread_policy()
+CHANGES = {
+    "hook": lambda m: layer(m).mlp.register_forward_hook(lambda module, args, out: out * 1.5),
+    "pre hook": lambda m: layer(m).mlp.register_forward_pre_hook(lambda _, args: (args[0] * 1.5,)),
+    "hook with keywords": lambda m: layer(m).self_attn.register_forward_hook(
+        lambda module, args, kwargs, out: (out[0] * 1.5, *out[1:]), with_kwargs=True
+    ),
+    "forward": lambda m: own_forward(layer(m).mlp),
+    "forward of a steered layer": lambda m: own_forward(layer(m).mlp.down_proj),
+    "scale of attention": lambda m: times(layer(m).self_attn, "scaling"),
+    "epsilon": lambda m: setattr(layer(m).input_layernorm, "variance_epsilon", 0.5),
+    "buffer in place": lambda m: m.base_model.rotary_emb.inv_freq.mul_(1.5),
+    "another buffer": lambda m: times(m.base_model.rotary_emb, "inv_freq"),
+    "scale of positions": lambda m: times(m.base_model.rotary_emb, "attention_scaling"),
+    "activation": lambda m: setattr(layer(m).mlp, "act_fn", nn.GELU()),
+    "function": lambda m: setattr(layer(m).mlp.act_fn, "forward", F.relu),
+    "frozen in place": torch.no_grad()(lambda m: layer(m).input_layernorm.weight.mul_(1.5)),
+    "frozen through data": lambda m: layer(m).input_layernorm.weight.data.mul_(1.5),
+    "frozen through numpy": lambda m: np.multiply(
+        weight := layer(m).mlp.down_proj.base_layer.weight.numpy(), 1.5, out=weight
+    ),
+    "embedding through data": lambda m: setattr(
+        weight := m.get_input_embeddings().weight, "data", weight.data.mul_(1.5)
+    ),
+    "other class": other_class,
+}
+ADAPTERS = {
+    "scaling": lambda one: one.scaling.mul_(1.5),
+    "another scaling": lambda one: times(one, "scaling"),
+    "adapter in place": lambda one: one.lora_B.data.mul_(1.5),
+}
 
 
 @pytest.fixture(scope="module")
@@ -144,20 +92,23 @@ def base():
     return load_base("tiny")
 
 
-def with_model(policy, model):
-    changed = copy.copy(policy)
-    changed.model = model
-    return changed
+def copied(policy):
+    """With a model of its own."""
+    other = copy.copy(policy)
+    other.model = copy.deepcopy(policy.model)
+    return other
 
 
-@pytest.mark.parametrize(
-    "change", [*CHANGES, scaling_of_a_steered_layer, another_scaling, adapter_in_place]
-)
-def test_a_changed_policy_is_sampled_as_it_is_now(unchanged, change, one_thread):
-    policy = with_model(unchanged, copy.deepcopy(unchanged.model))
+@pytest.mark.parametrize("change", [*CHANGES, *ADAPTERS])
+def test_a_changed_policy_is_sampled_as_it_is_now(policy, change, one_thread):
+    policy = copied(policy)
     sampler = Sampler(policy)
     before = ask(sampler)
-    change(policy.model)
+    if change in CHANGES:
+        CHANGES[change](policy.model)
+    else:
+        for one in steered_layers(policy.model).values():
+            ADAPTERS[change](one)
     after = ask(sampler)
     assert after != before
     assert after == ask(Sampler(policy))
@@ -165,25 +116,25 @@ def test_a_changed_policy_is_sampled_as_it_is_now(unchanged, change, one_thread)
     assert after == ask(sampler)
 
 
-@pytest.mark.parametrize("change", CHANGES[:1] + CHANGES[5:8])
+@pytest.mark.parametrize("change", ["hook", "scale of attention", "epsilon", "buffer in place"])
 def test_a_changed_mixture_is_sampled_as_it_is_now(base, change, one_thread):
     models = {name: copy.deepcopy(base[0]) for name in ("a", "b")}
     sampler = Sampler(LogitMixture(models, base[1]))
     before = ask(sampler)
-    change(models["b"])
+    CHANGES[change](models["b"])
     after = ask(sampler)
     assert after != before and after == ask(Sampler(sampler.policy))
 
 
-def test_a_patched_class_and_hooks_of_all_modules(unchanged, monkeypatch, one_thread):
-    sampler = Sampler(unchanged)
+def test_a_patched_class_and_hooks_of_all_modules(policy, monkeypatch, one_thread):
+    sampler = Sampler(policy)
     before = ask(sampler)
-    kind = type(layer(unchanged.model).mlp)
+    kind = type(layer(policy.model).mlp)
     forward = kind.forward
     with monkeypatch.context() as patched:
         patched.setattr(kind, "forward", lambda self, x: 1.5 * forward(self, x))
         after = ask(sampler)
-        assert after != before and after == ask(Sampler(unchanged))
+        assert after != before and after == ask(Sampler(policy))
     assert ask(sampler) == before
 
     def half(module, args, out):
@@ -192,27 +143,27 @@ def test_a_patched_class_and_hooks_of_all_modules(unchanged, monkeypatch, one_th
     handle = nn.modules.module.register_module_forward_hook(half)
     try:
         after = ask(sampler)
-        assert after != before and after == ask(Sampler(unchanged))
+        assert after != before and after == ask(Sampler(policy))
     finally:
         handle.remove()
     assert ask(sampler) == before
 
 
-def test_a_patched_function_of_the_models_file(unchanged, monkeypatch, one_thread):
-    sampler = Sampler(unchanged)
+def test_a_patched_function_of_the_models_file(policy, monkeypatch, one_thread):
+    sampler = Sampler(policy)
     before = ask(sampler)
-    file = sys.modules[type(layer(unchanged.model)).__module__]
+    file = sys.modules[type(layer(policy.model)).__module__]
     rotate = file.apply_rotary_pos_emb
     with monkeypatch.context() as patched:
         patched.setattr(file, "apply_rotary_pos_emb", lambda q, *a: (q, rotate(q, *a)[1]))
         after = ask(sampler)
-        assert after != before and after == ask(Sampler(unchanged))
+        assert after != before and after == ask(Sampler(policy))
     assert ask(sampler) == before
 
 
-def test_what_a_hook_reads_is_read_at_every_step(unchanged, one_thread):
+def test_what_a_hook_reads_is_read_at_every_step(policy, one_thread):
     """A hook that was there when the sampler was made, and a number that it reads."""
-    policy, factor, calls = with_model(unchanged, copy.deepcopy(unchanged.model)), [1.0], []
+    policy, factor, calls = copied(policy), [1.0], []
     layer(policy.model).mlp.register_forward_hook(
         lambda module, args, out: calls.append(1) or out * factor[0]
     )
@@ -225,19 +176,16 @@ def test_what_a_hook_reads_is_read_at_every_step(unchanged, one_thread):
     assert after != before and after == ask(Sampler(policy))
 
 
-def test_an_unchanged_model_is_cached_and_recorded(unchanged, monkeypatch, one_thread):
-    sampler, runs, prefilled = Sampler(unchanged), [], []
-    call, prefill = recording.Recording.__call__, sampler.runner.prefill
-    monkeypatch.setattr(
-        recording.Recording, "__call__", lambda self, *args: runs.append(1) or call(self, *args)
-    )
+def test_an_unchanged_model_is_cached_and_recorded(policy, runs, monkeypatch, one_thread):
+    sampler, prefilled = Sampler(policy), []
+    prefill = sampler.runner.prefill
     monkeypatch.setattr(sampler.runner, "prefill", lambda p: prefilled.append(p) or prefill(p))
     ask(sampler)
     runs.clear()
     prefilled.clear()
-    with unchanged.steer(torch.tensor([[1.0, 0.0]])), torch.no_grad():
-        unchanged.model(torch.tensor([PROMPT]))
-    unchanged.head()
+    with policy.steer(torch.tensor([[1.0, 0.0]])), torch.no_grad():
+        policy.model(torch.tensor([PROMPT]))
+    policy.head()
     ask(sampler)
     assert runs and not prefilled
 
@@ -277,10 +225,10 @@ def test_an_object_that_takes_the_place_of_a_dead_one_is_another():
     assert before != ModelState(model)
 
 
-def test_a_sampler_refuses_a_policy_with_another_model(unchanged):
-    policy = with_model(unchanged, unchanged.model)
+def test_a_sampler_refuses_a_policy_with_another_model(policy):
+    policy = copy.copy(policy)
     sampler = Sampler(policy)
-    policy.model = copy.deepcopy(unchanged.model)
+    policy.model = copy.deepcopy(policy.model)
     with pytest.raises(RuntimeError, match="make a new Sampler"):
         ask(sampler)
 

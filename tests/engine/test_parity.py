@@ -5,14 +5,13 @@ import copy
 import peft
 import pytest
 import torch
+from tiny_runs import randomised
 
 import clp_kernels
 from clp.engine.sampler import Sampler, SamplingParams, with_seeds
 from clp.policies.loading import load_base
-from clp.policies.lora import Policy
 from clp.policies.token_stats import token_stats
 from clp.training.rollout import make_batch
-from clp_kernels.nn.mixed_lora import steered_layers
 
 NAMES = ["joy", "brief"]
 PROMPTS = [
@@ -32,12 +31,7 @@ def base(request):
 
 
 def made(base, size=0.1, dtype=torch.float32):
-    policy = Policy.create(base, NAMES, r=4, dtype=dtype)
-    generator = torch.Generator().manual_seed(5)
-    for layer in steered_layers(policy.model).values():
-        noise = torch.empty(layer.lora_B.shape).normal_(0, size, generator=generator)
-        layer.lora_B.data.copy_(noise)
-    return policy
+    return randomised(size, 5, NAMES, base, r=4, dtype=dtype)
 
 
 def sampled(policy, temperature):
@@ -113,10 +107,9 @@ def test_greedy_is_generate_of_the_merge_of_each_weights(base, tmp_path):
     clp_kernels.save_adapters(policy.model, tmp_path, base_model="base")
     params = SamplingParams(max_tokens=40, temperature=0)
     done = Sampler(policy).generate(PROMPTS, WEIGHTS, params)
-    model = peft.PeftModel.from_pretrained(
-        load_base(base)[0], tmp_path / NAMES[0], adapter_name=NAMES[0]
-    )
-    model.load_adapter(tmp_path / NAMES[1], adapter_name=NAMES[1])
+    first, second = (tmp_path / name for name in NAMES)
+    model = peft.PeftModel.from_pretrained(load_base(base)[0], first, adapter_name=NAMES[0])
+    model.load_adapter(second, adapter_name=NAMES[1])
     whole = 0
     for i, (prompt, weights, completion) in enumerate(zip(PROMPTS, WEIGHTS, done, strict=True)):
         model.add_weighted_adapter(NAMES, weights, f"weights{i}", combination_type="cat")

@@ -3,11 +3,10 @@
 import contextlib
 
 import pytest
-import torch
-from decoding_alone import new_spread_policy
+from decoding_alone import new_spread_policy, token_ids, without_end
 
 import clp_kernels
-from clp.engine.sampler import Sampler, SamplingParams
+from clp.engine.sampler import Sampler
 from clp_kernels.nn.mixed_lora import steered_layers
 
 
@@ -34,13 +33,8 @@ class Counting:
         return count
 
 
-def prompt(length, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 1024, (length,), generator=generator).tolist()
-
-
-def params(**changes):
-    return SamplingParams(**({"max_tokens": 6, "ignore_eos": True, "seed": 1} | changes))
+def params(max_tokens=6, **changes):
+    return without_end(max_tokens, **changes)
 
 
 def fresh(policy, ids, weights, one):
@@ -56,7 +50,7 @@ def agree(ours, theirs, exact=False):
 @pytest.mark.parametrize("exact", [False, True])
 def test_the_same_prompt_and_weights_again_prefills_nothing(policy, exact):
     with clp_kernels.batch_invariant() if exact else contextlib.nullcontext():
-        counting, ids = Counting(policy), prompt(30)
+        counting, ids = Counting(policy), token_ids(30)
         first = counting.sampler.generate([ids], [[0.5, 0.5]], params())
         assert counting.take() == 29  # the last token goes through the decoding step
         again = counting.sampler.generate([ids], [[0.5, 0.5]], params(seed=9))
@@ -66,7 +60,7 @@ def test_the_same_prompt_and_weights_again_prefills_nothing(policy, exact):
 
 
 def test_other_weights_share_nothing_and_minus_zero_is_zero(policy):
-    counting, ids = Counting(policy), prompt(30)
+    counting, ids = Counting(policy), token_ids(30)
     counting.sampler.generate([ids], [[1.0, 0.0]], params())
     assert counting.take() == 29
     counting.sampler.generate([ids], [[1.0, -0.0]], params())
@@ -77,7 +71,7 @@ def test_other_weights_share_nothing_and_minus_zero_is_zero(policy):
 
 
 def test_other_adapters_share_nothing(policy):
-    counting, ids = Counting(policy), prompt(30)
+    counting, ids = Counting(policy), token_ids(30)
     counting.sampler.generate([ids], [[0.5, 0.5]], params())
     counting.take()
     next(iter(steered_layers(policy.model).values())).lora_B.data[1, 0, 0] += 0.5
@@ -89,8 +83,8 @@ def test_other_adapters_share_nothing(policy):
 @pytest.mark.parametrize(("common", "computed"), [(15, 39), (16, 23), (30, 9), (39, 0)])
 def test_a_common_beginning_of_at_least_16_tokens_is_copied(policy, common, computed):
     counting = Counting(policy)
-    first = prompt(60)
-    second = first[:common] + prompt(40 - common, seed=2)
+    first = token_ids(60)
+    second = first[:common] + token_ids(40 - common, seed=2)
     if common < 39:
         assert second[common] != first[common]
     counting.sampler.generate([first], [[0.5, 0.5]], params())
@@ -101,7 +95,7 @@ def test_a_common_beginning_of_at_least_16_tokens_is_copied(policy, common, comp
 
 
 def test_a_source_that_has_drawn_past_the_shared_part(policy):
-    counting, ids = Counting(policy), prompt(30)
+    counting, ids = Counting(policy), token_ids(30)
     long = counting.sampler.submit(ids, [0.5, 0.5], params(max_tokens=40))
     for _ in range(20):
         counting.sampler.step()
@@ -121,7 +115,7 @@ def test_a_source_that_has_drawn_past_the_shared_part(policy):
 @pytest.mark.parametrize("exact", [False, True])
 def test_n_completions_of_one_batch_prefill_their_prompt_once(policy, exact, budget):
     with clp_kernels.batch_invariant() if exact else contextlib.nullcontext():
-        counting, ids = Counting(policy, max_prefill_tokens=budget), prompt(30)
+        counting, ids = Counting(policy, max_prefill_tokens=budget), token_ids(30)
         done = counting.sampler.generate([ids], [[0.5, 0.5]], params(n=5))
         assert counting.take() == 29
         for k in range(5):
@@ -131,7 +125,7 @@ def test_n_completions_of_one_batch_prefill_their_prompt_once(policy, exact, bud
 
 def test_a_cancelled_sequence_is_a_source_once_its_keys_have_been_seen_to_be_finite(policy):
     """That is when it has drawn a token."""
-    counting, ids = Counting(policy, max_prefill_tokens=20), prompt(60)
+    counting, ids = Counting(policy, max_prefill_tokens=20), token_ids(60)
     for steps, found in ((1, 0), (3, 59)):
         first = counting.sampler.submit(ids, [0.5, 0.5], params())
         for _ in range(steps):
@@ -145,7 +139,7 @@ def test_a_cancelled_sequence_is_a_source_once_its_keys_have_been_seen_to_be_fin
 
 
 def test_a_sequence_that_failed_is_not_a_source(policy):
-    counting, ids = Counting(policy), prompt(30)
+    counting, ids = Counting(policy), token_ids(30)
     weights = [1e30, 1e30]
     for _ in range(2):
         request = counting.sampler.submit(ids, weights, params(), simplex=False)

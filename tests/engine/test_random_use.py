@@ -5,12 +5,13 @@ the one that the request gets alone, and every slot contains what its sequence s
 """
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import ClassVar
 
 import hypothesis.strategies as st
 import pytest
 import torch
-from decoding_alone import Alone, keys_and_values, spread_policy
+from decoding_alone import Alone, keys_and_values, spread_policy, token_ids
 from hypothesis import Phase, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -25,7 +26,7 @@ import clp_kernels
 from clp.engine.kv_cache import BLOCK
 from clp.engine.sampler import Sampler, SamplingParams
 
-IDS = torch.randint(3, 1000, (80,), generator=torch.Generator().manual_seed(2)).tolist()
+IDS = token_ids(80, 2)
 # Beginnings in common of 17 to 40 tokens and shorter ones, some prompts twice as likely.
 PROMPTS = [
     IDS[:40], IDS[:40], [*IDS[:30], 7], IDS[:21], IDS[:21] + IDS[50:60], IDS[:70], IDS[:18],
@@ -82,27 +83,16 @@ class Engine(RuleBasedStateMachine):
     def _watch(self):
         """Counts what happens inside; `events` shows that all of it is tried."""
         runner, count = self.sampler.runner, self.events
-        copy, move, resize = runner.copy, runner.move, runner.resize
-        prefill, copy_each = runner.prefill, runner.copy_each
+        resize, prefill = runner.resize, runner.prefill
 
-        def copying(source, target, tokens):
-            count["copy"] += 1
-            copy(source, target, tokens)
-
-        def copying_each(*args):
-            count["copy each"] += 1
-            copy_each(*args)
-
-        def moving(source, target, tokens):
-            count["move"] += 1
-            move(source, target, tokens)
+        def counting(name, function):
+            return lambda *args: (count.update([name]), function(*args))
 
         def resizing(*args):
             before = runner.slots, runner.capacity
             resize(*args)
-            for name, old, new in zip(
-                ("slots", "length"), before, (runner.slots, runner.capacity), strict=True
-            ):
+            after = runner.slots, runner.capacity
+            for name, old, new in zip(("slots", "length"), before, after, strict=True):
                 count[f"more {name}"] += old < new
                 count[f"fewer {name}"] += old > new
 
@@ -114,14 +104,12 @@ class Engine(RuleBasedStateMachine):
             )
             prefill(parts)
 
-        runner.copy, runner.move, runner.copy_each = copying, moving, copying_each
+        for name in ("copy", "move", "copy_each"):
+            setattr(runner, name, counting(name, getattr(runner, name)))
         runner.resize, runner.prefill = resizing, prefilling
 
     def step_once(self):
-        if self.mode:
-            with clp_kernels.batch_invariant():
-                self.sampler.step()
-        else:
+        with clp_kernels.batch_invariant() if self.mode else nullcontext():
             self.sampler.step()
         scheduler = self.sampler.scheduler
         free = self.sampler.max_batch_size - len(scheduler.running)
@@ -178,13 +166,10 @@ class Engine(RuleBasedStateMachine):
         items = self.read.setdefault(id(request), [])
         # A step of the machine's mode, not of the stream's: it reads what is there.
         for _ in range(count):
-            if not request.finished and len(items) >= sum(
-                len(s.token_ids) for s in request.sequences
-            ):
+            drawn = sum(len(s.token_ids) for s in request.sequences)
+            if not request.finished and len(items) >= drawn:
                 self.step_once()
-                continue
-            item = next(stream, None)
-            if item is not None:
+            elif (item := next(stream, None)) is not None:
                 items.append(item)
 
     @rule()
@@ -256,12 +241,7 @@ class Engine(RuleBasedStateMachine):
             wanted = keys_and_values(tuple(ids), tuple(request.weights.tolist()))
             cache = self.sampler.runner.models[0].cache
             for got, want in zip(cache.tensors(), wanted, strict=True):
-                torch.testing.assert_close(
-                    got[slot, :, : len(ids)],
-                    want,
-                    atol=1e-3,
-                    rtol=1e-3,
-                )
+                torch.testing.assert_close(got[slot, :, : len(ids)], want, atol=1e-3, rtol=1e-3)
 
     def teardown(self):
         if not hasattr(self, "sampler"):
@@ -288,7 +268,7 @@ def test_any_order_of_requests_gives_what_each_gets_alone(one_thread):
     Engine.events, Engine.alone = Counter(), {}
     run_state_machine_as_test(Engine, settings=settings(WITHOUT_SHRINKING, max_examples=30))
     for name in [
-        "copy", "copy each", "move", "more slots", "more length", "fewer slots", "fewer length",
+        "copy", "copy_each", "move", "more slots", "more length", "fewer slots", "fewer length",
         "prefill of several", "chunk", "unfinished chunk", "waits", "cancel",
         "stop", "length", "abort", "error",
     ]:  # fmt: skip

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from decoding_alone import new_spread_policy
+from decoding_alone import token_ids
 from torch import nn
 
-from clp.engine import recording
 from clp.engine.recording import LARGEST_BATCH, Inputs, Unrecordable, record
 from clp.engine.sampler import Sampler, SamplingParams, with_seeds
 from clp_kernels.nn.mixed_lora import steered_layers
@@ -141,15 +140,9 @@ def test_nothing_is_left_on_model_and_plan(policy):
         assert "forward" not in layer.__dict__
 
 
-@pytest.fixture(scope="module")
-def policy():
-    return new_spread_policy()
-
-
 def generate(sampler):
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, 1024, (n,), generator=generator).tolist() for n in range(2, 14)]
-    weights = torch.rand(12, 2, generator=generator)
+    prompts = [token_ids(n, n) for n in range(2, 14)]
+    weights = torch.rand(12, 2, generator=torch.Generator().manual_seed(1))
     params = with_seeds(SamplingParams(max_tokens=20), range(12))
     done = sampler.generate(prompts, weights, params, simplex=False)
     return [(c.token_ids, c.logprobs) for c in done]
@@ -166,18 +159,8 @@ def test_a_sampler_gives_the_same_bits_with_and_without(policy):
     assert generate(Sampler(policy)) == plainly(policy)
 
 
-def counting(monkeypatch):
-    """How often a recorded step runs."""
-    runs = []
-    call = recording.Recording.__call__
-    monkeypatch.setattr(
-        recording.Recording, "__call__", lambda self, *args: runs.append(1) or call(self, *args)
-    )
-    return runs
-
-
-def test_trained_adapters_are_followed(policy, monkeypatch):
-    sampler, runs = Sampler(policy), counting(monkeypatch)
+def test_trained_adapters_are_followed(policy, runs):
+    sampler = Sampler(policy)
     before = generate(sampler)
     for layer in steered_layers(policy.model).values():
         layer.lora_B.data.mul_(1.5)
@@ -194,8 +177,8 @@ def norm(policy):
     return policy.model.base_model.norm
 
 
-def test_a_model_that_was_changed_runs_itself(policy, monkeypatch):
-    sampler, runs = Sampler(policy), counting(monkeypatch)
+def test_a_model_that_was_changed_runs_itself(policy, runs):
+    sampler = Sampler(policy)
     generate(sampler)
     assert runs
     weight = norm(policy).weight
@@ -208,8 +191,8 @@ def test_a_model_that_was_changed_runs_itself(policy, monkeypatch):
     assert runs
 
 
-def test_hooks_and_training_mode_run_the_model_itself(policy, monkeypatch):
-    sampler, runs, seen = Sampler(policy), counting(monkeypatch), []
+def test_hooks_and_training_mode_run_the_model_itself(policy, runs):
+    sampler, seen = Sampler(policy), []
     handle = norm(policy).register_forward_hook(lambda *_: seen.append(1))
     generate(sampler)
     assert seen and not runs

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from decoding_alone import Alone, spread_policy
+from decoding_alone import Alone, spread_policy, token_ids, without_end
 
 import clp_kernels
 from clp.engine.attention import Decode
 from clp.engine.sampler import Sampler, SamplingParams
 from clp.engine.sequence import Request, Sequence
 
-IDS = torch.randint(3, 1000, (300,), generator=torch.Generator().manual_seed(2)).tolist()
+IDS = token_ids(300, 2)
 # (prompt, weights, parameters, simplex): each is refused with a ValueError or TypeError.
 BAD = [
     *[("Tom", "joy=1", {name: value}, True) for name, values in {
@@ -71,6 +71,11 @@ def busy():
     return made
 
 
+def with_blocks(count, **options):
+    """A sampler whose cache has room for so many blocks of 16 tokens, of 2,048 bytes each."""
+    return Sampler(spread_policy(), cache_gib=count * 16 * 2048 / 2**30, **options)
+
+
 def refuse(sampler, bad):
     prompt, weights, changes, simplex = bad
     with pytest.raises((ValueError, TypeError)) as caught:
@@ -82,9 +87,8 @@ def refuse(sampler, bad):
 def test_bad_input_is_refused_by_name_and_changes_nothing(busy, bad):
     before = state(busy)
     message = refuse(busy, bad)
-    name = next(
-        iter(bad[2]), "prompt" if isinstance(bad[1], str) and bad[1] == "joy=1" else "weights"
-    )
+    of_prompt = isinstance(bad[1], str) and bad[1] == "joy=1"
+    name = next(iter(bad[2]), "prompt" if of_prompt else "weights")
     assert message.startswith(name) or f" {name}" in message
     assert state(busy) == before
 
@@ -103,8 +107,7 @@ def test_params_of_another_type_are_refused(sampler, bad):
 
 
 def test_a_request_that_can_never_fit_is_refused(one_thread):
-    blocks = 4
-    small = Sampler(spread_policy(), max_batch_size=3, cache_gib=blocks * 16 * 2048 / 2**30)
+    small = with_blocks(4, max_batch_size=3)
     with pytest.raises(ValueError, match=r"prompt has 60 tokens.*the cache of"):
         small.submit(IDS[:60], "joy=1", SamplingParams(max_tokens=6))
     assert small.unfinished == 0
@@ -114,8 +117,8 @@ def test_a_request_that_can_never_fit_is_refused(one_thread):
 
 
 def test_a_long_request_at_the_head_of_the_queue_gets_its_turn(one_thread):
-    small = Sampler(spread_policy(), max_batch_size=3, cache_gib=4 * 16 * 2048 / 2**30)
-    brief = SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
+    small = with_blocks(4, max_batch_size=3)
+    brief = without_end(3)
 
     def more():
         return [small.submit([5 + i], "joy=1", brief) for i in range(3)]
@@ -137,30 +140,31 @@ def test_what_the_slots_hold_is_not_copied_when_the_policy_has_changed(sampler):
     parameters = list(policy.adapter_parameters().values())
     before = [p.detach().clone() for p in parameters]
     try:
-        with torch.no_grad():
-            for p in parameters:
-                p.mul_(1.3)
+        for p in parameters:
+            p.data.mul_(1.3)
         changed = sampler.submit(IDS[:40], "joy=1", SamplingParams(max_tokens=8, seed=1))
         sampler.finish([changed])
         Alone().check(changed)
         assert changed.completions[0].token_ids != request.completions[0].token_ids
     finally:
-        with torch.no_grad():
-            for p, old in zip(parameters, before, strict=True):
-                p.copy_(old)
+        for p, old in zip(parameters, before, strict=True):
+            p.data.copy_(old)
 
 
 # One sequence fails
 
 
-def good_ones(sampler, count, **changes):
-    return [
-        sampler.submit(
-            IDS[i : i + 9 + 3 * i], [0.25 * i, 1 - 0.25 * i],
-            SamplingParams(**({"max_tokens": 6, "seed": i, "ignore_eos": True} | changes)),
-        )
-        for i in range(count)
-    ]  # fmt: skip
+def good_ones(sampler, count, max_tokens=6, **changes):
+    weights = [[0.25 * i, 1 - 0.25 * i] for i in range(count)]
+    each = [without_end(max_tokens, seed=i, **changes) for i in range(count)]
+    prompts = [IDS[i : i + 9 + 3 * i] for i in range(count)]
+    return [sampler.submit(*one) for one in zip(prompts, weights, each, strict=True)]
+
+
+def whole_and_right(*requests):
+    reasons = {c.finish_reason for request in requests for c in request.completions}
+    assert reasons <= {"stop", "length"}
+    Alone(24).check(*requests)
 
 
 def test_logits_that_are_not_finite_fail_one_sequence_and_leave_nothing_behind(sampler):
@@ -176,18 +180,17 @@ def test_logits_that_are_not_finite_fail_one_sequence_and_leave_nothing_behind(s
     assert sampler.runner.state.token.min() >= 0
     # A shorter sequence in the same slot, beside longer ones: what is behind its end is multiplied.
     later = sampler.submit([5], [0.0, 1.0], SamplingParams(seed=1, max_tokens=5))
-    sampler.finish([first, *rest, later])
-    judge = Alone()
-    for request in (first, *rest, later):
-        assert all(c.error is None for c in request.completions)
-        judge.check(request)
+    going = [first, *rest, later]
+    sampler.finish(going)
+    assert all(c.error is None for request in going for c in request.completions)
+    Alone().check(*going)
 
 
 @pytest.mark.parametrize("end", ["cancel", "error"])
 def test_a_sequence_that_ends_before_its_first_token_leaves_nothing_behind(sampler, end):
     """Its keys may be not finite without a step having shown it; also where it has moved from."""
     others = good_ones(sampler, 2, max_tokens=30)
-    brief = sampler.submit([5], "joy=1", SamplingParams(max_tokens=3, seed=1, ignore_eos=True))
+    brief = sampler.submit([5], "joy=1", without_end(3))
     sampler.step()
     wild = sampler.submit(IDS[:60], [1e30, 1e30], SamplingParams(), simplex=False)
     sampler.step()
@@ -202,19 +205,15 @@ def test_a_sequence_that_ends_before_its_first_token_leaves_nothing_behind(sampl
             sampler.step()
     later = [sampler.submit([5 + i], "joy=1", SamplingParams(seed=1, max_tokens=4)) for i in (0, 1)]
     sampler.finish([*others, *later])
-    judge = Alone()
-    for request in [*others, *later]:
-        assert all(c.error is None for c in request.completions)
-        judge.check(request)
+    assert all(c.error is None for request in [*others, *later] for c in request.completions)
+    Alone().check(*others, *later)
 
 
 def test_a_slot_that_was_cut_is_not_copied_when_it_has_grown_again(one_thread):
     """Sequences that share the memory of a long one shorten its slot, also before they take it."""
-    small = Sampler(
-        spread_policy(), max_batch_size=4, max_prefill_tokens=5, cache_gib=8 * 16 * 2048 / 2**30
-    )
-    one = SamplingParams(max_tokens=2, seed=1, ignore_eos=True)
-    beside = small.submit([5], "joy=1", SamplingParams(max_tokens=60, seed=1, ignore_eos=True))
+    small = with_blocks(8, max_batch_size=4, max_prefill_tokens=5)
+    one = without_end(2)
+    beside = small.submit([5], "joy=1", without_end(60))
     long = small.submit(IDS[:60], "joy=1", one)
     small.finish([long])
     assert small.scheduler.contents[1] is long.sequences[0] and small.runner.capacity == 64
@@ -259,8 +258,8 @@ ERRORS = [RuntimeError("no kernel"), MemoryError(), torch.OutOfMemoryError("2 Gi
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
 def test_a_failed_forward_ends_the_sequences_of_that_forward_alone(sampler, at):
     layer = spread_policy().model.model.layers[2].mlp
-    groups, scheduler, runner = [], sampler.scheduler, sampler.runner
-    plan, decode = scheduler.next_batch, runner.decode
+    groups, runner = [], sampler.runner
+    plan, decode = sampler.scheduler.next_batch, runner.decode
 
     def planning(budget, **mode):
         batch = plan(budget, **mode)
@@ -268,60 +267,55 @@ def test_a_failed_forward_ends_the_sequences_of_that_forward_alone(sampler, at):
             groups.append(batch.sequences)
         return batch
 
-    def decoding(sequences, first):
-        groups.append(list(sequences))
-        return decode(sequences, first)
-
-    scheduler.next_batch, runner.decode = planning, decoding
+    sampler.scheduler.next_batch = planning
+    runner.decode = lambda group, first: (groups.append(list(group)), decode(group, first))[1]
     requests = good_ones(sampler, 4, n=2)
     error = ERRORS[at % len(ERRORS)]
     with failing(layer, "forward", at, error):
         sampler.finish(requests)
     hit = {id(sequence) for sequence in groups[at - 1]}
-    judge = Alone(24)
     assert hit
-    for request in requests:
-        for sequence in request.sequences:
-            assert (sequence.completion.finish_reason == "error") == (id(sequence) in hit)
-            if id(sequence) in hit:
-                assert sequence.completion.error == f"{type(error).__name__}: {error}"
-        judge.check(request)
+    for completion, failed in [(s.completion, id(s) in hit) for q in requests for s in q.sequences]:
+        assert (completion.finish_reason == "error") == failed
+        assert not failed or completion.error == f"{type(error).__name__}: {error}"
     # Usable, and what the failed sequences left is not copied.
-    for request in good_ones(sampler, 4):
+    again = good_ones(sampler, 4)
+    for request in again:
         sampler.finish([request])
-        judge.check(request)
         assert request.completions[0].error is None
+    Alone(24).check(*requests, *again)
 
 
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_the_same_prompt_after_a_failed_forward_is_computed_again(sampler, at):
     """The slot was cleared: a copy of it, or what it holds of the same prompt, would be zeros."""
-    params = SamplingParams(max_tokens=6, seed=1, ignore_eos=True)
+    params = without_end(6)
     hit = sampler.submit(IDS[:24], "joy=1", params)
     with failing(spread_policy().model.model.layers[2].mlp, "forward", at, RuntimeError("once")):
         sampler.finish([hit])
     assert hit.completions[0].error == "RuntimeError: once"
     again = [sampler.submit(IDS[:24], "joy=1", params) for _ in range(2)]
     sampler.finish(again)
-    judge = Alone()
-    for request in again:
-        judge.check(request)
+    Alone().check(*again)
+
+
+def counts_of_copies(sampler):
+    """The tokens of each copy between slots from now on."""
+    copied, copy = [], sampler.runner.copy
+    sampler.runner.copy = lambda a, b, count: (copied.append(count), copy(a, b, count))
+    return copied
 
 
 @pytest.mark.parametrize("more", [[], [9], IDS[70:90]])
 @pytest.mark.parametrize("ended", [False, True])
 def test_the_next_turn_copies_the_last_one_but_its_last_token(sampler, ended, more):
     """The last token drawn is not in the cache: nothing has fed it yet."""
-    before = sampler.submit(
-        IDS[:24], "joy=1", SamplingParams(max_tokens=9, seed=1, ignore_eos=True)
-    )
+    before = sampler.submit(IDS[:24], "joy=1", without_end(9))
     for _ in range(9 if ended else 5):
         sampler.step()
     assert before.finished is ended
     ids = before.prompt_ids + before.sequences[0].token_ids + more
-    copied = []
-    copy = sampler.runner.copy
-    sampler.runner.copy = lambda a, b, count: (copied.append(count), copy(a, b, count))
+    copied = counts_of_copies(sampler)
     after = sampler.submit(ids, "joy=1", SamplingParams(max_tokens=9, seed=1))
     sampler.finish([before, after])
     assert copied[:1] == ([] if ended else [28])  # of one that is done, in its own slot
@@ -330,29 +324,24 @@ def test_the_next_turn_copies_the_last_one_but_its_last_token(sampler, ended, mo
 
 def test_in_batch_invariant_mode_only_whole_prompts_are_copied(sampler):
     """A prompt's bits depend on how it is cut into forwards."""
-    copied, params = [], SamplingParams(max_tokens=4, seed=1, ignore_eos=True)
-    copy = sampler.runner.copy
-    sampler.runner.copy = lambda a, b, count: (copied.append(count), copy(a, b, count))
+    copied, params = counts_of_copies(sampler), without_end(4)
     prompts = [IDS[:40], IDS[:30], [*IDS[:39], 5, 6], IDS[:40]]
-    judge = Alone(24, invariant=True)
     with clp_kernels.batch_invariant():
         requests = [sampler.submit(ids, "joy=1", params) for ids in prompts]
         sampler.step()
         assert copied == [39]
         assert all(sequence.token_ids for sequence in sampler.scheduler.running)
         sampler.finish(requests)
-    for request in requests:
-        judge.check(request)
+    Alone(24, invariant=True).check(*requests)
 
 
 @pytest.mark.parametrize("at", range(1, 5))
 def test_a_failed_resize_ends_the_sequences_of_that_step(sampler, at):
-    requests, hit, judge = [], [], Alone(24)
+    requests, hit = [], []
     with failing(sampler.runner.models[0].cache, "resize", at, MemoryError("slots")) as calls:
         for i in range(6):  # each longer than those before: the slots grow
-            requests.append(
-                sampler.submit(IDS[: 12 * i + 5], "joy=1", SamplingParams(max_tokens=9, seed=1))
-            )
+            params = SamplingParams(max_tokens=9, seed=1)
+            requests.append(sampler.submit(IDS[: 12 * i + 5], "joy=1", params))
             sampler.step()
             if len(calls) >= at and not hit:
                 hit = [r for r in requests if r.finished and r.completions[0].error]
@@ -361,25 +350,22 @@ def test_a_failed_resize_ends_the_sequences_of_that_step(sampler, at):
     failed = [r for r in requests if r.completions[0].error]
     assert failed == hit
     assert {r.completions[0].error for r in hit} == {"MemoryError: slots"}
-    for request in requests:
-        judge.check(request)
     again = good_ones(sampler, 4)
     sampler.finish(again)
-    for request in again:
-        judge.check(request)
+    Alone(24).check(*requests, *again)
 
 
 def test_a_failed_copy_does_not_end_the_next_one_in_the_queue(sampler):
-    first = sampler.submit(IDS[:30], "joy=1", SamplingParams(max_tokens=9, seed=1))
+    requests = [sampler.submit(IDS[:30], "joy=1", SamplingParams(max_tokens=9, seed=1))]
     sampler.step()
     sampler.step()
     with failing(sampler.runner, "copy", 1, RuntimeError("copy")):
-        hit = sampler.submit(IDS[:28], "joy=1", SamplingParams(max_tokens=3, seed=1))
-        other = sampler.submit(IDS[50:60], "joy=1", SamplingParams(max_tokens=3, seed=1))
-        sampler.finish([first, hit, other])
-    errors = [r.completions[0].error for r in (first, hit, other)]
+        for ids in (IDS[:28], IDS[50:60]):
+            requests.append(sampler.submit(ids, "joy=1", SamplingParams(max_tokens=3, seed=1)))
+        sampler.finish(requests)
+    errors = [r.completions[0].error for r in requests]
     assert errors == ["RuntimeError: copy", "RuntimeError: copy", None]
-    Alone().check(other)
+    Alone().check(requests[2])
 
 
 class Tokenizer:
@@ -412,8 +398,7 @@ def test_a_tokenizer_that_fails_ends_the_sequence_whose_text_it_was(sampler, mon
     failed = [r.completions[0].error for r in requests if r.completions[0].error]
     assert failed == ["OverflowError: no such id"] * (2 if stop else 1)
     assert sampler.unfinished == 0
-    for request in requests:
-        Alone().check(request)
+    Alone().check(*requests)
 
 
 @pytest.mark.parametrize("where", ["prefill", "decode", "copy", "decode after it"])
@@ -439,20 +424,15 @@ def test_ctrl_c_in_generate_leaves_its_requests_nowhere_and_the_others_right(sam
     ]  # fmt: skip
     after = [sampler.submit(p, [0.25, 0.75], SamplingParams(seed=1, max_tokens=5)) for p in prompts]
     sampler.finish([*other, *after])
-    judge = Alone(24)
-    for request in [*other, *after]:
-        assert {c.finish_reason for c in request.completions} <= {"stop", "length"}
-        judge.check(request)
+    whole_and_right(*other, *after)
 
 
 def test_a_sequence_that_was_done_when_ctrl_c_came_draws_no_more(sampler):
     (last,) = good_ones(sampler, 1, max_tokens=3)
     sampler.step()
     sampler.step()
-    with (
-        failing(sampler.scheduler, "remove", 1, KeyboardInterrupt()),
-        pytest.raises(KeyboardInterrupt),
-    ):
+    stopped = failing(sampler.scheduler, "remove", 1, KeyboardInterrupt())
+    with stopped, pytest.raises(KeyboardInterrupt):
         sampler.step()
     assert not last.finished
     sampler.finish([last])
@@ -476,10 +456,7 @@ def test_a_fault_of_the_sampler_is_raised_and_ends_no_request(sampler, name):
             sampler.step()
     assert not any(c.error for request in requests for c in request.completions)
     sampler.finish(requests)
-    judge = Alone(24)
-    for request in requests:
-        assert {c.finish_reason for c in request.completions} <= {"stop", "length"}
-        judge.check(request)
+    whole_and_right(*requests)
 
 
 # Streams
@@ -574,7 +551,7 @@ def test_thousands_of_requests_a_tenth_of_them_bad_leave_no_memory_behind(one_th
     """CLP_REQUESTS=10000 runs more of them (2,000 otherwise)."""
     count = int(os.environ.get("CLP_REQUESTS", "2000"))
     rng = random.Random(0)
-    sampler = Sampler(spread_policy(), max_batch_size=64, cache_gib=64 * 32 * 2048 / 2**30)
+    sampler = with_blocks(128, max_batch_size=64)
     answered = refused = wild = 0
 
     def some(number):

@@ -2,35 +2,28 @@
 
 import pytest
 import torch
-from decoding_alone import new_spread_policy
+from decoding_alone import token_ids, without_end
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clp.engine.cuda_graphs import FILTERS, common_value, padded_batch, step_size
 from clp.engine.runner import Drawn, Runner
-from clp.engine.sampler import Sampler, SamplingParams
+from clp.engine.sampler import Sampler, SamplingParams, with_seeds
 from clp.engine.scheduler import Scheduler
 
 BYTES = 4 * 2 * 2 * 32 * 4  # tiny: layers, keys and values, heads, width, float32
 WEIGHTS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
 
 
-@pytest.fixture(scope="module")
-def policy():
-    return new_spread_policy()
-
-
-def prompts(lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 1024, (n,), generator=generator).tolist() for n in lengths]
+def prompts(lengths):
+    return [token_ids(n, seed) for seed, n in enumerate(lengths)]
 
 
 def test_padded_batch():
     sizes = [padded_batch(n) for n in range(1, 130)]
     assert sizes[:8] == [1, 2, 4, 4, 8, 8, 8, 8]
-    assert [padded_batch(n) for n in (9, 16, 17, 63, 64, 65, 96, 97)] == [
-        16, 16, 24, 64, 64, 96, 96, 128,
-    ]  # fmt: skip
+    larger = {9: 16, 16: 16, 17: 24, 63: 64, 64: 64, 65: 96, 96: 96, 97: 128}
+    assert {n: padded_batch(n) for n in larger} == larger
     assert sizes == sorted(sizes) and all(s >= n for n, s in enumerate(sizes, start=1))
 
 
@@ -93,7 +86,7 @@ def test_a_sampler_stays_within_its_bound_and_finishes(policy, spare):
     sampler.runner.spare = spare
     lengths, most = [3, 40, 5, 70, 3, 3, 20, 3, 60, 2], 0
     requests = [
-        sampler.submit(p, WEIGHTS[i % 4], SamplingParams(max_tokens=8, ignore_eos=True, seed=i))
+        sampler.submit(p, WEIGHTS[i % 4], without_end(8, seed=i))
         for i, p in enumerate(prompts(lengths))
     ]
     while sampler.unfinished:
@@ -139,10 +132,7 @@ def padded(policy, **options):
 
 
 def each(count, **changes):
-    return [
-        SamplingParams(max_tokens=3 + 5 * (i % 4), ignore_eos=True, seed=i, **changes)
-        for i in range(count)
-    ]
+    return [without_end(3 + 5 * (i % 4), seed=i, **changes) for i in range(count)]
 
 
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}])
@@ -162,7 +152,7 @@ def test_a_padded_step_leaves_a_prompt_alone_that_is_half_prefilled(policy):
     """The sequence after the decoding ones is within the padded size, and has a token to feed."""
     sampler = padded(policy, max_batch_size=8, max_prefill_tokens=8)
     texts, weights = prompts([5, 4, 3, 60, 50]), [WEIGHTS[i % 4] for i in range(5)]
-    params = [SamplingParams(max_tokens=14, ignore_eos=True, seed=i) for i in range(5)]
+    params = with_seeds(without_end(14), range(5))
     done = sampler.generate(texts, weights, params)
     halves = [count for count, size, _ in sampler.runner.sizes if count == 3 and size == 4]
     assert halves
@@ -172,17 +162,11 @@ def test_a_padded_step_leaves_a_prompt_alone_that_is_half_prefilled(policy):
 
 def test_a_sequence_that_failed_leaves_a_token_that_can_be_fed(policy):
     sampler = padded(policy, max_batch_size=8)
-    requests = [
-        sampler.submit(p, w, SamplingParams(max_tokens=6, ignore_eos=True, seed=i), simplex=False)
-        for i, (p, w) in enumerate(
-            zip(prompts([3, 4, 5, 6]), [*WEIGHTS[:2], WEIGHTS[2], [1e30, 1e30]], strict=True)
-        )
-    ]
+    texts, params = prompts([3, 4, 5, 6]), with_seeds(without_end(6), range(4))
+    cases = zip(texts, [*WEIGHTS[:3], [1e30, 1e30]], params, strict=True)
+    requests = [sampler.submit(*case, simplex=False) for case in cases]
     while sampler.unfinished:
         sampler.step()
     assert [r.completions[0].finish_reason for r in requests] == ["length"] * 3 + ["error"]
-    wanted = Sampler(policy).generate(
-        prompts([3, 4, 5, 6])[:3], WEIGHTS[:3],
-        [SamplingParams(max_tokens=6, ignore_eos=True, seed=i) for i in range(3)],
-    )  # fmt: skip
+    wanted = Sampler(policy).generate(texts[:3], WEIGHTS[:3], params[:3])
     assert [r.completions[0].token_ids for r in requests[:3]] == [c.token_ids for c in wanted]

@@ -7,23 +7,13 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from decoding_alone import new_spread_policy
 
 import clp_kernels
 from clp.engine.sampler import Sampler, SamplingParams, with_seeds
 
-PROMPTS = [
-    "Tom had a red kite.",
-    "Mia",
-    "One day, the old dog was at the lake with a friend.",
-    "Sam",
-]
+LONGEST = "One day, the old dog was at the lake with a friend."
+PROMPTS = ["Tom had a red kite.", "Mia", LONGEST, "Sam"]
 WEIGHTS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return new_spread_policy()
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +23,12 @@ def sampler(policy):
 
 def params(**changes):
     return SamplingParams(**({"max_tokens": 20, "seed": 3} | changes))
+
+
+def alone_each(sampler, each):
+    """Each prompt's number and completion, sampled by itself."""
+    for i, one in enumerate(each):
+        yield i, *sampler.generate([PROMPTS[i]], [WEIGHTS[i]], one)
 
 
 def test_order_counts_and_fields(sampler):
@@ -45,10 +41,13 @@ def test_order_counts_and_fields(sampler):
     assert done[0].text != done[1].text
 
 
+def drawn(sampler, **changes):
+    return [c.token_ids for c in sampler.generate(PROMPTS, WEIGHTS, params(**changes))]
+
+
 def test_same_seed_same_tokens_and_other_seed_other_tokens(sampler):
-    first = [c.token_ids for c in sampler.generate(PROMPTS, WEIGHTS, params())]
-    assert first == [c.token_ids for c in sampler.generate(PROMPTS, WEIGHTS, params())]
-    assert first != [c.token_ids for c in sampler.generate(PROMPTS, WEIGHTS, params(seed=4))]
+    first = drawn(sampler)
+    assert first == drawn(sampler) != drawn(sampler, seed=4)
 
 
 def test_completion_k_of_a_request_draws_with_seed_plus_k(sampler):
@@ -67,8 +66,7 @@ def test_alone_and_in_a_mixed_batch_are_the_same_bits_in_batch_invariant_mode(sa
     with clp_kernels.batch_invariant():
         together = sampler.generate(PROMPTS, WEIGHTS, params())
         reordered = sampler.generate(PROMPTS[::-1], WEIGHTS[::-1], params())[::-1]
-        for i in range(4):
-            (alone,) = sampler.generate([PROMPTS[i]], [WEIGHTS[i]], params())
+        for i, alone in alone_each(sampler, [params()] * 4):
             for other in (together[i], reordered[i]):
                 assert other.token_ids == alone.token_ids
                 assert other.logprobs == alone.logprobs
@@ -76,8 +74,7 @@ def test_alone_and_in_a_mixed_batch_are_the_same_bits_in_batch_invariant_mode(sa
 
 def test_alone_and_in_a_mixed_batch_agree_to_rounding_without_the_mode(sampler):
     together = sampler.generate(PROMPTS, WEIGHTS, params(temperature=0))
-    for i in range(4):
-        (alone,) = sampler.generate([PROMPTS[i]], [WEIGHTS[i]], params(temperature=0))
+    for i, alone in alone_each(sampler, [params(temperature=0)] * 4):
         assert alone.token_ids == together[i].token_ids
         assert alone.logprobs == pytest.approx(together[i].logprobs, abs=1e-4)
 
@@ -103,21 +100,15 @@ def test_greedy_equals_transformers_generate(policy, sampler):
 
 
 def test_a_batch_larger_than_max_batch_size_is_the_same(policy, sampler):
-    small = Sampler(policy, max_batch_size=2).generate(PROMPTS, WEIGHTS, params(temperature=0))
-    large = sampler.generate(PROMPTS, WEIGHTS, params(temperature=0))
-    assert [c.token_ids for c in small] == [c.token_ids for c in large]
+    small = Sampler(policy, max_batch_size=2)
+    assert drawn(small, temperature=0) == drawn(sampler, temperature=0)
 
 
 def test_sequences_of_one_batch_have_their_own_parameters(sampler):
-    each = [
-        params(temperature=0),
-        params(top_k=1),
-        params(max_tokens=1),
-        params(top_p=0.5, min_p=0.1),
-    ]
+    changes = {"temperature": 0}, {"top_k": 1}, {"max_tokens": 1}, {"top_p": 0.5, "min_p": 0.1}
+    each = [params(**one) for one in changes]
     done = sampler.generate(PROMPTS, WEIGHTS, each)
-    for i in range(4):
-        (alone,) = sampler.generate([PROMPTS[i]], [WEIGHTS[i]], each[i])
+    for i, alone in alone_each(sampler, each):
         assert alone.token_ids == done[i].token_ids
     greedy = sampler.generate(PROMPTS[1:2], WEIGHTS[1:2], params(temperature=0))
     assert greedy[0].token_ids == done[1].token_ids
@@ -137,9 +128,8 @@ def test_a_stop_string_that_is_a_special_token_stops(policy, sampler):
     free = params(max_tokens=60, temperature=2.0, ignore_eos=True)
     everything = with_seeds(free, range(16))
     found = 0
-    for c, one in zip(
-        sampler.generate(PROMPTS[:1] * 16, "joy=1", everything), everything, strict=True
-    ):
+    done = sampler.generate(PROMPTS[:1] * 16, "joy=1", everything)
+    for c, one in zip(done, everything, strict=True):
         at = next((i for i, token in enumerate(c.token_ids) if token in policy.end_ids), None)
         assert eos not in c.text
         if at is None:
@@ -167,14 +157,8 @@ def test_token_ids_as_prompts(policy, sampler):
     ids = policy.tokenizer(PROMPTS[0])["input_ids"]
     wanted = sampler.generate(PROMPTS[:1], WEIGHTS[:1], params())
     numpys = np.array(ids)
-    for prompt in (
-        ids,
-        tuple(ids),
-        numpys,
-        numpys.astype(np.uint16),
-        list(numpys),
-        torch.tensor(ids),
-    ):
+    same = [ids, tuple(ids), numpys, numpys.astype(np.uint16), list(numpys), torch.tensor(ids)]
+    for prompt in same:
         assert sampler.generate([prompt], WEIGHTS[:1], params()) == wanted
     for bad in (numpys[None], torch.tensor([ids])):
         with pytest.raises(TypeError, match="prompt 0 must be a text or a list of token ids"):
@@ -185,14 +169,11 @@ def test_token_ids_as_prompts(policy, sampler):
 
 
 def test_without_a_seed_the_global_generator_decides(sampler):
-    def draw():
-        return [c.token_ids for c in sampler.generate(PROMPTS, WEIGHTS, params(seed=None))]
-
     torch.manual_seed(1)
-    first = draw()
-    assert draw() != first
+    first = drawn(sampler, seed=None)
+    assert drawn(sampler, seed=None) != first
     torch.manual_seed(1)
-    assert draw() == first
+    assert drawn(sampler, seed=None) == first
 
 
 def test_none_and_minus_one_are_off_and_numpys_numbers_are_numbers():
@@ -269,7 +250,7 @@ def test_no_prompts_no_completions(sampler):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: s.generate(PROMPTS, WEIGHTS[:2]), "one row or 4 rows"),
+        (lambda s: s.generate(PROMPTS, WEIGHTS[:2]), "given once or for all 4 prompts"),
         (lambda s: s.generate(PROMPTS, "joy=1", [params()]), "params must be one or 4"),
         (lambda s: s.generate(["a"], {"speed": 1.0}), "unknown objective 'speed'"),
         (lambda s: s.generate(["a"], [float("nan"), 1.0]), "finite"),

@@ -40,15 +40,13 @@ class Slots:
             case Resize(slots, capacity):
                 kept = [c and (c[0], c[1][:capacity]) for c in self.contents[:slots]]
                 self.contents, self.capacity = kept + [None] * (slots - len(kept)), capacity
-            case Copy(source, target, tokens):
+            case Copy(source, target, tokens) | Move(source, target, tokens):
                 self.copy(source, target, tokens)
             case CopyEach(sources, targets, tokens):
                 for source, target in zip(sources, targets, strict=True):
                     self.copy(source, target, tokens)
             case Place(first, sequences):
                 assert [s.slot for s in sequences] == list(range(first, first + len(sequences)))
-            case Move(source, target, tokens):
-                self.copy(source, target, tokens)
             case Clear(slot):
                 self.contents[slot] = None
             case Vacate(slot):

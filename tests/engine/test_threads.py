@@ -27,6 +27,13 @@ def policy(one_thread):
     return new_spread_policy()
 
 
+def in_thread(call):
+    """Runs a call in another thread, until it ends."""
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
 def ask(sampler, k):
     weights = [0.25 * k, 1 - 0.25 * k]
     return [c.token_ids for c in sampler.generate(PROMPTS, weights, PARAMS)]
@@ -119,12 +126,8 @@ def test_a_training_step_in_another_thread_is_refused_and_changes_nothing(policy
         except RuntimeError as error:
             refused.append(str(error))
 
-    def beside(module, args):
-        thread = threading.Thread(target=train)
-        thread.start()
-        thread.join()
-
-    handle = policy.model.base_model.norm.register_forward_pre_hook(beside)
+    norm = policy.model.base_model.norm
+    handle = norm.register_forward_pre_hook(lambda module, args: in_thread(train))
     assert ask(sampler, 1) == wanted
     assert refused and all("another thread is running this model" in r for r in refused)
     handle.remove()
@@ -154,9 +157,7 @@ def test_a_plain_forward_beside_a_samplers_is_right_or_refused():
     def beside(module, args):
         handle.remove()
         for _ in range(2):
-            thread = threading.Thread(target=forward)
-            thread.start()
-            thread.join()
+            in_thread(forward)
 
     handle = model.base_model.norm.register_forward_pre_hook(beside)
     assert sampler.generate([[5, 6]], [[1.0]], params) == wanted
@@ -185,9 +186,7 @@ def test_a_recomputation_may_run_in_a_thread_of_autograds(policy, device_thread)
     with policy.steer(torch.tensor([[1.0, 0.0]])):
         y = Enter.apply(x)
         if device_thread:
-            thread = threading.Thread(target=y.backward)
-            thread.start()
-            thread.join()
+            in_thread(y.backward)
         else:
             y.backward()
         with policy.steer(torch.tensor([[1.0, 0.0]])):

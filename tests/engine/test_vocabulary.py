@@ -1,9 +1,12 @@
 """Which ids are drawn, and which end a completion."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from decoding_alone import without_end
+from tiny_runs import randomise
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clp_kernels
@@ -43,8 +46,7 @@ def padded(seed=0, rows=TOKENS + 64):
 
 def steered(model, tokenizer):
     clp_kernels.inject(model, ["joy", "brief"], r=2)
-    for layer in clp_kernels.nn.mixed_lora.steered_layers(model).values():
-        layer.lora_B.data.normal_(0, 0.3)
+    randomise(model, 0.3, 0)
     return Policy(model, tokenizer, ["joy", "brief"], "random")
 
 
@@ -54,9 +56,7 @@ def ask(policy, **changes):
 
 
 def drawn(done):
-    return {i for c in done for i in c.token_ids} | {
-        i for c in done for t in c.top_logprobs for i in t
-    }
+    return {i for c in done for ids in (c.token_ids, *c.top_logprobs) for i in ids}
 
 
 @pytest.mark.parametrize(
@@ -77,15 +77,15 @@ def test_the_trainers_logprobs_leave_them_out_too(tokenizer):
     weights = torch.tensor([[1.0, 0.0]]).expand(8, -1)
     batch = make_batch([[5, 6]] * 8, done, weights, 0, policy.device)
     stats = token_stats(policy, batch, policy.head(), 0.7)
-    torch.testing.assert_close(
-        stats.logprobs, torch.tensor([c.logprobs for c in done]), atol=1e-4, rtol=1e-4
-    )
+    wanted = torch.tensor([c.logprobs for c in done])
+    torch.testing.assert_close(stats.logprobs, wanted, atol=1e-4, rtol=1e-4)
     # The reference's, and with it the KL, as well.
-    with policy.base():
-        ref = policy.model(batch.input_ids).logits[:, 1:-1, :TOKENS] / 0.7
-    with policy.steer(weights):
-        own = policy.model(batch.input_ids).logits[:, 1:-1, :TOKENS] / 0.7
-    own, ref = own.log_softmax(-1), ref.log_softmax(-1)
+    found = []
+    for context in (policy.steer(weights), policy.base()):
+        with context:
+            logits = policy.model(batch.input_ids).logits[:, 1:-1, :TOKENS] / 0.7
+        found.append(logits.log_softmax(-1))
+    own, ref = found
     torch.testing.assert_close(stats.kl, (own.exp() * (own - ref)).sum(-1), atol=1e-3, rtol=1e-3)
 
 
@@ -109,9 +109,8 @@ def test_heads_of_different_height_mix_what_they_have_in_common(tokenizer, mode)
     (c,) = Sampler(mixture).generate([[5, 6]], [[0.3, 0.7]], params)
     ids = [5, 6]
     for token, logprob in zip(c.token_ids, c.logprobs, strict=True):
-        logits = torch.stack(
-            [m(torch.tensor([ids])).logits[:, -1, :TOKENS] for m in models.values()]
-        )
+        inputs = torch.tensor([ids])
+        logits = torch.stack([m(inputs).logits[:, -1, :TOKENS] for m in models.values()])
         z = clp_kernels.mix_logits(logits, torch.tensor([[0.3, 0.7]]), mode=mode).log_softmax(-1)[0]
         assert token == int(z.argmax()) and logprob == pytest.approx(float(z.max()), abs=1e-4)
         ids.append(token)
@@ -148,10 +147,8 @@ def test_a_mixture_ends_at_the_end_of_each_model(tokenizer):
     models = {"a": small(0, eos_token_id=7), "b": small(1, eos_token_id=[8, 9])}
     mixture = LogitMixture(models, tokenizer)
     assert mixture.end_ids == {2, 7, 8, 9}
-    free = Sampler(mixture).generate(
-        [[5]], [[0.5, 0.5]], SamplingParams(max_tokens=30, seed=1, ignore_eos=True)
-    )
-    end = free[0].token_ids[4]
+    (free,) = Sampler(mixture).generate([[5]], [[0.5, 0.5]], without_end(30))
+    end = free.token_ids[4]
     models["b"].generation_config.eos_token_id = end
     (c,) = Sampler(mixture).generate([[5]], [[0.5, 0.5]], SamplingParams(max_tokens=30, seed=1))
     assert c.finish_reason == "stop" and c.token_ids[-1] == end
@@ -162,9 +159,8 @@ def test_without_an_end_in_the_configurations_the_tokenizers_ends_it(tokenizer):
     model.generation_config.eos_token_id = None
     model.lm_head.weight[2] = 20 * model.lm_head.weight.std()  # likely for some state
     policy = steered(model, tokenizer)
-    done = Sampler(policy).generate(
-        [[5 + i] for i in range(16)], "joy=1", SamplingParams(max_tokens=40, seed=1)
-    )
+    params = SamplingParams(max_tokens=40, seed=1)
+    done = Sampler(policy).generate([[5 + i] for i in range(16)], "joy=1", params)
     ended = [c for c in done if c.finish_reason == "stop"]
     assert ended and all(c.token_ids[-1] == 2 for c in ended)
 
@@ -180,8 +176,7 @@ def test_an_end_token_that_is_no_special_token_is_no_text(tokenizer):
     assert ended
     for c in ended:
         assert c.text == completion_text(tokenizer, [5], c.token_ids[:-1])
-    (c,) = sampler.generate([[5]], "joy=1", params=SamplingParams(max_tokens=60, temperature=2.0,
-                            seed=done.index(ended[0])))  # fmt: skip
-    request = sampler.submit([5], "joy=1", SamplingParams(max_tokens=60, temperature=2.0,
-                             seed=done.index(ended[0])))  # fmt: skip
+    params = replace(params, seed=done.index(ended[0]))
+    (c,) = sampler.generate([[5]], "joy=1", params)
+    request = sampler.submit([5], "joy=1", params)
     assert "".join(token.text for token in sampler.stream(request)) == c.text == ended[0].text

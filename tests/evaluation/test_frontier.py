@@ -22,18 +22,25 @@ ROWS = [{"prompt": p} for p in ("Tom had a red kite.", "Mia was sad.", "Sam was 
 REWARDS = {"joy": "sentiment", "brief": "brevity", "clear": "readability"}
 
 
-def policy(names):
+NAMES = ["joy", "brief"]
+
+
+def rewards(names=NAMES):
+    return load_rewards([f"{n}={REWARDS[n]}" for n in names])
+
+
+def policy(names=NAMES):
     return randomised(0.1, 4, names, r=2)
 
 
-def sweep(names, **changes):
-    rewards = load_rewards([f"{n}={REWARDS[n]}" for n in names])
-    return evaluate(policy(names), rewards, ROWS, params=SamplingParams(max_tokens=10), **changes)
+def sweep(names=NAMES, made=None, max_tokens=10, **changes):
+    params = SamplingParams(max_tokens=max_tokens)
+    return evaluate(made or policy(names), rewards(names), ROWS, params=params, **changes)
 
 
 @pytest.fixture(scope="module")
 def two():
-    return sweep(["joy", "brief"])
+    return sweep()
 
 
 def test_the_figures_follow_from_the_samples(two):
@@ -66,15 +73,12 @@ def test_hypervolume_is_the_area_over_the_reference_point(two):
 
 
 def test_the_same_seed_gives_the_same_frontier(two):
-    assert sweep(["joy", "brief"])[0] == two[0]
-    assert sweep(["joy", "brief"], seed=1)[0] != two[0]
+    assert sweep()[0] == two[0]
+    assert sweep(seed=1)[0] != two[0]
 
 
 def test_an_untrained_policy_has_no_kl_and_no_steering():
-    names = ["joy", "brief"]
-    rewards = load_rewards([f"{n}={REWARDS[n]}" for n in names])
-    fresh = Policy.create("tiny", names)
-    front, _ = evaluate(fresh, rewards, ROWS, params=SamplingParams(max_tokens=10))
+    front, _ = sweep(made=Policy.create("tiny", NAMES))
     assert front.kl_per_token == [0.0] * 11
     assert all(r == front.base_rewards for r in front.rewards)
     assert front.spearman == {"joy": None, "brief": None}
@@ -105,10 +109,7 @@ def test_json_plot_and_tables(two, tmp_path):
 @pytest.fixture
 def no_sampler(monkeypatch):
     """What is refused is refused before anything is sampled."""
-
-    def made(*args, **kwargs):
-        raise AssertionError("a sampler was made")
-
+    made = Mock(side_effect=AssertionError("a sampler was made"))
     monkeypatch.setattr("clp.evaluation.frontier.Sampler", made)
 
 
@@ -125,27 +126,22 @@ def no_sampler(monkeypatch):
 )
 def test_bad_arguments_are_refused_before_anything_is_sampled(no_sampler, changes, message):
     changes = {"params": SamplingParams(max_tokens=10), "rows": ROWS} | changes
-    rewards = load_rewards(changes.pop("rewards", ["joy=sentiment", "brief=brevity"]))
+    functions = load_rewards(changes.pop("rewards", ["joy=sentiment", "brief=brevity"]))
     with pytest.raises(ValueError, match=message):
-        evaluate(policy(["joy", "brief"]), rewards, changes.pop("rows"), **changes)
+        evaluate(policy(), functions, changes.pop("rows"), **changes)
 
 
-def test_a_model_without_a_linear_head_is_refused_before_anything_is_sampled(
-    no_sampler, monkeypatch
-):
-    def soft_cap(self):
-        raise ValueError("a soft cap?")
-
-    monkeypatch.setattr(Policy, "head", soft_cap)
+def test_a_model_without_a_linear_head_is_refused_first(no_sampler, monkeypatch):
+    monkeypatch.setattr(Policy, "head", Mock(side_effect=ValueError("a soft cap?")))
     with pytest.raises(ValueError, match="soft cap"):
-        sweep(["joy", "brief"])
+        sweep()
 
 
 @pytest.mark.parametrize("place", ["on", "above"])
 def test_a_base_on_or_below_the_reference_point_has_no_volume(two, place, tmp_path):
     """The base's volume is 0, whatever it took to find that out: the evaluation is kept."""
     point = two[0].base_rewards if place == "on" else [0.0, 5.0]
-    front, samples = sweep(["joy", "brief"], reference_point=point)
+    front, samples = sweep(reference_point=point)
     assert front.base_hypervolume == 0 and front.reference_point == point
     best = [[max(0.0, v - p) for v, p in zip(r, point, strict=True)] for r in front.rewards]
     assert max(x * y for x, y in best) <= front.hypervolume
@@ -157,9 +153,7 @@ def test_a_base_on_or_below_the_reference_point_has_no_volume(two, place, tmp_pa
 
 
 def test_equal_rows_are_all_on_the_front():
-    fresh = Policy.create("tiny", ["joy", "brief"])
-    rewards = load_rewards(["joy=sentiment", "brief=brevity"])
-    front, _ = evaluate(fresh, rewards, ROWS, params=SamplingParams(max_tokens=4))
+    front, _ = sweep(made=Policy.create("tiny", NAMES), max_tokens=4)
     assert front.pareto == [True] * 11
 
 
@@ -178,8 +172,7 @@ def test_an_evaluation_says_how_it_was_made(two):
     assert (front.run, front.reward_specs, front.prompts_file) == (None, None, None)
     params = SamplingParams(max_tokens=3, temperature=0.5, top_k=5, top_p=0.9, min_p=0.01,
                             stop=["."], stop_token_ids=[7], ignore_eos=True)  # fmt: skip
-    rewards = load_rewards(["joy=sentiment", "brief=brevity"])
-    front, _ = evaluate(policy(["joy", "brief"]), rewards, ROWS, params=params)
+    front, _ = evaluate(policy(), rewards(), ROWS, params=params)
     for name, value in asdict(params).items():
         if name not in ("n", "seed", "logprobs"):
             assert getattr(front, name) == (list(value) if isinstance(value, tuple) else value)
@@ -187,7 +180,7 @@ def test_an_evaluation_says_how_it_was_made(two):
 
 @pytest.mark.parametrize("seed", [-1, 10**30])
 def test_seeds_of_any_size(seed):
-    front, _ = sweep(["joy", "brief"], seed=seed)
+    front, _ = sweep(seed=seed)
     assert front.seed == seed
 
 
@@ -210,5 +203,4 @@ def test_what_fails_while_it_is_written_leaves_the_earlier_evaluation(two, tmp_p
 
 def test_rewards_must_be_those_of_the_policy():
     with pytest.raises(ValueError, match="reward_funcs must be"):
-        evaluate(policy(["joy", "brief"]), load_rewards(["joy=sentiment"]), ROWS,
-                 params=SamplingParams())  # fmt: skip
+        evaluate(policy(), rewards(["joy"]), ROWS, params=SamplingParams())

@@ -462,30 +462,30 @@ def test_export_refuses_a_directory_in_use(tmp_path: Path) -> None:
 
 
 def fields(**values: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text())
         (folder / CONFIG).write_text(json.dumps(config | values))
 
-    return change
+    return damage
 
 
 def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         stored = load_file(folder / TENSORS)
         change(stored)
         (folder / TENSORS).unlink()  # loaded tensors may still be mapped from the file
         save_file(stored, folder / TENSORS)
 
-    return change
+    return damage
 
 
 def file(name: str, data: bytes | None) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         (folder / name).unlink()
         if data is not None:
             (folder / name).write_bytes(data)
 
-    return change
+    return damage
 
 
 def truncated(folder: Path) -> None:

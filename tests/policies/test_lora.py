@@ -45,11 +45,22 @@ def trained(seed=0):
     return randomised(0.1, seed, rewards=["joy=sentiment", "brief=brevity"])
 
 
-def test_a_new_policy_is_its_base_for_every_row_bit_for_bit():
-    policy = Policy.create("tiny", ["a", "b", "c"])
-    base, _ = load_base("tiny")
+@pytest.fixture(scope="module")
+def wanted():
+    """The logits of the base."""
     with torch.no_grad():
-        wanted = base(IDS).logits
+        return load_base("tiny")[0](IDS).logits
+
+
+def with_tiny_tokenizer(model, folder):
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, folder)
+    return str(folder)
+
+
+def test_a_new_policy_is_its_base_for_every_row_bit_for_bit(wanted):
+    policy = Policy.create("tiny", ["a", "b", "c"])
     assert torch.equal(logits(policy, [[1.0, 0, 0], [0.2, 0.3, 0.5]]), wanted)
     assert torch.equal(logits(policy, [[0.0, 0, 0], [0.0, 0, 0]]), wanted)
 
@@ -76,24 +87,16 @@ def test_adapters_of_the_embedded_model_name_a_folder_that_peft_loads(tmp_path):
     policy = trained()
     policy.save(tmp_path / "p")
     assert json.loads((tmp_path / "p" / "clp.json").read_text())["base_model"] == "tiny"
-    rows = torch.tensor([[1.0, 0.0]] * 2)
-    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "p/adapters/joy").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(IDS).logits, logits(policy, rows.tolist()))
-    cli.COMMANDS["export"](
-        [str(tmp_path / "p"), str(tmp_path / "out"), "--weights", "joy=1,brief=0"]
-    )
-    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(IDS).logits, logits(policy, rows.tolist()))
+    folders = [str(tmp_path / "p"), str(tmp_path / "out")]
+    cli.COMMANDS["export"]([*folders, "--weights", "joy=1,brief=0"])
+    for folder in ("p/adapters/joy", "out"):
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / folder).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(IDS).logits, logits(policy, [[1.0, 0.0]] * 2))
 
 
-def test_zero_rows_give_the_base_bit_for_bit_beside_other_rows():
-    policy = trained()
-    base, _ = load_base("tiny")
-    with torch.no_grad():
-        wanted = base(IDS).logits
-    mixed = logits(policy, [[0.0, 0.0], [0.5, 0.5]])
+def test_zero_rows_give_the_base_bit_for_bit_beside_other_rows(wanted):
+    mixed = logits(trained(), [[0.0, 0.0], [0.5, 0.5]])
     assert torch.equal(mixed[0], wanted[0])
     assert not torch.equal(mixed[1], wanted[1])
 
@@ -106,19 +109,15 @@ def test_save_and_load_are_bitwise(tmp_path):
     assert again.rewards == ("joy=sentiment", "brief=brevity")
     rows = [[0.3, 0.7], [1.0, 0.0]]
     assert torch.equal(logits(policy, rows), logits(again, rows))
-    for a, b in zip(
-        policy.adapter_parameters().items(), again.adapter_parameters().items(), strict=True
-    ):
-        assert a[0] == b[0] and torch.equal(a[1], b[1])
+    pairs = zip(*(p.adapter_parameters().items() for p in (policy, again)), strict=True)
+    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
 
 
 def test_load_refuses_a_tampered_adapter(tmp_path):
     trained(0).save(tmp_path / "p")
     trained(1).save(tmp_path / "q")
-    shutil.copy(
-        tmp_path / "q/adapters/joy/adapter_model.safetensors",
-        tmp_path / "p/adapters/joy/adapter_model.safetensors",
-    )
+    file = "adapters/joy/adapter_model.safetensors"
+    shutil.copy(tmp_path / "q" / file, tmp_path / "p" / file)
     with pytest.raises(ValueError, match="is not the adapter"):
         Policy.load(tmp_path / "p")
 
@@ -179,21 +178,12 @@ def test_a_model_without_tokenizer_or_weights_is_refused(tmp_path):
 def test_a_model_whose_head_is_missing_is_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(TINY)
     model.config.tie_word_embeddings = False
-    model.model.save_pretrained(tmp_path)
+    with_tiny_tokenizer(model.model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, tmp_path)
     with pytest.raises(ValueError, match="lacks weights"):
         load_base(str(tmp_path))
-
-
-def with_tiny_tokenizer(model, folder):
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, folder)
-    return str(folder)
 
 
 def test_head_of_a_plain_model_has_temperature_one():

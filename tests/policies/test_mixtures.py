@@ -1,6 +1,7 @@
 """Mixtures of models through the sampler: logits (MOD, IPA) and parameters (full, head)."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,14 @@ def tokenizer():
     return load_base("tiny")[1]
 
 
+def saved(models, tokenizer, folder):
+    """The folder of each model, with the tokenizer."""
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in models}
+
+
 @pytest.fixture(scope="module")
 def models():
     return {"joy": small(1, 16), "brief": small(2, 32)}
@@ -57,11 +66,12 @@ def naive(networks, weights, tokenizer, prompt, row, count, mode="geometric"):
     return ids[start:], logprobs
 
 
-def check(mixture, networks, weights, mode="geometric"):
+def check(policy, networks_of, weights, mode="geometric"):
+    """networks_of(row) gives the models of these weights as functions."""
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    done = Sampler(mixture).generate(PROMPTS, ROWS, params)
+    done = Sampler(policy).generate(PROMPTS, ROWS, params)
     for prompt, row, c in zip(PROMPTS, ROWS, done, strict=True):
-        ids, logprobs = naive(networks, weights, mixture.tokenizer, prompt, row, 8, mode)
+        ids, logprobs = naive(networks_of(row), weights, policy.tokenizer, prompt, row, 8, mode)
         assert c.token_ids == ids
         assert c.logprobs == pytest.approx(logprobs, abs=1e-4)
 
@@ -69,27 +79,25 @@ def check(mixture, networks, weights, mode="geometric"):
 @pytest.mark.parametrize("mode", ["geometric", "probability"])
 def test_mod_is_the_weighted_sum_of_the_models_logits(models, tokenizer, mode):
     runs = [lambda ids, m=m: m(ids).logits for m in models.values()]
-    check(LogitMixture(models, tokenizer, mode=mode), runs, lambda w: w, mode)
+    check(LogitMixture(models, tokenizer, mode=mode), lambda _: runs, lambda w: w, mode)
 
 
 def test_ipa_adds_the_adapters_to_a_larger_base(models, tokenizer):
     base = small(3, 64)
     mixture = LogitMixture(models, tokenizer, base=base, alpha=0.7)
     runs = [lambda ids, m=m: m(ids).logits for m in (base, *models.values())]
-    check(mixture, runs, lambda w: torch.cat([w.new_ones(1), 0.7 * w]))
+    check(mixture, lambda _: runs, lambda w: torch.cat([w.new_ones(1), 0.7 * w]))
 
 
 def test_mod_over_the_adapters_of_one_model(tokenizer):
     policy = randomised(0.15, 5, r=4)
 
-    def alone(i):
-        def run(ids):
-            with policy.steer(torch.eye(2)[i : i + 1]):
-                return policy.model(ids).logits
+    def alone(i, ids):
+        with policy.steer(torch.eye(2)[i : i + 1]):
+            return policy.model(ids).logits
 
-        return run
-
-    check(LogitMixture.of_adapters(policy), [alone(0), alone(1)], lambda w: w)
+    runs = [partial(alone, i) for i in range(2)]
+    check(LogitMixture.of_adapters(policy), lambda _: runs, lambda w: w)
 
 
 def test_rows_share_prompts_because_no_cache_depends_on_the_weights(models, tokenizer):
@@ -127,10 +135,7 @@ def test_top_logprobs_are_those_of_the_mixture(models, tokenizer):
 
 
 def test_load_reads_folders_and_compares_tokenizers(tmp_path, models, tokenizer):
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    places = {name: str(tmp_path / name) for name in models}
+    places = saved(models, tokenizer, tmp_path)
     mixture = LogitMixture.load(places, base="tiny")
     assert mixture.objectives == ("joy", "brief")
     assert len(mixture.networks) == 3
@@ -182,25 +187,18 @@ def test_the_embedded_model_is_a_base(models, tokenizer):
 def test_a_mixture_of_parameters_samples_as_the_merged_model(tmp_path, tokenizer, conditioning):
     first, second = small(1, 16), small(2, 16)
     part = {"full": "", "attention": "self_attn", "head": "lm_head"}[conditioning]
-    for (name, own), other in zip(
-        first.named_parameters(), second.parameters(), strict=True
-    ):  # what is not mixed must be equal
+    pairs = zip(first.named_parameters(), second.parameters(), strict=True)
+    for (name, own), other in pairs:  # what is not mixed must be equal
         if part not in name:
             other.data.copy_(own.data)
-    for name, model in (("joy", first), ("brief", second)):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    places = {name: str(tmp_path / name) for name in ("joy", "brief")}
-    policy = Policy.from_models(places, conditioning=conditioning)
-    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    done = Sampler(policy).generate(PROMPTS, ROWS, params)
-    for prompt, row, c in zip(PROMPTS, ROWS, done, strict=True):
-        merged = small(1, 16)
-        pairs = zip(first.parameters(), second.parameters(), strict=True)
-        for target, (a, b) in zip(merged.parameters(), pairs, strict=True):
+    places = saved({"joy": first, "brief": second}, tokenizer, tmp_path)
+
+    def merged(row):
+        made = small(1, 16)
+        parameters = (model.parameters() for model in (made, first, second))
+        for target, a, b in zip(*parameters, strict=True):
             target.data.copy_(row[0] * a.data + row[1] * b.data)
-        ids, logprobs = naive(
-            [lambda i, m=merged: m(i).logits], lambda w: w.new_ones(1), tokenizer, prompt, row, 8
-        )
-        assert c.token_ids == ids
-        assert c.logprobs == pytest.approx(logprobs, abs=1e-4)
+        return [lambda ids: made(ids).logits]
+
+    policy = Policy.from_models(places, conditioning=conditioning)
+    check(policy, merged, lambda w: w.new_ones(1))

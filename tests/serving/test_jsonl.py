@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 
 import pytest
-from tiny_runs import randomised
+from tiny_runs import randomised, records
 from tqdm import tqdm
 
 from clp import cli
@@ -22,14 +23,11 @@ from clp.serving.resumable_output import Source, completions_of, sidecar
 
 DEFAULTS = Defaults(SamplingParams(max_tokens=4), "joy=0.5,brief=0.5", True)
 LONGER = DEFAULTS._replace(params=SamplingParams(max_tokens=12))
+NO_BAR = tqdm(disable=True)
+ENDS = ("had a red kite.", "was sad.", "saw the lake", "ran")
 ROWS = [
-    {"prompt": f"{name} {what}", "weights": [w, 1 - w], "id": i, "n": 1 + i % 3}
-    for i, (name, what, w) in enumerate(
-        (name, what, w)
-        for name in ("Tom", "Mia", "Sam")
-        for what in ("had a red kite.", "was sad.", "saw the lake", "ran")
-        for w in (0.0, 0.25, 1.0)
-    )
+    {"prompt": f"{name} {end}", "weights": [w, 1 - w], "id": i, "n": 1 + i % 3}
+    for i, (name, end, w) in enumerate(product(("Tom", "Mia", "Sam"), ENDS, (0.0, 0.25, 1.0)))
 ]
 
 
@@ -49,8 +47,7 @@ def lines(*rows):
 
 
 def sampled(sampler, *rows, defaults=DEFAULTS, base_seed=1):
-    with tqdm(disable=True) as bar:
-        return list(sample_lines(sampler, lines(*rows), defaults, base_seed, bar))
+    return list(sample_lines(sampler, lines(*rows), defaults, base_seed, NO_BAR))
 
 
 @pytest.mark.parametrize(
@@ -139,9 +136,8 @@ def test_a_bad_line_keeps_its_id(sampler):
 
 def test_a_line_without_weights_and_no_default(sampler):
     defaults = DEFAULTS._replace(weights=None)
-    bad, good = sampled(
-        sampler, {"prompt": "x"}, {"prompt": "x", "weights": "joy=1"}, defaults=defaults
-    )
+    rows = {"prompt": "x"}, {"prompt": "x", "weights": "joy=1"}
+    bad, good = sampled(sampler, *rows, defaults=defaults)
     assert "no weights" in bad.records[0]["error"] and not good.failed
 
 
@@ -184,19 +180,17 @@ def test_lines_are_read_no_further_than_the_queue(sampler):
             read += 1
             yield line
 
-    with tqdm(disable=True) as bar:
-        groups = sample_lines(sampler, counted(), DEFAULTS, 0, bar)
-        assert next(groups).line == 1
-        assert read == 4 * sampler.max_batch_size
-        assert [g.line for g in groups] == list(range(2, 102))
+    groups = sample_lines(sampler, counted(), DEFAULTS, 0, NO_BAR)
+    assert next(groups).line == 1
+    assert read == 4 * sampler.max_batch_size
+    assert [g.line for g in groups] == list(range(2, 102))
 
 
 def test_dropped_halfway_leaves_the_sampler_empty(sampler):
-    with tqdm(disable=True) as bar:
-        groups = sample_lines(sampler, lines(*[{"prompt": "Tom"}] * 20), DEFAULTS, 0, bar)
-        next(groups)
-        assert sampler.unfinished
-        groups.close()
+    groups = sample_lines(sampler, lines(*[{"prompt": "Tom"}] * 20), DEFAULTS, 0, NO_BAR)
+    next(groups)
+    assert sampler.unfinished
+    groups.close()
     assert not sampler.unfinished
 
 
@@ -237,16 +231,17 @@ def source(tmp_path):
     return Source.of_file(path)
 
 
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out.jsonl"
+
+
 def run(policy, source, output, defaults=LONGER, batch=4):
     return sample_file(source, output, defaults, lambda: Sampler(policy, max_batch_size=batch))
 
 
 def no_sampler():
     raise AssertionError("there is nothing to sample")
-
-
-def records(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def assert_same(resumed, whole):
@@ -258,10 +253,7 @@ def assert_same(resumed, whole):
         assert a | {"logprobs": None} == b | {"logprobs": None}
 
 
-def test_stopped_anywhere_it_goes_on_with_the_seeds_of_the_first_run(
-    policy, source, tmp_path, capsys
-):
-    out = tmp_path / "out.jsonl"
+def test_stopped_anywhere_it_goes_on_with_the_seeds_of_the_first_run(policy, source, out, capsys):
     assert run(policy, source, out) == 2
     whole, text = records(out), out.read_bytes()
     assert [r["line"] for r in whole if "error" in r] == [37, 38]
@@ -282,8 +274,7 @@ def test_stopped_anywhere_it_goes_on_with_the_seeds_of_the_first_run(
     assert "going on behind line" in error
 
 
-def test_a_complete_output_loads_no_model(policy, source, tmp_path, capsys):
-    out = tmp_path / "out.jsonl"
+def test_a_complete_output_loads_no_model(policy, source, out, capsys):
     run(policy, source, out)
     before = out.read_bytes()
     assert sample_file(source, out, LONGER, no_sampler) == 2
@@ -291,8 +282,7 @@ def test_a_complete_output_loads_no_model(policy, source, tmp_path, capsys):
     assert "is complete: nothing to do" in capsys.readouterr().err
 
 
-def test_a_refused_output_loads_no_model_and_is_kept(policy, source, tmp_path):
-    out = tmp_path / "out.jsonl"
+def test_a_refused_output_loads_no_model_and_is_kept(policy, source, out):
     run(policy, source, out)
     before = out.read_bytes()
     other = LONGER._replace(params=SamplingParams(max_tokens=13))
@@ -305,18 +295,17 @@ def test_a_refused_output_loads_no_model_and_is_kept(policy, source, tmp_path):
     assert out.read_bytes() == before
 
 
-def test_a_sampler_that_cannot_be_made_leaves_nothing(source, tmp_path):
+def test_a_sampler_that_cannot_be_made_leaves_nothing(source, out, tmp_path):
     def broken():
         raise ValueError("no such policy")
 
     with pytest.raises(ValueError, match="no such policy"):
-        sample_file(source, tmp_path / "out.jsonl", LONGER, broken)
+        sample_file(source, out, LONGER, broken)
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_one_seed_for_all_lines(policy, tmp_path):
+def test_one_seed_for_all_lines(policy, out):
     """With a seed given, equal prompts and rows give equal completions."""
-    out = tmp_path / "out.jsonl"
     defaults = LONGER._replace(params=SamplingParams(max_tokens=12, seed=4, n=2))
     run(policy, Source.of_prompts(["Tom", "Tom"]), out, defaults)
     first, second = records(out)[:2], records(out)[2:]
@@ -343,9 +332,9 @@ def test_an_input_without_lines(tmp_path):
 
 
 def test_killed_with_9_and_run_again_it_is_the_uninterrupted_run(
-    policy, source, tmp_path, monkeypatch, capsys
+    policy, source, out, tmp_path, monkeypatch, capsys
 ):
-    killed, out = tmp_path / "killed.jsonl", tmp_path / "out.jsonl"
+    killed = tmp_path / "killed.jsonl"
     policy.save(tmp_path / "run")
     argv = [
         "clp", "sample", str(tmp_path / "run"), "--input", str(source.path), "--output",

@@ -1,5 +1,7 @@
 """Gradient checkpointing: layers recompute in eval mode, with the bits of the plain gradients."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -82,12 +84,9 @@ def gradients(policy, recompute):
     for parameter in policy.model.parameters():
         parameter.grad = None
     fixed = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        if recompute:
-            with checkpointing(policy.model):
-                stats = token_stats(policy, batch(), policy.head(), 1.0)
-        else:
-            stats = token_stats(policy, batch(), policy.head(), 1.0)
+    context = checkpointing(policy.model) if recompute else nullcontext()
+    with saved_tensors_hooks(note, lambda tensor: tensor), context:
+        stats = token_stats(policy, batch(), policy.head(), 1.0)
     size = sum(n for place, n in kept.items() if place not in fixed)
     # Both contexts have ended, and other weights are set: the rows of the forward must return.
     with policy.steer(torch.full((4, 2), 9.0)):
@@ -95,13 +94,19 @@ def gradients(policy, recompute):
     return {n: p.grad.clone() for n, p in parameters.items()}, size
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_gradients_are_the_plain_ones_to_the_bit_and_less_is_saved(name, monkeypatch):
-    policy = make_policy(name)
-    calls, real = [], torch.utils.checkpoint.checkpoint
+@pytest.fixture
+def calls(monkeypatch):
+    """An entry for each call of PyTorch's checkpoint."""
+    seen, real = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(
-        torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k)
+        torch.utils.checkpoint, "checkpoint", lambda *a, **k: seen.append(1) or real(*a, **k)
     )
+    return seen
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_are_the_plain_ones_to_the_bit_and_less_is_saved(name, calls):
+    policy = make_policy(name)
     before = [(set(vars(m)), m.training) for m in policy.model.modules()]
     plain, plain_size = gradients(policy, False)
     assert not calls
@@ -119,12 +124,11 @@ def test_the_dropout_of_these_models_is_not_zero():
     """In train mode the same forward gives other values: the test above could fail."""
     for name in ("gpt2", "gpt_neox", "opt", "biogpt"):
         policy = make_policy(name)
+        inputs = batch().input_ids, batch().attention_mask
         with torch.no_grad(), policy.steer(batch().weights):
-            quiet = policy.hidden_states(batch().input_ids, batch().attention_mask)
+            quiet = policy.hidden_states(*inputs)
             policy.model.train()
-            assert not torch.equal(
-                quiet, policy.hidden_states(batch().input_ids, batch().attention_mask)
-            )
+            assert not torch.equal(quiet, policy.hidden_states(*inputs))
 
 
 def test_an_error_inside_leaves_the_model_as_it_was():
@@ -144,11 +148,7 @@ def test_a_model_without_such_layers_is_refused():
         pass
 
 
-def test_the_trainer_checkpoints_its_own_forwards_alone(tmp_path, monkeypatch):
-    calls, real = [], torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(
-        torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or real(*a, **k)
-    )
+def test_the_trainer_checkpoints_its_own_forwards_alone(tmp_path, calls):
     small = {"num_prompts": 4, "num_generations": 2, "max_completion_length": 6, "max_steps": 2,
              "r": 2, "micro_batch_size": 4}  # fmt: skip
     losses = []

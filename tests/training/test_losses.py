@@ -30,9 +30,7 @@ def test_rloo_advantage_is_the_return_minus_the_mean_of_the_others():
     rewards, weights, kl = torch.rand(3, 4, 2), torch.rand(3, 2), torch.rand(3, 4)
     got = rloo_advantages(rewards, weights, kl, alpha=0.3)
     for g in range(3):
-        returns = [
-            0.7 * float(rewards[g, k] @ weights[g]) - 0.3 * float(kl[g, k]) for k in range(4)
-        ]
+        returns = (0.7 * rewards[g] @ weights[g] - 0.3 * kl[g]).tolist()
         for k in range(4):
             others = [r for j, r in enumerate(returns) if j != k]
             assert float(got[g, k]) == pytest.approx(returns[k] - sum(others) / 3, abs=1e-6)
@@ -61,11 +59,8 @@ def test_policy_loss_has_the_gradient_of_the_objective():
     advantages = ((1 - alpha) * r - alpha * kl).detach()
     # policy_loss averages over samples; weighting each by its probability gives the expectation.
     probability = logprob.exp().detach()
-    terms = [
-        probability[i]
-        * policy_loss(logprob[i : i + 1], kl[i : i + 1], advantages[i : i + 1], alpha)
-        for i in range(vocab * vocab)
-    ]
+    each = zip(probability, logprob[:, None], kl[:, None], advantages[:, None], strict=True)
+    terms = [chance * policy_loss(*sample, alpha) for chance, *sample in each]
     (got,) = torch.autograd.grad(torch.stack(terms).sum(), theta)
     torch.testing.assert_close(got, wanted)
 

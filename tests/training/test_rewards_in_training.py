@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import metrics, records
 
 from clp.engine.requests import SamplingParams
 from clp.evaluation.frontier import evaluate
@@ -25,10 +26,6 @@ def make(folder, reward_funcs, rows=ROWS, model="tiny", **changes):
         "save_steps": 1, "r": 2,
     } | changes))  # fmt: skip
     return CLPTrainer(model=model, reward_funcs=reward_funcs, args=args, train_dataset=rows)
-
-
-def lines(path):
-    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
 
 
 def odd(value):
@@ -126,14 +123,11 @@ def run(tmp_path_factory):
 
 def test_what_functions_log_is_in_the_run_folder(run):
     folder, _ = run
-    table, metrics = lines(folder / "completions.jsonl"), lines(folder / "metrics.jsonl")
+    table = records(folder / "completions.jsonl")
     assert [row["step"] for row in table] == [1] * 6 + [2] * 6 + [3] * 6
-    assert [row["length/done"] for row in metrics] == [
-        0,
-        pytest.approx(1 / 3),
-        pytest.approx(2 / 3),
-    ]
-    for step, row in enumerate(metrics):
+    thirds = pytest.approx(1 / 3), pytest.approx(2 / 3)
+    assert [row["length/done"] for row in metrics(folder)] == [0, *thirds]
+    for step, row in enumerate(metrics(folder)):
         mine = table[6 * step : 6 * step + 6]
         lengths = [len(line["extra"]["length"]["ids"]) for line in mine]
         assert row["length/first"] == lengths[0]
@@ -150,9 +144,9 @@ def test_what_functions_log_is_in_the_run_folder(run):
 def test_metrics_follow_from_the_completions(run):
     """As TRL's: reward over the batch with Bessel's correction, None left out."""
     folder, trainer = run
-    table = lines(folder / "completions.jsonl")
+    table = records(folder / "completions.jsonl")
     seen = 0
-    for step, row in enumerate(lines(folder / "metrics.jsonl")):
+    for step, row in enumerate(records(folder / "metrics.jsonl")):
         assert metric_names(["length", "gold"]) == set(row) - {"length/first", "length/done"}
         mine = table[6 * step : 6 * step + 6]
         weighted = torch.tensor([
@@ -171,7 +165,7 @@ def test_metrics_follow_from_the_completions(run):
         assert row["num_tokens"] == seen
     assert trainer.state.num_input_tokens_seen == seen
     assert trainer.state.global_step == trainer.state.max_steps == 3
-    assert trainer.state.log_history == lines(folder / "metrics.jsonl")
+    assert trainer.state.log_history == records(folder / "metrics.jsonl")
 
 
 def test_a_resumed_run_counts_and_logs_on(run, tmp_path):
@@ -186,9 +180,8 @@ def test_a_resumed_run_counts_and_logs_on(run, tmp_path):
     trainer = make(folder, [length, gold], max_steps=3, resume=True)
     assert trainer.state.global_step == len(trainer.state.log_history) == 2
     trainer.train()
-    assert lines(folder / "completions.jsonl") == lines(whole / "completions.jsonl")
-    for a, b in zip(lines(folder / "metrics.jsonl"), lines(whole / "metrics.jsonl"), strict=True):
-        assert a | {"step_time": 0} == b | {"step_time": 0}
+    assert records(folder / "completions.jsonl") == records(whole / "completions.jsonl")
+    assert metrics(folder) == metrics(whole)
 
 
 def test_an_objective_that_applies_to_no_completion_of_a_step(tmp_path):
@@ -197,7 +190,7 @@ def test_an_objective_that_applies_to_no_completion_of_a_step(tmp_path):
 
     assert make(tmp_path / "one", brevity).policy.objectives == ("brevity",)
     make(tmp_path / "r", [sentiment, never], max_steps=1).train()
-    [row] = lines(tmp_path / "r/metrics.jsonl")
+    [row] = records(tmp_path / "r/metrics.jsonl")
     assert row["rewards/never/mean"] is None and row["rewards/never/std"] is None
     assert not (tmp_path / "r/completions.jsonl").exists()
     with pytest.raises(ValueError, match="returned None for row 0: prompt 'Tom had"):
@@ -246,18 +239,15 @@ def test_conversations(tmp_path, chat_model):
     assert chat[2] == text[2]
     assert [c[0]["content"] for c in chat[1]] == text[1] and chat[1][0][0]["role"] == "assistant"
     assert chat[0][0] in [row["prompt"] for row in rows]
-    a, b = (lines(tmp_path / name / "metrics.jsonl")[0] for name in ("chat", "text"))
-    assert a | {"step_time": 0} == b | {"step_time": 0}
-    front, samples = evaluate(
-        trainer.policy, trainer.reward_funcs, rows, params=SamplingParams(max_tokens=4)
-    )
+    assert metrics(tmp_path / "chat")[0] == metrics(tmp_path / "text")[0]
+    params = SamplingParams(max_tokens=4)
+    front, samples = evaluate(trainer.policy, trainer.reward_funcs, rows, params=params)
     assert samples[0]["prompt"] == rows[0]["prompt"] and front.prompts == 2
 
 
 def test_conversations_without_a_template_leave_no_folder(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"train_dataset\[0\]: prompt is a conversation, .* no chat t"
-    ):
+    message = r"train_dataset\[0\]: prompt is a conversation, .* no chat t"
+    with pytest.raises(ValueError, match=message):
         make(tmp_path / "r", [brevity], conversations(ROWS))
     assert list(tmp_path.iterdir()) == []
 

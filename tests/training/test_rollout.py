@@ -51,11 +51,11 @@ def test_kl_and_entropy_equal_the_full_distributions(policy):
     for i in range(len(rollout.completions)):
         ids = batch.input_ids[i][batch.attention_mask[i].bool()][None]
         count = int(batch.completion_mask[i].sum())
-        with torch.no_grad():
-            with policy.steer(batch.weights[i : i + 1]):
-                logp = torch.log_softmax(policy.model(ids).logits[0, -count - 1 : -1], -1)
-            with policy.steer(torch.zeros(1, 2)):
-                logq = torch.log_softmax(policy.model(ids).logits[0, -count - 1 : -1], -1)
+        found = []
+        for weights in (batch.weights[i : i + 1], torch.zeros(1, 2)):
+            with torch.no_grad(), policy.steer(weights):
+                found.append(policy.model(ids).logits[0, -count - 1 : -1].log_softmax(-1))
+        logp, logq = found
         kl = (logp.exp() * (logp - logq)).sum(-1)
         torch.testing.assert_close(stats.kl[i, :count], kl, atol=1e-5, rtol=1e-4)
         entropy = -(logp.exp() * logp).sum(-1)

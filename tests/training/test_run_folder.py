@@ -29,16 +29,16 @@ def mood(prompts, completions, mood, **columns):
     return [float(value) for value in mood]
 
 
+FUNCTIONS = {"tone": sentiment, "mood": mood}
+
+
 def config(folder, **changes):
     return CLPConfig(output_dir=str(folder), **(SMALL | changes))
 
 
-def cut(folder, *, step=2):
-    """Makes a finished run one that was stopped after its first checkpoint."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if checkpoint.name != f"checkpoint-{step:06d}":
-            shutil.rmtree(checkpoint)
-    (folder / "clp.json").unlink()
+def resumed(folder, functions=None, rows=None, **changes):
+    args = CLPConfig.of_run(folder, **changes)
+    return CLPTrainer(reward_funcs=functions, args=args, train_dataset=rows)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,7 @@ def finished(tmp_path_factory):
     """A run of the default rewards, and one of Python functions, each with its metrics."""
     root = tmp_path_factory.mktemp("finished")
     CLPTrainer(args=config(root / "specs")).train()
-    CLPTrainer(
-        reward_funcs={"tone": sentiment, "mood": mood}, args=config(root / "python"),
-        train_dataset=ROWS,
-    ).train()  # fmt: skip
+    CLPTrainer(reward_funcs=FUNCTIONS, args=config(root / "python"), train_dataset=ROWS).train()
     return root
 
 
@@ -58,15 +55,13 @@ def stopped(finished, tmp_path):
     """Copies of the two runs, stopped at step 2."""
     shutil.copytree(finished, tmp_path / "runs")
     for name in ("specs", "python"):
-        cut(tmp_path / "runs" / name)
+        shutil.rmtree(tmp_path / "runs" / name / "checkpoint-000004")
+        (tmp_path / "runs" / name / "clp.json").unlink()
     return tmp_path / "runs"
 
 
 def test_reward_functions_in_another_order_go_to_their_own_adapters(finished, stopped):
-    trainer = CLPTrainer(
-        reward_funcs={"mood": mood, "tone": sentiment},
-        args=CLPConfig.of_run(stopped / "python"), train_dataset=ROWS,
-    )  # fmt: skip
+    trainer = resumed(stopped / "python", dict(reversed(FUNCTIONS.items())), ROWS)
     assert list(trainer.reward_funcs) == list(trainer.policy.objectives) == ["tone", "mood"]
     trainer.train()
     assert metrics(stopped / "python") == metrics(finished / "python")
@@ -74,17 +69,15 @@ def test_reward_functions_in_another_order_go_to_their_own_adapters(finished, st
 
 def test_rewards_in_another_order_go_to_their_own_adapters(finished, stopped):
     specs = ["brief=brevity", "joy=sentiment"]
-    trainer = CLPTrainer(args=CLPConfig.of_run(stopped / "specs", rewards=specs))
+    trainer = resumed(stopped / "specs", rewards=specs)
     assert list(trainer.reward_funcs) == ["joy", "brief"]
     trainer.train()
     assert metrics(stopped / "specs") == metrics(finished / "specs")
-    again = CLPConfig.of_run(stopped / "specs")
-    assert again.rewards == specs[::-1]
+    assert CLPConfig.of_run(stopped / "specs").rewards == specs[::-1]
 
 
 def test_built_in_functions_given_in_python_are_the_specifications(finished, stopped):
-    functions = {"brief": brevity, "joy": sentiment}
-    CLPTrainer(reward_funcs=functions, args=CLPConfig.of_run(stopped / "specs")).train()
+    resumed(stopped / "specs", {"brief": brevity, "joy": sentiment}).train()
     assert metrics(stopped / "specs") == metrics(finished / "specs")
 
 
@@ -103,38 +96,33 @@ def test_built_in_functions_given_in_python_are_the_specifications(finished, sto
 def test_other_rewards_are_refused(stopped, specs, message):
     before = files(stopped)
     with pytest.raises(ValueError, match=message):
-        CLPTrainer(args=CLPConfig.of_run(stopped / "specs", rewards=specs))
+        resumed(stopped / "specs", rewards=specs)
     assert files(stopped) == before
 
 
 def test_other_functions_are_refused(stopped):
-    args = CLPConfig.of_run(stopped / "python")
-    refused = "objectives tone, mood; resume gives tone, brevity"
-    with pytest.raises(ValueError, match=refused):
-        CLPTrainer(reward_funcs={"tone": sentiment, "brevity": brevity}, args=args,
-                   train_dataset=ROWS)  # fmt: skip
-    with pytest.raises(ValueError, match=r"a Python function as the reward of mood; .* brevity"):
-        CLPTrainer(reward_funcs={"tone": sentiment, "mood": brevity}, args=args,
-                   train_dataset=ROWS)  # fmt: skip
+    for name, message in (
+        ("brevity", "objectives tone, mood; resume gives tone, brevity"),
+        ("mood", r"a Python function as the reward of mood; .* brevity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resumed(stopped / "python", {"tone": sentiment, name: brevity}, ROWS)
 
 
 def test_prompts_are_compared_by_content(finished, stopped, tmp_path):
-    functions = {"tone": sentiment, "mood": mood}
-    args = CLPConfig.of_run(stopped / "python")
     changed = [ROWS[0] | {"mood": 9}, *ROWS[1:]]
     for rows in (changed, ROWS[::-1], ROWS[1:], [r | {"more": 1} for r in ROWS]):
         with pytest.raises(ValueError, match="other prompts"):
-            CLPTrainer(reward_funcs=functions, args=args, train_dataset=rows)
+            resumed(stopped / "python", FUNCTIONS, rows)
     # From a file, with another order of the columns: the same content.
     lines = [json.dumps({"mood": r["mood"], "prompt": r["prompt"]}) + "\n" for r in ROWS]
     (tmp_path / "p.jsonl").write_text("".join(lines))
-    args = CLPConfig.of_run(stopped / "python", prompts=str(tmp_path / "p.jsonl"))
-    CLPTrainer(reward_funcs=functions, args=args).train()
+    resumed(stopped / "python", FUNCTIONS, prompts=str(tmp_path / "p.jsonl")).train()
     assert metrics(stopped / "python") == metrics(finished / "python")
     # A file that changes under the same name.
     (tmp_path / "p.jsonl").write_text("".join(lines).replace("kites", "boats"))
     with pytest.raises(ValueError, match="other prompts"):
-        CLPTrainer(reward_funcs=functions, args=CLPConfig.of_run(stopped / "python"))
+        resumed(stopped / "python", FUNCTIONS)
 
 
 def test_a_classifiers_files_are_part_of_the_reward(tmp_path):
@@ -166,10 +154,8 @@ def test_values_that_json_lacks_do_not_stop_a_training():
 def test_a_run_that_is_older_than_run_json_is_resumed_with_a_warning(finished, stopped):
     for name in ("specs", "python"):
         (stopped / name / "run.json").unlink()
-    args = CLPConfig.of_run(stopped / "python")
-    functions = {"mood": mood, "tone": sentiment}
     with pytest.warns(UserWarning, match=r"no run\.json"):
-        CLPTrainer(reward_funcs=functions, args=args, train_dataset=ROWS).train()
+        resumed(stopped / "python", dict(reversed(FUNCTIONS.items())), ROWS).train()
     assert metrics(stopped / "python") == metrics(finished / "python")
     specs = stopped / "specs"
     for rewards, message in [
@@ -177,17 +163,17 @@ def test_a_run_that_is_older_than_run_json_is_resumed_with_a_warning(finished, s
         (["joy=sentiment", "short=brevity"], "objectives joy, brief; resume gives joy, short"),
     ]:
         with pytest.warns(UserWarning), pytest.raises(ValueError, match=message):
-            CLPTrainer(args=CLPConfig.of_run(specs, rewards=rewards))
+            resumed(specs, rewards=rewards)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="run with prompts=None"):
-        CLPTrainer(args=CLPConfig.of_run(specs, prompts=str(TRAIN_PROMPTS)))
+        resumed(specs, prompts=str(TRAIN_PROMPTS))
 
 
 def test_max_steps_may_grow_and_nothing_is_lost(finished, stopped):
     specs = stopped / "specs"
     with pytest.raises(ValueError, match="max_steps=4; resume asks for 3, and max_steps may only"):
-        CLPTrainer(args=CLPConfig.of_run(specs, max_steps=3))
-    CLPTrainer(args=CLPConfig.of_run(specs)).train()
-    CLPTrainer(args=CLPConfig.of_run(specs, max_steps=6, save_steps=3)).train()
+        resumed(specs, max_steps=3)
+    resumed(specs).train()
+    resumed(specs, max_steps=6, save_steps=3).train()
     rows = metrics(specs)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[:4] == metrics(finished / "specs")
@@ -198,14 +184,11 @@ def test_max_steps_may_grow_and_nothing_is_lost(finished, stopped):
 
 
 def test_what_changes_no_bit_may_change(finished, stopped):
-    args = CLPConfig.of_run(
-        stopped / "specs", gradient_checkpointing=True, eval_prompts="held.jsonl", save_steps=1,
-        save_total_limit=5, device="cpu",
-    )  # fmt: skip
-    CLPTrainer(args=args).train()
+    free = {"eval_prompts": "held.jsonl", "save_steps": 1, "save_total_limit": 5, "device": "cpu"}
+    resumed(stopped / "specs", gradient_checkpointing=True, **free).train()
     assert metrics(stopped / "specs") == metrics(finished / "specs")
     with pytest.raises(ValueError, match="micro_batch_size=128; resume asks for 2"):
-        CLPTrainer(args=CLPConfig.of_run(stopped / "specs", micro_batch_size=2))
+        resumed(stopped / "specs", micro_batch_size=2)
 
 
 def files(folder):
@@ -235,7 +218,7 @@ def test_a_resume_that_fails_leaves_the_folder_free_and_as_it_was(stopped):
     shutil.move(stopped / "specs/checkpoint-000002/adapters/joy", stopped / "joy")
     for _ in range(2):  # and the lock is free again
         with pytest.raises(ValueError, match="joy"):
-            CLPTrainer(args=CLPConfig.of_run(stopped / "specs"))
+            resumed(stopped / "specs")
     shutil.move(stopped / "joy", stopped / "specs/checkpoint-000002/adapters/joy")
     assert files(stopped) == before
 
@@ -262,9 +245,9 @@ def test_two_trainings_in_one_folder(tmp_path):
     first = CLPTrainer(args=config(tmp_path / "r", max_steps=1))
     refused = rf"in use by another training \(process {os.getpid()} on .* since 20"
     with pytest.raises(ValueError, match=refused):
-        CLPTrainer(args=CLPConfig.of_run(tmp_path / "r"))
+        resumed(tmp_path / "r")
     first.train()
-    second = CLPTrainer(args=CLPConfig.of_run(tmp_path / "r", max_steps=2))
+    second = resumed(tmp_path / "r", max_steps=2)
     with pytest.raises(ValueError, match="in use by another training"):
         first.train()
     second.train()
@@ -319,10 +302,9 @@ input()
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "[]", "{}", '{"format": 2}', '{"format": 1, "rewards": [1]}', "[" * 200_000],
+    "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "rewards": [1]}', "[" * 200_000]
 )
 def test_a_damaged_run_json_is_refused_by_name(stopped, text):
     (stopped / "specs/run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json"):
-        CLPTrainer(args=CLPConfig.of_run(stopped / "specs"))
+        resumed(stopped / "specs")

@@ -64,8 +64,8 @@ def test_the_run_folder_holds_policy_checkpoints_and_config(whole):
         "metrics.jsonl", "run.json",
     ]  # fmt: skip
     final, last = Policy.load(whole), Policy.load(whole / "checkpoint-000006")
-    for a, b in zip(final.adapter_parameters().values(), last.adapter_parameters().values(),
-                    strict=True):  # fmt: skip
+    pairs = zip(*(p.adapter_parameters().values() for p in (final, last)), strict=True)
+    for a, b in pairs:
         assert torch.equal(a, b)
         assert a.abs().sum().item() > 0
 
@@ -75,17 +75,15 @@ def test_two_runs_are_bitwise_the_same(whole, tmp_path):
     assert metrics(whole) == metrics(tmp_path / "b")
 
 
-def test_micro_batches_give_the_same_training(whole, tmp_path):
-    CLPTrainer(args=config(tmp_path / "b", micro_batch_size=3)).train()
+LESS_MEMORY = [({"micro_batch_size": 3}, 1e-3), ({"gradient_checkpointing": True}, 1e-4)]
+
+
+@pytest.mark.parametrize(("changes", "limit"), LESS_MEMORY)
+def test_less_memory_gives_the_same_training(whole, tmp_path, changes, limit):
+    CLPTrainer(args=config(tmp_path / "b", **changes)).train()
     for a, b in zip(metrics(whole), metrics(tmp_path / "b"), strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-4)
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-3)
-
-
-def test_gradient_checkpointing_gives_the_same_training(whole, tmp_path):
-    CLPTrainer(args=config(tmp_path / "b", gradient_checkpointing=True)).train()
-    for a, b in zip(metrics(whole), metrics(tmp_path / "b"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], abs=limit)
 
 
 @pytest.mark.slow
@@ -305,15 +303,9 @@ def test_python_interface_with_functions_and_columns(tmp_path):
         seen.extend(mood)
         return [float("!" in c) for c in completions]
 
-    rows = [
-        {"prompt": "Tom had a red kite.", "mood": "m1"},
-        {"prompt": "Mia was sad.", "mood": "m2"},
-    ]
-    trainer = CLPTrainer(
-        model="tiny", reward_funcs=[shout, brevity], args=config(tmp_path / "p", max_steps=1),
-        train_dataset=rows,
-    )  # fmt: skip
-    policy = trainer.train()
+    prompts = {"m1": "Tom had a red kite.", "m2": "Mia was sad."}
+    rows = [{"prompt": prompt, "mood": mood} for mood, prompt in prompts.items()]
+    policy = CLPTrainer("tiny", [shout, brevity], config(tmp_path / "p", max_steps=1), rows).train()
     assert policy.objectives == ("shout", "brevity")
     # The first two are those of the call before anything is sampled.
     assert seen[:2] == ["m1", "m2"] and sorted(seen[2:]) == ["m1"] * 6 + ["m2"] * 6
@@ -352,10 +344,8 @@ def test_training_steers(tmp_path):
         )
     )  # fmt: skip
     trainer.train()
-    front, _ = evaluate(
-        trainer.policy, trainer.reward_funcs, trainer.rows[:32],
-        params=SamplingParams(max_tokens=24),
-    )  # fmt: skip
+    params = SamplingParams(max_tokens=24)
+    front, _ = evaluate(trainer.policy, trainer.reward_funcs, trainer.rows[:32], params=params)
     brief_end, joy_end = front.rewards[0], front.rewards[-1]
     assert front.weights[0] == [0, 1] and front.weights[-1] == [1, 0]
     assert joy_end[0] > brief_end[0] + 0.02

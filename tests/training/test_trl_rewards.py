@@ -1,8 +1,7 @@
 """TRL's own reward functions, unchanged, in a training."""
 
-import json
-
 import torch
+from tiny_runs import metrics, records
 from transformers import TrainerState
 from trl.rewards import (
     accuracy_reward,
@@ -61,13 +60,12 @@ def test_a_training_with_all_of_them(tmp_path, chat_model):
     )  # fmt: skip
     rows = [{"prompt": PROMPT, "solution": text} for text in ("2", EMPTY)]
     CLPTrainer(chat_model, FUNCTIONS, args, rows).train()
-    read = (tmp_path / "r/metrics.jsonl").read_text().splitlines()
-    table = (tmp_path / "r/completions.jsonl").read_text().splitlines()
-    assert len(read) == 2 and len(table) == 8
-    for row in map(json.loads, read):
+    rows, table = metrics(tmp_path / "r"), records(tmp_path / "r/completions.jsonl")
+    assert len(rows) == 2 and len(table) == 8
+    for row in rows:
         assert row["rewards/accuracy_reward/mean"] == 0  # of those whose solution can be parsed
         assert row["rewards/soft_overlong_punishment_reward/mean"] <= 0
         assert row["rewards/repetition_penalty_reward/mean"] <= 0
-    for line in map(json.loads, table):
+    for line in table:
         known = line["extra"]["accuracy_reward"]["solution"] != EMPTY
         assert (line["rewards"]["accuracy_reward"] is not None) is known

@@ -415,7 +415,7 @@ def test_an_unknown_instruction_set() -> None:
         draw(draw_inputs(2, 3, 5), "mmx")
 
 
-# The short way from Python to the kernel: it takes what is plain, and gives None to all else.
+# The fast path: it takes plain inputs, and returns None for all others.
 
 
 def quick(**changed: Any) -> tuple[Tensor, ...] | None:
