@@ -262,19 +262,52 @@ class LinearInputs(NamedTuple):
     example_ids: Tensor | None
 
 
+def linear_results(
+    backend: Any, args: LinearInputs, invariant: bool = False, needs: list[bool] | None = None
+) -> tuple[Tensor, ...]:
+    """y and the gradients that `needs` asks for, of all inputs without it."""
+    needs = needs or [True, True, True, args.bias is not None]
+    grads = backend.mixed_linear_backward(*args, invariant, needs)
+    return backend.mixed_linear(*args[1:], invariant), *grads
+
+
 def judge_linear(backend: Any, reference: Any, args: LinearInputs, invariant: bool) -> None:
     """The error budget of the output and of every gradient."""
-    needs = [True, True, True, args.bias is not None]
-
-    def results(module: Any, inputs: LinearInputs, invariant: bool = False) -> tuple[Tensor, ...]:
-        grads = module.mixed_linear_backward(*inputs, invariant, needs)
-        return module.mixed_linear(*inputs[1:], invariant), *grads
-
-    wide, same = results(reference, cast(args, F64)), results(reference, args)
+    got = linear_results(backend, args, invariant)
+    wide, same = (linear_results(reference, one) for one in (cast(args, F64), args))
     names = ("y", "dx", "d_expert", "d_weights", "d_bias")
-    for name, *three in zip(names, results(backend, args, invariant), wide, same, strict=True):
+    for name, *three in zip(names, got, wide, same, strict=True):
         assert (three[0].dtype, three[0].is_contiguous()) == (three[2].dtype, True), name
         assert_within_budget(*three, name=name)
+
+
+def check_unused_experts(backend: Any, args: LinearInputs) -> None:
+    """Experts of weight zero may hold anything. args: five examples of one token, m = 3."""
+    weights = torch.tensor([[0, 1, 0], [0, 0, 0], [0, -0.5, 0], [-0.0, 1, 0], [0, 1, 0]])
+    weights, expert, bias = weights.to(args.x.device), args.expert_weight.clone(), args.bias.clone()
+    alone = LinearInputs(
+        args.dy, args.x, expert[1:2].clone(), weights[:, 1:2], bias[1:2].clone(), None
+    )
+    expert[0], expert[2], bias[0], bias[2] = INF, NAN, NAN, -INF
+    many = args._replace(expert_weight=expert, weights=weights, bias=bias)
+    both = (
+        linear_results(backend, one, needs=[True, False, False, False]) for one in (many, alone)
+    )
+    for got, wanted in list(zip(*both, strict=True))[:2]:
+        assert torch.equal(got, wanted) and not got[1].any()
+
+
+def rows_alone_and_together(
+    backend: Any, args: LinearInputs, ranges: list[tuple[int, int]], invariant: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """y, dx and d_weights of these rows among all of x [B, in], and by themselves."""
+    needs, pairs = [True, False, True, False], []
+    y, dx, _, d_weights, _ = linear_results(backend, args, invariant, needs)
+    for rows in (slice(*ends) for ends in ranges):
+        part = args._replace(dy=args.dy[rows], x=args.x[rows], weights=args.weights[rows])
+        alone = linear_results(backend, part, invariant, needs)
+        pairs += [(y[rows], alone[0]), (dx[rows], alone[1]), (d_weights[rows], alone[3])]
+    return pairs
 
 
 # mix_logits.

@@ -617,7 +617,8 @@ BAD = {
         lambda: [llama(), llama_tied()], ["a", "b"], {}, "lm_head.weight of a and b is tied to",
     ),
     "heads": (
-        lambda: [gpt2(), gpt2(num_attention_heads=4)], ["a", "b"], {}, r"num_heads of a and b is 2 and 4",
+        lambda: [gpt2(), gpt2(num_attention_heads=4)], ["a", "b"], {},
+        r"num_heads of a and b is 2 and 4",
     ),
     "epsilon": (
         lambda: [llama(), llama(rms_norm_eps=0.1)], ["a", "b"], {}, "variance_epsilon of a and b",

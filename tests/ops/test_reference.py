@@ -162,16 +162,8 @@ def test_linear_logprob(mixed: bool) -> None:
     targets = torch.tensor([[0, 6, -100], [3, -100, 3]])
     # Exact in float32, the dtype in which temperatures travel.
     tau = torch.tensor([[0.5, 1.0, 2.0], [1.0, 4.0, 0.25]])
-    got = linear_logprob(
-        hidden,
-        head,
-        targets,
-        bias=bias,
-        weights=weights,
-        temperature=tau,
-        return_entropy=True,
-        ref_hidden=ref_hidden,
-    )
+    extras = {"temperature": tau, "return_entropy": True, "ref_hidden": ref_hidden}
+    got = linear_logprob(hidden, head, targets, bias=bias, weights=weights, **extras)
     for b in range(2):
         W, c = head, bias
         if weights is not None:
@@ -205,15 +197,8 @@ def test_linear_logprob_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         hidden, head, bias, weights = inputs
         targets = torch.randint(0, 9, (3, 4))
-        out = linear_logprob(
-            hidden,
-            head,
-            targets,
-            bias=bias,
-            weights=weights,
-            return_entropy=True,
-            ref_hidden=rand(3, 4, 5),
-        )
+        extras = {"return_entropy": True, "ref_hidden": rand(3, 4, 5)}
+        out = linear_logprob(hidden, head, targets, bias=bias, weights=weights, **extras)
         loss = sum((c * rand(3, 4)).sum() for c in out)
         return [*out, *torch.autograd.grad(loss, inputs)]
 
@@ -369,16 +354,10 @@ def test_gradcheck_linear_logprob(outputs: str, mixed: bool) -> None:
 
     def run(h, W, bias, *w):  # type: ignore[no-untyped-def]
         # The reference uses the same head, so its share of the gradient is part of the check.
-        out = linear_logprob(
-            h,
-            W,
-            targets,
-            bias=bias,
-            weights=w[0] if w else None,
-            temperature=tau,
-            return_entropy=outputs in ("entropy", "all"),
-            ref_hidden=ref if outputs in ("kl", "all") else None,
-        )
+        entropy, kl = (outputs in (name, "all") for name in ("entropy", "kl"))
+        extras = {"return_entropy": entropy, "ref_hidden": ref if kl else None}
+        weights = w[0] if w else None
+        out = linear_logprob(h, W, targets, bias=bias, weights=weights, temperature=tau, **extras)
         if outputs == "all":
             return out.logprobs + 2 * out.entropy + 3 * out.kl
         return getattr(out, outputs)
@@ -557,32 +536,18 @@ def test_sample_filters_keep_what_transformers_keeps(filters: dict) -> None:
 
 def test_sample_filters_a_row_each() -> None:
     logits = (torch.randperm(7) * 0.5).expand(4, 7)
-    top_k, top_p = torch.tensor([1, 2, 0, 7]), torch.tensor([1.0, 1.0, 0.5, 1.0])
-    min_p = torch.tensor([0.0, 0.0, 0.0, 0.5])
-    temperature = torch.tensor([1.0, 2.0, 3.0, 1.0])
-    got = kept_sets(logits, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    filters = {
+        "top_k": torch.tensor([1, 2, 0, 7]),
+        "top_p": torch.tensor([1.0, 1.0, 0.5, 1.0]),
+        "min_p": torch.tensor([0.0, 0.0, 0.0, 0.5]),
+        "temperature": torch.tensor([1.0, 2.0, 3.0, 1.0]),
+    }
+    got, together = kept_sets(logits, **filters), sample(logits, seed=7, position=8, **filters)
     for b in range(4):
-        one = {
-            "top_k": int(top_k[b]),
-            "top_p": top_p[b].item(),
-            "min_p": min_p[b].item(),
-            "temperature": temperature[b].item(),
-        }
+        one = {name: values[b].item() for name, values in filters.items()}
         assert torch.equal(kept_sets(logits[b : b + 1], **one)[0], got[b])
-    together = sample(
-        logits, seed=7, position=8, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature
-    )
-    for b in range(4):
-        one = sample(
-            logits[b : b + 1],
-            seed=7,
-            position=8,
-            top_k=int(top_k[b]),
-            top_p=top_p[b].item(),
-            min_p=min_p[b].item(),
-            temperature=temperature[b].item(),
-        )
-        assert all(torch.equal(x[0], y[b]) for x, y in zip(one, together, strict=True))
+        alone = sample(logits[b : b + 1], seed=7, position=8, **one)
+        assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, together, strict=True))
 
 
 TIED = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0, 2.0]])
