@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clp_kernels import testing
+from clp_kernels import native, testing
 from clp_kernels.ops.linear_logprob.head import Inputs as HeadInputs
+from clp_kernels.ops.sample import reference as sample_reference
 from clp_kernels.testing import assert_within_budget
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -21,6 +23,14 @@ MODES = ("geometric", "probability")
 # x's dtype and that of the adapters.
 LORA_DTYPES = [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F32, F32)]
 Results = dict[str, Tensor]
+
+# Marks of the tests of compiled kernels, and the instruction sets of this processor.
+CPU_KERNELS = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
+CUDA_KERNELS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(native.cuda_missing() is not None, reason=str(native.cuda_missing())),
+]
+ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
@@ -63,6 +73,25 @@ def gradients(
     )
     named = {f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}
     return {k: t.detach() for k, t in out.items()} | named
+
+
+def assert_graph_replays(
+    run: Callable[[dict[str, Any]], tuple[Tensor, ...]], fresh: Callable[[], dict[str, Any]]
+) -> None:
+    """Captures run(fresh()) once and replays it with other inputs: nothing is read on the host."""
+    args = fresh()
+    run(args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(args)
+    for _ in range(3):
+        new = fresh()
+        for name, captured_input in args.items():
+            if isinstance(captured_input, Tensor):
+                captured_input.copy_(new[name])
+        graph.replay()
+        assert all(map(same_bits, captured, run(new)))
 
 
 def judge(runs: list[tuple[Results, Results, Results]], what: str = "") -> None:
@@ -233,19 +262,52 @@ class LinearInputs(NamedTuple):
     example_ids: Tensor | None
 
 
+def linear_results(
+    backend: Any, args: LinearInputs, invariant: bool = False, needs: list[bool] | None = None
+) -> tuple[Tensor, ...]:
+    """y and the gradients that `needs` asks for, of all inputs without it."""
+    needs = needs or [True, True, True, args.bias is not None]
+    grads = backend.mixed_linear_backward(*args, invariant, needs)
+    return backend.mixed_linear(*args[1:], invariant), *grads
+
+
 def judge_linear(backend: Any, reference: Any, args: LinearInputs, invariant: bool) -> None:
     """The error budget of the output and of every gradient."""
-    needs = [True, True, True, args.bias is not None]
-
-    def results(module: Any, inputs: LinearInputs, invariant: bool = False) -> tuple[Tensor, ...]:
-        grads = module.mixed_linear_backward(*inputs, invariant, needs)
-        return module.mixed_linear(*inputs[1:], invariant), *grads
-
-    wide, same = results(reference, cast(args, F64)), results(reference, args)
+    got = linear_results(backend, args, invariant)
+    wide, same = (linear_results(reference, one) for one in (cast(args, F64), args))
     names = ("y", "dx", "d_expert", "d_weights", "d_bias")
-    for name, *three in zip(names, results(backend, args, invariant), wide, same, strict=True):
+    for name, *three in zip(names, got, wide, same, strict=True):
         assert (three[0].dtype, three[0].is_contiguous()) == (three[2].dtype, True), name
         assert_within_budget(*three, name=name)
+
+
+def check_unused_experts(backend: Any, args: LinearInputs) -> None:
+    """Experts of weight zero may hold anything. args: five examples of one token, m = 3."""
+    weights = torch.tensor([[0, 1, 0], [0, 0, 0], [0, -0.5, 0], [-0.0, 1, 0], [0, 1, 0]])
+    weights, expert, bias = weights.to(args.x.device), args.expert_weight.clone(), args.bias.clone()
+    alone = LinearInputs(
+        args.dy, args.x, expert[1:2].clone(), weights[:, 1:2], bias[1:2].clone(), None
+    )
+    expert[0], expert[2], bias[0], bias[2] = INF, NAN, NAN, -INF
+    many = args._replace(expert_weight=expert, weights=weights, bias=bias)
+    both = (
+        linear_results(backend, one, needs=[True, False, False, False]) for one in (many, alone)
+    )
+    for got, wanted in list(zip(*both, strict=True))[:2]:
+        assert torch.equal(got, wanted) and not got[1].any()
+
+
+def rows_alone_and_together(
+    backend: Any, args: LinearInputs, ranges: list[tuple[int, int]], invariant: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """y, dx and d_weights of these rows among all of x [B, in], and by themselves."""
+    needs, pairs = [True, False, True, False], []
+    y, dx, _, d_weights, _ = linear_results(backend, args, invariant, needs)
+    for rows in (slice(*ends) for ends in ranges):
+        part = args._replace(dy=args.dy[rows], x=args.x[rows], weights=args.weights[rows])
+        alone = linear_results(backend, part, invariant, needs)
+        pairs += [(y[rows], alone[0]), (dx[rows], alone[1]), (d_weights[rows], alone[3])]
+    return pairs
 
 
 # mix_logits.
@@ -313,6 +375,134 @@ def judge_mixture(
         assert (three[0].dtype, three[0].is_contiguous()) == (three[2].dtype, True), name
         assert_within_budget(*three, name=name)
     return got, same
+
+
+# sample: the arguments of its backends by name.
+
+# The vectors that Random123 publishes (kat_vectors, philox4x32 10), by counter and key.
+PHILOX_ANSWERS = {
+    ((0,) * 4, (0,) * 2): "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2): "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+    ): "d16cfe09 94fdcceb 5001e420 24126ea1",
+}
+Draw = dict[str, Any]
+
+
+def draw_inputs(
+    m: int,
+    batch: int,
+    vocab_size: int,
+    dtype: torch.dtype = F32,
+    mode: str = "geometric",
+    filters: str = "",
+) -> Draw:
+    """Logits of spread 3, every temperature, weights of any sign that the mode allows.
+
+    filters: those of "top_k top_p min_p" that are given; each is off in some rows.
+    """
+    weights = torch.rand(batch, m) if mode == "probability" else torch.randn(batch, m)
+
+    def one_of(values: list[float], dtype: torch.dtype = F32) -> Tensor:
+        return torch.tensor(values, dtype=dtype)[torch.randint(0, len(values), (batch,))]
+
+    k = one_of([0, 1, 2, 20, 1000, vocab_size, vocab_size + 9], torch.int64)
+    p, least = one_of([1.0, 0.999999, 0.9, 0.5, 1e-6]), one_of([0.0, 1e-4, 0.05, 1.0])
+    return {
+        "logits": (3 * torch.randn(m, batch, vocab_size)).to(dtype),
+        "weights": None if m == 1 else weights,
+        "mode": mode,
+        "temperature": torch.tensor([0.0, 0.3, 1.0, 3.0]).repeat(batch)[:batch],
+        "top_k": k if "top_k" in filters else None,
+        "top_p": p if "top_p" in filters else None,
+        "min_p": least if "min_p" in filters else None,
+        "seed": torch.randint(-(2**63), 2**63 - 1, (batch,)),
+        "position": torch.randint(2**31, 2**40, (batch,)),
+    }
+
+
+def draw_rows(args: Draw, rows: Any) -> Draw:
+    """These rows of the batch."""
+    tensors = {k: t for k, t in args.items() if isinstance(t, Tensor)}
+    return args | {k: t[:, rows] if k == "logits" else t[rows] for k, t in tensors.items()}
+
+
+def draw_on(args: Draw, device: str) -> Draw:
+    return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in args.items()}
+
+
+def assert_close_draws(got: Any, wanted: Any, atol: float = 1e-5, rtol: float = 1e-6) -> None:
+    """The same tokens, and close log-probabilities, NaN where they are NaN."""
+    assert [t.dtype for t in got] == [torch.int64, F32, F32]
+    assert torch.equal(got[0].cpu(), wanted[0])
+    for ours, theirs in zip(got[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def huge_draws(scale: float, vocab_size: int = 5000, filters: str = "") -> Draw:
+    """If a score's rounding loses the noise, ties go to the lowest index, as in float64."""
+    args = draw_inputs(1, 4, vocab_size, filters=filters)
+    logits = args["logits"][0]
+    logits[:] = scale
+    logits[2, ::3] = -scale
+    logits[3] *= 1 - torch.rand(vocab_size) * 1e-6
+    return args
+
+
+def largest_noise_draw(margin: float, filters: str = "") -> Draw:
+    """Id 510 of (seed 7, position 115434) has the word 0xffffffff: noise 22.87, once in 2^32.
+
+    Its score is above that of id 0 by the margin, and above all others.
+    """
+    args = draw_inputs(1, 1, 512, filters=filters)
+    args["seed"], args["position"] = torch.tensor([7]), torch.tensor([115_434])
+    noise = sample_reference.gumbel(
+        sample_reference.philox_uniform(args["seed"], args["position"], 512)
+    )[0]
+    assert noise[510] > 22.87
+    args["logits"][:] = -60.0
+    args["logits"][0, 0, 0], args["logits"][0, 0, 510] = 0.0, noise[0] - noise[510] + margin
+    args["temperature"][:] = 1.0
+    return args
+
+
+# Whether a row of bad_draws, and of infinite_draws, gives a token.
+GOOD_ROWS = [False, False, False, True, False, True, True]
+FINITE_ROWS = [True] * 4 + [False] * 4
+
+
+def bad_draws(vocab_size: int, batch: int = 6, mode: str = "geometric", filters: str = "") -> Draw:
+    """Rows without a finite logit, with NaN or with infinity, beside rows that are well."""
+    args = draw_inputs(1, batch, vocab_size, mode=mode, filters=filters)
+    logits = args["logits"][0]
+    logits[0] = -INF
+    logits[1, vocab_size // 2] = NAN
+    logits[2, 3] = INF
+    logits[3, :-5] = -INF
+    logits[4] = -INF
+    logits[4, -1] = NAN
+    return args
+
+
+def infinite_draws(filters: str = "") -> Draw:
+    """A term of weight 0 is not read; an active -inf decides, whatever stands beside it."""
+    args = draw_inputs(4, 8, 600, filters=filters)
+    logits, weights = args["logits"], args["weights"]
+    weights[0] = torch.tensor([0.0, 1.0, 0.0, 2.0])
+    logits[0, 0], logits[2, 0, ::2] = -INF, NAN
+    weights[1] = torch.tensor([1.0, -1.0, 0.5, 0.5])
+    logits[1, 1, :500] = -INF
+    weights[2] = 1
+    logits[0, 2, :300], logits[1, 2, :300] = -INF, NAN
+    weights[3] = 0
+    weights[4] = torch.tensor([1.0, 1.0, -1.0, 1.0])
+    logits[0, 4, 7], logits[2, 4, 8] = INF, INF
+    weights[5] = torch.tensor([1.0, NAN, 0.0, 0.0])
+    logits[1, 6, 400] = NAN
+    logits[:, 7] = -INF
+    return args
 
 
 # linear_logprob.

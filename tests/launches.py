@@ -1,4 +1,7 @@
-"""Stand-ins for Triton kernels that note their launches, and the variants that these compile."""
+"""Marks of the tests of Triton kernels, stand-ins that note their launches, and the variants.
+
+A test module that imports this one is skipped if triton is not installed.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="triton is not installed")
+
+from clp_kernels.ops.triton_launch import INTERPRETED
+
+INTERPRETER = [
+    pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
+    # Small matrices: waking a second thread costs more than it brings.
+    pytest.mark.usefixtures("one_thread"),
+    # The interpreter warns where a test means inf and NaN to appear.
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
+TRITON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 hides the GPU"),
+    pytest.mark.usefixtures("poisoned"),
+]
 KINDS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",

@@ -6,14 +6,13 @@ import sys
 
 import pytest
 import torch
+from cases import CPU_KERNELS, ISAS
 
 from clp_kernels import native
 from clp_kernels.ops.sample import cpu as cpu_sample
 from clp_kernels.ops.sample import cuda as cuda_sample
 
-pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
-
-ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
+pytestmark = CPU_KERNELS
 
 
 def arguments() -> tuple[object, ...]:

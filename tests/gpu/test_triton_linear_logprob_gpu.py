@@ -1,38 +1,19 @@
-"""The Triton backend of linear_logprob on a GPU, held to float64.
-
-Needs no conftest.py.
-"""
+"""The Triton backend of linear_logprob on a GPU, held to float64. Needs a GPU."""
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, HEAD_NAMES, cast, head_inputs, head_plain
-
-pytest.importorskip("triton", reason="triton is not installed")
+from launches import TRITON_GPU
 
 from clp_kernels.ops.linear_logprob import triton as backend
 from clp_kernels.ops.linear_logprob.head import Inputs
-from clp_kernels.ops.triton_launch import INTERPRETED
 from clp_kernels.testing import assert_within_budget
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 hides the GPU"),
-]
+pytestmark = TRITON_GPU
 
 DTYPES = (BF16, F16, F32)
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Any:
-    """torch.empty gives NaN, so that an unwritten output fails its test."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -1,37 +1,30 @@
-"""The Triton kernels of mixed_linear on a GPU, held to the reference. Needs no conftest.py."""
+"""The Triton kernels of mixed_linear on a GPU, held to the reference. Needs a GPU."""
 
 from typing import Any
 
 import pytest
 import torch
-from cases import BF16, F16, F32, INF, NAN, LinearInputs, judge_linear
-from torch import Tensor
-
-pytest.importorskip("triton", reason="triton is not installed")
+from cases import (
+    BF16,
+    F16,
+    F32,
+    LinearInputs,
+    assert_graph_replays,
+    check_unused_experts,
+    judge_linear,
+    linear_results,
+    rows_alone_and_together,
+)
+from launches import TRITON_GPU
 
 from clp_kernels.ops.mixed_linear import reference
 from clp_kernels.ops.mixed_linear import triton as backend
-from clp_kernels.ops.triton_launch import INTERPRETED
 from clp_kernels.testing import expanded, noncontiguous
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 hides the GPU"),
-]
+pytestmark = TRITON_GPU
 
 DTYPES = (BF16, F16, F32)
 ALL = [True] * 4
-
-
-@pytest.fixture(autouse=True)
-def _poison_and_exact_products() -> Any:
-    """torch.empty gives NaN, and float32 products of the reference are not rounded to TF32."""
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(
@@ -82,63 +75,31 @@ def test_small_strides(dtype: torch.dtype) -> None:
 def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     for shape in ((16, 4096), (3000, 512)):
         args = inputs(shape, 512, 3, dtype, flat=True)
-        first, second = (
-            (
-                backend.mixed_linear(*args[1:], False),
-                *backend.mixed_linear_backward(*args, False, ALL),
-            )
-            for _ in range(2)
-        )
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        first, second = (linear_results(backend, args) for _ in range(2))
+        assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_invariant_mode_gives_a_row_the_same_bits_in_any_batch(dtype: torch.dtype) -> None:
-    dy, x, expert, weights, bias, _ = inputs((700, 2049), 172, 3, dtype)
-    needs = [True, False, True, False]
-
-    def outputs(rows: slice, invariant: bool) -> tuple[Tensor, ...]:
-        args = (x[rows], expert, weights[rows], bias, None, invariant)
-        y = backend.mixed_linear(*args)
-        dx, _, d_weights, _ = backend.mixed_linear_backward(dy[rows], *args, needs)
-        return y, dx, d_weights
-
-    equal: dict[bool, list[bool]] = {True: [], False: []}
-    for invariant, found in equal.items():
-        together = outputs(slice(None), invariant)
-        for rows in (slice(0, 1), slice(699, 700), slice(5, 22), slice(1, 130)):
-            alone = outputs(rows, invariant)
-            found += [torch.equal(a[rows], b) for a, b in zip(together, alone, strict=True)]
-    assert all(equal[True])
-    assert not all(equal[False]), "the mode is not needed"
+    args = inputs((700, 2049), 172, 3, dtype)
+    ranges = [(0, 1), (699, 700), (5, 22), (1, 130)]
+    for invariant in (True, False):
+        pairs = rows_alone_and_together(backend, args, ranges, invariant)
+        assert all(torch.equal(a, b) for a, b in pairs) == invariant, "the mode is not needed"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unused_experts_may_hold_anything(dtype: torch.dtype) -> None:
-    dy, x, expert, _, bias, _ = inputs((4, 200), 100, 3, dtype)
-    weights = torch.tensor([[0, 1, 0], [0, 0, 0], [0, -0.5, 0], [0, 1, 0]], device="cuda")
-    alone = (x, expert[1:2].clone(), weights[:, 1:2], bias[1:2].clone(), None, False)
-    expert[0], expert[2], bias[0], bias[2] = INF, NAN, NAN, -INF
-    needs = [True, False, False, False]
-    args = (x, expert, weights, bias, None, False)
-    y, dx = backend.mixed_linear(*args), backend.mixed_linear_backward(dy, *args, needs)[0]
-    assert torch.equal(y, backend.mixed_linear(*alone))
-    assert torch.equal(dx, backend.mixed_linear_backward(dy, *alone, needs)[0])
-    assert not y[1].any() and not dx[1].any()
+    check_unused_experts(backend, inputs((5, 200), 100, 3, dtype))
 
 
-def test_cuda_graph_replays_with_new_weights() -> None:
-    _, x, expert, weights, bias, _ = inputs((16, 2048), 2048, 4, BF16)
-    args = (x, expert, weights, bias, None, False)
-    backend.mixed_linear(*args)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = backend.mixed_linear(*args)
-    for _ in range(2):
-        weights.copy_(torch.randn_like(weights))
-        x.copy_(torch.randn_like(x))
-        graph.replay()
-        assert torch.equal(y, backend.mixed_linear(*args))
+def test_cuda_graph_replays_with_new_inputs() -> None:
+    def fresh() -> dict[str, Any]:
+        args = inputs((16, 2048), 2048, 4, BF16)._asdict()
+        del args["dy"]
+        return {**args, "invariant": False}
+
+    assert_graph_replays(lambda args: (backend.mixed_linear(**args),), fresh)
 
 
 def test_more_than_two_to_the_31_elements() -> None:

@@ -1,8 +1,8 @@
 """The Triton kernels of mixed_lora on a GPU, against the definition in float64. Needs a GPU."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from typing import Any
 
 import pytest
@@ -12,39 +12,21 @@ from cases import (
     INF,
     NAN,
     LoraInputs,
+    assert_graph_replays,
     judge_lora,
     lora_inputs,
     not_finite,
     run_lora,
-)  # fmt: skip
+)
 from cases import LORA_DTYPES as DTYPES
-
-from clp_kernels.testing import WEIGHT_KINDS, noncontiguous, weight_rows
-
-pytest.importorskip("triton")
+from launches import TRITON_GPU
+from torch import Tensor
 
 from clp_kernels.ops.mixed_lora import triton as backend
 from clp_kernels.ops.mixed_lora import triton_kernels as kernels
-from clp_kernels.ops.triton_launch import INTERPRETED
+from clp_kernels.testing import WEIGHT_KINDS, noncontiguous
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or INTERPRETED,
-        reason="needs a CUDA device, and triton without its interpreter",
-    ),
-]
-
-
-@pytest.fixture(autouse=True)
-def _poison_and_seed() -> Any:
-    """torch.empty gives NaN: an element that a kernel does not write fails its test."""
-    torch.manual_seed(0)
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+pytestmark = TRITON_GPU
 
 
 draw, run = partial(lora_inputs, device="cuda"), partial(run_lora, backend)
@@ -161,20 +143,13 @@ def test_nan_in_one_example_does_not_reach_another_row(flat: bool) -> None:
 
 @pytest.mark.parametrize(("tokens", "path"), [(4, None), (4, "split"), (600, "fused")])
 def test_graph_replays_with_changed_weights(tokens: int, path: str | None) -> None:
-    """Also that no launch reads a tensor on the host."""
-    inputs = draw(DTYPES[0], (4, tokens // 4), 512, 512, 4, 16)
-    run(inputs, path=path)
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        captured = run(inputs, path=path)
-    for kind in ("one_hot", "negative"):
-        inputs.weights.copy_(weight_rows(kind, 4, 4, device="cuda"))
-        inputs.x.normal_()
-        graph.replay()
-        expected = run(inputs, path=path)
-        for name in expected:
-            assert torch.equal(captured[name], expected[name]), (kind, name)
+    kinds = itertools.cycle(("dirichlet", "one_hot", "negative"))
+
+    def results(args: dict[str, Any]) -> tuple[Tensor, ...]:
+        return tuple(run(LoraInputs(**args), path=path).values())
+
+    sizes = (4, tokens // 4), 512, 512, 4, 16
+    assert_graph_replays(results, lambda: vars(draw(DTYPES[0], *sizes, next(kinds))))
 
 
 def test_no_compile_when_sizes_change_inside_a_bucket() -> None:
@@ -184,7 +159,7 @@ def test_no_compile_when_sizes_change_inside_a_bucket() -> None:
     ]
     backend.mixed_lora(*draw(DTYPES[0], (2, 3), 512, 512, 4, 16).args, None, False)
     before = [len(cache) for cache in caches]
-    for leading in product((1, 2, 5, 16), (1,)):
+    for leading in [(1, 1), (2, 1), (5, 1), (16, 1)]:
         inputs = draw(DTYPES[0], leading, 512, 512, 4, 16)
         # Weights that are not aligned to 16 bytes.
         shifted = torch.cat([inputs.weights.new_zeros(1), inputs.weights.flatten()])[1:]

@@ -5,21 +5,13 @@ The judge is an ordinary model that runs with the weighted sum of the m models' 
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from small_models import small_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
@@ -47,32 +39,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["joy", "brief", "safe"]
 IDS = torch.arange(33).view(11, 3) % 40
 KINDS = ["full", "attention", "head"]
-SMALL = {
-    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+
+
+def small(model_type: str, **options: object) -> nn.Module:
+    """Without a padding id, whose embedding would stay as it is."""
+    return small_model(model_type, **{"vocab_size": 40, "pad_token_id": None, **options})
+
+
+llama, gpt2 = partial(small, "llama"), partial(small, "gpt2")
+llama_tied = partial(llama, tie_word_embeddings=True)
+qwen2 = partial(small, "qwen2", tie_word_embeddings=True)
+gemma3 = partial(small, "gemma3_text", pad_token_id=0)
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama, "llama_tied": llama_tied, "qwen2": qwen2, "gpt2": gpt2,
 }  # fmt: skip
-
-
-def llama(**changes: object) -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(**{**SMALL, **changes}))
-
-
-def llama_tied() -> nn.Module:
-    return llama(tie_word_embeddings=True)
-
-
-def qwen2(**changes: object) -> nn.Module:
-    return Qwen2ForCausalLM(Qwen2Config(**{**SMALL, "tie_word_embeddings": True, **changes}))
-
-
-def gpt2(**changes: object) -> nn.Module:
-    config = {
-        "vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32,
-        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": None,
-        "eos_token_id": None,
-    }  # fmt: skip
-    return GPT2LMHeadModel(GPT2Config(**{**config, **changes}))
 
 
 @pytest.fixture
@@ -89,17 +69,6 @@ def norms_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for kind in (LlamaRMSNorm, Qwen2RMSNorm, Gemma3RMSNorm):
         monkeypatch.setattr(kind, "forward", norm)
-
-
-def gemma3() -> nn.Module:
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(**{**SMALL, "head_dim": 8, "pad_token_id": 0}, sliding_window=16)
-    )
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": llama, "llama_tied": llama_tied, "qwen2": qwen2, "gpt2": gpt2,
-}  # fmt: skip
 
 
 def conditioned(model: nn.Module, conditioning: str) -> list[str]:
@@ -648,7 +617,8 @@ BAD = {
         lambda: [llama(), llama_tied()], ["a", "b"], {}, "lm_head.weight of a and b is tied to",
     ),
     "heads": (
-        lambda: [gpt2(), gpt2(n_head=4)], ["a", "b"], {}, r"num_heads of a and b is 2 and 4",
+        lambda: [gpt2(), gpt2(num_attention_heads=4)], ["a", "b"], {},
+        r"num_heads of a and b is 2 and 4",
     ),
     "epsilon": (
         lambda: [llama(), llama(rms_norm_eps=0.1)], ["a", "b"], {}, "variance_epsilon of a and b",

@@ -8,16 +8,9 @@ from functools import partial
 
 import pytest
 import torch
+from small_models import small_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
 from clp_kernels import MixedLoRALinear, adapter_names, inject, steer
 from clp_kernels.nn.mixed_lora import is_transposed, steered_layers
@@ -34,34 +27,8 @@ def stack() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Linear(8, 4))
 
 
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
-        bos_token_id=None, eos_token_id=None, pad_token_id=59,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
-    config = GPT2Config(
-        vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32, embd_pdrop=0.0,
-        attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None, pad_token_id=59,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).to(dtype).eval()
-
-
-def opt(dtype: torch.dtype = torch.float32) -> OPTForCausalLM:
-    """Its fc1 and fc2 get the tokens of the batch in one axis."""
-    config = OPTConfig(
-        vocab_size=60, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.0, bos_token_id=None,
-        eos_token_id=None, pad_token_id=59, init_std=0.2,
-    )  # fmt: skip
-    return OPTForCausalLM(config).to(dtype).eval()
-
-
-MODELS = {"llama": llama, "gpt2": gpt2, "opt": opt}
+llama, gpt2, opt = (partial(small_model, name) for name in ("llama", "gpt2", "opt"))
+MODELS = {"llama": llama, "gpt2": gpt2, "opt": opt}  # opt's fc1 and fc2 get flattened tokens
 
 
 def steered(model: nn.Module, names: list[str] = NAMES) -> nn.Module:

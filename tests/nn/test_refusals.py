@@ -3,21 +3,13 @@ layers whose inputs are not one entry per example."""
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from small_models import small_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 from transformers.pytorch_utils import Conv1D
 
 from clp_kernels import MixedLinear, MixedLoRALinear, inject, mix_models, steer
@@ -27,33 +19,10 @@ from clp_kernels.nn.steering import Steering
 
 NAMES = ["joy", "brief"]
 IDS = torch.arange(12).view(4, 3) % 60
-SIZES = {
-    "vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": 59,
-}  # fmt: skip
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype).eval()
-
-
-def opt(dtype: torch.dtype = torch.float32) -> OPTForCausalLM:
-    config = OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, init_std=0.2)
-    return OPTForCausalLM(config).to(dtype).eval()
-
-
-def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
-    config = GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    return GPT2LMHeadModel(config).to(dtype).eval()
-
-
-def family(model_type: str, **options: int) -> nn.Module:
-    config = AutoConfig.for_model(model_type, **SIZES, **options)
-    config._experts_implementation = "eager"
-    return AutoModelForCausalLM.from_config(config).eval()
+llama, gpt2, opt = (partial(small_model, name) for name in ("llama", "gpt2", "opt"))
 
 
 def state(model: nn.Module) -> dict[str, object]:
@@ -238,7 +207,7 @@ def test_what_is_put_on_a_wrapped_layer_later_is_refused_by_steer(kind: str) -> 
 
 
 def test_routers_are_named_and_can_be_left_out() -> None:
-    model = family("phimoe", num_local_experts=4, num_experts_per_tok=2)
+    model = small_model("phimoe", num_local_experts=4, num_experts_per_tok=2)
     wanted = r"layers.0.mlp.router is a PhimoeTopKRouter.*exclude_modules=\['router'\]"
     with pytest.raises(ValueError, match=wanted):
         inject(model, NAMES)
@@ -301,7 +270,7 @@ class Positions(nn.Module):
         return x + self.inner(self.table)[: x.shape[1]]
 
 
-def with_block(make: Callable[[], nn.Module]) -> LlamaForCausalLM:
+def with_block(make: Callable[[], nn.Module]) -> nn.Module:
     model = llama()
     for layer in model.model.layers:
         layer.mlp = make()
@@ -361,7 +330,7 @@ def test_which_layers_see_flattened_tokens(
     model_type: str, options: dict[str, int], flattened: set[str]
 ) -> None:
     """And each example runs under its own weights, whichever stand beside it."""
-    model = family(model_type, **options).double()
+    model = small_model(model_type, **options).double()
     inject(model, NAMES)
     layers = steered_layers(model)
     assert {n.rpartition(".")[2] for n, m in layers.items() if m.flattened} == flattened

@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from cases import (
     BF16,
+    CPU_KERNELS,
     F16,
     F32,
     F64,
+    ISAS,
     Results,
     gradients,
     judge,
     linear_plain,
     lora_plain,
-)  # fmt: skip
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -41,9 +43,7 @@ from clp_kernels.testing import (
     weight_rows,
 )
 
-pytestmark = pytest.mark.skipif(
-    native.cpu_missing() is not None, reason="the CPU kernels are not built"
-)
+pytestmark = CPU_KERNELS
 
 OPS = ("mixed_lora", "mixed_linear")
 CASES, CHUNK = 1500, 50
@@ -218,7 +218,6 @@ def test_budget(op: str, chunk: int) -> None:
 
 # The C++ kernels themselves, on every instruction set of this machine.
 
-ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
 SHAPES = (  # T, in, out, m, r: registers' remainders, one segment and more, few and many rows
     (1, 64, 64, 2, 8),
     (2, 1030, 21, 3, 5),
@@ -516,6 +515,32 @@ def sizes(draw: Any) -> tuple[int, ...]:
     return tuple(draw(st.integers(1, top)) for top in (6, 7, 40, 40, 5, 18, 2**20))
 
 
+def check_algebra(
+    run: Callable[..., Tensor], base: Tensor, x: Tensor, w: Tensor, **adapters: Tensor
+) -> tuple[Tensor, Callable[[Tensor, Tensor], None]]:
+    """What holds for run(x=, w=, **adapters): linear in w beside the base, in any order of adapters
+    and of examples, the same bits twice, and invariant. Gives run() and how close results are."""
+    B, T = x.shape[:2]
+    y, other = run(), torch.randn(w.shape)
+    scale = float((1 + y.abs().max() + base.abs().max()) * (1 + w.abs().max()))
+
+    def close(a: Tensor, b: Tensor) -> None:
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-5 * scale)
+
+    close(run(w=2 * w - other) - base, 2 * (y - base) - (run(w=other) - base))
+    p, q = torch.randperm(w.shape[1]), torch.randperm(B)
+    close(run(w=w[:, p], **{name: t[p] for name, t in adapters.items()}), y)
+    close(run(x=x[q], w=w[q]), y[q])
+    assert torch.equal(run(), y)
+    with batch_invariant():
+        whole = run()
+        assert torch.equal(run(x=x[q], w=w[q]), whole[q])
+        flat = run(x=x.flatten(0, 1), example_ids=torch.arange(B).repeat_interleave(T))
+        assert torch.equal(flat, whole.flatten(0, 1))
+        assert torch.equal(run(x=x[:1], w=w[:1]), whole[:1])
+    return y, close
+
+
 @settings(max_examples=200)
 @given(sizes())
 def test_mixed_lora_algebra(size: tuple[int, ...]) -> None:
@@ -527,30 +552,12 @@ def test_mixed_lora_algebra(size: tuple[int, ...]) -> None:
     def run(x: Tensor = x, w: Tensor = w, A: Tensor = A, C: Tensor = C, **k: Any) -> Tensor:
         return mixed_lora(x, W, A, C, w, backend="cpu", **k)
 
-    base, y = F.linear(x, W), run()
-    scale = float((y.abs().max() + (base.abs().max())) * (1 + w.abs().max()))
-
-    def close(a: Tensor, b: Tensor) -> None:
-        torch.testing.assert_close(a, b, rtol=0, atol=3e-5 * scale)
-
-    other = torch.randn(B, m)
-    close(run(w=2 * w - other) - base, 2 * (y - base) - (run(w=other) - base))
-    p, q = torch.randperm(m), torch.randperm(B)
-    close(run(w=w[:, p], A=A[p], C=C[p]), y)
-    close(run(x=x[q], w=w[q]), y[q])
+    y, close = check_algebra(run, F.linear(x, W), x, w, A=A, C=C)
     close(run(w=w * 0.5, scaling=2.0), y)
     pick = torch.arange(B) % m
     one_hot = run(w=F.one_hot(pick, m).float())
-    for b in range(B):
-        i = int(pick[b])
+    for b, i in enumerate(pick):
         close(one_hot[b], F.linear(x[b], W + C[i] @ A[i]))
-    assert torch.equal(run(), y)
-    with batch_invariant():
-        whole = run()
-        assert torch.equal(run(x=x[q], w=w[q]), whole[q])
-        flat = run(x=x.flatten(0, 1), example_ids=torch.arange(B).repeat_interleave(T))
-        assert torch.equal(flat, whole.flatten(0, 1))
-        assert torch.equal(run(x=x[:1], w=w[:1]), whole[:1])
 
 
 @settings(max_examples=200)
@@ -564,28 +571,11 @@ def test_mixed_linear_algebra(size: tuple[int, ...]) -> None:
     def run(x: Tensor = x, w: Tensor = w, E: Tensor = E, c: Tensor = c, **k: Any) -> Tensor:
         return mixed_linear(x, E, w, bias=c, backend="cpu", **k)
 
-    y = run()
-    scale = float((1 + y.abs().max()) * (1 + w.abs().max()))
-
-    def close(a: Tensor, b: Tensor) -> None:
-        torch.testing.assert_close(a, b, rtol=0, atol=3e-5 * scale)
-
-    other = torch.randn(B, m)
-    close(run(w=2 * w - other), 2 * y - run(w=other))
-    p, q = torch.randperm(m), torch.randperm(B)
-    close(run(w=w[:, p], E=E[p], c=c[p]), y)
-    close(run(x=x[q], w=w[q]), y[q])
+    _, close = check_algebra(run, torch.zeros(()), x, w, E=E, c=c)
     pick = torch.arange(B) % m
     one_hot = run(w=F.one_hot(pick, m).float())
-    for b in range(B):
-        close(one_hot[b], F.linear(x[b], E[pick[b]], c[pick[b]]))
-    assert torch.equal(run(), y)
-    with batch_invariant():
-        whole = run()
-        assert torch.equal(run(x=x[q], w=w[q]), whole[q])
-        flat = run(x=x.flatten(0, 1), example_ids=torch.arange(B).repeat_interleave(T))
-        assert torch.equal(flat, whole.flatten(0, 1))
-        assert torch.equal(run(x=x[:1], w=w[:1]), whole[:1])
+    for b, i in enumerate(pick):
+        close(one_hot[b], F.linear(x[b], E[i], c[i]))
 
 
 # The short way from Python to the kernel: it takes what is plain, and gives None to all else.

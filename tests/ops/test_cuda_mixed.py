@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clp_kernels import mixed_linear, mixed_lora, native
@@ -13,37 +14,32 @@ from clp_kernels.ops.mixed_lora import cuda as cuda_mixed_lora
 from clp_kernels.testing import noncontiguous
 
 
+def arguments_of(tokens: int, options: dict[str, Any], **shapes: tuple[int, ...]) -> dict[str, Any]:
+    """Zeros of these shapes between x and weights [tokens, 2], bfloat16 unless told otherwise."""
+    options = {"dtype": torch.bfloat16, **options}
+    made: dict[str, Any] = {name: torch.zeros(shape, **options) for name, shape in shapes.items()}
+    made["weights"] = torch.zeros(tokens, 2, device=options.get("device"))
+    return {**made, "example_ids": None, "invariant": False}
+
+
 def lora_arguments(tokens: int = 3, in_features: int = 16, **options: Any) -> dict[str, Any]:
     """Of mixed_lora: m = 2, r = 4, 5 outputs."""
-    options = {"dtype": torch.bfloat16, **options}
-    return {
-        "x": torch.zeros(tokens, in_features, **options),
-        "base_weight": torch.zeros(5, in_features, **options),
-        "lora_A": torch.zeros(2, 4, in_features, **options),
-        "lora_B": torch.zeros(2, 5, 4, **options),
-        "weights": torch.zeros(tokens, 2, device=options.get("device")),
-        "bias": torch.zeros(5, **options),
-        "example_ids": None,
-        "invariant": False,
-    }
+    return arguments_of(
+        tokens, options, x=(tokens, in_features), base_weight=(5, in_features),
+        lora_A=(2, 4, in_features), lora_B=(2, 5, 4), bias=(5,),
+    )  # fmt: skip
+
+
+def linear_arguments(tokens: int = 3, in_features: int = 16, **options: Any) -> dict[str, Any]:
+    """Of mixed_linear: m = 2, 5 outputs."""
+    return arguments_of(
+        tokens, options, x=(tokens, in_features), expert_weight=(2, 5, in_features), bias=(2, 5)
+    )
 
 
 def public(op: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """The public function on the arguments of a launcher."""
     return op(**{k: v for k, v in arguments.items() if k != "invariant"}, backend="cuda")
-
-
-def linear_arguments(tokens: int = 3, in_features: int = 16, **options: Any) -> dict[str, Any]:
-    """Of mixed_linear: m = 2, 5 outputs."""
-    options = {"dtype": torch.bfloat16, **options}
-    return {
-        "x": torch.zeros(tokens, in_features, **options),
-        "expert_weight": torch.zeros(2, 5, in_features, **options),
-        "weights": torch.zeros(tokens, 2, device=options.get("device")),
-        "bias": torch.zeros(2, 5, **options),
-        "example_ids": None,
-        "invariant": False,
-    }
 
 
 OPS: list[tuple[Callable[..., str | None], Callable[..., Any], Callable[..., dict[str, Any]]]] = [
@@ -117,9 +113,8 @@ def test_why_not(why_not: Any, run: Any, arguments: Any, monkeypatch: pytest.Mon
         assert why_not(**stacked) == "the cuda kernels decode up to 256 tokens, there are 258"
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "error", "message"),
-    [
+BAD: dict[Callable[..., Any], list[tuple[str, Tensor, type[Exception], str]]] = {
+    mixed_lora: [
         ("weights", torch.zeros(2, 2), ValueError, r"weights must have shape \[3, 2\]"),
         ("weights", torch.zeros(3, 3), ValueError, r"weights must have shape \[3, 2\]"),
         ("lora_A", torch.zeros(8, 16).bfloat16(), ValueError, "lora_A must have shape"),
@@ -135,15 +130,7 @@ def test_why_not(why_not: Any, run: Any, arguments: Any, monkeypatch: pytest.Mon
         ("example_ids", torch.zeros(3, dtype=torch.int16), TypeError, "example_ids must be int32"),
         ("example_ids", torch.tensor([0, 3, 1]), ValueError, r"example_ids must lie in \[0, 3\)"),
     ],
-)
-def test_mixed_lora_errors(name: str, value: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        public(mixed_lora, {**lora_arguments(), name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error", "message"),
-    [
+    mixed_linear: [
         ("weights", torch.zeros(3, 3), ValueError, r"weights must have shape \[3, 2\]"),
         ("expert_weight", torch.zeros(5, 16).bfloat16(), ValueError, "expert_weight must have"),
         ("expert_weight", torch.zeros(2, 5, 8).bfloat16(), ValueError, "expert_weight must have"),
@@ -152,10 +139,17 @@ def test_mixed_lora_errors(name: str, value: Any, error: type[Exception], messag
         ("bias", torch.zeros(2, 5), TypeError, "bias must be torch.bfloat16"),
         ("example_ids", torch.zeros(3, dtype=torch.int16), TypeError, "example_ids must be int32"),
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "value", "error", "message"),
+    [(run, *case) for run, cases in BAD.items() for case in cases],
 )
-def test_mixed_linear_errors(name: str, value: Any, error: type[Exception], message: str) -> None:
+def test_errors(run: Any, name: str, value: Any, error: type[Exception], message: str) -> None:
+    arguments = lora_arguments() if run is mixed_lora else linear_arguments()
     with pytest.raises(error, match=message):
-        public(mixed_linear, {**linear_arguments(), name: value})
+        public(run, {**arguments, name: value})
 
 
 def test_no_tokens_need_no_gpu() -> None:

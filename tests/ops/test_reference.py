@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from cases import PHILOX_ANSWERS
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -161,16 +162,8 @@ def test_linear_logprob(mixed: bool) -> None:
     targets = torch.tensor([[0, 6, -100], [3, -100, 3]])
     # Exact in float32, the dtype in which temperatures travel.
     tau = torch.tensor([[0.5, 1.0, 2.0], [1.0, 4.0, 0.25]])
-    got = linear_logprob(
-        hidden,
-        head,
-        targets,
-        bias=bias,
-        weights=weights,
-        temperature=tau,
-        return_entropy=True,
-        ref_hidden=ref_hidden,
-    )
+    extras = {"temperature": tau, "return_entropy": True, "ref_hidden": ref_hidden}
+    got = linear_logprob(hidden, head, targets, bias=bias, weights=weights, **extras)
     for b in range(2):
         W, c = head, bias
         if weights is not None:
@@ -204,15 +197,8 @@ def test_linear_logprob_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         hidden, head, bias, weights = inputs
         targets = torch.randint(0, 9, (3, 4))
-        out = linear_logprob(
-            hidden,
-            head,
-            targets,
-            bias=bias,
-            weights=weights,
-            return_entropy=True,
-            ref_hidden=rand(3, 4, 5),
-        )
+        extras = {"return_entropy": True, "ref_hidden": rand(3, 4, 5)}
+        out = linear_logprob(hidden, head, targets, bias=bias, weights=weights, **extras)
         loss = sum((c * rand(3, 4)).sum() for c in out)
         return [*out, *torch.autograd.grad(loss, inputs)]
 
@@ -368,16 +354,10 @@ def test_gradcheck_linear_logprob(outputs: str, mixed: bool) -> None:
 
     def run(h, W, bias, *w):  # type: ignore[no-untyped-def]
         # The reference uses the same head, so its share of the gradient is part of the check.
-        out = linear_logprob(
-            h,
-            W,
-            targets,
-            bias=bias,
-            weights=w[0] if w else None,
-            temperature=tau,
-            return_entropy=outputs in ("entropy", "all"),
-            ref_hidden=ref if outputs in ("kl", "all") else None,
-        )
+        entropy, kl = (outputs in (name, "all") for name in ("entropy", "kl"))
+        extras = {"return_entropy": entropy, "ref_hidden": ref if kl else None}
+        weights = w[0] if w else None
+        out = linear_logprob(h, W, targets, bias=bias, weights=weights, temperature=tau, **extras)
         if outputs == "all":
             return out.logprobs + 2 * out.entropy + 3 * out.kl
         return getattr(out, outputs)
@@ -415,15 +395,6 @@ def test_second_derivatives_raise(name: str) -> None:
 
 # Random numbers.
 
-KNOWN_ANSWERS = {
-    ((0,) * 4, (0,) * 2): "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2): "408f276d 41c83b0e a20bc7c6 6d5451fd",
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-    ): "d16cfe09 94fdcceb 5001e420 24126ea1",
-}
-
 
 def uniform_words(seed: int, position: int, vocab: int) -> list[int]:
     """The 32-bit words behind philox_uniform."""
@@ -433,14 +404,16 @@ def uniform_words(seed: int, position: int, vocab: int) -> list[int]:
     return words.long().tolist()
 
 
-@pytest.mark.parametrize("counter, key", KNOWN_ANSWERS)
+@pytest.mark.parametrize("counter, key", PHILOX_ANSWERS)
 def test_philox_oracle_meets_the_known_answers(counter: tuple, key: tuple) -> None:
-    assert [f"{w:08x}" for w in philox4x32(counter, key)] == KNOWN_ANSWERS[counter, key].split()
+    assert [f"{w:08x}" for w in philox4x32(counter, key)] == PHILOX_ANSWERS[counter, key].split()
 
 
 def test_philox_known_answer() -> None:
     """Counter 0, key 0 is seed 0, position 0, tokens 0 to 3 (the others need a last word > 0)."""
-    assert " ".join(f"{w:08x}" for w in uniform_words(0, 0, 4)) == KNOWN_ANSWERS[(0,) * 4, (0,) * 2]
+    assert (
+        " ".join(f"{w:08x}" for w in uniform_words(0, 0, 4)) == PHILOX_ANSWERS[(0,) * 4, (0,) * 2]
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, -(2**31) - 5, 2**63 - 1, -(2**63)])
@@ -563,32 +536,18 @@ def test_sample_filters_keep_what_transformers_keeps(filters: dict) -> None:
 
 def test_sample_filters_a_row_each() -> None:
     logits = (torch.randperm(7) * 0.5).expand(4, 7)
-    top_k, top_p = torch.tensor([1, 2, 0, 7]), torch.tensor([1.0, 1.0, 0.5, 1.0])
-    min_p = torch.tensor([0.0, 0.0, 0.0, 0.5])
-    temperature = torch.tensor([1.0, 2.0, 3.0, 1.0])
-    got = kept_sets(logits, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    filters = {
+        "top_k": torch.tensor([1, 2, 0, 7]),
+        "top_p": torch.tensor([1.0, 1.0, 0.5, 1.0]),
+        "min_p": torch.tensor([0.0, 0.0, 0.0, 0.5]),
+        "temperature": torch.tensor([1.0, 2.0, 3.0, 1.0]),
+    }
+    got, together = kept_sets(logits, **filters), sample(logits, seed=7, position=8, **filters)
     for b in range(4):
-        one = {
-            "top_k": int(top_k[b]),
-            "top_p": top_p[b].item(),
-            "min_p": min_p[b].item(),
-            "temperature": temperature[b].item(),
-        }
+        one = {name: values[b].item() for name, values in filters.items()}
         assert torch.equal(kept_sets(logits[b : b + 1], **one)[0], got[b])
-    together = sample(
-        logits, seed=7, position=8, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature
-    )
-    for b in range(4):
-        one = sample(
-            logits[b : b + 1],
-            seed=7,
-            position=8,
-            top_k=int(top_k[b]),
-            top_p=top_p[b].item(),
-            min_p=min_p[b].item(),
-            temperature=temperature[b].item(),
-        )
-        assert all(torch.equal(x[0], y[b]) for x, y in zip(one, together, strict=True))
+        alone = sample(logits[b : b + 1], seed=7, position=8, **one)
+        assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, together, strict=True))
 
 
 TIED = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0, 2.0]])

@@ -10,6 +10,7 @@ import resource
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_models import small_model
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-)
 from transformers.pytorch_utils import Conv1D
 
 from clp_kernels import export_adapter, inject, load_adapters, save_adapters, steer
@@ -40,34 +32,21 @@ CONV = "base_model.model.conv"
 TOKENS = torch.randint(64, (4, 7), generator=torch.Generator().manual_seed(0))
 
 
-def llama() -> LlamaForCausalLM:
+def seeded(model_type: str, **options: Any) -> nn.Module:
+    """The same parameters at every call."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+    return small_model(model_type, **sizes, **heads, **options)
 
 
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=16)
-    return GPT2LMHeadModel(config).eval()
-
-
-def opt() -> OPTForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    # As OPT-350m: norms behind the blocks, and a narrower embedding.
-    kind = {"do_layer_norm_before": False, "word_embed_proj_dim": 16, "num_attention_heads": 4}
-    return OPTForCausalLM(OPTConfig(**sizes, **kind)).eval()
-
-
-def qwen2_moe() -> Qwen2MoeForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}
-    experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
-    config = Qwen2MoeConfig(**sizes, **heads, **experts, num_experts_per_tok=2)
-    return Qwen2MoeForCausalLM(config).eval()
+llama, gpt2 = partial(seeded, "llama"), partial(seeded, "gpt2")
+# As OPT-350m: norms behind the blocks, and a narrower embedding.
+opt = partial(seeded, "opt", ffn_dim=48, do_layer_norm_before=False, init_std=0.02)
+qwen2_moe = partial(
+    seeded, "qwen2_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    shared_expert_intermediate_size=24,
+)  # fmt: skip
 
 
 class Net(nn.Module):
@@ -699,14 +678,14 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shared_llama() -> LlamaForCausalLM:
+def shared_llama() -> nn.Module:
     return llama()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_refusals_name_the_folder_and_touch_nothing(
-    name: str, good: Path, shared_llama: LlamaForCausalLM, tmp_path: Path
+    name: str, good: Path, shared_llama: nn.Module, tmp_path: Path
 ) -> None:
     change, message = HOSTILE[name]
     bad = tmp_path / "the_bad_one"
@@ -721,7 +700,7 @@ def test_refusals_name_the_folder_and_touch_nothing(
     assert_untouched(shared_llama, before)
 
 
-def test_refused_arguments(good: Path, shared_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_refused_arguments(good: Path, shared_llama: nn.Module, tmp_path: Path) -> None:
     before = state(shared_llama)
     cases: list[tuple[Any, dict[str, Any], str]] = [
         ([tmp_path / "absent"], {}, "absent.*must be a file, found none"),

@@ -7,22 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, F16, F32, F64, HEAD_NAMES, cast, head_inputs, head_outputs, head_plain
+from cases import (
+    BF16,
+    CPU_KERNELS,
+    F16,
+    F32,
+    F64,
+    HEAD_NAMES,
+    ISAS,
+    cast,
+    head_inputs,
+    head_outputs,
+    head_plain,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clp_kernels import linear_logprob, native, registry
+from clp_kernels import linear_logprob, registry
 from clp_kernels.ops.linear_logprob import cpu, cpu_backward, reference
 from clp_kernels.ops.linear_logprob.head import Inputs
 from clp_kernels.testing import assert_within_budget, expanded, noncontiguous
 
-pytestmark = pytest.mark.skipif(
-    native.cpu_missing() is not None, reason="the CPU kernels are not built"
-)
+pytestmark = CPU_KERNELS
 
 DIFFERENTIABLE = ("hidden", "head_weight", "bias", "weights")
-ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
 
 
 def check(inputs: Inputs, isa: str = "") -> None:

@@ -10,22 +10,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, HEAD_NAMES, INF, NAN, case_id, cast, head_plain
-from launches import Witness, listed_keys
-
-pytest.importorskip("triton", reason="triton is not installed")
+from launches import INTERPRETER, Witness, listed_keys
 
 from clp_kernels.ops.linear_logprob import reference
 from clp_kernels.ops.linear_logprob import triton as backend
 from clp_kernels.ops.linear_logprob.head import Inputs
-from clp_kernels.ops.triton_launch import INTERPRETED
 from clp_kernels.testing import assert_within_budget, noncontiguous
 
-pytestmark = [
-    pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
-    pytest.mark.usefixtures("one_thread"),
-    # The interpreter warns where a test means inf and NaN to appear.
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-]
+pytestmark = INTERPRETER
 
 
 class Case(NamedTuple):

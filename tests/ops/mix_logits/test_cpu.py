@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import cases
 import pytest
 import torch
 from cases import (
     BF16,
+    CPU_KERNELS,
     F16,
     F32,
     F64,
     INF,
+    ISAS,
     MODES,
     NAN,
     MixtureInputs,
@@ -21,22 +24,19 @@ from cases import (
     judge_mixture,
     mixture_inputs,
     mixture_results,
-)  # fmt: skip
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clp_kernels import mix_logits, native, registry, testing
+from clp_kernels import mix_logits, registry, testing
 from clp_kernels.ops.mix_logits import cpu as backend
 from clp_kernels.ops.mix_logits import reference
 
-pytestmark = pytest.mark.skipif(
-    native.cpu_missing() is not None, reason="the CPU kernels are not built"
-)
+pytestmark = CPU_KERNELS
 
 DTYPES = (F32, BF16, F16)
 BOTH = [True, True]
-ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
 # Instruction sets of which the last only differs in products that this op has none of.
 KINDS = [isa for isa in ISAS if isa != "avx512_bf16"]
 
@@ -61,10 +61,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Also of zeros; any NaN is like another."""
-    nan = torch.equal(a.isnan(), b.isnan())
-    words = torch.int32 if a.dtype == F32 else torch.int16
-    a, b = (torch.where(t.isnan(), torch.zeros_like(t), t).view(words) for t in (a, b))
-    return nan and torch.equal(a, b)
+    return cases.same_bits(*(torch.where(t.isnan(), NAN, t) for t in (a, b)))
 
 
 @pytest.mark.parametrize("isa", KINDS)

@@ -23,23 +23,15 @@ from cases import (
     judge_mixture,
     mixture_inputs,
     mixture_results,
-)  # fmt: skip
-from launches import Recorder, Witness, listed_keys, replace_kernels
-
-pytest.importorskip("triton", reason="triton is not installed")
+)
+from launches import INTERPRETER, Recorder, Witness, listed_keys, replace_kernels
 
 from clp_kernels import testing
 from clp_kernels.ops.mix_logits import reference
 from clp_kernels.ops.mix_logits import triton as backend
 from clp_kernels.ops.mix_logits import triton_kernels as kernels
-from clp_kernels.ops.triton_launch import INTERPRETED
 
-pytestmark = [
-    pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
-    pytest.mark.usefixtures("one_thread"),
-    # The interpreter warns where a test means inf and NaN to appear.
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-]
+pytestmark = INTERPRETER
 DTYPES = (F32, F16, BF16)
 # The interpreter truncates where a GPU rounds to bfloat16; see the test of bfloat16 below.
 EXACT = (F32, F16)

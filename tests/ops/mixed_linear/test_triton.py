@@ -12,11 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import BF16, F16, F32, INF, NAN, LinearInputs, case_id, judge_linear
-from launches import Recorder, Witness, listed_keys, replace_kernels
+from cases import (
+    BF16,
+    F16,
+    F32,
+    NAN,
+    LinearInputs,
+    case_id,
+    check_unused_experts,
+    judge_linear,
+    linear_results,
+    rows_alone_and_together,
+)
+from launches import INTERPRETER, Recorder, Witness, listed_keys, replace_kernels
 from torch import Tensor
-
-pytest.importorskip("triton", reason="triton is not installed")
 
 from clp_kernels import testing
 from clp_kernels.ops import triton_launch
@@ -24,15 +33,7 @@ from clp_kernels.ops.mixed_linear import reference
 from clp_kernels.ops.mixed_linear import triton as backend
 from clp_kernels.ops.mixed_linear import triton_kernels as kernels
 
-pytestmark = [
-    pytest.mark.skipif(
-        not triton_launch.INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"
-    ),
-    # Small matrices: waking a second thread costs more than it brings.
-    pytest.mark.usefixtures("one_thread"),
-    # The interpreter warns where a test means inf and NaN to appear.
-    pytest.mark.filterwarnings("ignore:.*encountered in (matmul|cast):RuntimeWarning"),
-]
+pytestmark = INTERPRETER
 ALL = [True] * 4
 DTYPES = (F32, F16)
 
@@ -141,19 +142,7 @@ def small(dtype: torch.dtype = F32, layout: str = "flat", tokens: int = 40) -> L
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unused_experts_may_hold_anything(dtype: torch.dtype) -> None:
-    args = small(dtype, "rows", 5)
-    weights = torch.tensor([[0, 1, 0], [0, 0, 0], [0, -0.5, 0], [-0.0, 1, 0], [0, 1, 0]])
-    expert, bias = args.expert_weight.clone(), args.bias.clone()
-    alone = (args.x, expert[1:2].clone(), weights[:, 1:2], bias[1:2].clone(), None)
-    expert[0], expert[2], bias[0], bias[2] = INF, NAN, NAN, -INF
-    y = backend.mixed_linear(args.x, expert, weights, bias, None, False)
-    assert torch.equal(y, backend.mixed_linear(*alone, False))
-    assert torch.equal(y[1], torch.zeros_like(y[1]))
-    needs = [True, False, False, False]
-    many = (args.dy, args.x, expert, weights, bias, None, False, needs)
-    dx = backend.mixed_linear_backward(*many)[0]
-    assert torch.equal(dx, backend.mixed_linear_backward(args.dy, *alone, False, needs)[0])
-    assert torch.equal(dx[1], torch.zeros_like(dx[1]))
+    check_unused_experts(backend, small(dtype, "rows", 5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -180,11 +169,7 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     tokens = 520 if dtype == F16 else 130
     args = inputs(Case(dtype, "flat", tokens, 16, 8, 1, "negative", "dense", True, False))
     assert backend.plan(tokens, 16, 8, 1, dtype, (8, 0), False).token_splits > 1
-    runs = []
-    for _ in range(2):
-        y = backend.mixed_linear(*args[1:], False)
-        runs.append((y, *backend.mixed_linear_backward(*args, False, ALL)))
-    for first, second in zip(*runs, strict=True):
+    for first, second in zip(*(linear_results(backend, args) for _ in range(2)), strict=True):
         assert torch.equal(first, second)
 
 
@@ -196,38 +181,16 @@ def matmul_by_column(a: Any, b: Any, dtype: Any) -> Any:
     return total
 
 
-def rows_alone_and_together(
+@pytest.mark.parametrize("invariant", [True, False])
+def test_the_mode_gives_a_row_the_same_bits_in_any_batch_and_is_needed(
     invariant: bool, monkeypatch: pytest.MonkeyPatch
-) -> list[tuple[Tensor, Tensor]]:
+) -> None:
     # The interpreter's np.matmul rounds a row by its place in the tile, which the kernels under
     # test do not choose. tests/gpu compares the same rows on the hardware's own product.
     monkeypatch.setattr(np, "matmul", matmul_by_column)
-    case = Case(F32, "rows", 260, 300, 8, 1, "negative", "dense", True, invariant)
-    dy, x, expert, weights, bias, _ = inputs(case)
-    needs = [True, False, True, False]
-
-    def outputs(rows: slice) -> tuple[Tensor, ...]:
-        args = (x[rows], expert, weights[rows], bias, None, invariant)
-        y = backend.mixed_linear(*args)
-        dx, _, d_weights, _ = backend.mixed_linear_backward(dy[rows], *args, needs)
-        return y, dx, d_weights
-
-    together, pairs = outputs(slice(None)), []
-    for rows in (slice(0, 1), slice(259, 260), slice(3, 20)):
-        pairs += [(a[rows], b) for a, b in zip(together, outputs(rows), strict=True)]
-    return pairs
-
-
-def test_invariant_mode_gives_a_row_the_same_bits_in_any_batch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert all(torch.equal(a, b) for a, b in rows_alone_and_together(True, monkeypatch))
-
-
-def test_outside_the_mode_the_bits_of_a_row_depend_on_the_batch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert not all(torch.equal(a, b) for a, b in rows_alone_and_together(False, monkeypatch))
+    args = inputs(Case(F32, "rows", 260, 300, 8, 1, "negative", "dense", True, invariant))
+    pairs = rows_alone_and_together(backend, args, [(0, 1), (259, 260), (3, 20)], invariant)
+    assert all(torch.equal(a, b) for a, b in pairs) == invariant
 
 
 @pytest.mark.parametrize("layout", ["flat", "padded"])
@@ -240,8 +203,7 @@ def test_nan_stays_in_its_example(broken: str, layout: str) -> None:
     needs = [True, False, True, False]
 
     def outputs(args: LinearInputs) -> tuple[Tensor, Tensor, Tensor]:
-        y = backend.mixed_linear(*args[1:], False)
-        dx, _, d_weights, _ = backend.mixed_linear_backward(*args, False, needs)
+        y, dx, _, d_weights, _ = linear_results(backend, args, needs=needs)
         return y.reshape(42, -1), dx.reshape(42, -1), d_weights
 
     clean = outputs(args)
@@ -368,11 +330,8 @@ def test_offsets_beyond_two_to_the_31() -> None:
     args = LinearInputs(dy, x, expert, torch.randn(2, 2), None, None)
     dense = LinearInputs(*(t if t is None else t.contiguous() for t in args))
     needs = [True, True, True, False]
-    y = backend.mixed_linear(*args[1:], False)
-    assert torch.equal(y, backend.mixed_linear(*dense[1:], False))
-    got = backend.mixed_linear_backward(*args, False, needs)
-    want = backend.mixed_linear_backward(*dense, False, needs)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    both = (linear_results(backend, one, needs=needs) for one in (args, dense))
+    assert all(map(torch.equal, *both))
 
 
 @pytest.mark.parametrize(

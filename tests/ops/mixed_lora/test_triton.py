@@ -26,7 +26,7 @@ from cases import (
     lora_results,
     not_finite,
     run_lora,
-)  # fmt: skip
+)
 from torch import Tensor
 
 from clp_kernels.testing import WEIGHT_KINDS, expanded, noncontiguous

@@ -1,11 +1,32 @@
 """`sample` in C++ against the reference, on every instruction set this machine has."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cases import (
+    BF16,
+    CPU_KERNELS,
+    F16,
+    F32,
+    FINITE_ROWS,
+    GOOD_ROWS,
+    INF,
+    ISAS,
+    NAN,
+    PHILOX_ANSWERS,
+    Draw,
+    assert_close_draws,
+    bad_draws,
+    draw_inputs,
+    draw_rows,
+    huge_draws,
+    infinite_draws,
+    largest_noise_draw,
+    same_bits,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -17,83 +38,37 @@ from clp_kernels import mix_logits, native, registry
 from clp_kernels.ops.sample import cpu as cpu_sample
 from clp_kernels.ops.sample import reference
 
-pytestmark = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
+pytestmark = CPU_KERNELS
 
 _cpu: Any = native._load("_cpu")[0]
-ISAS: list[str] = _cpu.isas() if _cpu else ["scalar"]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INF, NAN = float("inf"), float("nan")
+DTYPES = (F32, BF16, F16)
 
 
-def rows(m: int, batch: int, vocab_size: int, dtype: torch.dtype = torch.float32) -> list[Any]:
-    """Arguments of a draw: logits of spread 3, weights of any sign, every temperature."""
-    weights = None if m == 1 else torch.randn(batch, m)
-    return [
-        (3 * torch.randn(m, batch, vocab_size)).to(dtype),
-        weights,
-        "geometric",
-        torch.tensor([0.0, 0.3, 1.0, 3.0]).repeat(batch)[:batch],
-        torch.randint(-(2**63), 2**63 - 1, (batch,)),
-        torch.randint(2**31, 2**40, (batch,)),
-    ]
+def draw(args: Draw, isa: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    """Without filters the two log-probabilities are equal, but for greedy rows."""
+    tokens, logprobs, filtered = cpu_sample.sample(**args, isa=isa)
+    if args["top_k"] is args["top_p"] is args["min_p"] is None:
+        greedy = (args["temperature"] == 0) & (tokens >= 0)
+        assert torch.equal(filtered.nan_to_num(7), logprobs.masked_fill(greedy, 0.0).nan_to_num(7))
+    return tokens, logprobs, filtered
 
 
-def draw(args: Sequence[Any], isa: str = "") -> tuple[Tensor, Tensor]:
-    """Tokens and log-probabilities without filters."""
-    tokens, logprobs, filtered = cpu_sample.sample(*args[:4], None, None, None, *args[4:], isa=isa)
-    greedy = (args[3] == 0) & (tokens >= 0)
-    assert torch.equal(filtered.nan_to_num(7), logprobs.masked_fill(greedy, 0.0).nan_to_num(7))
-    return tokens, logprobs
+def assert_equals_reference(args: Draw, atol: float = 1e-6, rtol: float = 1e-6) -> None:
+    """The reference's tokens, and the same bits on every instruction set.
 
-
-def expected(args: list[Any]) -> tuple[Tensor, Tensor]:
-    logits, weights, mode, temperature, seed, position = args
-    no_filters = (None, None, None)
-    tokens, logprobs, _ = reference.sample(
-        logits, weights, mode, temperature, *no_filters, seed, position
-    )
-    return tokens, logprobs
-
-
-def assert_logprobs(actual: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
-
-
-def assert_equals_reference(args: list[Any]) -> None:
-    """Tokens exactly, log-probabilities to 1e-6, and the same bits on every instruction set."""
-    tokens, logprobs = expected(args)
-    first = draw(args, ISAS[0])
-    assert torch.equal(first[0], tokens)
-    assert_logprobs(first[1], logprobs)
+    atol, rtol: of filtered_logprobs; logprobs are held to 1e-6.
+    """
+    wanted, first = reference.sample(**args), draw(args, ISAS[0])
+    assert_close_draws((*first[:2], wanted[2]), wanted, atol=1e-6)
+    assert_close_draws(first, wanted, atol, rtol)
     for isa in ISAS[1:]:
-        other = draw(args, isa)
-        assert torch.equal(other[0], tokens), isa
-        assert torch.equal(other[1].view(torch.int32), first[1].view(torch.int32)), isa
+        assert all(map(same_bits, draw(args, isa), first)), isa
 
 
-def words(*values: int) -> list[int]:
-    return list(values)
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "output"),
-    [
-        (words(0, 0, 0, 0), words(0, 0), words(0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        (
-            [0xFFFFFFFF] * 4,
-            [0xFFFFFFFF] * 2,
-            words(0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
-        ),
-        (
-            words(0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            words(0xA4093822, 0x299F31D0),
-            words(0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_philox_known_answers(counter: list[int], key: list[int], output: list[int]) -> None:
-    """The vectors that Random123 publishes (kat_vectors, philox4x32 10)."""
-    assert list(_cpu.philox(counter, key)) == output
+@pytest.mark.parametrize(("counter", "key"), PHILOX_ANSWERS)
+def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...]) -> None:
+    found = _cpu.philox(list(counter), list(key))
+    assert " ".join(f"{word:08x}" for word in found) == PHILOX_ANSWERS[counter, key]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -129,12 +104,12 @@ def test_error_of_exponentials(
 def test_sample_equals_reference(vocab_size: int, dtype: torch.dtype) -> None:
     for m in range(1, 6):
         for batch in (0, 1, 2, 4, 9):
-            assert_equals_reference(rows(m, batch, vocab_size, dtype))
+            assert_equals_reference(draw_inputs(m, batch, vocab_size, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sample_large_vocabulary(dtype: torch.dtype) -> None:
-    assert_equals_reference(rows(4, 4, 151_936, dtype))
+    assert_equals_reference(draw_inputs(4, 4, 151_936, dtype))
 
 
 @given(
@@ -157,127 +132,92 @@ def test_sample_property(
 ) -> None:
     """Any shape, any share of -inf, flat and steep rows, some weights zero."""
     torch.manual_seed(seed)
-    args = rows(m, batch, vocab_size, dtype)
-    args[0] = (args[0] * spread).masked_fill(torch.rand(batch, vocab_size) < masked, -INF)
+    args = draw_inputs(m, batch, vocab_size, dtype)
+    hidden = torch.rand(batch, vocab_size) < masked
+    args["logits"] = (args["logits"] * spread).masked_fill(hidden, -INF)
     if m > 1:
-        args[1] *= torch.rand(batch, m) < 0.7
+        args["weights"] *= torch.rand(batch, m) < 0.7
     assert_equals_reference(args)
+
+
+def wide(args: Draw) -> tuple[Tensor, ...]:
+    """The reference from logits in float64: its own float32 rounding of z is about 1e-6."""
+    return reference.sample(**{**args, "logits": args["logits"].double()})
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("vocab_size", [1, 31, 4099, 20_000])
 def test_probability_mode(isa: str, vocab_size: int) -> None:
     for m in (1, 2, 5):
-        logits, _, _, *rest = rows(m, 8, vocab_size)
-        weights = torch.rand(8, m) * (torch.rand(8, m) < 0.8)
-        weights[:, 0] += 0.1
-        logits[:, :, vocab_size // 2 :][..., 1:] = -INF
-        args = [logits, weights, "probability", *rest]
-        # In float64, because the reference's own float32 rounding of z is of the order of 1e-6.
-        tokens, logprobs = expected([logits.double(), weights.double(), "probability", *rest])
-        actual = draw(args, isa)
-        assert torch.equal(actual[0], tokens)
-        assert_logprobs(actual[1], logprobs)
+        args = draw_inputs(m, 8, vocab_size, mode="probability")
+        args["weights"] = torch.rand(8, m) * (torch.rand(8, m) < 0.8)
+        args["weights"][:, 0] += 0.1
+        args["logits"][:, :, vocab_size // 2 :][..., 1:] = -INF
+        assert_close_draws(draw(args, isa), wide(args), atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_probability_mode_far_apart(isa: str) -> None:
     """Probabilities below float32's range keep their logarithm, large logits their differences."""
-    logits = torch.tensor([[[1000.0, 800.0, 799.0]], [[-500.0, -900.0, -900.5]]])
-    weights, mode = torch.tensor([[0.5, 0.5]]), "probability"
-    rest = (torch.tensor([40.0]), torch.tensor([1]), torch.tensor([2]))
-    tokens, logprobs = expected([logits.double(), weights.double(), mode, *rest])
-    actual = draw((logits, weights, mode, *rest), isa)
-    assert torch.equal(actual[0], tokens)
-    assert_logprobs(actual[1], logprobs)
+    args = draw_inputs(2, 1, 3, mode="probability")
+    args["logits"] = torch.tensor([[[1000.0, 800.0, 799.0]], [[-500.0, -900.0, -900.5]]])
+    args["weights"][:], args["temperature"][:] = 0.5, 40.0
+    assert_close_draws(draw(args, isa), wide(args), atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_probability_mode_keeps_close_logits_apart(isa: str) -> None:
     """A normaliser of log(100,000) = 11.5 must not round away a difference of one ulp at 1."""
-    logits = torch.zeros(1, 1, 100_000)
-    logits[..., 7], logits[..., 9] = 1.0, 1.0 + 2.0**-23
-    one = torch.ones(1, dtype=torch.int64)
-    args = (logits, torch.ones(1, 1), "probability", torch.zeros(1), one, one)
+    args = draw_inputs(1, 1, 100_000, mode="probability")
+    args["logits"][:], args["weights"], args["temperature"][:] = 0.0, torch.ones(1, 1), 0.0
+    args["logits"][..., 7], args["logits"][..., 9] = 1.0, 1.0 + 2.0**-23
     assert draw(args, isa)[0].item() == 9
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e9, 1e17, 3e38])
 def test_huge_logits(scale: float) -> None:
-    """Where a score's rounding swallows the noise, ties go to the lowest index, as in float64."""
-    args = rows(1, 4, 5000)
-    args[0][:] = scale
-    args[0][:, 2, ::3] = -scale
-    args[0][:, 3] *= 1 - torch.rand(5000) * 1e-6
-    assert_equals_reference(args)
+    assert_equals_reference(huge_draws(scale))
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("margin", "wins"), [(1e-3, 510), (-1e-3, 0)])
 def test_largest_noise_is_not_pruned(isa: str, margin: float, wins: int) -> None:
-    """Id 510 of (seed 7, position 115434) has the word 0xffffffff: noise 22.87, once in 2^32."""
-    seed, position = torch.tensor([7]), torch.tensor([115_434])
-    noise = reference.gumbel(reference.philox_uniform(seed, position, 512))[0]
-    assert noise[510] > 22.87
-    logits = torch.full((1, 1, 512), -60.0)
-    logits[0, 0, 0], logits[0, 0, 510] = 0.0, noise[0] - noise[510] + margin
-    args = [logits, None, "geometric", torch.ones(1), seed, position]
-    assert expected(args)[0].item() == wins
+    args = largest_noise_draw(margin)
+    assert reference.sample(**args)[0].item() == wins
     assert draw(args, isa)[0].item() == wins
     # With a filter that keeps them all, because they tie.
-    filters = (torch.tensor([400]), None, None)
-    assert cpu_sample.sample(*args[:4], *filters, *args[4:], isa=isa)[0].item() == wins
+    args["top_k"] = torch.tensor([400])
+    assert draw(args, isa)[0].item() == wins
 
 
 @pytest.mark.parametrize("mode", ["geometric", "probability"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_bad_rows(isa: str, mode: str) -> None:
-    args = rows(1, 7, 9000)
-    logits = args[0][0]
-    logits[0] = -INF
-    logits[1, 4500] = NAN
-    logits[2, 3] = INF
-    logits[3, :8990] = -INF
-    logits[4] = -INF
-    logits[4, 8999] = NAN
-    logits[5, 4096:] = -INF
-    logits[5, 8999] = NAN  # the only entry of its slice that is not -inf
-    args[2] = mode
+    args = bad_draws(9000, batch=7, mode=mode)
+    args["logits"][0, 5, 4096:] = -INF
+    args["logits"][0, 5, 8999] = NAN  # the only entry of its slice that is not -inf
     for temperature in (1.0, 0.0):
-        args[3][:] = temperature
-        tokens, logprobs = draw(args, isa)
-        assert (tokens >= 0).tolist() == [False, False, False, True, False, False, True]
+        args["temperature"][:] = temperature
+        tokens, logprobs, _ = draw(args, isa)
+        assert (tokens >= 0).tolist() == [*GOOD_ROWS[:5], False, True]
         assert torch.equal(logprobs.isnan(), tokens < 0)
         assert tokens[3] >= 8990
-        assert torch.equal(tokens, expected(args)[0])
+        assert torch.equal(tokens, reference.sample(**args)[0])
 
 
 def test_weights_and_infinities() -> None:
-    """A term of weight 0 is not looked at; an active -inf decides, whatever stands beside it."""
-    args = rows(4, 6, 600)
-    logits, weights = args[0], args[1]
-    weights[0] = torch.tensor([0.0, 1.0, 0.0, 2.0])
-    logits[0, 0], logits[2, 0, ::2] = -INF, NAN
-    weights[1] = torch.tensor([1.0, -1.0, 0.5, 0.5])
-    logits[1, 1, :500] = -INF
-    weights[2] = torch.tensor([1.0, 1.0, 1.0, 1.0])
-    logits[0, 2, :300], logits[1, 2, :300] = -INF, NAN
-    weights[3] = 0
-    weights[4] = torch.tensor([1.0, 1.0, -1.0, 1.0])
-    logits[0, 4, 7], logits[2, 4, 8] = INF, INF
-    weights[5] = torch.tensor([1.0, NAN, 0.0, 0.0])
-    assert expected(args)[0].lt(0).tolist() == [False, False, False, False, True, True]
+    args = infinite_draws()
+    assert (reference.sample(**args)[0] >= 0).tolist() == FINITE_ROWS
     assert_equals_reference(args)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_ties_take_the_lowest_index(isa: str, temperature: float) -> None:
-    args = rows(2, 1, 9000, torch.bfloat16)
-    args[0][:, :, [8100, 4097, 8999]] = 100.0
-    args[1][:] = 1.0
-    args[3][:] = temperature
-    tokens = expected(args)[0]
+    args = draw_inputs(2, 1, 9000, BF16)
+    args["logits"][:, :, [8100, 4097, 8999]] = 100.0
+    args["weights"][:], args["temperature"][:] = 1.0, temperature
+    tokens = reference.sample(**args)[0]
     assert torch.equal(draw(args, isa)[0], tokens)
     assert temperature > 0 or tokens.item() == 4097
 
@@ -293,60 +233,51 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize("isa", ISAS)
 def test_row_bits_are_its_own(isa: str, mode: str, set_threads: Callable[[int], None]) -> None:
     """Neither the batch, nor the threads, nor padding between rows changes a row."""
-    args = rows(3, 5, 20_011)
-    args[1], args[2] = args[1].abs(), mode
+    args = draw_inputs(3, 5, 20_011, mode=mode)
     set_threads(1)
-    tokens, logprobs = draw(args, isa)
+    whole = draw(args, isa)
     for threads in (2, 3, 7):
         set_threads(threads)
-        again = draw(args, isa)
-        assert torch.equal(again[0], tokens) and torch.equal(again[1], logprobs)
+        assert all(map(torch.equal, draw(args, isa), whole))
     padded = torch.full((5, 3, 20_017), NAN)[:, :, 3:20_014].transpose(0, 1)
-    padded.copy_(args[0])
-    strided = [padded, *args[1:]]
-    order = torch.tensor([4, 0, 3])
-    picked = [args[0][:, order], args[1][order], mode, *(a[order] for a in args[3:])]
-    alone = [args[0][:, 2:3], args[1][2:3], mode, *(a[2:3] for a in args[3:])]
-    for variant, which in ((strided, slice(None)), (picked, order), (alone, slice(2, 3))):
-        again = draw(variant, isa)
-        assert torch.equal(again[0], tokens[which])
-        assert torch.equal(again[1], logprobs[which])
+    padded.copy_(args["logits"])
+    assert all(map(torch.equal, draw({**args, "logits": padded}, isa), whole))
+    for rows in (torch.tensor([4, 0, 3]), slice(2, 3)):
+        for again, all_rows in zip(draw(draw_rows(args, rows), isa), whole, strict=True):
+            assert torch.equal(again, all_rows[rows])
 
 
 def test_layouts_that_are_copied() -> None:
     """A last axis that is not contiguous, and expanded or strided rows."""
-    args = rows(2, 3, 50)
-    wanted = expected(args)
-    args[0] = args[0].transpose(1, 2).contiguous().transpose(1, 2)
-    args[1] = args[1].t().contiguous().t()
-    args[4] = torch.stack([args[4], args[4]], 1)[:, 0]
-    tokens, logprobs = draw(args)
-    assert torch.equal(tokens, wanted[0])
-    assert_logprobs(logprobs, wanted[1])
+    args = draw_inputs(2, 3, 50)
+    wanted = reference.sample(**args)
+    args["logits"] = args["logits"].transpose(1, 2).contiguous().transpose(1, 2)
+    args["weights"] = args["weights"].t().contiguous().t()
+    args["seed"] = torch.stack([args["seed"], args["seed"]], 1)[:, 0]
+    assert_close_draws(draw(args), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("mode", ["geometric", "probability"])
 def test_draws_follow_the_softmax(isa: str, mode: str) -> None:
     """Chi-square of 40,000 draws over positions and over seeds."""
-    count, m, vocab_size = 40_000, 2, 130
-    one = 1.5 * torch.randn(m, 1, vocab_size)
-    weights = torch.tensor([[0.3, 0.7]])
+    count, weights = 40_000, torch.tensor([[0.3, 0.7]])
+    one = 1.5 * torch.randn(2, 1, 130)
     z = mix_logits(one.double(), weights.double(), mode=mode)[0]
     probabilities = torch.softmax(z / 0.8, -1).numpy()
-    counter = torch.arange(count)
+    counter, args = torch.arange(count), draw_inputs(2, count, 1, mode=mode)
+    args |= {"logits": one.expand(2, count, 130), "weights": weights.expand(count, 2)}
+    args["temperature"][:] = 0.8
     for seed, position in ((torch.full((count,), 3), counter), (counter, torch.full((count,), 9))):
-        logits, rows_of = one.expand(m, count, vocab_size), weights.expand(count, m)
-        temperature = torch.full((count,), 0.8)
-        tokens, _ = draw((logits, rows_of, mode, temperature, seed, position), isa)
-        seen = np.bincount(tokens.numpy(), minlength=vocab_size)
+        tokens = draw({**args, "seed": seed, "position": position}, isa)[0]
+        seen = np.bincount(tokens.numpy(), minlength=130)
         assert stats.chisquare(seen, probabilities * count).pvalue > 1e-3
 
 
 def filtered(
     generator: torch.Generator, m: int, batch: int, vocab_size: int, kind: str, dtype: torch.dtype
-) -> tuple[Any, ...]:
-    """Arguments of the op with random filters, some of them off, some rows greedy."""
+) -> Draw:
+    """Arguments of a draw with random filters, some of them off, some rows greedy."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
@@ -367,33 +298,21 @@ def filtered(
     top_k = torch.randint(1, vocab_size + 3, (batch,), generator=generator)
     top_k = torch.where(uniform(batch) < 0.7, top_k.clamp(max=40), top_k)
     top_p, min_p = uniform(batch).clamp(min=1e-4), uniform(batch) ** 3
-    filters = (
-        top_k.masked_fill(off[0], 0),
-        top_p.masked_fill(off[1], 1.0),
-        min_p.masked_fill(off[2], 0.0),
-    )
-    kept = uniform(3).tolist()
-    return (
-        logits.to(dtype),
-        None if m == 1 else torch.randn(batch, m, generator=generator),
-        "geometric",
-        torch.tensor([0.7, 1.0, 0.0, 3.0]).repeat(batch)[:batch],
-        *(f if keep < 0.7 else None for f, keep in zip(filters, kept, strict=True)),
-        torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator),
-        torch.randint(2**40, (batch,), generator=generator),
-    )
-
-
-def assert_equals_reference_filtered(args: tuple[Any, ...]) -> None:
-    wanted = reference.sample(*args)
-    first = cpu_sample.sample(*args, isa=ISAS[0])
-    assert torch.equal(first[0], wanted[0])
-    assert_logprobs(first[1], wanted[1])
-    torch.testing.assert_close(first[2], wanted[2], rtol=1e-5, atol=2e-6, equal_nan=True)
-    for isa in ISAS[1:]:
-        other = cpu_sample.sample(*args, isa=isa)
-        for a, b in zip(first, other, strict=True):
-            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)), isa
+    filters = {
+        "top_k": top_k.masked_fill(off[0], 0),
+        "top_p": top_p.masked_fill(off[1], 1.0),
+        "min_p": min_p.masked_fill(off[2], 0.0),
+    }
+    given = dict(zip(filters, (uniform(3) < 0.7).tolist(), strict=True))
+    return {
+        "logits": logits.to(dtype),
+        "weights": None if m == 1 else torch.randn(batch, m, generator=generator),
+        "mode": "geometric",
+        "temperature": torch.tensor([0.7, 1.0, 0.0, 3.0]).repeat(batch)[:batch],
+        **{name: values if given[name] else None for name, values in filters.items()},
+        "seed": torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator),
+        "position": torch.randint(2**40, (batch,), generator=generator),
+    }
 
 
 KINDS = ("spread", "ties", "masked", "flat", "far", "edges")
@@ -405,14 +324,15 @@ def test_filters(vocab_size: int, kind: str) -> None:
     generator = torch.Generator().manual_seed(vocab_size)
     for m in (1, 2, 5):
         for dtype in DTYPES:
-            assert_equals_reference_filtered(filtered(generator, m, 5, vocab_size, kind, dtype))
+            args = filtered(generator, m, 5, vocab_size, kind, dtype)
+            assert_equals_reference(args, atol=2e-6, rtol=1e-5)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 700), st.sampled_from(KINDS))
 def test_filters_of_drawn_sizes(seed: int, vocab_size: int, kind: str) -> None:
     generator = torch.Generator().manual_seed(seed)
     args = filtered(generator, 1 + seed % 3, 1 + seed % 4, vocab_size, kind, torch.float32)
-    assert_equals_reference_filtered(args)
+    assert_equals_reference(args, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -420,23 +340,15 @@ def test_filters_at_a_large_vocabulary(isa: str) -> None:
     """Few and many ids kept, so both ways of drawing; the reference's tokens from its uniforms."""
     torch.manual_seed(5)
     logits = torch.randn(1, 6, 151_936) * torch.tensor([1.0, 2.0, 4.0])[:, None].repeat(2, 1)
-    rest = (torch.arange(6), torch.arange(6) + 2**33)
-    k, p = torch.tensor([0, 0, 0, 100_000, 7, 5000]), torch.tensor([0.95, 0.95, 0.3, 1.0, 0.9, 0.5])
-    args = (logits, None, "geometric", torch.ones(6), k, p, None, *rest)
-    wanted, actual = reference.sample(*args), cpu_sample.sample(*args, isa=isa)
-    assert torch.equal(actual[0], wanted[0])
-    torch.testing.assert_close(actual[1], wanted[1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(actual[2], wanted[2], rtol=1e-5, atol=1e-5)
-
-
-def support(args: tuple[Any, ...], draws: int) -> tuple[set[int], Tensor]:
-    """The ids that `draws` draws of one row give, and how often each came."""
-    logits, _, mode, temperature, *filters, _, _ = args
-    many = [None if f is None else f.expand(draws) for f in (temperature, *filters)]
-    seed, position = torch.zeros(draws, dtype=torch.int64), torch.arange(draws)
-    tokens = cpu_sample.sample(logits.expand(1, draws, -1), None, mode, *many, seed, position)[0]
-    counts = torch.bincount(tokens, minlength=logits.shape[-1])
-    return set(counts.nonzero()[:, 0].tolist()), counts
+    args = draw_inputs(1, 6, 1) | {
+        "logits": logits,
+        "temperature": torch.ones(6),
+        "top_k": torch.tensor([0, 0, 0, 100_000, 7, 5000]),
+        "top_p": torch.tensor([0.95, 0.95, 0.3, 1.0, 0.9, 0.5]),
+        "seed": torch.arange(6),
+        "position": torch.arange(6) + 2**33,
+    }
+    assert_close_draws(draw(args, isa), reference.sample(**args), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["none", "top_k", "top_p", "min_p", "all"])
@@ -445,9 +357,15 @@ def test_a_million_filtered_draws(name: str) -> None:
     logits = torch.tensor([2.0, 1.5, 1.5, 1.0, 0.7, 0.2, -0.1, -0.5, -1.0, -1.5])[None, None]
     one = {"top_k": torch.tensor([7]), "top_p": torch.tensor([0.8]), "min_p": torch.tensor([0.15])}
     chosen = [one[key] if name in (key, "all") else None for key in one]
-    seen, counts = support(
-        (logits, None, "geometric", torch.tensor([0.9]), *chosen, None, None), 10**6
-    )
+    draws = 10**6
+    args = draw_inputs(1, draws, 1) | {
+        "logits": logits.expand(1, draws, -1),
+        "temperature": torch.tensor([0.9]).expand(draws),
+        **{key: t if t is None else t.expand(draws) for key, t in zip(one, chosen, strict=True)},
+        "seed": torch.zeros(draws, dtype=torch.int64),
+        "position": torch.arange(draws),
+    }
+    counts = torch.bincount(cpu_sample.sample(**args)[0], minlength=10)
     scaled = logits[0].double() / torch.tensor([0.9]).double()
     logp = torch.log_softmax(scaled, -1)
     kept = torch.ones_like(logp, dtype=torch.bool)
@@ -457,7 +375,7 @@ def test_a_million_filtered_draws(name: str) -> None:
         kept &= reference.top_p_mask(logp.masked_fill(~kept, -INF), chosen[1])
     if chosen[2] is not None:
         kept &= logp >= logp.amax() + chosen[2].double().log()
-    assert seen == set(kept[0].nonzero()[:, 0].tolist())
+    assert torch.equal(counts > 0, kept[0])
     p = torch.softmax(logp.masked_fill(~kept, -INF), -1)[0]
     expected_counts = p[kept[0]].numpy() * 10**6
     assert stats.chisquare(counts[kept[0]].numpy(), expected_counts).pvalue > 1e-4
@@ -469,31 +387,24 @@ def test_filtered_row_bits_are_its_own(
     isa: str, mode: str, set_threads: Callable[[int], None]
 ) -> None:
     args = filtered(torch.Generator().manual_seed(1), 3, 7, 20_011, "spread", torch.float32)
-    logits, weights, _, *rest = args
-    weights = weights.abs()
+    args |= {"weights": args["weights"].abs(), "mode": mode}
     set_threads(1)
-    whole = cpu_sample.sample(logits, weights, mode, *rest, isa=isa)
+    whole = draw(args, isa)
     for threads in (1, 2, 3, 5):
         set_threads(threads)
-        for rows_of in (list(range(7)), [4, 0, 3], [6], [5, 1]):
-            picked = [None if t is None else t[rows_of] for t in rest]
-            again = cpu_sample.sample(logits[:, rows_of], weights[rows_of], mode, *picked, isa=isa)
-            for a, b in zip(whole, again, strict=True):
-                assert torch.equal(a[rows_of], b)
+        for rows in (list(range(7)), [4, 0, 3], [6], [5, 1]):
+            for again, all_rows in zip(draw(draw_rows(args, rows), isa), whole, strict=True):
+                assert torch.equal(again, all_rows[rows])
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_bad_rows_with_filters(isa: str) -> None:
-    logits = torch.randn(1, 6, 9000)
-    logits[0, 0] = -INF
-    logits[0, 1, 4500] = NAN
-    logits[0, 2, 3] = INF
-    logits[0, 3, 1:] = -INF
-    logits[0, 4, 8999] = NAN
-    one = torch.ones(6, dtype=torch.int64)
-    args = (logits, None, "geometric", torch.ones(6), 3 * one, None, None, one, one)
-    tokens, logprobs, filtered_logprobs = cpu_sample.sample(*args, isa=isa)
-    assert (tokens >= 0).tolist() == [False, False, False, True, False, True]
+    args = bad_draws(9000)
+    args["logits"][0, 3, 1:], args["logits"][0, 3, 0] = -INF, 1.0
+    args["logits"][0, 4, :-1] = 1.0
+    args["temperature"][:], args["top_k"] = 1.0, torch.full((6,), 3)
+    tokens, logprobs, filtered_logprobs = draw(args, isa)
+    assert (tokens >= 0).tolist() == GOOD_ROWS[:6]
     assert tokens[3] == 0 and logprobs[3] == 0 and filtered_logprobs[3] == 0
     for values in (logprobs, filtered_logprobs):
         assert torch.equal(values.isnan(), tokens < 0)
@@ -501,7 +412,7 @@ def test_bad_rows_with_filters(isa: str) -> None:
 
 def test_an_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="isa must be one of"):
-        draw(rows(2, 3, 5), "mmx")
+        draw(draw_inputs(2, 3, 5), "mmx")
 
 
 # The fast path: it takes plain inputs, and returns None for all others.

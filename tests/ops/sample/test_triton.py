@@ -9,8 +9,23 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import BF16, F16, F32, INF, MODES, NAN, case_id
-from launches import Witness, listed_keys, replace_kernels
+from cases import (
+    BF16,
+    F16,
+    F32,
+    GOOD_ROWS,
+    INF,
+    MODES,
+    NAN,
+    Draw,
+    assert_close_draws,
+    bad_draws,
+    case_id,
+    draw_rows,
+    huge_draws,
+    infinite_draws,
+)
+from launches import INTERPRETER, Witness, listed_keys, replace_kernels
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -24,16 +39,9 @@ from clp_kernels.ops.mix_logits import triton_kernels as mix_kernels
 from clp_kernels.ops.sample import reference
 from clp_kernels.ops.sample import triton as backend
 from clp_kernels.ops.sample import triton_kernels as kernels
-from clp_kernels.ops.triton_launch import INTERPRETED
 
-pytestmark = [
-    pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"),
-    pytest.mark.usefixtures("one_thread"),
-    # The interpreter warns where a test means inf and NaN to appear.
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-]
+pytestmark = INTERPRETER
 DTYPES = (F32, F16, BF16)
-Arguments = dict[str, Any]
 
 
 class Case(NamedTuple):
@@ -52,7 +60,7 @@ class Case(NamedTuple):
 TOP_K, TOP_P, MIN_P = (3, 0, 40), (0.6, 0.95, 1.0), (0.0, 0.3, 0.05)
 
 
-def arguments(case: Case) -> Arguments:
+def arguments(case: Case) -> Draw:
     g = torch.Generator().manual_seed(hash((*case[2:5], case.temperature)) % 2**31)
     shape = (case.m, case.batch, case.vocab_size)
     logits = 2 * torch.randn(shape, generator=g)
@@ -113,11 +121,8 @@ def sampled(count: int) -> list[Case]:
     return cases
 
 
-def assert_equals_reference(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    assert [t.dtype for t in got] == [torch.int64, torch.float32, torch.float32]
-    assert torch.equal(got[0], want[0])
-    for ours, theirs in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5, equal_nan=True)
+def assert_equals_reference(args: Draw) -> None:
+    assert_close_draws(backend.sample(**args), reference.sample(**args))
 
 
 def test_sample_covers_every_value() -> None:
@@ -127,12 +132,11 @@ def test_sample_covers_every_value() -> None:
 
 @pytest.mark.parametrize("case", sampled(125), ids=case_id)
 def test_equals_reference(case: Case) -> None:
-    args = arguments(case)
-    assert_equals_reference(backend.sample(**args), reference.sample(**args))
+    assert_equals_reference(arguments(case))
 
 
-def call(logits: Tensor, **changes: Any) -> Arguments:
-    """Arguments of a call on logits [B, V] without weights, temperature 1, no filters."""
+def call(logits: Tensor, **changes: Any) -> Draw:
+    """Draw of a call on logits [B, V] without weights, temperature 1, no filters."""
     batch = logits.shape[0]
     return {
         "logits": logits[None],
@@ -255,7 +259,7 @@ def test_two_filters_over_several_slices_and_tiles(monkeypatch: pytest.MonkeyPat
         top_p=torch.tensor([0.7, 0.9]),
         min_p=torch.tensor([0.0, 0.001]),
     )
-    assert_equals_reference(backend.sample(**args), reference.sample(**args))
+    assert_equals_reference(args)
 
 
 @pytest.mark.parametrize("filtered", [False, True])
@@ -268,29 +272,16 @@ def test_rows_and_runs_have_the_same_bits(filtered: bool) -> None:
     together = backend.sample(**args)
     assert all(map(torch.equal, together, backend.sample(**args)))
     for rows in ([0], [3, 1]):
-        part = {
-            k: v[rows] if isinstance(v, Tensor) and k != "logits" else v for k, v in args.items()
-        }
-        part["logits"] = args["logits"][:, rows]
-        for alone, all_rows in zip(backend.sample(**part), together, strict=True):
-            assert torch.equal(alone, all_rows[rows])
+        alone = backend.sample(**draw_rows(args, rows))
+        assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("filtered", [False, True])
 def test_bad_rows(filtered: bool) -> None:
-    logits = torch.randn(6, 1500)
-    logits[0] = -INF
-    logits[1, 1400] = NAN
-    logits[2, 3] = INF
-    logits[3, :1495] = -INF
-    logits[4] = -INF
-    logits[4, 1499] = NAN
-    args = call(logits, temperature=torch.tensor([1.0, 0.0, 1.0, 1.0, 2.0, 0.0]))
-    if filtered:
-        args["top_p"] = torch.full((6,), 0.9)
-    got = backend.sample(**args)
-    assert (got[0] >= 0).tolist() == [False, False, False, True, False, True]
-    assert_equals_reference(got, reference.sample(**args))
+    args = bad_draws(1500, filters="top_p" if filtered else "")
+    args["temperature"] = torch.tensor([1.0, 0.0, 1.0, 1.0, 2.0, 0.0])
+    assert (backend.sample(**args)[0] >= 0).tolist() == GOOD_ROWS[:6]
+    assert_equals_reference(args)
 
 
 @pytest.mark.parametrize("temperature", [-1.0, NAN, INF])
@@ -307,29 +298,13 @@ def test_huge_logits(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the noise is lost in the sum, the lowest of the largest ids wins."""
     # One slice at a time, as where there are more than COMBINE_BLOCK.
     monkeypatch.setattr(backend, "COMBINE_BLOCK", 1)
-    logits = torch.full((4, 1100), scale)
-    logits[1, ::3] = -scale
-    logits[2] *= 1 - torch.rand(1100) * 1e-6
-    logits[3, :1050] = -scale
-    args = call(logits, top_p=torch.tensor([0.5, 0.5, 0.5, 1.0]))
-    assert_equals_reference(backend.sample(**args), reference.sample(**args))
-    args["top_p"] = None
-    assert_equals_reference(backend.sample(**args), reference.sample(**args))
+    args = huge_draws(scale, 1100)
+    assert_equals_reference(args)
+    assert_equals_reference({**args, "top_p": torch.tensor([0.5, 0.5, 0.5, 1.0])})
 
 
 def test_weights_of_zero_and_infinities() -> None:
-    logits = torch.randn(4, 5, 60)
-    weights = torch.randn(5, 4)
-    weights[0] = torch.tensor([0.0, 1.0, 0.0, 2.0])
-    logits[0, 0], logits[2, 0, ::2] = -INF, NAN
-    weights[1] = torch.tensor([1.0, -1.0, 0.5, 0.5])
-    logits[1, 1, :50] = -INF
-    weights[2] = 1
-    logits[0, 2, :30], logits[1, 2, :30] = -INF, NAN
-    weights[3] = 0
-    weights[4] = torch.tensor([1.0, NAN, 0.0, 0.0])
-    args = {**call(logits[0]), "logits": logits, "weights": weights}
-    assert_equals_reference(backend.sample(**args), reference.sample(**args))
+    assert_equals_reference(infinite_draws())
 
 
 def test_no_rows() -> None:

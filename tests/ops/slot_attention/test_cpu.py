@@ -6,23 +6,19 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import BF16, CPU_KERNELS, F16, F32, F64, INF, ISAS, NAN, cast, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from clp.engine.attention import Decode
 from clp.engine.kv_cache import KVCache
-from clp_kernels import native, testing
+from clp_kernels import testing
 from clp_kernels.ops.slot_attention.cpu import slot_attention, why_not
 
-pytestmark = pytest.mark.skipif(
-    native.cpu_missing() is not None, reason="the CPU kernels are not built"
-)
+pytestmark = CPU_KERNELS
 
-NAN, INF = float("nan"), float("inf")
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16)
-ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
 
 
 class Inputs(NamedTuple):
@@ -106,7 +102,7 @@ def check(
     args: Inputs, isa: str = "", scale: float | None = None, window: int | None = None
 ) -> Tensor:
     wanted = written(args)
-    reference64 = plain(args, torch.float64, scale, window)
+    reference64 = plain(args, F64, scale, window)
     same = plain(args, args.q.dtype, scale, window)
     got = slot_attention(*args, scale, window, isa)
     testing.assert_within_budget(got, reference64, same)
@@ -115,11 +111,6 @@ def check(
     for have, want in zip((args.keys, args.values), wanted, strict=True):
         assert same_bits(have, want)
     return got
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    kind = torch.int32 if a.dtype == F32 else torch.int16
-    return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -290,7 +281,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(change: dict[str
 def test_float64_and_unknown_instruction_sets_are_refused() -> None:
     args = inputs([5, 2])
     with pytest.raises(ValueError, match="float64"):
-        slot_attention(*(t.double() for t in args[:5]), args.lengths, 0)
+        slot_attention(*cast(args, F64))
     with pytest.raises(ValueError, match="isa must be one of"):
         slot_attention(*args, isa="mmx")
 
@@ -332,6 +323,6 @@ def test_a_decoding_step_takes_the_kernel_where_it_can(monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", refuse)
         got = step.attend(0, *args[:3], None, None)
-    double = Inputs(*(t.double() for t in args[:5]), args.lengths, 0)
+    double = cast(args, F64)
     wanted = plan(double).attend(0, *double[:3], None, None)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
