@@ -30,6 +30,7 @@ def test_yaml_round_trip(load):
         ("", r"c\.yaml"),
         ("\x00", r"c\.yaml"),
         ("r: 2\nalpha: 0.1\nr: 3\n", r"c\.yaml.*'r' stands there twice"),
+        ("r: 2\nr: 2\n", "'r' stands there twice"),
         ("model: " + "[" * 5000, r"c\.yaml"),
         ("seed: " + "9" * 5000, r"c\.yaml"),
         ("{[1]: 2}", r"c\.yaml"),
