@@ -1,6 +1,6 @@
 """Loads the compiled modules once and launches their kernels.
 
-`_cpu` and `_cuda` are imported when first asked for, `_cuda` only where PyTorch sees a GPU. Where a
+`_cpu` and `_cuda` are imported when first asked for, `_cuda` only if PyTorch sees a GPU. If a
 module is missing, `cpu_missing` and `cuda_missing` say why in a sentence. Their functions take
 tensors (None for a null pointer), dtypes and numbers by name, and check none of them: shapes,
 dtypes, devices and values are what the public ops have checked.
@@ -29,7 +29,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, f"clp_kernels.{name} does not load: {error}"
     if name == "_cpu":
-        module.isa()  # raises where the environment names an instruction set that is not here
+        module.isa()  # raises if the environment names an instruction set that is not here
     return module, None
 
 
@@ -55,7 +55,7 @@ def _torch_objects() -> dict[str, Any]:
 
 
 def cpu_missing() -> str | None:
-    """None where the CPU kernels can run, else a sentence that says why not.
+    """None if the CPU kernels can run, else a sentence that says why not.
 
     Raises:
         ValueError: CLP_KERNELS_CPU_ISA names no instruction set, or one this machine lacks.
@@ -65,7 +65,7 @@ def cpu_missing() -> str | None:
 
 @cache
 def cuda_missing() -> str | None:
-    """None where the CUDA kernels can run, else a sentence that says why not."""
+    """None if the CUDA kernels can run, else a sentence that says why not."""
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     if torch.version.cuda is None:
@@ -81,12 +81,12 @@ def cuda_missing() -> str | None:
 
 
 def cpu() -> Any:
-    """The module clp_kernels._cpu. Raises RuntimeError, with the reason, where it is missing."""
+    """The module clp_kernels._cpu. Raises RuntimeError, with the reason, if it is missing."""
     return _present("_cpu", cpu_missing())
 
 
 def cuda() -> Any:
-    """The module clp_kernels._cuda. Raises RuntimeError, with the reason, where it is missing."""
+    """The module clp_kernels._cuda. Raises RuntimeError, with the reason, if it is missing."""
     return _present("_cuda", cuda_missing())
 
 
@@ -115,7 +115,7 @@ def _runs_on(built: str, capability: tuple[int, int]) -> bool:
 
 
 def dtype_why_not(t: Tensor) -> str | None:
-    """None where the compiled kernels read this dtype, else a sentence."""
+    """None if the compiled kernels read this dtype, else a sentence."""
     if t.dtype in DTYPES:
         return None
     return f"the compiled kernels read float32, bfloat16 and float16, not {t.dtype}"

@@ -65,7 +65,7 @@ class SteeredLayer(nn.Module):
         """
         active = self.steering.active
         if active is None:
-            base = " (all-zero rows give the base model)" if self.has_base else ""
+            base = " (weights of zero give the base model)" if self.has_base else ""
             raise RuntimeError(
                 "a steered layer ran without weights: call the model inside "
                 f"`with clp_kernels.steer(model, weights):`{base}"
@@ -78,7 +78,7 @@ class SteeredLayer(nn.Module):
         if example_ids is not None:
             if x.shape[: x.dim() - feature_axes] != example_ids.shape:
                 raise ValueError(
-                    f"example_ids names the rows of {example_ids.numel()} tokens [T, in], the "
+                    f"example_ids gives weights to {example_ids.numel()} tokens [T, in], the "
                     f"layer got {list(x.shape)}"
                 )
         elif x.shape[0] != weights.shape[0] and not (broadcast and x.shape[0] == 1):

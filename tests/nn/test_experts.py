@@ -400,7 +400,7 @@ def test_example_ids_name_the_row_of_each_flattened_token(layer: str) -> None:
         wanted = model[layer](x[:, None])[:, 0]
     with steer(model, rows, example_ids=ids):
         close(model[layer](x), wanted)
-        with pytest.raises(ValueError, match="example_ids names the rows of 7 tokens"):
+        with pytest.raises(ValueError, match="example_ids gives weights to 7 tokens"):
             model[layer](x[:6])
 
 

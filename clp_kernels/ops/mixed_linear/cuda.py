@@ -24,7 +24,7 @@ def why_not(
     example_ids: Tensor | None,
     invariant: bool,
 ) -> str | None:
-    """None where `mixed_linear` can run, else a sentence."""
+    """None if `mixed_linear` can run, else a sentence."""
     return tokens_why_not(x, weights)
 
 

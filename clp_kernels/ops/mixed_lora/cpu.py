@@ -4,7 +4,7 @@ csrc/cpu/mixed_lora/mixed_lora.cpp multiplies, shrinks, mixes and expands in one
 Where many wide rows meet PyTorch's matrix products at full speed, these do it, with the mixing
 between them; `use_native_base` and `use_native` say which. In batch_invariant() the base product
 runs in fixed tiles and the low-rank part in C++, whose rows do not depend on one another. The
-backward is PyTorch's products, in float32 and a block of rows at a time where the processor has
+backward is PyTorch's products, in float32 and a block of rows at a time if the processor has
 none in the inputs' dtype.
 """
 
@@ -55,20 +55,20 @@ def use_native(
 def use_native_base(tokens: int, size: int, dtype: torch.dtype) -> bool:
     """Whether the C++ kernel runs the base product too; size: base_weight's elements.
 
-    Only outside of batch_invariant() with a contiguous base_weight, and where no row of weights
-    and not all of lora_B is zero: what is then the bare layer has the bits of F.linear.
+    Only outside of batch_invariant(), with a contiguous base_weight, and if no example's weights
+    and not all of lora_B are zero (clp::has_bare_rows): then y has the bits of F.linear.
     """
     faster = tokens <= BASE_ROWS if dtype == torch.float32 else not has_native_gemm(dtype)
     return faster and size >= BASE_SIZE
 
 
 def product_dtype(dtype: torch.dtype, lora_dtype: torch.dtype) -> torch.dtype:
-    """x's dtype where PyTorch multiplies it and the adapters at full speed, else float32."""
+    """x's dtype if PyTorch multiplies it and the adapters at full speed, else float32."""
     return dtype if lora_dtype == dtype and has_native_gemm(dtype) else torch.float32
 
 
 def why_not(x: Tensor, *_: object) -> str | None:
-    """None where these kernels can run (x, or dy in the backward), else a sentence."""
+    """None if these kernels can run (x, or dy in the backward), else a sentence."""
     if x.device.type != "cpu":
         return f"the tensors are on {x.device}, not on the CPU"
     return native.cpu_missing() or native.dtype_why_not(x)
@@ -93,11 +93,15 @@ def mixed_lora(
             x, base_weight, lora_A, lora_B, weights, bias, example_ids, invariant
         )
     gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
-    native_base = not invariant and use_native_base(tokens, base_weight.numel(), x.dtype)
-    if native_base and base_weight.is_contiguous():
+    native_base = (
+        not invariant
+        and use_native_base(tokens, base_weight.numel(), x.dtype)
+        and base_weight.is_contiguous()
+    )
+    if native_base:
         lora_B, weights = lora_B.contiguous(), weights.contiguous()
         native_base = not native.cpu().mixed_lora_has_bare_rows(weights, lora_B)
-    if native_base and base_weight.is_contiguous():
+    if native_base:
         y = x.new_empty(*x.shape[:-1], out_features)
         base = (base_weight, bias)
         u = run_native(rows, lora_A, lora_B, weights, example_ids, y, *base)
@@ -209,7 +213,7 @@ def _mix_(u: Tensor, per_token: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def _zeros(per_token: Tensor) -> Tensor | None:
-    """Where a weight is zero, or None where none is."""
+    """Where a weight is zero, or None if none is."""
     zero = per_token == 0
     return zero if bool(zero.any()) else None
 
@@ -259,7 +263,7 @@ def mixed_lora_backward(
     invariant: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As reference.mixed_lora_backward; holds [T, m*r] and blocks of rows beside the gradients."""
+    """As reference.mixed_lora_backward; keeps [T, m*r] and blocks of rows beside the gradients."""
     m, r, _ = lora_A.shape
     if invariant or m * r * x.numel() * dy.numel() == 0:
         return reference.mixed_lora_backward(
@@ -320,7 +324,7 @@ def _gradients_by_products(
     if needs[2]:
         d_lora_A = _over_rows(du, x).view(lora_A.shape).to(lora_A.dtype)
     if needs[0]:
-        # The largest last, when little else is held: the peak is 1.06 times the frozen layer's.
+        # The largest last, when little else is kept: the peak is 1.06 times the frozen layer's.
         dx = F.linear(dy, base_weight.t()).contiguous()
         dx.addmm_(du.to(x.dtype), lora_A.flatten(0, 1))
     return dx, d_lora_A, d_lora_B, d_weights
@@ -337,7 +341,7 @@ def _gradients_native(
     u: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As _gradients_by_products, where the processor has no product in x's dtype.
+    """As _gradients_by_products, if the processor has no product in x's dtype.
 
     What is needed before dx lies in dx's own memory, the rank [T, m*r] at its beginning: with u,
     64 of 1024 bfloat16 features would else be 12.5 % of the layer's activations, not 6.25 %.
@@ -404,10 +408,10 @@ def _input_gradient(
 ) -> None:
     """dx = dy W + du A with one rounding, by the C++ kernel, which reads W^T and A^T: a block of
     their columns is copied at a time. PyTorch's dy @ W on a transposed W takes 80 times as long
-    where the processor has no product in this dtype."""
+    if the processor has no product in this dtype."""
     ones = torch.ones(1, lora_A.shape[0])
     for begin in range(0, dx.shape[1], WEIGHT_BLOCK):
         columns = slice(begin, begin + WEIGHT_BLOCK)
         transposed = base_weight[:, columns].t().contiguous()
         run_native(dy, None, lora_A[..., columns].mT, ones, None, dx[:, columns], transposed, u=du)
-        del transposed  # or two of them would be held
+        del transposed  # or two of them would be kept

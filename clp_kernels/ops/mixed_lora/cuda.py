@@ -24,7 +24,7 @@ TOO_SMALL = ((8, 6), (8, 9))
 
 
 def splits(blocks: int, in_features: int, clusters: bool) -> int:
-    """Into how many parts the sum over in_features goes, where there are `blocks` without it.
+    """Into how many parts the sum over in_features goes, if there are `blocks` without it.
 
     Never a function of the number of tokens: the bits of a row depend on the parts.
     """
@@ -62,12 +62,12 @@ def why_not(
     example_ids: Tensor | None,
     invariant: bool,
 ) -> str | None:
-    """None where `mixed_lora` can run, else a sentence."""
+    """None if `mixed_lora` can run, else a sentence."""
     return tokens_why_not(x, weights)
 
 
 def tokens_why_not(x: Tensor, weights: Tensor) -> str | None:
-    """None where the decode kernels can take these tokens, else a sentence."""
+    """None if the decode kernels can take these tokens, else a sentence."""
     if x.device.type != "cuda":
         return f"the tensors are on {x.device}, not on a GPU"
     if (missing := native.cuda_missing()) is not None:
@@ -157,7 +157,7 @@ def has_clusters(device: torch.device) -> bool:
 
 
 def aligned(matrix: Tensor) -> Tensor:
-    """The tensor, or a copy where its rows are not contiguous and aligned to 16 bytes."""
+    """The tensor, or a copy if its rows are not contiguous and aligned to 16 bytes."""
     *strides, last = matrix.stride()
     size = matrix.element_size()
     if (

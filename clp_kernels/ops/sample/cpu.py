@@ -9,7 +9,7 @@ from clp_kernels import native
 
 
 def why_not(logits: Tensor, *_: object) -> str | None:
-    """None where the kernel can run, else a sentence."""
+    """None if the kernel can run, else a sentence."""
     if logits.device.type != "cpu":
         return f"the logits are on {logits.device}, not on the CPU"
     return native.cpu_missing() or native.dtype_why_not(logits)
@@ -30,7 +30,7 @@ def sample(
     """As reference.sample: tokens int64, logprobs, filtered_logprobs float32 [B]; bad row: -1, NaN.
 
     Args:
-        logits: [m, B, V] float32, bfloat16 or float16. Any strides for m and B; copied where the
+        logits: [m, B, V] float32, bfloat16 or float16. Any strides for m and B; copied if the
             last axis is not contiguous.
         weights: [B, m] float32, or None when m is 1.
         mode: "geometric" or "probability".

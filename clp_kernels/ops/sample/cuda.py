@@ -7,7 +7,7 @@ from clp_kernels import native
 
 
 def why_not(logits: Tensor, *_: object) -> str | None:
-    """None where the kernel can run, else a sentence."""
+    """None if the kernel can run, else a sentence."""
     if logits.device.type != "cuda":
         return f"the logits are on {logits.device}, not on a GPU"
     return native.cuda_missing() or native.dtype_why_not(logits)

@@ -28,7 +28,7 @@ def slot_attention(
     window: int | None = None,
     isa: str = "",
 ) -> Tensor:
-    """Writes a token's key and value into its slot, and attends to what the slot holds.
+    """Writes a token's key and value into its slot, and attends to what is in the slot.
 
         keys[s, h, n] = k[b, h],  values[s, h, n] = v[b, h]   for s = first + b, n = lengths[b]
         out[b, h G + g] = sum_j softmax_j(scale q[b, h G + g] . keys[s, h, j]) values[s, h, j]
@@ -36,12 +36,12 @@ def slot_attention(
     over positions j from max(0, n + 1 - window) to n; G = H / heads.
 
     Args:
-        q: [B, H, 1, d], float32, bfloat16 or float16. Any strides; a copy is made where the last
+        q: [B, H, 1, d], float32, bfloat16 or float16. Any strides; a copy is made if the last
             axis of q, k or v is not contiguous.
         k, v: [B, heads, 1, d] and [B, heads, 1, dv].
         keys, values: [slots, heads, capacity, d] and [slots, heads, capacity, dv], contiguous;
             changed in place at position lengths[b] of each slot.
-        lengths: int64 [B], tokens that each slot holds, below capacity.
+        lengths: int64 [B], tokens in each slot, below capacity.
         first: The first of the B slots.
         scale: None for 1 / sqrt(d).
         window: None for all positions.
