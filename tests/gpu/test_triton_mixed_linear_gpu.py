@@ -24,7 +24,6 @@ from clp_kernels.testing import expanded, noncontiguous
 pytestmark = TRITON_GPU
 
 DTYPES = (BF16, F16, F32)
-ALL = [True] * 4
 
 
 def inputs(
