@@ -11,8 +11,12 @@ def policy():
 
 
 @pytest.fixture
-def runs(monkeypatch):
-    """An entry for each run of a recorded step."""
-    seen, call = [], Recording.__call__
-    monkeypatch.setattr(Recording, "__call__", lambda *args: seen.append(1) or call(*args))
-    return seen
+def count_runs(monkeypatch):
+    """count_runs() gives a list, and to it an entry for each run of a recorded step from then on."""
+
+    def begin():
+        seen, call = [], Recording.__call__
+        monkeypatch.setattr(Recording, "__call__", lambda *args: seen.append(1) or call(*args))
+        return seen
+
+    return begin

@@ -176,8 +176,8 @@ def test_what_a_hook_reads_is_read_at_every_step(policy, one_thread):
     assert after != before and after == ask(Sampler(policy))
 
 
-def test_an_unchanged_model_is_cached_and_recorded(policy, runs, monkeypatch, one_thread):
-    sampler, prefilled = Sampler(policy), []
+def test_an_unchanged_model_is_cached_and_recorded(policy, count_runs, monkeypatch, one_thread):
+    sampler, runs, prefilled = Sampler(policy), count_runs(), []
     prefill = sampler.runner.prefill
     monkeypatch.setattr(sampler.runner, "prefill", lambda p: prefilled.append(p) or prefill(p))
     ask(sampler)

@@ -159,8 +159,8 @@ def test_a_sampler_gives_the_same_bits_with_and_without(policy):
     assert generate(Sampler(policy)) == plainly(policy)
 
 
-def test_trained_adapters_are_followed(policy, runs):
-    sampler = Sampler(policy)
+def test_trained_adapters_are_followed(policy, count_runs):
+    sampler, runs = Sampler(policy), count_runs()
     before = generate(sampler)
     for layer in steered_layers(policy.model).values():
         layer.lora_B.data.mul_(1.5)
@@ -177,8 +177,8 @@ def norm(policy):
     return policy.model.base_model.norm
 
 
-def test_a_model_that_was_changed_runs_itself(policy, runs):
-    sampler = Sampler(policy)
+def test_a_model_that_was_changed_runs_itself(policy, count_runs):
+    sampler, runs = Sampler(policy), count_runs()
     generate(sampler)
     assert runs
     weight = norm(policy).weight
@@ -191,8 +191,8 @@ def test_a_model_that_was_changed_runs_itself(policy, runs):
     assert runs
 
 
-def test_hooks_and_training_mode_run_the_model_itself(policy, runs):
-    sampler, seen = Sampler(policy), []
+def test_hooks_and_training_mode_run_the_model_itself(policy, count_runs):
+    sampler, runs, seen = Sampler(policy), count_runs(), []
     handle = norm(policy).register_forward_hook(lambda *_: seen.append(1))
     generate(sampler)
     assert seen and not runs
