@@ -12,7 +12,7 @@ def policy():
 
 @pytest.fixture
 def count_runs(monkeypatch):
-    """count_runs() gives a list, and to it an entry for each run of a recorded step from then on."""
+    """count_runs() gives a list with an entry for each run of a recorded step from then on."""
 
     def begin():
         seen, call = [], Recording.__call__
