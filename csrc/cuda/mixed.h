@@ -1,5 +1,5 @@
 // `mixed_lora` and `mixed_linear` on CUDA for the few tokens of a decoding step, where reading the
-// matrices once is all that costs. bfloat16 and float16; defined by clp_kernels/ops/reference.py.
+// matrices once is all that costs. bfloat16 and float16; defined by clp_kernels/ops/<op>/reference.py.
 //
 // Every element is summed in float32 in an order that depends on K, N, m, r, the number of splits
 // and the kind of GPU alone: a row's bits depend neither on T nor on the other rows. There are no

@@ -28,9 +28,9 @@ def mix_logits(
 
     so F.linear(mix_logits(hidden, weights), W) and linear_logprob(mix_logits(hidden, weights), W,
     targets), with hidden [m, B, d] as it enters the head (behind the last norm). Exact up to
-    rounding when the head is linear, with a bias when each row of weights sums to 1, and for any
-    temperature. Not exact with a soft cap on the logits, with a head of its own for each policy,
-    before a norm, or in probability mode. Of [m, B, S, d] give view(m, B, S * d).
+    rounding when the head is linear, with a bias when the weights of each example sum to 1, and for
+    any temperature. Not exact with a soft cap on the logits, with a head of its own for each
+    policy, before a norm, or in probability mode. Of [m, B, S, d] give view(m, B, S * d).
 
     Args:
         logits: [m, B, V], or hidden states [m, B, d] (see above).
@@ -40,7 +40,7 @@ def mix_logits(
 
     Returns:
         [B, V] in the logits' dtype, accumulated in float32 in the order i = 0, 1, ... Bitwise
-        independent of the other rows.
+        independent of the other examples.
 
     Differentiable in logits and weights (once); entries where z = -inf pass no gradient.
     Raises: as `mixed_lora`.

@@ -30,7 +30,7 @@ def mixed_linear(
         expert_weight: [m, out_features, in_features], x's dtype.
         weights: [B, m], any real numbers.
         bias: [m, out_features], x's dtype.
-        example_ids: int32 or int64 [T]: the row of `weights` for each token.
+        example_ids: int32 or int64 [T]: the example, an index into `weights`, of each token.
         backend: see `mixed_lora`.
 
     Returns:

@@ -31,7 +31,7 @@ def mixed_lora(
     own weights; not to "linear", which has cross terms.
 
     Args:
-        x: [B, ..., in_features], one row of `weights` per example; or [T, in_features] with
+        x: [B, ..., in_features], with weights[b] for example b; or [T, in_features] with
             `example_ids`. float32, bfloat16, float16 or float64; any strides.
         base_weight: [out_features, in_features], x's dtype.
         lora_A: [m, r, in_features], x's dtype or float32.
@@ -39,7 +39,7 @@ def mixed_lora(
         weights: [B, m], any real numbers; m adapters.
         scaling: lora_alpha / r: a number or [m].
         bias: [out_features], x's dtype.
-        example_ids: int32 or int64 [T]: the row of `weights` for each token.
+        example_ids: int32 or int64 [T]: the example, an index into `weights`, of each token.
         backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
 
     Returns:

@@ -33,13 +33,13 @@ def sample(
     position: int | Tensor,
     backend: str = "auto",
 ) -> Sample:
-    """Mixes, filters and draws one token a row, with its log-probabilities.
+    """Mixes, filters and draws one token per example, with its log-probabilities.
 
         z = mix_logits(logits, weights, mode), or logits
         token = argmax_v( z_v / temperature + g_v ) over the kept v,  g_v = -log(-log u_v)
 
-    u_v is Philox4x32-10 keyed by (seed_b, position_b, v): the same row, seed and position give the
-    same token whatever else is in the batch, and the same uniforms on every backend. Filters in
+    u_v is Philox4x32-10 keyed by (seed_b, position_b, v): the same logits, seed and position give
+    the same token whatever else is in the batch, and the same uniforms on every backend. Filters in
     transformers' order: top-k, top-p over the renormalised rest, min-p. Ties at a filter's
     threshold are all kept; ties of the argmax go to the lowest index.
 

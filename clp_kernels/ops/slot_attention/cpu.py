@@ -1,7 +1,8 @@
 """Attention of a decoding step on the CPU: launches csrc/cpu/slot_attention/slot_attention.cpp.
 
-Called for every layer of every step, so that its checks are in C++ (csrc/bindings/fast_path.cpp),
-and its shapes those that transformers' attention interface passes: nothing is viewed or reshaped.
+Called for every layer of every step, so that its checks are in C++
+(csrc/bindings/slot_attention.cpp), and its shapes those that transformers' attention interface
+passes: nothing is viewed or reshaped.
 """
 
 from torch import Tensor

@@ -1,5 +1,5 @@
 // Loads and mixes a thread's share of one slice of a row; for the kernels of sample.cu and
-// sample_filter.cu.
+// filter.cu.
 #pragma once
 
 #include <cuda_bf16.h>

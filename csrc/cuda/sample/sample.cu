@@ -1,7 +1,7 @@
 // `sample` on CUDA. Rows without filters: one block mixes and draws from a fixed slice of 2048 ids
 // of one row and writes a partial result; a second kernel combines a row's partials in a fixed
 // order. So a row's bits depend neither on B nor on the scheduling, and no floating-point number
-// is added atomically. Rows with filters are sample_filter.cu's, which is launched as well where
+// is added atomically. Rows with filters are filter.cu's, which is launched as well where
 // there is a filter argument: which rows are whose is decided on the device. Seeds, positions,
 // temperatures, weights and filters are read on the device only.
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// Finds the least z that top-k or top-p keeps, in a row of mixed logits; part of sample_filter.cu.
+// Finds the least z that top-k or top-p keeps, in a row of mixed logits; part of filter.cu.
 //
 // The threshold is found by counting the ids, or adding up their masses, in 2048 bins: first in
 // bins of equal width below the largest z, where logits spread evenly, then inside the one bin that
