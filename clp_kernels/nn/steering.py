@@ -99,8 +99,8 @@ def _refuse_foreign_recompute(active: Active) -> None:
     """A forward inside a backward is a recomputation, which needs the weights of its forward."""
     if torch._C._current_graph_task_id() != -1 and not active.set_in_backward:
         raise RuntimeError(
-            "a steered layer was recomputed in the backward with weights that may not be its own;
-            use " "transformers' gradient_checkpointing_enable() (from 5.23 on: "
+            "a steered layer was recomputed in the backward with weights that may not be its "
+            "own; use transformers' gradient_checkpointing_enable() (from 5.23 on: "
             "activation_checkpointing_enable()), or torch.utils.checkpoint.checkpoint(..., "
             "use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), "
             "clp_kernels.steer(model, weights)))"

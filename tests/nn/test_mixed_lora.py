@@ -405,7 +405,7 @@ def test_plain_checkpoint_is_refused_without_its_rows() -> None:
     model, x = steered(stack()), torch.randn(2, 6)
     with steer(model, torch.eye(2)):
         y = checkpoint(model, x, use_reentrant=False)
-    wanted = r"rows that may not be its own.*context_fn"
+    wanted = r"weights that may not be its own.*context_fn"
     with steer(model, torch.zeros(2, 2)), pytest.raises(RuntimeError, match=wanted):
         y.sum().backward()
     with steer(model, torch.eye(2)):
