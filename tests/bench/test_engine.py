@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -323,7 +324,9 @@ def test_resident_growth() -> None:
     size = 64 * 2**20
 
     def call() -> None:
-        torch.ones(size, dtype=torch.uint8).add_(1)
+        kept = torch.ones(size, dtype=torch.uint8)
+        time.sleep(0.1)  # the growth is read each millisecond, if a core is free for it
+        kept.add_(1)
 
     grown = timing.resident_growth(call)
     if grown is not None:
