@@ -258,7 +258,7 @@ def measure(
 
 
 def _label(way: Way, weight_rows: int) -> str:
-    return f"{way.name}, {weight_rows} weights" if way.weighted else way.name
+    return f"{way.name}, {weight_rows} weight rows" if way.weighted else way.name
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
