@@ -3,6 +3,7 @@
 import copy
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
@@ -26,18 +27,18 @@ PAGE = 256  # tokens of a page of transformers' continuous batching (its default
 GIB = 2**30
 
 
-class Engine:
+class Engine(ABC):
     """A way to serve."""
 
+    @abstractmethod
     def serve(self, batch: Batch, greedy: bool) -> Served:
         """Every request's completion, at temperature 1 or greedy."""
-        raise NotImplementedError
 
     def kept_bytes(self) -> int | None:
         """Bytes kept between calls; None if they are unknown."""
         return 0
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most have started nothing
         """Stops what it has started."""
 
 

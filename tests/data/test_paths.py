@@ -18,10 +18,10 @@ from clp.training.config import CLPConfig, located
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     """A working folder with models/one, and a home folder with two."""
-    (tmp_path / "work/models/one").mkdir(parents=True)
+    (tmp_path / "project/models/one").mkdir(parents=True)
     (tmp_path / "home/two").mkdir(parents=True)
-    (tmp_path / "work/file").write_text("")
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "project/file").write_text("")
+    monkeypatch.chdir(tmp_path / "project")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
@@ -31,16 +31,16 @@ def test_names_stay(name):
 
 
 def test_folders_become_absolute(tmp_path):
-    one, two = str(tmp_path / "work/models/one"), str(tmp_path / "home/two")
-    for name in ("models/one", "./models/one", "models/one/", "../work/models/one", one):
+    one, two = str(tmp_path / "project/models/one"), str(tmp_path / "home/two")
+    for name in ("models/one", "./models/one", "models/one/", "../project/models/one", one):
         assert model_location(name) == one
     assert model_location("~/two") == two
     # The links of an absolute path are the user's: they may be all that another machine shares.
     (tmp_path / "link").symlink_to(one)
     assert model_location(str(tmp_path / "link")) == str(tmp_path / "link")
-    (tmp_path / "work/tiny").mkdir()
+    (tmp_path / "project/tiny").mkdir()
     assert model_location("tiny") == "tiny"
-    assert model_location("./tiny") == str(tmp_path / "work/tiny")
+    assert model_location("./tiny") == str(tmp_path / "project/tiny")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_is_there_instead_is_said():
 
 
 def test_classifiers_of_rewards(tmp_path):
-    clf = f"{tmp_path}/work/clf"
+    clf = f"{tmp_path}/project/clf"
     assert reward_locations(
         ["sentiment", "joy=brevity", "a=classifier:clf", "a=classifier:clf#toxic",
          "a=classifier:~/x#1", f"a=classifier:{clf}#b"]
@@ -74,7 +74,7 @@ def test_classifiers_of_rewards(tmp_path):
 
 
 def test_a_folder_with_a_number_sign(tmp_path):
-    (tmp_path / "work/c#").mkdir()
+    (tmp_path / "project/c#").mkdir()
     assert classifier_source("c#") == ("c#", None)
     assert classifier_source("c##pos") == ("c#", "pos")
     assert classifier_source("clf#pos") == ("clf", "pos")
@@ -88,8 +88,8 @@ def test_a_configuration(tmp_path, monkeypatch):
     )  # fmt: skip
     found = located(config)
     assert found == CLPConfig(
-        model=f"{tmp_path}/work/models/one", rewards=[f"a=classifier:{tmp_path}/work/clf#x"],
-        prompts=f"{tmp_path}/work/p.jsonl", eval_prompts=f"{tmp_path}/home/e.jsonl",
+        model=f"{tmp_path}/project/models/one", rewards=[f"a=classifier:{tmp_path}/project/clf#x"],
+        prompts=f"{tmp_path}/project/p.jsonl", eval_prompts=f"{tmp_path}/home/e.jsonl",
         output_dir=f"{tmp_path}/home/runs",
     )  # fmt: skip
     monkeypatch.chdir("/")
@@ -134,7 +134,7 @@ def test_links_to_nothing_are_no_folders(tmp_path):
     for name in ("circle", "dangling", "dangling/in"):
         with pytest.raises(ValueError, match="a link to nothing"):
             check_folder(Path(name))
-    assert absolute("circle") == str(tmp_path / "work/circle")
+    assert absolute("circle") == str(tmp_path / "project/circle")
 
 
 def test_a_folder_that_stands_where_a_file_belongs():
