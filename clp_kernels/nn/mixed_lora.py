@@ -137,11 +137,17 @@ class MixedLoRALinear(SteeredLayer):
         return self.base_weight.shape[0]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """PEFT's start: A Kaiming-uniform, B zero, so that any weights give the base layer."""
+        """PEFT's start: A Kaiming-uniform, B zero, so that any weights give the base layer.
+
+        A is drawn in float32, so that a seed gives the same adapters in every dtype.
+        """
         for i, r_i in enumerate(self.ranks):
             if r_i:
-                start = self.lora_A.data[i, :r_i]
+                start = torch.empty(
+                    r_i, self.in_features, dtype=torch.float32, device=self.lora_A.device
+                )
                 nn.init.kaiming_uniform_(start, math.sqrt(5), generator=generator)
+                self.lora_A.data[i, :r_i] = start
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:

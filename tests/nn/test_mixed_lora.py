@@ -621,6 +621,15 @@ def test_start_values() -> None:
         assert (a.lora_B == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_seed_gives_the_same_start_in_every_dtype(dtype: torch.dtype) -> None:
+    first, second = stack(), stack().to(dtype)
+    for model, asked in ((first, torch.float32), (second, dtype)):
+        inject(model, NAMES, r=5, dtype=asked, generator=torch.Generator().manual_seed(3))
+    for a, b in zip(*(steered_layers(m).values() for m in (first, second)), strict=True):
+        assert b.lora_A.dtype == dtype and torch.equal(a.lora_A.to(dtype), b.lora_A)
+
+
 @pytest.mark.parametrize("base, asked, wanted", [
     (torch.float32, torch.float32, torch.float32),
     (torch.bfloat16, torch.float32, torch.float32),

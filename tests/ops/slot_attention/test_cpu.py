@@ -145,10 +145,18 @@ def test_a_long_row(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_large_scores(isa: str) -> None:
-    """Exponentials of the scores themselves would overflow; without the maximum all is 0 / 0."""
+    """Exponentials of the scores themselves would overflow; without the maximum all is 0 / 0.
+
+    Queries and keys are multiples of 1/2, so that scores are exact. The rounding of random ones,
+    times 30, decides the result: in 10 of 150 seeds it is by chance over twice PyTorch's, on every
+    instruction set.
+    """
     for scale in (30.0, -30.0, 1000.0, -1000.0, 0.0, 1e-3):
         for dtype in DTYPES:
-            check(inputs([0, 5, 130, 400], d=16, dtype=dtype), isa, scale)
+            args = inputs([0, 5, 130, 400], d=16, dtype=dtype)
+            for operand in (args.q, args.k, args.keys):
+                operand.mul_(2).round_().div_(2)
+            check(args, isa, scale)
     # A maximum that grows from block to block: earlier sums must shrink with it.
     args = inputs([1000], 1, 2, 8)
     args.q.fill_(1.0)
