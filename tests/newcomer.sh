@@ -21,7 +21,14 @@ step "resolve constraints.txt with the package index"
 step "build the source distribution, and from it the wheel, as pip install of it does"
 "$tools/python" -m build --sdist
 # `make dev` compiles the CUDA module, which takes minutes more.
-CLP_KERNELS_SKIP_CUDA=1 "$tools/python" -m pip wheel --quiet --no-deps -w dist dist/*.tar.gz
+if ! CLP_KERNELS_SKIP_CUDA=1 "$tools/python" -m pip wheel --verbose --no-deps -w dist \
+    dist/*.tar.gz >"$work/build.log" 2>&1 || grep 'warning:' "$work/build.log"; then
+    cat "$work/build.log"
+    exit 1
+fi
+grep 'CLP_KERNELS_SKIP_CUDA=1. Skipping clp_kernels._cuda' "$work/build.log"
+built=$("$tools/python" -m zipfile -l dist/*.whl | grep -o 'clp_kernels/_[a-z]*\.[^ ]*\.so')
+[[ $built == clp_kernels/_cpu.*.so ]] || { echo "the wheel holds: $built"; exit 1; }
 
 step "install the wheel into a fresh environment"
 "$tools/python" -m venv "$work/env"
