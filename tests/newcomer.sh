@@ -22,7 +22,7 @@ step "build the source distribution, and from it the wheel, as pip install of it
 "$tools/python" -m build --sdist
 # `make dev` compiles the CUDA module, which takes minutes more.
 if ! CLP_KERNELS_SKIP_CUDA=1 "$tools/python" -m pip wheel --verbose --no-deps -w dist \
-    dist/*.tar.gz >"$work/build.log" 2>&1 || grep 'warning:' "$work/build.log"; then
+    dist/*.tar.gz >"$work/build.log" 2>&1 || grep -E '[0-9]: warning:' "$work/build.log"; then
     cat "$work/build.log"
     exit 1
 fi
