@@ -144,7 +144,7 @@ def per_example(
         return rows
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-    number: float = float(value)
+    number = as_float(value)
     if not dtype.is_floating_point:
         if not isinstance(value, Integral):
             raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -156,14 +156,26 @@ def per_example(
     return torch.full((batch,), number, dtype=dtype, device=like.device)
 
 
-def scaling(value: object, m: int, like: Tensor) -> None:
-    """A finite number, or a finite tensor [m]."""
+def scaling(value: object, m: int, like: Tensor) -> float | Tensor:
+    """A finite number as a float, or a finite tensor [m]."""
     if isinstance(value, Tensor):
-        finite("scaling", tensor("scaling", value, (m,), like))
-    elif isinstance(value, bool) or not isinstance(value, Real):
+        tensor("scaling", value, (m,), like)
+        finite("scaling", value)
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"scaling must be a number or a tensor [m], got {type(value).__name__}")
-    elif not math.isfinite(value):
-        raise ValueError(f"scaling must be finite, got {value}")
+    number = as_float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"scaling must be finite, got {number}")
+    return number
+
+
+def as_float(value: Real) -> float:
+    """float(value), infinite for an integer that is larger than any float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]  # Real has it
 
 
 def broadcast_temperature(value: object, shape: torch.Size, like: Tensor) -> Tensor:
@@ -173,7 +185,7 @@ def broadcast_temperature(value: object, shape: torch.Size, like: Tensor) -> Ten
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"temperature must be a number or a tensor, got {type(value).__name__}")
-        value = torch.full((), float(value), dtype=dtype, device=like.device)
+        value = torch.full((), as_float(value), dtype=dtype, device=like.device)
     same_device("temperature", value, like)
     sizes = tuple(value.shape)
     pairs = zip(reversed(sizes), reversed(shape), strict=False)

@@ -154,7 +154,9 @@ def sample_arguments(
     if vocab_size > 1 and logits.stride(2) != 1:
         logits = logits.contiguous()
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
-    logprobs, filtered = (torch.empty(batch, device=logits.device) for _ in range(2))
+    logprobs, filtered = (
+        torch.empty(batch, dtype=torch.float32, device=logits.device) for _ in range(2)
+    )
     arguments = {
         "logits": logits,
         "dtype": logits.dtype,

@@ -91,7 +91,7 @@ def draw_by_name(**changed: object) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"temprature": 1}, r"sample\(\) has no argument temprature"),
+        ({"temprature": 1}, r"sample\(\) has no argument .temprature."),
         ({"top_k": ...}, r"sample\(\) needs the argument top_k"),
         ({"isa": ...}, r"sample\(\) needs the argument isa"),
         ({"probability": 1}, r"sample\(\) needs a bool as probability"),

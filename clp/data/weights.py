@@ -25,7 +25,7 @@ def draw_weights(
     # torch has no Dirichlet draw that takes a generator, so numpy draws, seeded by ours.
     seed = int(torch.randint(2**62, (), generator=generator))
     inner = torch.from_numpy(np.random.default_rng(seed).dirichlet([concentration] * m, count))
-    corner = torch.rand(count, generator=generator) < corner_probability
+    corner = torch.rand(count, dtype=torch.float32, generator=generator) < corner_probability
     corners = torch.eye(m, dtype=inner.dtype)[torch.randint(m, (count,), generator=generator)]
     return torch.where(corner[:, None], corners, inner).float()
 
@@ -114,7 +114,9 @@ def parse_rows(
     if len(specs) != count:
         raise ValueError(f"weights must be given once or for all {count} prompts, got {len(specs)}")
     parsed = [parse_weights(s, objectives, simplex=simplex) for s in specs]  # type: ignore[arg-type, union-attr]
-    return torch.stack(parsed) if parsed else torch.zeros(0, len(objectives))
+    if not parsed:
+        return torch.zeros(0, len(objectives), dtype=torch.float32)
+    return torch.stack(parsed)
 
 
 def _is_number(value: object) -> bool:

@@ -38,7 +38,7 @@ def _draw_finite(logits: Tensor, options: dict[str, Any]) -> clp_kernels.Sample:
     if bool(good.all()):
         raise ModelError(ValueError("the logits cannot be sampled: their mixture is not finite"))
     tokens = torch.full((count,), -1, device=good.device)
-    logprobs = torch.full((count,), float("nan"), device=good.device)
+    logprobs = torch.full((count,), float("nan"), dtype=torch.float32, device=good.device)
     if bool(good.any()):
         picked: dict[str, Any] = {
             k: v[good] if isinstance(v, Tensor) else v for k, v in options.items()

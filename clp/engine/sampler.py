@@ -310,6 +310,11 @@ class Sampler:
         if running:
             self.runner.state.place(0, running)
         for sequence in running[::-1]:
+            try:
+                sequence.recover()
+            except ModelError as error:  # of the tokenizer
+                done.append(self._end(sequence, "error", str(error)))
+                continue
             if (reason := sequence.end_reason) is not None:
                 done.append(self._end(sequence, reason))
         return done + self._apply_actions()

@@ -193,10 +193,11 @@ class Scheduler:
         if batch.copies:
             sources = [source for source, _ in batch.copies]
             targets = [sequence.slot for _, sequence in batch.copies if sequence.slot is not None]
+            most = max(sequence.request.prefill_length for _, sequence in batch.copies)
+            # First: after Ctrl-C between the two, keys that nobody copied would count as cached.
+            self.actions.append(CopyEach(sources, targets, most))
             for _, sequence in batch.copies:
                 sequence.prompt_cached = sequence.request.prefill_length
-            most = max(sequence.prompt_cached for _, sequence in batch.copies)
-            self.actions.append(CopyEach(sources, targets, most))
 
     def _shared_prefix(
         self, sequence: Sequence, cached: dict[int, int], invariant: bool

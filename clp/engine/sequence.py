@@ -61,13 +61,28 @@ class Sequence:
 
         Raises: ModelError for what the tokenizer raises.
         """
-        self.token_ids.append(token)
         self.logprobs.append(logprob)
         if top is not None:
             self.top_logprobs.append(top)
+        # From here on the token is drawn: `recover` completes or undoes the rest.
+        self.token_ids.append(token)
         if self.stop_text is not None and token not in self.request.stop_ids:
             self.stop_text.add(token)
         return self.end_reason
+
+    def recover(self) -> None:
+        """Makes whole what an interruption of `append` (Ctrl-C) left half done.
+
+        Raises: ModelError for what the tokenizer raises.
+        """
+        count = len(self.token_ids)
+        del self.logprobs[count:], self.top_logprobs[count:]
+        if self.stop_text is not None:
+            text = self.request.new_text()
+            for token in self.token_ids:
+                if token not in self.request.stop_ids:
+                    text.add(token)
+            self.stop_text = text
 
     @property
     def end_reason(self) -> str | None:

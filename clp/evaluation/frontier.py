@@ -142,7 +142,7 @@ def evaluate(
     dry_call(reward_funcs, rows, policy.tokenizer, trainer_state)
     grid = weight_grid(m)
     # Weights of zero give the base model, which shares the batches.
-    sweep = torch.cat([grid, torch.zeros(1, m)])
+    sweep = torch.cat([grid, grid.new_zeros(1, m)])
     everyone = [row for _ in sweep for row in rows]
     weights = sweep.repeat_interleave(len(rows), 0)
     generator = torch.Generator().manual_seed(seed % 2**64)

@@ -137,7 +137,8 @@ def _optimizer_tensors(
     for name, parameter in parameters.items():
         # AdamW makes the state of a parameter at its first gradient (that of an idle expert may
         # never come), and what it then makes is zeros.
-        nothing = (torch.zeros(()), torch.zeros_like(parameter), torch.zeros_like(parameter))
+        step = torch.zeros((), dtype=torch.float32)
+        nothing = (step, torch.zeros_like(parameter), torch.zeros_like(parameter))
         state = optimizer.state.get(parameter) or dict(zip(_MOMENTS, nothing, strict=True))
         for key in _MOMENTS:
             tensors[f"{name}.{key}"] = state[key].detach().cpu().contiguous()

@@ -101,7 +101,7 @@ def roll_out(
     batch = make_batch(
         prompt_ids, completions, repeated_weights, policy.tokenizer.pad_token_id or 0, policy.device
     )
-    sampled = [torch.tensor(done.logprobs) for done in completions]
+    sampled = [torch.tensor(done.logprobs, dtype=torch.float32) for done in completions]
     logprobs = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True).to(policy.device)
     shape = (len(rows), num_generations, len(reward_funcs))
     return Rollout(batch, rewards.view(shape).to(policy.device), logprobs, completions, log)
@@ -126,7 +126,7 @@ def rollout_metrics(
     spread = weighted.std(dim=1)
     lengths = mask.sum(1).float().cpu()
     ended = torch.tensor([done.finish_reason == "stop" for done in rollout.completions])
-    terminated = lengths[ended] if ended.any() else torch.zeros(1)
+    terminated = lengths[ended] if ended.any() else torch.zeros(1, dtype=torch.float32)
     tokens = mask.sum()
     drift = (stats.logprobs - rollout.sampler_logprobs).abs() * mask
     values = {

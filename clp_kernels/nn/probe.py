@@ -251,7 +251,7 @@ def check_start(model: nn.Module) -> None:
         name: module for name, module in model.named_modules() if isinstance(module, SteeredLayer)
     }
     count = len(adapter_names(model))
-    weights = torch.tensor([[1.0] * count, [-0.5] * count])
+    weights = torch.tensor([[1.0] * count, [-0.5] * count], dtype=torch.float32)
 
     def run(weights: Tensor | None) -> dict[str, list[Tensor]]:
         with steer(model, weights):

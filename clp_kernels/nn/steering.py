@@ -190,7 +190,7 @@ class steer:
                 raise ValueError(f"{name}: {fault}")
         parameter = layers[0].mixed_parameter()
         acc = checks.accumulator(parameter.dtype)
-        given = torch.as_tensor(weights).to(parameter.device, acc)
+        given = torch.as_tensor(weights, dtype=acc, device=parameter.device)
         if given.dim() != 2 or given.shape[1] != len(names):
             raise ValueError(
                 f"weights must have shape [B, {len(names)}] for the adapters {', '.join(names)}, "
@@ -228,8 +228,14 @@ class steer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for step in reversed(self._undo.pop()):
-            step()
+        steps = self._undo.pop()[::-1]
+        try:
+            for step in steps:
+                step()
+        except BaseException:  # Ctrl-C in the middle of it
+            for step in steps:
+                step()
+            raise
 
     def _bind_checkpointing(self, shared: list[Steering], active: Active) -> None:
         """Makes what transformers passes to checkpoint() set these weights in the recomputation."""

@@ -143,8 +143,9 @@ py::object mixed_lora(py::handle x, py::handle base_weight, py::handle lora_A, p
 bool has_bare_rows(py::handle weights, py::handle lora_B) {
   View w, B;
   clp::DType dtype;
-  if (!describe(weights, &w) || !describe(lora_B, &B) || !B.dtype(&dtype)) {
-    throw py::type_error("weights and lora_B must be tensors");
+  if (!describe(weights, &w) || w.dims != 2 || w.element() != kFloat32 || !describe(lora_B, &B) ||
+      !B.dtype(&dtype)) {
+    throw py::type_error("weights [B, m] in float32 and lora_B must be tensors with storage");
   }
   return clp::has_bare_rows(w.at<float>(), w.size[0], w.size[1], B.data, dtype, B.count());
 }

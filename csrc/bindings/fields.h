@@ -70,7 +70,7 @@ inline void set_all(const char* function, const std::vector<Field>& fields, void
       for (at = 0; at < fields.size() && PyUnicode_Compare(fields[at].interned, name); ++at) {
       }
     }
-    if (at == fields.size()) throw fault(std::string("has no argument ") + PyUnicode_AsUTF8(name));
+    if (at == fields.size()) throw fault("has no argument " + std::string(py::repr(name)));
     try {
       fields[at].set(call, values[i]);
     } catch (py::type_error& expected) {

@@ -48,7 +48,7 @@ bool describe(py::handle object, View* out) {
   if (!PyType_IsSubtype(Py_TYPE(object.ptr()), reinterpret_cast<PyTypeObject*>(torch.tensor))) {
     return false;
   }
-  if (table->describe(object.ptr(), out) == 0) return true;
+  if (table->describe(object.ptr(), out) == 0) return out->data || out->count() == 0;
   // The two that DLPack and PyTorch raise for a tensor that cannot be described.
   if (!PyErr_ExceptionMatches(PyExc_RuntimeError) && !PyErr_ExceptionMatches(PyExc_BufferError)) {
     throw py::error_already_set();

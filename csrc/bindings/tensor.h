@@ -53,8 +53,9 @@ extern Torch torch;
 // They live as long as the interpreter. Throws py::import_error for another DLPack than 1.
 void use_torch(const py::dict& objects);
 
-// False for an object that is not a tensor, and for a tensor without storage or of a layout, device
-// or dtype that DLPack does not describe (sparse, meta, quantised).
+// False for an object that is not a tensor, for a tensor with elements but without memory for them
+// (fake, zeros that are not stored), and for a layout, device or dtype that DLPack does not describe
+// (sparse, meta, quantised).
 bool describe(py::handle object, View* out);
 
 // The result of a call of Python's C API. Throws py::error_already_set if it failed.

@@ -5,16 +5,19 @@ import ctypes
 import gc
 import os
 import random
+import sys
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from decoding_alone import Alone, spread_policy, token_ids, without_end
+from decoding_alone import TOLERANCE, Alone, spread_policy, token_ids, without_end
 
 import clp_kernels
 from clp.engine.attention import Decode
+from clp.engine.detokenizer import Text
 from clp.engine.sampler import Sampler, SamplingParams
+from clp.engine.scheduler import Scheduler
 from clp.engine.sequence import Request, Sequence
 
 IDS = token_ids(300, 2)
@@ -437,6 +440,53 @@ def test_a_sequence_that_was_done_when_ctrl_c_came_draws_no_more(sampler):
     assert not last.finished
     sampler.finish([last])
     Alone().check(last)
+
+
+def test_ctrl_c_between_two_lines_loses_no_token_no_text_and_no_copy():
+    """At every third line of what a step writes down; then the sampler goes on."""
+    written = (Scheduler.prefilled, Sequence.append, Text.add, Text._search)
+    codes = {function.__code__ for function in written}
+    params = [
+        SamplingParams(max_tokens=8, seed=1, n=2, stop=["the", " a"]),
+        without_end(6, seed=3, logprobs=2),
+        SamplingParams(max_tokens=7, seed=4, stop=["e"]),
+    ]
+
+    def run(at):
+        """What the requests get if line `at` is not reached, and how many lines there were."""
+        count, sampler = 0, Sampler(spread_policy(), max_batch_size=3)
+
+        def trace(frame, event, arg):
+            nonlocal count
+            if frame.f_code not in codes:
+                return None
+            count += event == "line"
+            if event == "line" and count == at:
+                raise KeyboardInterrupt
+            return trace
+
+        ids = [IDS[:20], IDS[:20], IDS[30:34]]
+        requests = [sampler.submit(i, [0.5, 0.5], p) for i, p in zip(ids, params, strict=True)]
+        before = sys.gettrace()
+        while sampler.unfinished:
+            sys.settrace(trace)
+            try:
+                sampler.step()
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(before)
+        return [c for request in requests for c in request.completions], count
+
+    wanted, lines = run(0)
+    assert lines > 100 and {c.finish_reason for c in wanted} == {"stop", "length"}
+    for at in range(1, lines, 3):
+        got, _ = run(at)
+        for mine, other in zip(got, wanted, strict=True):
+            assert (mine.token_ids, mine.text) == (other.token_ids, other.text), at
+            assert mine.finish_reason == other.finish_reason
+            assert mine.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
+            assert len(mine.top_logprobs or ()) == len(other.top_logprobs or ())
 
 
 @pytest.mark.parametrize(

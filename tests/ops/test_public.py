@@ -1090,3 +1090,97 @@ def test_axes_of_no_length_have_gradients(
     for mine, theirs, leaf in zip(got, wanted, leaves, strict=True):
         assert mine.shape == leaf.shape and mine.dtype == leaf.dtype
         torch.testing.assert_close(mine.float(), theirs.float(), rtol=0.1, atol=0.1)
+
+
+# What the environment of a call must not change.
+
+
+def every_result() -> list[Tensor]:
+    """Outputs and gradients of all ops, few and many tokens, float32 and bfloat16."""
+    found: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+        values = torch.randn(*shape, dtype=F32, generator=generator)
+        return values.to(dtype).requires_grad_()
+
+    def keep(*outputs: Tensor | None, of: list[Tensor]) -> None:
+        given = [t for t in outputs if t is not None]
+        found.extend(t.detach() for t in given)
+        found.extend(torch.autograd.grad([t.sum() for t in given], of))
+
+    for dtype in (F32, BF16):
+        for tokens in (2, 40):
+            x, weights = draw(tokens, 24, dtype=dtype), draw(tokens, 3)
+            base, bias = draw(160, 24, dtype=dtype), draw(160, dtype=dtype)
+            a, b = draw(3, 4, 24), draw(3, 160, 4)
+            with torch.no_grad():
+                found.append(mixed_lora(x, base, a, b, weights, bias=bias))
+            y = mixed_lora(x, base, a, b, weights, bias=bias, scaling=2)
+            keep(y, of=[x, base, a, b, weights, bias])
+            experts = draw(3, 30, 24, dtype=dtype)
+            keep(mixed_linear(x, experts, weights), of=[x, experts, weights])
+            targets = torch.arange(tokens)
+            head, other = draw(50, 24, dtype=dtype), draw(tokens, 24, dtype=dtype).detach()
+            out = linear_logprob(x, head, targets, return_entropy=True, ref_hidden=other)
+            keep(*out, of=[x, head])
+            frozen = linear_logprob(x, head.detach(), targets, ref_hidden=other)
+            keep(frozen.logprobs, frozen.kl, of=[x])
+            mixed = linear_logprob(x, experts, targets % 30, weights=weights)
+            keep(mixed.logprobs, of=[x, experts, weights])
+        logits = draw(3, 5, 64, dtype=dtype)
+        keep(mix_logits(logits, weights[:5]), of=[logits, weights])
+        for view in (logits[0], logits[0, :, ::2], logits):
+            one = weights[:5].detach() if view.dim() == 3 else None
+            found += sample(view.detach(), weights=one, top_p=0.9, seed=1, position=1)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, BF16, F16])
+def test_the_default_dtype_changes_no_bit(dtype: torch.dtype) -> None:
+    """transformers sets it while it loads a model; a buffer of the kernels is float32 whatever it
+    is, or they would write beyond its end."""
+    wanted = every_result()
+    torch.set_default_dtype(dtype)
+    try:
+        got = every_result()
+    finally:
+        torch.set_default_dtype(F32)
+    for one, other in zip(got, wanted, strict=True):
+        assert one.dtype == other.dtype and same_bits(one, other)
+
+
+@pytest.mark.parametrize("scaling", [2**64, -(10**30), 10**400, -(10**400)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_integers_of_any_size_as_scaling(scaling: int, grad: bool) -> None:
+    args = [torch.ones(1, 160), torch.ones(160, 160), torch.ones(2, 4, 160), torch.ones(2, 160, 4)]
+    args[2].requires_grad_(grad)
+    weights = torch.ones(1, 2)
+    if abs(scaling) > 10**300:
+        with pytest.raises(ValueError, match=r"scaling must be finite, got -?inf"):
+            mixed_lora(*args, weights, scaling=scaling)
+    else:
+        got = mixed_lora(*args, weights, scaling=scaling)
+        assert torch.equal(got, mixed_lora(*args, weights, scaling=float(scaling)))
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_tensors_without_memory_are_read_by_no_kernel(backend: str) -> None:
+    """Zeros that PyTorch does not store, and a tensor whose storage was freed."""
+    m, n = 2, 160
+    inputs = {
+        "x": torch.randn(1, n), "base_weight": torch.randn(n, n), "lora_A": torch.randn(m, 4, n),
+        "lora_B": torch.randn(m, n, 4), "weights": torch.randn(1, m), "bias": torch.randn(n),
+    }  # fmt: skip
+    for name, tensor in inputs.items():
+        zeros = torch._efficientzerotensor(tensor.shape)
+        freed = tensor.clone()
+        freed.untyped_storage().resize_(0)
+        wanted = mixed_lora(**(inputs | {name: torch.zeros_like(tensor)}), backend="reference")
+        for missing in (zeros, freed):
+            try:
+                got = mixed_lora(**(inputs | {name: missing}), backend=backend)
+            except (TypeError, RuntimeError):
+                continue
+            assert missing is zeros
+            torch.testing.assert_close(got, wanted)

@@ -42,13 +42,15 @@ def linear_logprob(
     tokens, vocab_size = hidden.shape[0], inputs.head_weight.shape[-2]
     state = torch.empty(tokens, 8, dtype=torch.float64)
     wanted = (hidden_grads, hidden_grads and ref_hidden is not None)
-    d_logprobs, d_kl = (torch.zeros(hidden.shape if on else (0,)) for on in wanted)
+    d_logprobs, d_kl = (
+        torch.zeros(hidden.shape if on else (0,), dtype=torch.float32) for on in wanted
+    )
     head = Head.of(inputs)
     tau, targets = inputs.temperature.float().contiguous(), inputs.targets.contiguous()
     for begin in range(0, tokens, BLOCK_TOKENS):
         rows = slice(begin, begin + BLOCK_TOKENS)
         h = [states[rows].float() for states in (hidden, ref_hidden) if states is not None]
-        factor, moved = torch.empty(len(h[0])), torch.empty(len(h[0]))
+        factor, moved = (torch.empty(len(h[0]), dtype=torch.float32) for _ in range(2))
         step = max(1, BLOCK_LOGITS // len(h[0]))
         for first in range(0, vocab_size, step):
             part = head.part(rows, slice(first, first + step))

@@ -72,7 +72,10 @@ def linear_logprob_backward(
     upstream = tuple(d.float().contiguous() for d in upstream)
     m = len(head.experts)
     shapes = (hidden.shape, head.experts.shape, (m, vocab_size), (tokens, m))
-    sums = [torch.zeros(shape) if need else None for shape, need in zip(shapes, needs, strict=True)]
+    sums = [
+        torch.zeros(shape, dtype=torch.float32) if need else None
+        for shape, need in zip(shapes, needs, strict=True)
+    ]
     grads = _Gradients(*sums)
     # The reference policy has the same head, and is not differentiated by its own states.
     ref_grads = _Gradients(None, *sums[1:])
@@ -82,7 +85,7 @@ def linear_logprob_backward(
         h = [x[rows].float() for x in (hidden, ref_hidden) if x is not None]
         count = len(h[0])
         state = torch.empty(count, 8, dtype=torch.float64)
-        unused = torch.empty(2, count)
+        unused = torch.empty(2, count, dtype=torch.float32)
         blocks = _slices(vocab_size, max(1, cpu.BLOCK_LOGITS // count))
         kept = []
         for ids in blocks:

@@ -54,7 +54,7 @@ def mixed_linear(
         y = _merged(rows, expert_weight, weights[0], bias)
     else:
         per_token = token_weights(weights, example_ids, tokens)
-        y = torch.zeros(tokens, out_features)
+        y = torch.zeros(tokens, out_features, dtype=torch.float32)
         for i, expert in enumerate(expert_weight):
             product = F.linear(rows, expert, None if bias is None else bias[i])
             y.addcmul_(product, per_token[:, i, None])
@@ -110,7 +110,7 @@ def mix_products(
 
 def _merged(x: Tensor, expert_weight: Tensor, row: Tensor, bias: Tensor | None) -> Tensor:
     """One product with sum_i row[i] W_i in float32, for a batch whose weights are all equal."""
-    weight = torch.zeros(expert_weight.shape[1:])
+    weight = torch.zeros(expert_weight.shape[1:], dtype=torch.float32)
     for w, expert in zip(row, expert_weight, strict=True):
         weight.addcmul_(expert, w)
     return F.linear(x, weight, None if bias is None else row @ bias)
@@ -138,7 +138,8 @@ def mixed_linear_backward(
     tokens = rows.shape[0]
     per_token = token_weights(weights, example_ids, tokens)
     dx, d_expert, d_weights, d_bias = (x.new_empty(0) for _ in needs)
-    total, dots = torch.zeros(rows.shape if needs[0] else 0), torch.empty(tokens, m)
+    total = torch.zeros(rows.shape if needs[0] else 0, dtype=torch.float32)
+    dots = torch.empty(tokens, m, dtype=torch.float32)
     if needs[1]:
         d_expert = torch.empty_like(expert_weight, memory_format=torch.contiguous_format)
     if needs[3]:

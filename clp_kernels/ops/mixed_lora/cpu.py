@@ -356,7 +356,7 @@ def _gradients_native(
         spare = dx.view(-1)[: dx.numel() // 2 * 2].view(torch.float32)
     inside = 4 * (of_rank + of_features) <= spare.numel()
     if not inside:
-        spare = torch.empty(of_rank + of_features)
+        spare = torch.empty(of_rank + of_features, dtype=torch.float32)
     rank, features = spare[:of_rank].view(tokens, m * r), spare[-of_features:]
     w = token_weights(weights, example_ids, tokens)
     zero = _zeros(w)
@@ -409,7 +409,7 @@ def _input_gradient(
     """dx = dy W + du A with one rounding, by the C++ kernel, which reads W^T and A^T: a block of
     their columns is copied at a time. PyTorch's dy @ W on a transposed W takes 80 times as long
     if the processor has no product in this dtype."""
-    ones = torch.ones(1, lora_A.shape[0])
+    ones = torch.ones(1, lora_A.shape[0], dtype=torch.float32)
     for begin in range(0, dx.shape[1], WEIGHT_BLOCK):
         columns = slice(begin, begin + WEIGHT_BLOCK)
         transposed = base_weight[:, columns].t().contiguous()

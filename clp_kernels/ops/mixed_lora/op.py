@@ -82,7 +82,7 @@ def mixed_lora(
     if bias is not None:
         checks.tensor("bias", bias, (base_weight.shape[0],), x)
         checks.same_dtype("bias", bias, x.dtype)
-    checks.scaling(scaling, m, x)
+    scaling = checks.scaling(scaling, m, x)
     if not checks.is_number(scaling, 1):
         weights = weights * scaling
     return apply_mixed_lora(x, base_weight, lora_A, lora_B, weights, bias, example_ids, backend)
