@@ -42,8 +42,8 @@ class EvalCommand:
     """Sequences decoded together."""
     base_model: str | None = None
     """Where the base model is, if it has moved."""
-    device: str = "cpu"
-    """Device to run on."""
+    device: str = "auto"
+    """ "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ..."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -73,13 +73,15 @@ def run(argv: Sequence[str]) -> None:
     prompts = absolute(HELDOUT_PROMPTS if given is None else given)
     rows = load_prompts(prompts)[: command.num_prompts]
     specs = reward_locations(card["rewards"] if command.rewards is None else command.rewards)
+    form = "--rewards " + " ".join(f"{name}=REWARD" for name in card["objectives"])
     if not specs and command.rewards is None:
-        raise ValueError(
-            f"{folder} was trained on functions given in Python: name them with --rewards"
-        )
+        raise ValueError(f"{folder} was trained on functions given in Python: name rewards, {form}")
     rewards = load_rewards(specs)
     if list(rewards) != card["objectives"]:
-        raise ValueError(f"rewards must be those of {card['objectives']}, got {list(rewards)}")
+        raise ValueError(
+            f"rewards must be those of {', '.join(card['objectives'])} ({form}), got "
+            f"{', '.join(rewards)}"
+        )
     policy = Policy.load(folder, base_model=command.base_model, device=command.device)
     front, samples = evaluate(
         policy, rewards, rows, params=params, seed=command.seed, reference_point=reference_point,

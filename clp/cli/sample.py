@@ -39,8 +39,8 @@ class SampleCommand:
     """Memory for keys and values at most."""
     base_model: str | None = None
     """Where the base model is, if it has moved."""
-    device: str = "cpu"
-    """Device to run on."""
+    device: str = "auto"
+    """ "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ..."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -63,7 +63,10 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError("--output goes with prompts or --input, not with --interactive")
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and command.output is None
     if not given and not terminal:
-        raise ValueError("give prompts, or a file of them with --input, or --interactive")
+        raise ValueError(
+            "give prompts, or a file of them with --input, or --interactive; --stop and other "
+            "options with several values take all that follow, so prompts come before them"
+        )
     try:
         failed = _sample(command, params)
     except KeyboardInterrupt:

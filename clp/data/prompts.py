@@ -59,8 +59,14 @@ def columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def _check_row(row: Any, first: Any, where: str) -> None:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
-    prompt = row.get("prompt")
+        raise ValueError(
+            f'{where}: expected an object such as {{"prompt": "Once"}}, got {type(row).__name__}'
+        )
+    if "prompt" not in row:
+        raise ValueError(
+            f'{where}: "prompt" is missing, got {", ".join(map(str, row)) or "nothing"}'
+        )
+    prompt = row["prompt"]
     if is_conversation(prompt):
         check_conversation(prompt, f'{where}: "prompt"')
     elif not isinstance(prompt, str) or not prompt:

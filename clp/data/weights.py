@@ -149,4 +149,7 @@ def _number(part: str, text: str) -> float:
     try:
         return float(part)
     except ValueError:
-        raise ValueError(f"weights: {part.strip()!r} in {text!r} is not a number") from None
+        raise ValueError(
+            f"weights: {part.strip()!r} in {text!r} is not a number; weights look like "
+            '"joy=0.7,brief=0.3" or "0.7,0.3"'
+        ) from None

@@ -198,7 +198,10 @@ def _recorded_seed(path: Path, run: Run) -> int:
         if then.get(name) != now.get(name):
             differences.append(f"{name} was {then.get(name)!r} and is {now.get(name)!r}")
     if differences:
-        raise ValueError(f"output {path} belongs to another run: {'; '.join(differences)}")
+        raise ValueError(
+            f"output {path} belongs to another run: {'; '.join(differences)}. Name another output, "
+            f"or delete {path.name} and {sidecar(path).name} to start over"
+        )
     return int(found["base_seed"])
 
 

@@ -110,6 +110,11 @@ class CLPTrainer:
         self.rows = check_prompts(train_dataset)
         specs = args.rewards if reward_funcs is None else None
         inputs = Inputs.of(named, specs, self.rows)
+        # Functions given in Python have no name in a file, built-in ones aside: clp eval then asks.
+        named_in_files = None not in inputs.rewards.values()
+        if reward_funcs is not None:
+            own = [f"{n}={r}" if r is not None else n for n, r in inputs.rewards.items()]
+            args = replace(args, rewards=own)
         self.run = Path(args.output_dir)
         self.lock, checkpoint = RunLock(self.run), None
         new = not (args.resume and (self.run / "config.yaml").is_file())
@@ -127,7 +132,7 @@ class CLPTrainer:
                 tqdm.write(f"{self.run} {start}", file=sys.stderr)
             self.args = args
             self.reward_funcs = {name: named[name] for name in inputs.rewards}
-            self.prepare(checkpoint, args.rewards if reward_funcs is None else (), path)
+            self.prepare(checkpoint, args.rewards if named_in_files else (), path)
             # Last, so that a start that fails leaves the folder as it was.
             claim(self.lock, args, inputs, new=new)
             undo.pop_all()
@@ -141,7 +146,6 @@ class CLPTrainer:
         if checkpoint is None:
             targets: str | list[str] = args.target_modules
             self.policy = Policy.create(
-                # Functions given in Python have no name in a file; clp eval then asks for them.
                 args.model, list(self.reward_funcs), r=args.r,
                 rewards=rewards, lora_alpha=args.lora_alpha, dtype=dtype, device=args.device,
                 seed=_seed(args.seed),

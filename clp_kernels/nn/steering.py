@@ -4,6 +4,7 @@ The layers are in nn.mixed_lora (adapters) and nn.experts (whole parameters).
 """
 
 import re
+import reprlib
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -160,6 +161,7 @@ class steer:
         ValueError: wrong shape, NaN or infinity (weights on a GPU are read once here), no steered
             layer, None for a model without a base, hooks or another forward on a base layer, which
             would not run.
+        TypeError: weights that are not numbers.
         RuntimeError: on entry, while another thread has weights set for the model.
     """
 
@@ -190,7 +192,9 @@ class steer:
                 raise ValueError(f"{name}: {fault}")
         parameter = layers[0].mixed_parameter()
         acc = checks.accumulator(parameter.dtype)
-        given = torch.as_tensor(weights, dtype=acc, device=parameter.device)
+        if not isinstance(weights, Tensor):
+            weights = _as_tensor(weights, names)
+        given = weights.to(parameter.device, acc)
         if given.dim() != 2 or given.shape[1] != len(names):
             raise ValueError(
                 f"weights must have shape [B, {len(names)}] for the adapters {', '.join(names)}, "
@@ -245,6 +249,19 @@ class steer:
                 carrying = _carrying(original, shared, active)
                 module._gradient_checkpointing_func = carrying  # type: ignore[assignment]
                 self._undo[-1].append(_restore(module, original))
+
+
+def _as_tensor(weights: Any, names: Sequence[str]) -> Tensor:
+    """Lists of numbers as float64. Raises: ValueError for lists of unequal length, TypeError for
+    anything else, such as mappings."""
+    try:
+        return torch.as_tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(
+            f"weights must be numbers [B, {len(names)}], a column for each of {', '.join(names)}, "
+            f"got {reprlib.repr(weights)} ({error})"
+        ) from None
 
 
 def _claim(shared: list[Steering]) -> None:

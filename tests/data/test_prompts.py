@@ -32,10 +32,7 @@ def test_rows_and_columns(tmp_path):
     [
         ('{"prompt": "a"}\n{"prompt": ', r"p\.jsonl:2: not JSON"),
         ('{"prompt": "a"}\n\n[1]', r"p\.jsonl:3: expected an object, got list"),
-        (
-            '{"text": "a"}',
-            r'p\.jsonl:1: "prompt" must be a non-empty string or a list .*, got None',
-        ),
+        ('{"text": "a"}', r'p\.jsonl:1: "prompt" is missing, got text'),
         ('{"prompt": ""}', r'p\.jsonl:1: "prompt" must be'),
         ('{"prompt": 3}', r'p\.jsonl:1: "prompt" must be'),
         ('{"prompt": "a", "x": 1}\n{"prompt": "b"}', r"p\.jsonl:2: columns differ .* in x"),

@@ -211,6 +211,14 @@ def test_steer_refuses(weights: object, error: str) -> None:
         steer(steered(stack()), weights)
 
 
+@pytest.mark.parametrize("weights", [{"joy": 1.0}, [{"joy": 1.0}], [["joy", "brief"]], object()])
+def test_steer_names_what_weights_must_be(weights: object) -> None:
+    with pytest.raises(
+        (TypeError, ValueError), match=r"weights must be numbers \[B, 2\], .* of joy, brief, got "
+    ):
+        steer(steered(stack()), weights)
+
+
 @pytest.mark.parametrize(
     "ids, error",
     [

@@ -19,7 +19,7 @@ from clp.evaluation.frontier import evaluate
 from clp.policies.lora import Policy
 from clp.rewards import brevity, sentiment
 from clp.training.checkpoint import checkpoints
-from clp.training.config import CLPConfig
+from clp.training.config import CLPConfig, load_config
 from clp.training.run_folder import cut_lines
 from clp.training.trainer import CLPTrainer
 from clp_kernels import registry
@@ -292,6 +292,20 @@ except OSError as error:
     assert [p.name for p in checkpoints(folder)] == ["checkpoint-000002"]
     assert not [p for p in folder.iterdir() if "partial" in p.name]
     Policy.load(folder / "checkpoint-000002")
+
+
+def test_built_in_functions_given_in_python_are_named_in_the_files(tmp_path):
+    def own(completions, **columns):
+        return [float(len(c)) for c in completions]
+
+    for functions, specs, known in (
+        ({"joy": sentiment, "brief": brevity}, ["joy=sentiment", "brief=brevity"], True),
+        ({"joy": sentiment, "own": own}, ["joy=sentiment", "own"], False),
+    ):
+        folder = tmp_path / specs[1]
+        policy = CLPTrainer(reward_funcs=functions, args=config(folder, max_steps=1)).train()
+        assert load_config(folder / "config.yaml").rewards == specs
+        assert policy.rewards == (tuple(specs) if known else ())
 
 
 def test_python_interface_with_functions_and_columns(tmp_path):
