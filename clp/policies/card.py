@@ -1,8 +1,9 @@
-"""clp.json, the card of a saved policy: base model, objectives, rewards, digests of adapters."""
+"""clp.json, the card of a saved policy: base model, objectives, rewards and their scale, digests of
+adapters."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from clp.data.json_lines import read_json
 
 
 def write_card(
-    directory: Path, base_model: str, objectives: Sequence[str], rewards: Sequence[str]
+    directory: Path,
+    base_model: str,
+    objectives: Sequence[str],
+    rewards: Sequence[str],
+    reward_scale: Mapping[str, float] | None,
 ) -> None:
     """Writes clp.json for the adapters in the folder."""
     card = {
@@ -19,6 +24,7 @@ def write_card(
         "base_model": base_model,
         "objectives": list(objectives),
         "rewards": list(rewards),
+        "reward_scale": None if reward_scale is None else dict(reward_scale),
         "adapters": {name: _digest(directory / "adapters" / name) for name in objectives},
     }
     write_whole(directory / "clp.json", (json.dumps(card, indent=2) + "\n").encode())
@@ -61,7 +67,29 @@ def read_card(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: objectives must be a list of names, all different, got {names!r}"
         )
+    card["reward_scale"] = checked_reward_scale(card.get("reward_scale"), names, path)
     return card
+
+
+def checked_reward_scale(
+    value: Any, objectives: Sequence[str], path: Path
+) -> dict[str, float] | None:
+    """The standard deviation of each objective's rewards as read from a file; None if it has none.
+
+    Raises: ValueError unless it maps the objectives, in their order, to positive numbers.
+    """
+    if value is None:
+        return None
+    if (
+        not isinstance(value, dict)
+        or list(value) != list(objectives)
+        or not all(type(v) in (int, float) and 0 < v < float("inf") for v in value.values())
+    ):
+        raise ValueError(
+            f"{path}: reward_scale must map {', '.join(objectives)} to positive numbers, got "
+            f"{value!r:.200}"
+        )
+    return {name: float(number) for name, number in value.items()}
 
 
 def _digest(folder: Path) -> str:

@@ -27,6 +27,8 @@ class Policy(Steerable):
         tokenizer: Its tokenizer.
         objectives: Names, in the order of the columns of the weights.
         rewards: The reward specification of each objective, as given to training.
+        reward_scale: The standard deviation of each objective's rewards under the base model, by
+            which training divides them; None if it does not (CLPConfig.scale_rewards).
         base_model: What the base was loaded from ("tiny", an absolute path or a hub name); for a
             mixture of whole models, what the first of them was.
     """
@@ -38,12 +40,14 @@ class Policy(Steerable):
         objectives: Sequence[str],
         base_model: str,
         rewards: Sequence[str] = (),
+        reward_scale: Mapping[str, float] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.objectives = tuple(objectives)
         self.base_model = base_model
         self.rewards = tuple(rewards)
+        self.reward_scale = None if reward_scale is None else dict(reward_scale)
 
     @classmethod
     def create(
@@ -111,7 +115,10 @@ class Policy(Steerable):
             ) from error
         model, tokenizer = load_base(base, dtype)
         clp_kernels.load_adapters(model, folders)
-        return cls(model.to(device), tokenizer, card["objectives"], base, card["rewards"])
+        return cls(
+            model.to(device), tokenizer, card["objectives"], base, card["rewards"],
+            card["reward_scale"],
+        )  # fmt: skip
 
     @classmethod
     def from_models(
@@ -168,7 +175,7 @@ class Policy(Steerable):
         directory = Path(directory)
         base = model_path(self.base_model)
         clp_kernels.save_adapters(self.model, directory / "adapters", base_model=base)
-        write_card(directory, self.base_model, self.objectives, self.rewards)
+        write_card(directory, self.base_model, self.objectives, self.rewards, self.reward_scale)
 
     @property
     def networks(self) -> list[Network]:

@@ -59,9 +59,12 @@ class CLPConfig:
     """Concentration of the Dirichlet that draws each prompt group's weights; 1: uniform."""
     corner_probability: float = 0.2
     """Probability that a group trains a single objective (a corner of the simplex) instead."""
-    scale_rewards: Literal["none", "batch", "group"] = "batch"
-    """Divide each objective's rewards by its standard deviation over the batch, or over the prompt
-    group, before they are weighted; or not at all."""
+    scale_rewards: Literal["reference", "none", "batch", "group"] = "reference"
+    """What each objective's rewards are divided by before they are weighted: "reference", their
+    standard deviation under the base model, measured on 512 completions before the first step.
+    "none": nothing. With both the objective is the one under alpha, in these units. "batch" and
+    "group", their standard deviation over the step's batch or over the prompt group, change the
+    objective during the training: where the policy narrows, rewards grow and KL counts less."""
 
     # Parameters that control generation
     num_prompts: int = 24

@@ -4,7 +4,8 @@ The objective of CLP (arXiv:2407.15762), for each prompt group with its weights 
 
     J = E_{y ~ pi_w} [ (1 - alpha) w.R(y) ] - alpha KL(pi_w || pi_ref)
 
-whose optimum is pi* ~ pi_ref exp( ((1 - alpha) / alpha) w.R ). KL is that of the whole completion,
+whose optimum is pi* ~ pi_ref exp( ((1 - alpha) / alpha) w.R ), where each R_i is in units of its
+standard deviation under pi_ref (scale_rewards="reference"). KL is that of the whole completion,
 as the sum over tokens of the exact KL between the next-token distributions, which is the
 Rao-Blackwellised estimate of the sequence KL: lower variance than sampled log-ratios.
 
@@ -19,15 +20,23 @@ import torch
 from torch import Tensor
 
 
-def scale_rewards(rewards: Tensor, how: str) -> Tensor:
-    """Divides each objective of rewards [G, K, m] by its standard deviation ("batch", "group").
+def scale_rewards(rewards: Tensor, how: str, reference: Tensor | None = None) -> Tensor:
+    """Divides each objective of rewards [G, K, m] by a standard deviation, or by nothing ("none").
 
-    Normalising before weighting (GDPO) keeps one objective's units from hiding another's. The
-    standard deviation is that of the completions to which the objective applies (not NaN). One
-    below 1e-4, or of none, leaves nothing to learn from: it divides by 1, not by noise.
+    Normalising before weighting (GDPO) keeps one objective's units from hiding another's.
+
+    "reference": by `reference` [m], the standard deviations under pi_ref. They are constants, so J
+    above is what is maximised, with R in these units.
+
+    "batch", "group": by that of the given rewards to which the objective applies (not NaN). It
+    follows the policy, and what is maximised is not J. One below 1e-4, or of none, leaves nothing
+    to learn from: it divides by 1, not by noise.
     """
     if how == "none":
         return rewards
+    if how == "reference":
+        assert reference is not None
+        return rewards / reference
     axes = (0, 1) if how == "batch" else (1,)
     mean = rewards.nanmean(dim=axes, keepdim=True)
     std = (rewards - mean).square().nanmean(dim=axes, keepdim=True).sqrt()

@@ -1,7 +1,8 @@
 """The folder of a run: who may use it, and whether a run to resume is the same one.
 
 config.yaml has the run's settings. run.json has what they do not say and what must not change
-either: the order of the objectives, what each reward is, and the content of the prompts. .lock is
+either: the order of the objectives, what each reward is and what it is divided by, and the content
+of the prompts. .lock is
 locked while a training uses the folder, and says which one that is.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 from clp.data.files import lock_file, write_whole
 from clp.data.json_lines import parse_json, read_json
 from clp.data.paths import classifier_source, home_expanded
-from clp.policies.card import read_card
+from clp.policies.card import checked_reward_scale, read_card
 from clp.rewards import BUILTIN, RewardFunc
 from clp.training.checkpoint import checkpoints
 from clp.training.config import CLPConfig, load_config, located
@@ -83,10 +84,13 @@ class Inputs:
             "classifier:SHA-256#label" with that of the folder's files, or None for a function given
             in Python, of which the name is all that can be compared.
         prompts: SHA-256 of the prompts and their other columns, in order; None if unknown.
+        reward_scale: The standard deviation of each objective's rewards under the base model; None
+            if it is not measured, or not yet.
     """
 
     rewards: dict[str, str | None]
     prompts: str | None
+    reward_scale: dict[str, float] | None = None
 
     @classmethod
     def of(
@@ -139,7 +143,12 @@ def claim(lock: RunLock, args: CLPConfig, inputs: Inputs, *, new: bool) -> None:
     lock.acquire()
     if new:
         check_free(run)
-    record = {"format": _FORMAT, "rewards": inputs.rewards, "prompts_sha256": inputs.prompts}
+    record = {
+        "format": _FORMAT,
+        "rewards": inputs.rewards,
+        "prompts_sha256": inputs.prompts,
+        "reward_scale": inputs.reward_scale,
+    }
     write_whole(run / "run.json", (json.dumps(record, indent=2) + "\n").encode())
     # The last file: a folder without it does not hold a run.
     write_whole(run / "config.yaml", replace(args, resume=False).to_yaml().encode())
@@ -183,8 +192,27 @@ def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, I
             )
     if then.prompts not in (None, now.prompts):
         raise ValueError(f"{run} was run with other prompts: the content differs")
-    inputs = Inputs(then.rewards, now.prompts)
+    if saved.scale_rewards == "reference":
+        _check_reward_scale(run, then.reward_scale, found[-1] if found else None, card)
+    inputs = Inputs(then.rewards, now.prompts, then.reward_scale)
     return replace(args, rewards=saved.rewards), inputs, found[-1] if found else None
+
+
+def _check_reward_scale(
+    run: Path, scale: dict[str, float] | None, checkpoint: Path | None, card: dict[str, Any] | None
+) -> None:
+    """Raises: ValueError if run.json does not say what the rewards are divided by, or if the
+    checkpoint says otherwise."""
+    path = run / "run.json"
+    if scale is None:
+        raise ValueError(
+            f"{path} is missing or has no reward_scale: without the standard deviations that the "
+            "rewards were divided by (scale_rewards='reference') the run cannot be continued"
+        )
+    if card is not None and card["reward_scale"] != scale:
+        raise ValueError(
+            f"{path} has the reward_scale {scale}; {checkpoint}/clp.json has {card['reward_scale']}"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -234,7 +262,8 @@ def _read_inputs(run: Path) -> Inputs | None:
         or not isinstance(prompts, str)
     ):
         raise ValueError(f"{path} must hold rewards and prompts_sha256")
-    return Inputs(rewards, prompts)
+    scale = checked_reward_scale(record.get("reward_scale"), list(rewards), path)
+    return Inputs(rewards, prompts, scale)
 
 
 def _older_inputs(run: Path, saved: CLPConfig, now: Inputs, card: dict[str, Any] | None) -> Inputs:

@@ -47,6 +47,7 @@ from clp.training.config import CLPConfig, located
 from clp.training.gradient_checkpointing import checkpointed_layers, checkpointing
 from clp.training.losses import policy_loss, rloo_advantages, scale_rewards
 from clp.training.prompt_lengths import fitting_rows
+from clp.training.reward_scale import measure_reward_scale
 from clp.training.rollout import Rollout, metric_names, roll_out, rollout_metrics
 from clp.training.run_folder import (
     Inputs,
@@ -132,15 +133,23 @@ class CLPTrainer:
                 tqdm.write(f"{self.run} {start}", file=sys.stderr)
             self.args = args
             self.reward_funcs = {name: named[name] for name in inputs.rewards}
-            self.prepare(checkpoint, args.rewards if named_in_files else (), path)
+            self.prepare(
+                checkpoint, args.rewards if named_in_files else (), path, inputs.reward_scale
+            )
+            inputs = replace(inputs, reward_scale=self.policy.reward_scale)
             # Last, so that a start that fails leaves the folder as it was.
             claim(self.lock, args, inputs, new=new)
             undo.pop_all()
 
     def prepare(
-        self, checkpoint: Path | None, rewards: Sequence[str], prompts: str | Path | None
+        self,
+        checkpoint: Path | None,
+        rewards: Sequence[str],
+        prompts: str | Path | None,
+        reward_scale: dict[str, float] | None,
     ) -> None:
-        """Makes policy, optimizer and sampler, new or from a checkpoint; checks what goes in."""
+        """Makes policy, optimizer and sampler, new or from a checkpoint; checks what goes in, and
+        measures the reward scale of a new run."""
         args = self.args
         dtype = getattr(torch, args.dtype)
         if checkpoint is None:
@@ -177,6 +186,16 @@ class CLPTrainer:
             self.reward_funcs, self.rows, self.policy.tokenizer, self.state,
             metric_names(self.policy.objectives),
         )  # fmt: skip
+        self.reward_scale: Tensor | None = None
+        if args.scale_rewards == "reference":
+            if reward_scale is None:
+                reward_scale = measure_reward_scale(
+                    self.sampler, self.reward_funcs, self.rows, self.sampling_params,
+                    _seed(args.seed * 1_000_003 + 400_000), self.state,
+                    metric_names(self.policy.objectives),
+                )  # fmt: skip
+            self.policy.reward_scale = reward_scale
+            self.reward_scale = torch.tensor(list(reward_scale.values()), device=self.policy.device)
 
     def train(self) -> Policy:
         """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy.
@@ -230,6 +249,12 @@ class CLPTrainer:
         )
 
     @property
+    def sampling_params(self) -> SamplingParams:
+        """Those of training's completions, but for their seeds."""
+        args = self.args
+        return SamplingParams(max_tokens=args.max_completion_length, temperature=args.temperature)
+
+    @property
     def state(self) -> TrainerState:
         """The run so far, as reward functions get it (`trainer_state`).
 
@@ -258,10 +283,9 @@ class CLPTrainer:
             generator,
         )  # fmt: skip
         rows = self._prompts_of(step)
-        params = SamplingParams(max_tokens=args.max_completion_length, temperature=args.temperature)
         rollout = roll_out(
-            self.sampler, self.reward_funcs, rows, weights, args.num_generations, params,
-            generator, self.state,
+            self.sampler, self.reward_funcs, rows, weights, args.num_generations,
+            self.sampling_params, generator, self.state,
         )  # fmt: skip
         lr = args.learning_rate * _lr_factor(step, args)
         for group in self.optimizer.param_groups:
@@ -332,7 +356,7 @@ class CLPTrainer:
     def accumulate_gradients(self, rollout: Rollout, weights: Tensor) -> tuple[float, TokenStats]:
         """Backward over micro-batches of whole groups; the loss and the detached token stats."""
         args, k = self.args, self.args.num_generations
-        rewards = scale_rewards(rollout.rewards, args.scale_rewards)
+        rewards = scale_rewards(rollout.rewards, args.scale_rewards, self.reward_scale)
         context: Any = checkpointing if args.gradient_checkpointing else nullcontext
         groups = max(1, args.micro_batch_size // k)
         total, parts = 0.0, []

@@ -407,13 +407,23 @@ def test_ctrl_c_is_one_line_and_code_130(clp, monkeypatch, trained, tmp_path, co
     monkeypatch.setattr("clp.engine.sampler.Sampler.step", interrupted)
     monkeypatch.setattr("clp_kernels.export_adapter", interrupted)
     argv = {
-        "train": ["--output-dir", tmp_path / "t"],
+        "train": ["--output-dir", tmp_path / "t", "--scale-rewards", "none"],
         "eval": [trained],
         "export": [trained, tmp_path / "t", "--weights", "joy=1"],
         "sample": [trained, "Tom", "--weights", "joy=1"],
     }[command]
     hint = "; there is no checkpoint yet: --resume begins at step 1" if command == "train" else ""
     assert clp(command, *argv, code=130).err.splitlines()[-1] == f"clp {command}: stopped{hint}"
+
+
+def test_ctrl_c_before_the_first_step_leaves_no_run(clp, monkeypatch, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clp.engine.sampler.Sampler.step", interrupted)
+    printed = clp("train", "--output-dir", tmp_path / "t", code=130).err
+    assert printed.splitlines()[-1] == "clp train: stopped"
+    assert list(tmp_path.iterdir()) == []
 
 
 def info_prints(what):

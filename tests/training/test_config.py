@@ -69,7 +69,7 @@ def test_missing_file_is_refused(tmp_path):
         ("alpha", 1.0, r"alpha must be in \[0, 1\)"),
         ("corner_probability", 1.5, "corner_probability"),
         ("weight_decay", -1, "weight_decay"),
-        ("scale_rewards", "all", "must be one of 'none', 'batch', 'group'"),
+        ("scale_rewards", "all", "must be one of 'reference', 'none', 'batch', 'group'"),
         ("rewards", "sentiment", "list of strings"),
         ("rewards", [], "list of strings"),
         ("exclude_modules", "router", "exclude_modules must be a list of strings"),

@@ -26,7 +26,7 @@ from clp_kernels import registry
 
 SMALL = {
     "num_prompts": 4, "num_generations": 3, "max_completion_length": 8, "max_steps": 6,
-    "save_steps": 2, "r": 2, "warmup_steps": 2,
+    "save_steps": 2, "r": 2, "warmup_steps": 2, "scale_rewards": "reference",
 }  # fmt: skip
 config = partial(tiny_runs.config, **SMALL)
 
@@ -317,7 +317,8 @@ def test_python_interface_with_functions_and_columns(tmp_path):
 
     prompts = {"m1": "Tom had a red kite.", "m2": "Mia was sad."}
     rows = [{"prompt": prompt, "mood": mood} for mood, prompt in prompts.items()]
-    policy = CLPTrainer("tiny", [shout, brevity], config(tmp_path / "p", max_steps=1), rows).train()
+    args = config(tmp_path / "p", max_steps=1, scale_rewards="none")
+    policy = CLPTrainer("tiny", [shout, brevity], args, rows).train()
     assert policy.objectives == ("shout", "brevity")
     # The first two are those of the call before anything is sampled.
     assert seen[:2] == ["m1", "m2"] and sorted(seen[2:]) == ["m1"] * 6 + ["m2"] * 6
