@@ -1,7 +1,9 @@
 """A step's rollout: prompt groups and their weights -> completions, tensors, rewards, metrics."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from transformers import TrainerState
 
 from clp.data.conversation import encode_prompt
 from clp.data.prompts import columns
-from clp.data.scoring import RewardLog, score
+from clp.data.scoring import RewardLog, numbers_or_none, score
 from clp.engine.requests import Completion, SamplingParams
 from clp.engine.sampler import Sampler, with_seeds
 from clp.policies.token_stats import Batch, TokenStats
@@ -105,6 +107,29 @@ def roll_out(
     logprobs = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True).to(policy.device)
     shape = (len(rows), num_generations, len(reward_funcs))
     return Rollout(batch, rewards.view(shape).to(policy.device), logprobs, completions, log)
+
+
+def append_completions(
+    path: Path,
+    rollout: Rollout,
+    rows: Sequence[dict[str, Any]],
+    objectives: Sequence[str],
+    step: int,
+) -> None:
+    """Appends a line of JSON per completion, with what reward functions logged about it."""
+    rewards, weights = rollout.rewards.flatten(0, 1), rollout.batch.weights
+    each = rollout.rewards.shape[1]
+    with path.open("a", encoding="utf-8") as file:
+        for i, done in enumerate(rollout.completions):
+            line = {
+                "step": step,
+                "prompt": rows[i // each]["prompt"],
+                "completion": done.text,
+                "weights": dict(zip(objectives, weights[i].tolist(), strict=True)),
+                "rewards": dict(zip(objectives, numbers_or_none(rewards[i]), strict=True)),
+                "extra": rollout.log.extra_of(i),
+            }
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def metric_names(objectives: Sequence[str]) -> frozenset[str]:

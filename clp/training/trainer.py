@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, TrainerState
 
 from clp.data.json_lines import parse_json
 from clp.data.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
-from clp.data.scoring import dry_call, numbers_or_none
+from clp.data.scoring import dry_call
 from clp.data.weights import draw_weights
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
@@ -48,7 +48,13 @@ from clp.training.gradient_checkpointing import checkpointed_layers, checkpointi
 from clp.training.losses import policy_loss, rloo_advantages, scale_rewards
 from clp.training.prompt_lengths import fitting_rows
 from clp.training.reward_scale import measure_reward_scale
-from clp.training.rollout import Rollout, metric_names, roll_out, rollout_metrics
+from clp.training.rollout import (
+    Rollout,
+    append_completions,
+    metric_names,
+    roll_out,
+    rollout_metrics,
+)
 from clp.training.run_folder import (
     Inputs,
     RunLock,
@@ -303,7 +309,8 @@ class CLPTrainer:
             progress.skipped_steps += 1
             progress.skipped_in_a_row += 1
         if rollout.log.extra:
-            self._write_completions(rollout, rows)
+            table = self.run / "completions.jsonl"
+            append_completions(table, rollout, rows, self.policy.objectives, self.step)
         found = {
             "step": progress.step, "loss": loss, "grad_norm": float(norm), "learning_rate": lr,
             "num_tokens": progress.num_tokens, "skipped_steps": progress.skipped_steps,
@@ -313,22 +320,6 @@ class CLPTrainer:
         metrics = {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
         self.log_history.append(metrics)
         return metrics
-
-    def _write_completions(self, rollout: Rollout, rows: Sequence[dict[str, Any]]) -> None:
-        """Appends a line per completion to completions.jsonl."""
-        names = self.policy.objectives
-        rewards, weights = rollout.rewards.flatten(0, 1), rollout.batch.weights
-        with open(self.run / "completions.jsonl", "a", encoding="utf-8") as file:
-            for i, done in enumerate(rollout.completions):
-                line = {
-                    "step": self.step,
-                    "prompt": rows[i // self.args.num_generations]["prompt"],
-                    "completion": done.text,
-                    "weights": dict(zip(names, weights[i].tolist(), strict=True)),
-                    "rewards": dict(zip(names, numbers_or_none(rewards[i]), strict=True)),
-                    "extra": rollout.log.extra_of(i),
-                }
-                file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def _prompts_of(self, step: int) -> list[dict[str, Any]]:
         """The step's prompts: epochs of the data, each in its own order."""
