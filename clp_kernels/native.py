@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of clp::DType
 _REBUILD = "reinstall from source with a C++17 compiler, and nvcc for the GPU"
@@ -38,8 +39,9 @@ _interpreter = torch._C._functorch.peek_interpreter_stack
 
 
 def mode_active() -> bool:
-    """Whether a dispatch mode or a functorch transform is active, which has to see every op."""
-    return _dispatch_modes() > 0 or _interpreter() is not None
+    """Whether a dispatch mode, a functorch transform or forward-mode differentiation is active,
+    which have to see every op."""
+    return _dispatch_modes() > 0 or _interpreter() is not None or forward_ad._current_level >= 0
 
 
 def _torch_objects() -> dict[str, Any]:

@@ -25,6 +25,7 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from clp_kernels import (
     batch_invariant,
@@ -1184,3 +1185,18 @@ def test_tensors_without_memory_are_read_by_no_kernel(backend: str) -> None:
                 continue
             assert missing is zeros
             torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["x", "base_weight", "lora_A", "lora_B", "weights", "bias"])
+def test_forward_mode_differentiation_is_refused(name: str, grad: bool) -> None:
+    """There is no formula for tangents; they must not be lost, nor those of the base alone kept."""
+    n = 160  # large enough for the fast path's own base product
+    inputs = {
+        "x": torch.randn(2, n), "base_weight": torch.randn(n, n), "lora_A": torch.randn(2, 4, n),
+        "lora_B": torch.randn(2, n, 4), "weights": torch.randn(2, 2), "bias": torch.randn(n),
+    }  # fmt: skip
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        dual = forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            mixed_lora(**(inputs | {name: dual}))

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from clp_kernels import checks, invariant, registry
@@ -101,7 +102,11 @@ def apply_mixed_lora(
     """`mixed_lora` without its checks, for the layers: weights float32 and already scaled."""
     mode = invariant.is_batch_invariant()
     args = (x, base_weight, lora_A, lora_B, weights, bias, example_ids, mode)
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in args[:6]]):
+    recorded = torch.is_grad_enabled() and any(
+        [t is not None and t.requires_grad for t in args[:6]]
+    )
+    # PyTorch then raises: there is no formula for the tangents, which would be lost without a word.
+    if recorded or forward_ad._current_level >= 0:
         return _MixedLoRA.apply(*args, backend)  # type: ignore[no-any-return]
     return registry.call("mixed_lora", *args, backend)[0]  # type: ignore[no-any-return]
 
