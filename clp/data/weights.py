@@ -14,7 +14,12 @@ LARGEST = torch.finfo(torch.float32).max
 _ARRAYS = (Tensor, np.ndarray, np.generic)
 
 
-def draw_weights(
+# How often draw_on_faces gives a corner, an edge, the whole simplex; ParetoSlider's
+# (arXiv:2604.20816).
+FACES = (0.50, 0.35, 0.15)
+
+
+def draw_from_dirichlet(
     count: int, m: int, concentration: float, corner_probability: float, generator: torch.Generator
 ) -> Tensor:
     """Weights [count, m] from Dirichlet(concentration), some of them moved to a corner.
@@ -22,12 +27,39 @@ def draw_weights(
     Each is a corner e_i (i uniform) with probability `corner_probability`. Float32, sums to 1. CLP
     leaves the distribution open (arXiv:2407.15762); Dirichlet(1) is uniform on the simplex.
     """
-    # torch has no Dirichlet draw that takes a generator, so numpy draws, seeded by ours.
-    seed = int(torch.randint(2**62, (), generator=generator))
-    inner = torch.from_numpy(np.random.default_rng(seed).dirichlet([concentration] * m, count))
+    inner = _dirichlet(count, m, concentration, generator)
     corner = torch.rand(count, dtype=torch.float32, generator=generator) < corner_probability
     corners = torch.eye(m, dtype=inner.dtype)[torch.randint(m, (count,), generator=generator)]
     return torch.where(corner[:, None], corners, inner).float()
+
+
+def draw_on_faces(count: int, m: int, generator: torch.Generator) -> Tensor:
+    """Weights [count, m], uniform on a corner, on an edge or on the whole simplex (FACES).
+
+    The corner, or the edge's two corners, are uniform among all. With many objectives Dirichlet(1)
+    seldom comes near a corner or an edge, where a user may ask for weights too. Float32, sums to 1.
+    """
+    inner = _dirichlet(count, m, 1.0, generator)
+    shares = torch.tensor(FACES, dtype=torch.float64)
+    corners = torch.multinomial(shares, count, replacement=True, generator=generator) + 1
+    # Keeps 1, 2 or all of a random order of the objectives. The rest of a uniform draw, divided by
+    # its sum, is uniform on the face.
+    order = torch.rand(count, m, dtype=torch.float64, generator=generator).argsort(1).argsort(1)
+    kept = order < torch.where(corners == 3, m, corners)[:, None]
+    face = torch.where(kept, inner, 0.0)
+    return (face / face.sum(1, keepdim=True)).float()
+
+
+def draw_from_grid(count: int, m: int, generator: torch.Generator) -> Tensor:
+    """Weights [count, m], each one of `weight_grid(m)` with equal probability."""
+    grid = weight_grid(m)
+    return grid[torch.randint(len(grid), (count,), generator=generator)]
+
+
+def _dirichlet(count: int, m: int, concentration: float, generator: torch.Generator) -> Tensor:
+    # torch has no Dirichlet draw that takes a generator, so numpy draws, seeded by ours.
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.from_numpy(np.random.default_rng(seed).dirichlet([concentration] * m, count))
 
 
 def weight_grid(m: int) -> Tensor:

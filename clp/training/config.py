@@ -55,8 +55,12 @@ class CLPConfig:
     alpha: float = 0.12
     """KL strength in [0, 1): the objective is E[(1 - alpha) w.R - alpha KL(pi || pi_ref)], KL
     summed over the tokens of a completion, in nats."""
+    weight_draws: Literal["dirichlet", "faces", "grid", "function"] = "dirichlet"
+    """Where each prompt group's weights come from: "dirichlet", see the next two options; "faces",
+    a corner of the simplex (50 %), an edge (35 %) or all of it (15 %), made for three objectives or
+    more; "grid", the weights that `clp eval` sweeps; "function", one given to CLPTrainer."""
     dirichlet: float = 1.0
-    """Concentration of the Dirichlet that draws each prompt group's weights; 1: uniform."""
+    """Concentration of the Dirichlet; 1: uniform, smaller: nearer to the corners."""
     corner_probability: float = 0.2
     """Probability that a group trains a single objective (a corner of the simplex) instead."""
     scale_rewards: Literal["reference", "none", "batch", "group"] = "reference"
@@ -137,6 +141,13 @@ class CLPConfig:
             raise ValueError(f"alpha must be in [0, 1), got {self.alpha}")
         if not 0 <= self.corner_probability <= 1:
             raise ValueError(f"corner_probability must be in [0, 1], got {self.corner_probability}")
+        for name in ("dirichlet", "corner_probability"):
+            value = getattr(self, name)
+            if self.weight_draws != "dirichlet" and value != getattr(type(self), name):
+                raise ValueError(
+                    f"{name} must be left out with weight_draws={self.weight_draws!r}, which does "
+                    f"not use it, got {value}"
+                )
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay must be finite and >= 0, got {self.weight_decay}")
 

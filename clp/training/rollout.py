@@ -27,7 +27,8 @@ _NAMES = (
     "skipped_steps",
     "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "step_time",
 )  # fmt: skip
-_OF_OBJECTIVE = ("rewards/{}/mean", "rewards/{}/std", "reward_weights/{}")
+_OF_OBJECTIVE = ("rewards/{}/mean", "rewards/{}/std", "reward_weights/{}",
+                 "reward_weights/{}/std")  # fmt: skip
 
 
 @dataclass
@@ -176,4 +177,5 @@ def rollout_metrics(
         out[f"rewards/{name}/mean"] = float(known.mean()) if len(known) > 0 else None
         out[f"rewards/{name}/std"] = float(known.std()) if len(known) > 1 else None
         out[f"reward_weights/{name}"] = float(weights[:, i].mean())
+        out[f"reward_weights/{name}/std"] = float(weights[:, i].std()) if len(weights) > 1 else None
     return out | rollout.log.means()

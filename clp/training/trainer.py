@@ -30,7 +30,6 @@ from transformers import PreTrainedModel, TrainerState
 from clp.data.json_lines import parse_json
 from clp.data.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.data.scoring import dry_call
-from clp.data.weights import draw_weights
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
@@ -64,6 +63,7 @@ from clp.training.run_folder import (
     cut_lines,
     lines_until,
 )
+from clp.training.weight_draws import DrawWeights, weight_draws
 
 # Each step draws other prompts, weights and completions. Where half of the draws give no finite
 # gradient, one run of ten in 1,000 is all skipped; a policy that has diverged loses ten steps.
@@ -90,6 +90,9 @@ class CLPTrainer:
         args: The configuration.
         train_dataset: Dicts with "prompt" (a text, or a list of messages for the tokenizer's chat
             template) and any columns the rewards use; None reads args.prompts.
+        draw_weights: A function (count, generator) -> weights [count, m], which are >= 0 and sum to
+            1, in the order of the objectives: those of a step's prompt groups. For resuming to be
+            exact, it must draw from this torch.Generator alone. None takes args.weight_draws.
 
     Raises:
         ValueError: bad configuration, prompts, rewards or model; an output folder that holds
@@ -104,8 +107,12 @@ class CLPTrainer:
         reward_funcs: RewardFunc | Mapping[str, RewardFunc] | Sequence[RewardFunc] | None = None,
         args: CLPConfig | None = None,
         train_dataset: Sequence[dict[str, Any]] | None = None,
+        draw_weights: DrawWeights | None = None,
     ) -> None:
         args = args or CLPConfig()
+        if draw_weights is not None:
+            args = replace(args, weight_draws="function")
+        self.draw_weights = draw_weights
         if model is not None:
             args = replace(args, model=model)
         args = located(args)
@@ -188,6 +195,7 @@ class CLPTrainer:
             self.rows, self.policy, self.sampler, args.max_completion_length,
             args.max_prompt_length, prompts,
         )  # fmt: skip
+        self.draw = weight_draws(args, self.policy.objectives, self.draw_weights)
         dry_call(
             self.reward_funcs, self.rows, self.policy.tokenizer, self.state,
             metric_names(self.policy.objectives),
@@ -284,11 +292,8 @@ class CLPTrainer:
         """
         start, args, step = time.perf_counter(), self.args, self.step
         generator = torch.Generator().manual_seed(_seed(args.seed * 1_000_003 + step))
-        weights = draw_weights(
-            args.num_prompts, len(self.reward_funcs), args.dirichlet, args.corner_probability,
-            generator,
-        )  # fmt: skip
-        rows = self._prompts_of(step)
+        weights = self.draw(args.num_prompts, generator)
+        rows = _prompts_of(self.rows, args, step)
         rollout = roll_out(
             self.sampler, self.reward_funcs, rows, weights, args.num_generations,
             self.sampling_params, generator, self.state,
@@ -320,19 +325,6 @@ class CLPTrainer:
         metrics = {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
         self.log_history.append(metrics)
         return metrics
-
-    def _prompts_of(self, step: int) -> list[dict[str, Any]]:
-        """The step's prompts: epochs of the data, each in its own order."""
-        size, chosen = len(self.rows), []
-        orders: dict[int, Tensor] = {}
-        for i in range(step * self.args.num_prompts, (step + 1) * self.args.num_prompts):
-            epoch, place = divmod(i, size)
-            if epoch not in orders:
-                seed = _seed(self.args.seed * 1_000_003 + 500_000 + epoch)
-                generator = torch.Generator().manual_seed(seed)
-                orders[epoch] = torch.randperm(size, generator=generator)
-            chosen.append(self.rows[int(orders[epoch][place])])
-        return chosen
 
     def _check_progress(self) -> None:
         if self.progress.skipped_in_a_row < MOST_SKIPPED:
@@ -366,6 +358,20 @@ class CLPTrainer:
             total += loss.item()
             parts.append([stats.logprobs.detach(), stats.entropy.detach(), stats.kl.detach()])
         return total, TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _prompts_of(rows: Sequence[dict[str, Any]], args: CLPConfig, step: int) -> list[dict[str, Any]]:
+    """The step's prompts: epochs of the data, each in its own order."""
+    size, chosen = len(rows), []
+    orders: dict[int, Tensor] = {}
+    for i in range(step * args.num_prompts, (step + 1) * args.num_prompts):
+        epoch, place = divmod(i, size)
+        if epoch not in orders:
+            seed = _seed(args.seed * 1_000_003 + 500_000 + epoch)
+            generator = torch.Generator().manual_seed(seed)
+            orders[epoch] = torch.randperm(size, generator=generator)
+        chosen.append(rows[int(orders[epoch][place])])
+    return chosen
 
 
 def _named(

@@ -6,13 +6,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clp.data.weights import draw_weights, parse_rows, parse_weights, weight_grid
+from clp.data.weights import (
+    FACES,
+    draw_from_dirichlet,
+    draw_from_grid,
+    draw_on_faces,
+    parse_rows,
+    parse_weights,
+    weight_grid,
+)
 
 NAMES = ("joy", "brief")
 
 
 def draw(count=4000, m=3, concentration=1.0, corner=0.0, seed=0):
-    return draw_weights(count, m, concentration, corner, torch.Generator().manual_seed(seed))
+    return draw_from_dirichlet(count, m, concentration, corner, torch.Generator().manual_seed(seed))
 
 
 def test_drawn_rows_lie_on_the_simplex_with_the_moments_of_the_dirichlet():
@@ -33,6 +41,40 @@ def test_corner_probability_moves_that_share_to_corners():
 def test_draws_depend_on_the_generator_alone():
     assert torch.equal(draw(seed=3), draw(seed=3))
     assert not torch.equal(draw(seed=3), draw(seed=4))
+
+
+def test_faces_are_drawn_in_their_shares_and_uniformly_on_each():
+    rows = draw_on_faces(20_000, 4, torch.Generator().manual_seed(0))
+    assert rows.dtype == torch.float32 and float(rows.min()) >= 0
+    torch.testing.assert_close(rows.sum(1), torch.ones(len(rows)))
+    positive = (rows > 0).sum(1)
+    for corners, share in zip((1, 2, 4), FACES, strict=True):
+        assert float((positive == corners).float().mean()) == pytest.approx(share, abs=0.015)
+    assert not (positive == 3).any()
+    # All corners and edges alike.
+    torch.testing.assert_close(rows.mean(0), torch.full((4,), 0.25), atol=0.015, rtol=0)
+    edges = rows[positive == 2]
+    pairs = {tuple(p.nonzero()[:, 0].tolist()) for p in edges > 0}
+    assert len(pairs) == 6
+    # Uniform on an edge: the larger of the two is uniform in [1/2, 1].
+    larger = edges.max(1).values
+    assert float(larger.mean()) == pytest.approx(0.75, abs=0.01)
+    assert float(larger.var()) == pytest.approx(1 / 48, abs=0.002)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_faces_of_few_objectives(m):
+    rows = draw_on_faces(4000, m, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rows.sum(1), torch.ones(4000))
+    assert float((rows.max(1).values == 1).float().mean()) == pytest.approx(
+        {1: 1.0, 2: FACES[0], 3: FACES[0]}[m], abs=0.03
+    )
+
+
+def test_draws_from_the_grid_are_all_its_weights():
+    grid = {tuple(w) for w in weight_grid(3).tolist()}
+    rows = draw_from_grid(1000, 3, torch.Generator().manual_seed(0))
+    assert {tuple(w) for w in rows.tolist()} == grid
 
 
 def test_grid_has_11_rows_for_two_objectives_and_das_dennis_above():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import clp_kernels
-from clp.data.weights import draw_weights, weight_grid
+from clp.data.weights import draw_from_dirichlet, weight_grid
 from clp.training.losses import policy_loss, rloo_advantages, scale_rewards
 
 
@@ -83,7 +83,7 @@ def train_table(rewards, alpha, how):
     std = std.sum(1).sqrt()
     generator = torch.Generator().manual_seed(2)
     for step in range(steps):
-        weights = draw_weights(groups, 2, 1.0, 0.2, generator)
+        weights = draw_from_dirichlet(groups, 2, 1.0, 0.2, generator)
         with clp_kernels.steer(table, weights):
             logp = torch.log_softmax(table(torch.ones(groups, 1)), -1).repeat_interleave(k, 0)
         seeds = torch.arange(groups * k) + 10_000 * step

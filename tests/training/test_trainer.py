@@ -50,6 +50,7 @@ def test_metrics_have_trls_names(whole):
         "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
         "rewards/joy/mean", "rewards/joy/std", "rewards/brief/mean", "rewards/brief/std",
         "reward_weights/joy", "reward_weights/brief",
+        "reward_weights/joy/std", "reward_weights/brief/std",
     }  # fmt: skip
     assert rows[0]["kl"] == 0
     assert rows[-1]["kl"] > 0
