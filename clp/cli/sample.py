@@ -29,6 +29,9 @@ class SampleCommand:
     """Write JSONL here instead of the terminal. A killed run continues when run again."""
     interactive: bool = False
     """Type prompts, see completions as they are drawn; /help lists the loop's commands."""
+    chat: bool = False
+    """A prompt that is a text is the message of a user, for the tokenizer's chat template; typed
+    prompts go on with one conversation, until /new."""
     weights: str | None = None
     """Of prompts without their own, such as "joy=0.7,brief=0.3"."""
     simplex: bool = True
@@ -88,7 +91,7 @@ def _sample(command: SampleCommand, params: "SamplingParams") -> int:
     from clp.serving.prompt_loop import prompt_loop
     from clp.serving.resumable_output import Source
 
-    defaults = Defaults(params, command.weights, command.simplex)
+    defaults = Defaults(params, command.weights, command.simplex, command.chat)
     folder = home_expanded(command.run)
     card = read_card(folder)
     if command.weights is not None:
@@ -103,7 +106,10 @@ def _sample(command: SampleCommand, params: "SamplingParams") -> int:
         return sampler
 
     if not command.prompts and command.input is None:
-        prompt_loop(make_sampler(), params, command.weights, simplex=command.simplex, read=input)
+        prompt_loop(
+            make_sampler(), params, command.weights, simplex=command.simplex, chat=command.chat,
+            read=input,
+        )  # fmt: skip
         return 0
     if command.input is not None:
         source = Source.of_file(home_expanded(command.input))

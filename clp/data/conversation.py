@@ -20,6 +20,11 @@ def is_conversation(prompt: Any) -> bool:
     return isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], dict)
 
 
+def user_message(text: str) -> dict[str, Any]:
+    """A message of the user's."""
+    return {"role": "user", "content": text}
+
+
 def check_conversation(prompt: Any, name: str) -> None:
     """Raises ValueError, naming `name`, unless every message has a role and a content of text."""
     for i, message in enumerate(prompt):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from clp.data.conversation import is_conversation, message_text, user_message
 from clp.data.json_lines import Line, read_lines
 from clp.engine.requests import Completion, SamplingParams
 from clp.engine.sampler import Sampler
@@ -38,6 +39,11 @@ class Defaults(NamedTuple):
     params: SamplingParams
     weights: str | None
     simplex: bool
+    chat: bool = False
+
+    def prompt(self, given: Any) -> Any:
+        """What the sampler gets: with `chat` a text is the message of a user."""
+        return [user_message(given)] if self.chat and isinstance(given, str) else given
 
 
 def check_defaults(
@@ -45,13 +51,16 @@ def check_defaults(
 ) -> None:
     """Raises ValueError if no line could be served with the defaults, or one of the prompts not.
 
-    Without prompts a single token stands for the shortest possible one.
+    Without prompts a single token, or with `chat` a message, stands for the shortest possible one.
     """
+    shortest: list[Any] = ["a"] if defaults.chat else [[0]]
     corner = [1.0] + [0.0] * (len(sampler.policy.objectives) - 1)
     weights = corner if defaults.weights is None else defaults.weights
-    for i, prompt in enumerate(prompts or [[0]]):
+    for i, prompt in enumerate(prompts or shortest):
         try:
-            request = sampler.submit(prompt, weights, defaults.params, simplex=defaults.simplex)
+            request = sampler.submit(
+                defaults.prompt(prompt), weights, defaults.params, simplex=defaults.simplex
+            )
         except (ValueError, TypeError) as error:
             where = f"prompt {i}: " if prompts else ""
             raise ValueError(f"{where}{error}") from error
@@ -159,7 +168,8 @@ def _submit(sampler: Sampler, line: Line, defaults: Defaults, base_seed: int) ->
             if defaults.weights is None:
                 raise ValueError('no weights: give --weights, or "weights" in the line')
             row["weights"] = defaults.weights
-        request = sampler.submit(row["prompt"], row["weights"], params, simplex=defaults.simplex)
+        prompt = defaults.prompt(row["prompt"])
+        request = sampler.submit(prompt, row["weights"], params, simplex=defaults.simplex)
     except (ValueError, TypeError) as error:
         return _Pending(line, completions_of(line, defaults.params.n), row, None, str(error))
     return _Pending(line, params.n, row, request)
@@ -211,8 +221,10 @@ def sample_file(
 
     if output is None:
         sampler = make_sampler()
-        return sample(sampler, Start.new(), partial(_show, sampler.policy.tokenizer))
+        return sample(sampler, Start.new(), partial(_show, sampler.policy.tokenizer, defaults.chat))
     options = asdict(defaults.params) | {"weights": defaults.weights, "simplex": defaults.simplex}
+    if defaults.chat:
+        options["chat"] = True
     run = Run(source.sha256(), policy_sha256, options | {"base_model": base_model})
     start = find_start(output, run, source, n)
     if not start.rest:
@@ -225,13 +237,16 @@ def sample_file(
         return sample(sampler, start, partial(write_group, handle))
 
 
-def _show(tokenizer: Any, group: Group) -> None:
+def _show(tokenizer: Any, chat: bool, group: Group) -> None:
     for record in group.records:
         if "error" in record:
             tqdm.write(f"line {record['line']}: {record['error']}", file=sys.stderr)
             continue
         prompt = record["prompt"]
-        if not isinstance(prompt, str):
+        if is_conversation(prompt):
+            prompt = message_text(prompt)
+        elif not isinstance(prompt, str):
             prompt = tokenizer.decode(prompt)
-        # Through tqdm, which takes the bar out of the way.
-        tqdm.write(f"[{record['weights']}] {prompt}{record['text']}")
+        # An answer is not the continuation of a message. Through tqdm, which takes the bar away.
+        between = "\n" if chat or is_conversation(record["prompt"]) else ""
+        tqdm.write(f"[{record['weights']}] {prompt}{between}{record['text']}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from typing import Any, TextIO
 
+from clp.data.conversation import Messages, user_message
 from clp.data.json_lines import parse_json
 from clp.data.weights import parse_weights
 from clp.engine.requests import SamplingParams
@@ -18,6 +19,7 @@ a text                        is continued; one that begins with / is typed with
 /weights joy=0.7,brief=0.3    the weights of what follows (/w for short)
 /set temperature 0.7          a sampling parameter; /set temperature none: its default
 /show                         the weights and the parameters
+/new                          a new conversation; /new TEXT: with this system message
 /quit                         ends, as Ctrl-D does
 Ctrl-C                        stops a completion; at the prompt it ends the loop
 """
@@ -30,6 +32,7 @@ def prompt_loop(
     weights: str | None = None,
     *,
     simplex: bool = True,
+    chat: bool = False,
     read: Callable[[str], str] = input,
     out: TextIO | None = None,
 ) -> None:
@@ -40,6 +43,8 @@ def prompt_loop(
         params: To begin with.
         weights: To begin with; None: equal for all objectives.
         simplex: Refuse weights off the simplex.
+        chat: What is typed is the next message of a conversation; the first of n completions is the
+            answer that the next one follows.
         read: Takes the text to show before the line, returns the line; EOFError or
             KeyboardInterrupt end the loop.
         out: Where everything is shown; default: standard output.
@@ -49,7 +54,7 @@ def prompt_loop(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited and called back
     out = sys.stdout if out is None else out
-    loop = _Loop(sampler, params or SamplingParams(), weights, simplex, out)
+    loop = _Loop(sampler, params or SamplingParams(), weights, simplex, chat, out)
     out.write(f"{loop.shown_weights()}; /help lists the commands\n")
     while True:
         out.flush()
@@ -80,9 +85,11 @@ class _Loop:
         params: SamplingParams,
         weights: str | None,
         simplex: bool,
+        chat: bool,
         out: TextIO,
     ) -> None:
         self.sampler, self.params, self.simplex, self.out = sampler, params, simplex, out
+        self.messages: Messages | None = [] if chat else None
         self.objectives = sampler.policy.objectives
         m = len(self.objectives)
         spec = [1 / m] * m if weights is None else weights
@@ -103,6 +110,10 @@ class _Loop:
             self.out.write(self.shown_weights() + "\n")
             for parameter, value in asdict(self.params).items():
                 self.out.write(f"{parameter} {_shown(value)}\n")
+        elif name == "new":
+            if self.messages is None:
+                raise ValueError("/new is for conversations (--chat)")
+            self.messages = [{"role": "system", "content": rest}] if rest else []
         elif name == "help":
             self.out.write(HELP)
         else:
@@ -121,8 +132,11 @@ class _Loop:
 
     def complete(self, prompt: str) -> None:
         """Shows the n completions, one below the other, the first of them as it is drawn."""
-        request = self.sampler.submit(prompt, self.weights, self.params, simplex=self.simplex)
-        n = self.params.n
+        asked_for: Any = prompt
+        if self.messages is not None:
+            asked_for = [*self.messages, user_message(prompt)]
+        request = self.sampler.submit(asked_for, self.weights, self.params, simplex=self.simplex)
+        n, answer = self.params.n, ""
         waiting: list[list[str]] = [[] for _ in range(n)]
         ended = [False] * n
         errors: list[str] = []
@@ -132,6 +146,7 @@ class _Loop:
                 self._begin(0)
                 for token in self.sampler.stream(request):
                     waiting[token.index].append(token.text)
+                    answer += token.text if token.index == 0 else ""
                     ended[token.index] = token.finish_reason is not None
                     errors += [token.error] if token.error is not None else []
                     while current < n:
@@ -154,6 +169,8 @@ class _Loop:
             self.out.write(" [stopped]\n")
         if errors:
             raise ValueError(errors[0])
+        if self.messages is not None:
+            self.messages = [*asked_for, {"role": "assistant", "content": answer}]
 
     def _begin(self, index: int) -> None:
         if self.params.n > 1:

@@ -13,6 +13,7 @@ from tiny_runs import records
 from clp import cli
 from clp.data.paths import TINY
 from clp.policies.loading import torch_device
+from clp.policies.lora import Policy
 from clp.training.config import load_config
 
 SMALL = [
@@ -469,3 +470,42 @@ def test_version_is_immediate():
     command = [sys.executable, "-c", code, "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"clp {clp_kernels.__version__}", "False"]
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory, chat_model):
+    """A policy of a model with a chat template."""
+    folder = tmp_path_factory.mktemp("instruct") / "run"
+    Policy.create(chat_model, ["joy", "brief"], r=2).save(folder)
+    return folder
+
+
+def test_sample_chat_gives_the_model_messages(clp, instruct, tmp_path):
+    """From the command line, a file and as messages: the same tokens, not those of the text."""
+    options = ["--weights", "joy=1", "--max-tokens", "16", "--seed", "4"]
+    talk = [{"role": "user", "content": "Tom had a kite."}]
+    rows = [{"prompt": "Tom had a kite."}, {"prompt": talk}, {"prompt": [5, 6, 7]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for chat in ([], ["--chat"]):
+        out = tmp_path / f"out{len(chat)}.jsonl"
+        clp("sample", instruct, "--input", tmp_path / "p.jsonl", "--output", out, *options, *chat)
+        found[len(chat)] = records(out)
+        clp("sample", instruct, "--input", tmp_path / "p.jsonl", "--output", out, *options, *chat)
+    ids = {chat: [row["token_ids"] for row in rows] for chat, rows in found.items()}
+    assert ids[0][0] != ids[0][1] == ids[1][0] == ids[1][1] and ids[0][2] == ids[1][2]
+    assert [row["prompt"] for row in found[1]] == [row["prompt"] for row in rows]
+    answer = found[1][0]["text"]
+    shown = clp("sample", instruct, "Tom had a kite.", *options, "--chat").out
+    assert f"[joy=1] Tom had a kite.\n{answer}" in shown
+    shown = clp("sample", instruct, "--input", tmp_path / "p.jsonl", *options).out
+    assert f"[joy=1] Tom had a kite.\n{answer}" in shown  # the conversation's
+    source, out = tmp_path / "p.jsonl", tmp_path / "out0.jsonl"
+    said = clp("sample", instruct, "--input", source, "--output", out, *options, "--chat", code=2)
+    assert "belongs to another run: chat was None and is True" in said.err
+
+
+def test_sample_chat_needs_a_template(refused, trained):
+    for more in (["Tom"], ["--interactive"]):
+        said = refused("sample", trained, *more, "--weights", "joy=1", "--chat")
+        assert "the model's tokenizer has no chat template" in said

@@ -185,3 +185,54 @@ def test_first_weights(sampler):
     assert typed(sampler, weights="joy=2", simplex=False)[0].startswith("weights joy=2,brief=0;")
     with pytest.raises(ValueError, match="sum to 1"):
         typed(sampler, weights="joy=2")
+
+
+# Conversations
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def answer(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="module")
+def chatting(chat_model):
+    return Sampler(Policy.create(chat_model, ["joy", "brief"], r=2), max_batch_size=4)
+
+
+def test_a_conversation_goes_on_until_it_is_ended(chatting):
+    """The model gets all messages before; what the loop shows is what it answers."""
+    shown = typed(chatting, "Tom had a kite.", "Mia", "/new Be kind.", "Sam", chat=True)[1:-1]
+    first = expected(chatting, [user("Tom had a kite.")], [0.5, 0.5])
+    talk = [user("Tom had a kite."), answer(first[0]), user("Mia")]
+    second = expected(chatting, talk, [0.5, 0.5])
+    system = {"role": "system", "content": "Be kind."}
+    third = expected(chatting, [system, user("Sam")], [0.5, 0.5])
+    assert shown == [*first, *second, *third]
+    alone = expected(chatting, [user("Mia")], [0.5, 0.5])
+    assert second != alone  # or the test could not fail
+    assert typed(chatting, "Tom had a kite.", "/new", "Mia", chat=True)[1:-1] == [*first, *alone]
+
+
+def test_the_first_of_several_answers_is_the_one_that_is_followed(chatting):
+    shown = typed(chatting, "/set n 2", "Tom had a kite.", "/set n 1", "Mia", chat=True)[1:-1]
+    two = expected(chatting, [user("Tom had a kite.")], [0.5, 0.5], n=2)
+    talk = [user("Tom had a kite."), answer(two[0]), user("Mia")]
+    assert [line.removeprefix("1: ").removeprefix("2: ") for line in shown[1:3]] == two
+    assert shown[4:] == expected(chatting, talk, [0.5, 0.5])
+
+
+def test_a_message_that_is_refused_is_not_part_of_the_conversation(chatting):
+    long = "Tom " * 300
+    shown = typed(chatting, "Tom had a kite.", long, "Mia", chat=True)[1:-1]
+    first = expected(chatting, [user("Tom had a kite.")], [0.5, 0.5])
+    assert "exceeds the context of" in shown[1]
+    talk = [user("Tom had a kite."), answer(first[0]), user("Mia")]
+    assert shown[2:] == expected(chatting, talk, [0.5, 0.5])
+
+
+def test_new_is_for_conversations(sampler):
+    assert typed(sampler, "/new")[1] == "error: /new is for conversations (--chat)"
