@@ -262,7 +262,11 @@ def load_rewards(specs: Sequence[str]) -> dict[str, RewardFunc]:
             load = functools.partial(BUILTIN.get, reward)
         else:
             close = difflib.get_close_matches(kind.lower(), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = (
+                f"; did you mean {close[0]!r}?"
+                if close
+                else "; your own go to CLPTrainer in Python"
+            )
             raise ValueError(f"reward {spec!r} is none of {', '.join(known)}{hint}")
         name = reward if objective is None else objective
         if not _OBJECTIVE.fullmatch(name):

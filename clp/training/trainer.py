@@ -209,7 +209,9 @@ class CLPTrainer:
                     metric_names(self.policy.objectives),
                 )  # fmt: skip
             self.policy.reward_scale = reward_scale
-            self.reward_scale = torch.tensor(list(reward_scale.values()), device=self.policy.device)
+            self.reward_scale = torch.tensor(
+                list(reward_scale.values()), dtype=torch.float32, device=self.policy.device
+            )
 
     def train(self) -> Policy:
         """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy.

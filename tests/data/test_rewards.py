@@ -460,7 +460,7 @@ def test_load_rewards_classifier(save):
         (["sentimant"], r"'sentimant' is none of .*rouge, classifier; did you mean 'sentiment'\?"),
         (["x=Rouge"], r"'x=Rouge' is none of .*did you mean 'rouge'\?"),
         (["x=clasifier:p"], r"did you mean 'classifier'\?"),
-        (["zzz"], "is none of .*classifier$"),
+        (["zzz"], "is none of .*classifier; your own go to CLPTrainer in Python$"),
         ([""], "'' is none of"),
         (["x=sentiment:0"], "is none of"),
         ([" brevity"], "is none of"),
