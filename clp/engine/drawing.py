@@ -11,23 +11,29 @@ from clp.engine.model_error import ModelError
 from clp_kernels.registry import BackendError
 
 
-def draw(logits: Tensor, mixing: dict[str, Any], options: dict[str, Any]) -> clp_kernels.Sample:
+def draw(
+    logits: Tensor, mixing: dict[str, Any], options: dict[str, Any], ids: slice | Tensor
+) -> clp_kernels.Sample:
     """clp_kernels.sample; token -1 and NaN for the examples whose logits are not finite.
 
     Args:
         logits: [B, V], or [n, B, V] of n networks.
         mixing: `weights` and `mode` of the op, or empty.
         options: Its other arguments.
+        ids: The token ids that the V logits belong to: all from 0 on, or [V] in order.
 
     Raises: ModelError if the logits are finite and their mixture is not.
     """
     try:
-        return clp_kernels.sample(logits, **mixing, **options)
+        drawn = clp_kernels.sample(logits, **mixing, **options)
     except BackendError:
         raise
     except ValueError:
         # On the CPU the op refuses a batch with logits that are not finite; the others go on.
-        return _draw_finite(logits, mixing | options)
+        drawn = _draw_finite(logits, mixing | options)
+    if isinstance(ids, slice):
+        return drawn
+    return drawn._replace(tokens=torch.where(drawn.tokens < 0, drawn.tokens, ids[drawn.tokens]))
 
 
 def _draw_finite(logits: Tensor, options: dict[str, Any]) -> clp_kernels.Sample:
@@ -49,7 +55,11 @@ def _draw_finite(logits: Tensor, options: dict[str, Any]) -> clp_kernels.Sample:
 
 
 def top_logprobs(
-    logits: Tensor, mixing: dict[str, Any], temperatures: Sequence[float], counts: Sequence[int]
+    logits: Tensor,
+    mixing: dict[str, Any],
+    temperatures: Sequence[float],
+    counts: Sequence[int],
+    ids: slice | Tensor,
 ) -> list[dict[int, float]]:
     """For each example the `counts` likeliest tokens, under the tempered distribution.
 
@@ -58,6 +68,7 @@ def top_logprobs(
         mixing: As in `draw`, for these examples.
         temperatures: k of them; 0 counts as 1.
         counts: k of them.
+        ids: As in `draw`.
     """
     if mixing:
         logits = clp_kernels.mix_logits(logits, **mixing)
@@ -67,8 +78,9 @@ def top_logprobs(
         [t or 1.0 for t in temperatures], dtype=torch.float64, device=logits.device
     )[:, None]
     logp = torch.log_softmax(scaled, 1)
-    values, ids = (t.tolist() for t in logp.topk(min(max(counts), logp.shape[1])))
+    values, places = logp.topk(min(max(counts), logp.shape[1]))
+    tokens = places if isinstance(ids, slice) else ids[places]
     return [
         dict(list(zip(i, v, strict=True))[:most])
-        for i, v, most in zip(ids, values, counts, strict=True)
+        for i, v, most in zip(tokens.tolist(), values.tolist(), counts, strict=True)
     ]

@@ -210,13 +210,13 @@ class Runner:
         for i, model in enumerate(self.models):
             plan = Decode(model.cache, here.start, lengths, longest, even, targets)
             found = model.logits(self._steer(i, here), tokens, lengths[:, None], plan)
-            logits.append(found[:, : self._ids])
+            logits.append(found[:, self._ids])
         mixed = torch.stack(logits) if mixing else logits[0]
         options = {"seed": state.seed[here], "position": state.drawn[here]}
         for name, value in zip(FILTERS, filters, strict=True):
             options[name] = getattr(state, name)[here] if value is None else value
         with model_errors(torch.OutOfMemoryError):
-            drawn = draw(mixed, mixing, options)
+            drawn = draw(mixed, mixing, options, self._ids)
         state.advance(here, drawn.tokens, padded=targets is not None)
         return drawn, mixed
 
@@ -244,6 +244,7 @@ class Runner:
                 self._mixing(first + index),
                 [p.temperature for p in params],
                 [p.logprobs for p in params],
+                self._ids,
             )
         return dict(zip(asked, found, strict=True))
 

@@ -229,7 +229,7 @@ def check_reference_point(point: Sequence[float] | None, m: int) -> list[float]:
 
 def _kl_sums(
     policy: Policy,
-    head: tuple[Tensor, Tensor | None, float],
+    head: Head,
     prompt_ids: Sequence[list[int]],
     done: Sequence[Completion],
     weights: Tensor,

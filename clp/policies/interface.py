@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from clp.policies.loading import context_length, end_ids, token_count, vocab_size
+from clp.policies.loading import context_length, drawable_ids, end_ids, vocab_size
 
 
 class Network(NamedTuple):
@@ -52,9 +52,10 @@ class Steerable(Protocol):
         return min(vocab_size(network.model) for network in self.networks)
 
     @property
-    def drawable_ids(self) -> int:
-        """Token ids that are drawn are below it: the tokenizer and every model have them."""
-        return min(self.vocab_size, token_count(self.tokenizer))
+    def drawable_ids(self) -> slice | Tensor:
+        """Index of the token ids that are drawn: the tokenizer and every model have them."""
+        ids = drawable_ids(self.tokenizer, self.vocab_size)
+        return ids if isinstance(ids, slice) else ids.to(self.device)
 
     def logit_weights(self, weights: Tensor) -> Tensor | None:
         """Weights [B, m] -> weights of the networks' logits [B, n]; None for a single network."""

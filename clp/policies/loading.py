@@ -7,6 +7,7 @@ import huggingface_hub.errors
 import safetensors
 import torch
 import transformers
+from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from clp.data.paths import TINY, model_location
@@ -148,4 +149,13 @@ def vocab_size(model: Any) -> int:
 
 def token_count(tokenizer: Any) -> int:
     """Ids that the tokenizer has are below it."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def drawable_ids(tokenizer: Any, rows: int) -> slice | Tensor:
+    """Index of the ids below `rows` that the tokenizer has: all from 0 on, or ids in order.
+
+    An id that it does not have, beyond its last or between two others, would vanish from the text.
+    """
+    ids = sorted(i for i in set(tokenizer.get_vocab().values()) if i < rows)
+    return slice(len(ids)) if ids and ids[-1] < len(ids) else torch.tensor(ids, dtype=torch.long)

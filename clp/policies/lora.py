@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,22 @@ from clp.policies.loading import load_base, model_path, torch_device
 from clp_kernels.nn.mixed_lora import steered_layers
 from clp_kernels.nn.probe import check_start
 from clp_kernels.nn.steering import SteeredLayer
+
+
+class Head(NamedTuple):
+    """An output head: logits = (h W^T + bias) / temperature.
+
+    Attributes:
+        weight: [V, d].
+        bias: [V] or None.
+        temperature: That of models which scale their logits (Granite, Cohere); 1 elsewhere.
+        ids: The token ids of its V rows, as `Steerable.drawable_ids`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    ids: slice | Tensor
 
 
 class Policy(Steerable):
@@ -207,11 +223,10 @@ class Policy(Steerable):
         )  # fmt: skip
         return output.last_hidden_state  # type: ignore[no-any-return]
 
-    def head(self) -> tuple[Tensor, Tensor | None, float]:
-        """(weight [V, d], bias, temperature) with logits = (h W^T + bias) / temperature.
+    def head(self) -> Head:
+        """The frozen output head, for the ids that the sampler draws from.
 
-        V is `drawable_ids`: what the sampler draws from. A head may be padded beyond it. The
-        temperature is that of models which scale their logits (Granite, Cohere); 1 elsewhere.
+        A head may be padded beyond them.
 
         Raises: ValueError if the logits are not that, as with a soft cap (Gemma 2).
         """
@@ -234,8 +249,9 @@ class Policy(Steerable):
             )
         # A ratio within the rounding of the model's dtype is 1.
         temperature = 1.0 if abs(scale - 1) < 0.01 else 1 / scale
-        ids = slice(self.drawable_ids)
-        return layer.weight[ids], None if layer.bias is None else layer.bias[ids], temperature
+        ids = self.drawable_ids
+        bias = None if layer.bias is None else layer.bias[ids]
+        return Head(layer.weight[ids], bias, temperature, ids)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

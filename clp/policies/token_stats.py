@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import clp_kernels
-from clp.policies.lora import Policy
+from clp.policies.lora import Head, Policy
 
 
 @dataclass
@@ -39,7 +39,7 @@ class TokenStats:
 
 
 def token_stats(
-    policy: Policy, batch: Batch, head: tuple[Tensor, Tensor | None, float], temperature: float
+    policy: Policy, batch: Batch, head: Head, temperature: float
 ) -> TokenStats:
     """Log-probability, entropy and exact KL to the base at every sampled token, with gradients.
 
@@ -49,7 +49,6 @@ def token_stats(
     Args:
         head: Policy.head().
     """
-    weight, bias, head_temperature = head
     mask = batch.completion_mask
     width = mask.shape[1]
     # The hidden state before a token predicts it.
@@ -58,12 +57,15 @@ def token_stats(
         hidden = policy.hidden_states(batch.input_ids, batch.attention_mask)
     with policy.base():
         ref_hidden = policy.hidden_states(batch.input_ids, batch.attention_mask)
+    targets = batch.input_ids[:, -width:][mask]
+    if isinstance(head.ids, Tensor):
+        targets = torch.searchsorted(head.ids, targets)
     found = clp_kernels.linear_logprob(
         hidden[:, before][mask],
-        weight,
-        batch.input_ids[:, -width:][mask],
-        bias=bias,
-        temperature=temperature * head_temperature,
+        head.weight,
+        targets,
+        bias=head.bias,
+        temperature=temperature * head.temperature,
         return_entropy=True,
         ref_hidden=ref_hidden[:, before][mask],
     )

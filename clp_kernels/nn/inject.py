@@ -178,6 +178,11 @@ def _flattened(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     if not can_probe(model):
         return {}
     found = layout(model, names)
+    if odd := found.bypassed:
+        raise ValueError(
+            f"the weight of {odd[0]} is read without a call of the layer: an adapter would do "
+            f"nothing; {_leave_out(odd, names)}"
+        )
     if odd := found.unsteerable:
         raise ValueError(
             f"{odd[0]} does not get one entry per example of the batch (an expert, for instance, "

@@ -6,11 +6,13 @@ Used when adapters are put into a model of transformers, which says by itself ho
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from clp_kernels.nn.steering import SteeredLayer, Steering, adapter_names, steer, wrong_batch
@@ -26,10 +28,12 @@ class Layout(NamedTuple):
         flattened: Layers that get [B * T, in], one example's tokens after the other's: the
             innermost module around each that still sees [B, T, ...].
         unsteerable: Layers whose inputs cannot be told apart by example.
+        bypassed: Layers whose weight or bias is read outside of their own call.
     """
 
     flattened: dict[str, nn.Module]
     unsteerable: list[str]
+    bypassed: list[str]
 
 
 def can_probe(model: nn.Module) -> bool:
@@ -59,9 +63,10 @@ def layout(model: nn.Module, names: Sequence[str]) -> Layout:
     """
     ids, changed = _token_ids(model)
     layers = {name: model.get_submodule(name) for name in names}
-    first = _inputs(model, layers, ids)
-    if all(_by_example(x) for calls in first.values() for x in calls):
-        return Layout({}, [])
+    reads = _Reads(model, layers)
+    first = _inputs(model, layers, ids, reads)
+    if reads.found or all(_by_example(x) for calls in first.values() for x in calls):
+        return Layout({}, [], list(reads.found))
     around = {module: model.get_submodule(module) for name in names for module in _around(name)}
     second = _inputs(model, layers | around, changed)
     kinds = {name: _kind(first[name], second[name]) for name in names}
@@ -70,7 +75,7 @@ def layout(model: nn.Module, names: Sequence[str]) -> Layout:
         groups.setdefault(_like(name), set()).add(kind)
     unsteerable = [n for n in names if kinds[n] != "examples" and _gathered(groups[_like(n)])]
     if unsteerable:
-        return Layout({}, unsteerable)
+        return Layout({}, unsteerable, [])
     flattened = {
         name: next(
             around[m] for m in _around(name) if second[m] and all(map(_by_example, second[m]))
@@ -78,10 +83,59 @@ def layout(model: nn.Module, names: Sequence[str]) -> Layout:
         for name in names
         if kinds[name] == "flattened"
     }
-    return Layout(flattened, [])
+    return Layout(flattened, [], [])
 
 
-def _inputs(model: nn.Module, modules: dict[str, nn.Module], ids: Tensor) -> dict[str, _Calls]:
+class _Reads(TorchDispatchMode):
+    """Finds the layers whose parameters an op reads while no module that holds them is called.
+
+    An adapter on such a layer does nothing there, as on the dt_proj of a Mamba, whose weight the
+    mixer multiplies by itself. A parameter that an embedding shares may be read by that. To make a
+    tensor of the same kind reads no value.
+
+    Attributes:
+        found: Their names, in the order of the reads.
+        handles: Hooks by which it knows which modules are being called.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.found: dict[str, None] = {}
+        self._layer_of = {
+            id(p): name for name, layer in layers.items() for p in layer.parameters()
+        }
+        self._called: list[int] = []  # parameters of the modules that are being called
+        self.handles: list[RemovableHandle] = []
+        for module in model.modules():
+            own = [id(p) for p in module.parameters(recurse=False) if id(p) in self._layer_of]
+            if own:
+                self._watch(module, own)
+
+    def _watch(self, module: nn.Module, own: list[int]) -> None:
+        def enter(*_: Any) -> None:
+            self._called.extend(own)
+
+        def leave(*_: Any) -> None:
+            del self._called[-len(own) :]
+
+        self.handles.append(module.register_forward_pre_hook(enter))
+        self.handles.append(module.register_forward_hook(leave, always_call=True))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.rpartition("::")[2]
+        if not name.startswith("new_") and not name.endswith("_like"):
+            for value in tree_leaves((args, kwargs)):
+                if id(value) in self._layer_of and id(value) not in self._called:
+                    self.found[self._layer_of[id(value)]] = None
+        return func(*args, **kwargs)
+
+
+def _inputs(
+    model: nn.Module, modules: dict[str, nn.Module], ids: Tensor, reads: _Reads | None = None
+) -> dict[str, _Calls]:
     """Copies of what the modules get while the model runs, by name."""
     calls: dict[str, _Calls] = {name: [] for name in modules}
 
@@ -98,8 +152,8 @@ def _inputs(model: nn.Module, modules: dict[str, nn.Module], ids: Tensor) -> dic
         for name, module in modules.items()
     ]
     # A forward that draws random numbers draws the same ones in both runs of `layout`.
-    with _generators_kept(ids):
-        _run(model, ids, handles)
+    with _generators_kept(ids), reads or nullcontext():
+        _run(model, ids, handles + (reads.handles if reads else []))
     return calls
 
 

@@ -7,7 +7,10 @@ import pytest
 import torch
 from decoding_alone import without_end
 from tiny_runs import randomise
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clp_kernels
 from clp.engine.detokenizer import completion_text
@@ -37,6 +40,18 @@ def tokenizer():
     return load_base("tiny")[1]
 
 
+@pytest.fixture(scope="module")
+def holes():
+    """A tokenizer without the odd ids from 101 on."""
+    ids = [i for i in range(TOKENS) if i < 100 or i % 2 == 0]
+    words = {f"w{i}": i for i in ids} | {"<unk>": 0, "</s>": 2}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
 def padded(seed=0, rows=TOKENS + 64):
     """A model whose likeliest ids are those that the tokenizer lacks."""
     model = small(seed, rows)
@@ -64,15 +79,45 @@ def drawn(done):
 )
 def test_ids_that_the_tokenizer_lacks_are_not_drawn(tokenizer, changes):
     policy = steered(padded(), tokenizer)
-    assert (policy.vocab_size, policy.drawable_ids) == (TOKENS + 64, TOKENS)
+    assert (policy.vocab_size, policy.drawable_ids) == (TOKENS + 64, slice(TOKENS))
     with policy.base():
         logits = policy.model(torch.tensor([[5, 6]])).logits[0, -1]
     assert int(logits.argmax()) >= TOKENS  # they would be
     assert max(drawn(ask(policy, **changes))) < TOKENS
 
 
-def test_the_trainers_logprobs_leave_them_out_too(tokenizer):
-    policy = steered(padded(), tokenizer)
+def test_ids_in_holes_of_the_tokenizers_range_are_not_drawn(holes):
+    """Nor offered as likely ones, where they would be the likeliest; mixed logits as well."""
+    known = sorted(holes.get_vocab().values())
+
+    def model(seed):
+        made = padded(seed)
+        made.lm_head.weight[101:TOKENS:2] *= 5
+        return made
+
+    policy = steered(model(0), holes)
+    assert policy.drawable_ids.tolist() == known
+    with policy.base():
+        logits = policy.model(torch.tensor([[5, 6]])).logits[0, -1, :TOKENS]
+    assert int(logits.argmax()) not in known
+    mixture = LogitMixture({"joy": model(1), "brief": model(2)}, holes)
+    for one in (policy, mixture):
+        for changes in ({}, {"temperature": 0}, {"top_k": 50, "top_p": 0.9}):
+            assert drawn(ask(one, **changes)) <= set(known)
+    greedy = ask(policy, temperature=0)[0]
+    with policy.steer(torch.tensor([[1.0, 0.0]])), torch.no_grad():
+        logits = policy.model(torch.tensor([[5, 6]])).logits[0, -1, known].double()
+    assert greedy.token_ids[0] == known[int(logits.argmax())]
+    wanted, places = logits.log_softmax(-1).topk(5)
+    found = greedy.top_logprobs[0]
+    assert list(found)[:5] == [known[i] for i in places.tolist()]
+    assert list(found.values())[:5] == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_the_trainers_logprobs_leave_them_out_too(tokenizer, holes, gaps):
+    policy = steered(padded(), holes if gaps else tokenizer)
+    known = policy.drawable_ids if gaps else slice(TOKENS)
     done = ask(policy, temperature=0.7)
     weights = torch.tensor([[1.0, 0.0]]).expand(8, -1)
     batch = make_batch([[5, 6]] * 8, done, weights, 0, policy.device)
@@ -83,7 +128,7 @@ def test_the_trainers_logprobs_leave_them_out_too(tokenizer):
     found = []
     for context in (policy.steer(weights), policy.base()):
         with context:
-            logits = policy.model(batch.input_ids).logits[:, 1:-1, :TOKENS] / 0.7
+            logits = policy.model(batch.input_ids).logits[:, 1:-1, known] / 0.7
         found.append(logits.log_softmax(-1))
     own, ref = found
     torch.testing.assert_close(stats.kl, (own.exp() * (own - ref)).sum(-1), atol=1e-3, rtol=1e-3)
@@ -91,11 +136,12 @@ def test_the_trainers_logprobs_leave_them_out_too(tokenizer):
 
 def test_an_unpadded_head_is_taken_whole(tokenizer):
     policy = Policy.create("tiny", ["joy"])
-    assert policy.drawable_ids == policy.vocab_size == len(policy.head()[0]) == TOKENS
+    assert policy.drawable_ids == slice(policy.vocab_size)
+    assert policy.vocab_size == len(policy.head().weight) == TOKENS
     more = copy.deepcopy(tokenizer)
     more.add_tokens(["<one>", "<two>"])
     wider = Policy(policy.model, more, ["joy"], "tiny")
-    assert wider.drawable_ids == TOKENS  # the head has no more
+    assert wider.drawable_ids == slice(TOKENS)  # the head has no more
     with pytest.raises(ValueError, match="token ids from 0 to 1023, got 1025"):
         Sampler(wider).submit("a<two>", "joy=1")
 
@@ -104,7 +150,7 @@ def test_an_unpadded_head_is_taken_whole(tokenizer):
 def test_heads_of_different_height_mix_what_they_have_in_common(tokenizer, mode):
     models = {"joy": padded(1), "brief": padded(2, TOKENS + 128)}
     mixture = LogitMixture(models, tokenizer, mode=mode)
-    assert (mixture.vocab_size, mixture.drawable_ids) == (TOKENS + 64, TOKENS)
+    assert (mixture.vocab_size, mixture.drawable_ids) == (TOKENS + 64, slice(TOKENS))
     params = SamplingParams(max_tokens=6, temperature=0, logprobs=2, ignore_eos=True)
     (c,) = Sampler(mixture).generate([[5, 6]], [[0.3, 0.7]], params)
     ids = [5, 6]

@@ -176,6 +176,55 @@ def test_layers_that_the_module_around_them_does_not_call_are_refused() -> None:
         inject(encoder, NAMES)
 
 
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_layers_whose_weight_the_model_reads_by_itself_are_refused(name: str) -> None:
+    model = small_model(name)
+    before = state(model)
+    wanted = r"layers.0.mixer.dt_proj is read without a call.*exclude_modules=\['dt_proj'\]"
+    with pytest.raises(ValueError, match=wanted):
+        inject(model, NAMES)
+    assert state(model) == before
+    assert len(inject(model, NAMES, exclude_modules=["dt_proj"])) == 6
+
+
+class Reads(nn.Module):
+    """A layer of a network that looks at the weight of another one in some way."""
+
+    def __init__(self, mlp: nn.Module, look: Callable[[Tensor, nn.Linear], Tensor]) -> None:
+        super().__init__()
+        self.mlp, self.look = mlp, look
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.look(self.mlp(x), self.mlp.down_proj)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_to_look_at_the_kind_of_a_weight_is_not_to_read_it(tied: bool) -> None:
+    def kind(y: Tensor, layer: nn.Linear) -> Tensor:
+        y = y.to(layer.weight.dtype).type_as(layer.weight) + torch.zeros_like(layer.weight)[0, 0]
+        return y + layer.weight.new_zeros(())
+
+    model = llama(tie_word_embeddings=tied)
+    model.model.layers[1].mlp = Reads(model.model.layers[1].mlp, kind)
+    assert len(inject(model, NAMES, target_modules=["down_proj", "lm_head"])) == 3
+
+
+def _norm_of_weight(y: Tensor, layer: nn.Linear) -> Tensor:
+    return y + layer.weight.norm()
+
+
+def _weight_in_a_list(y: Tensor, layer: nn.Linear) -> Tensor:
+    return y + torch.cat([layer.weight, layer.weight]).amax()
+
+
+@pytest.mark.parametrize("look", [_norm_of_weight, _weight_in_a_list])
+def test_a_layer_that_is_called_and_read_is_refused(look: Callable[..., Tensor]) -> None:
+    model = llama()
+    model.model.layers[1].mlp = Reads(model.model.layers[1].mlp, look)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.mlp.down_proj is read without a call"):
+        inject(model, NAMES)
+
+
 def test_a_subclass_and_a_parametrized_layer_that_compute_the_same_are_steered() -> None:
     model, x = nn.Sequential(Named(6, 6), nn.Linear(6, 6)), torch.randn(3, 6)
     torch.nn.utils.parametrizations.weight_norm(model[1])

@@ -187,7 +187,7 @@ def test_a_model_whose_head_is_missing_is_refused(tmp_path):
 
 
 def test_head_of_a_plain_model_has_temperature_one():
-    weight, bias, temperature = Policy.create("tiny", ["a"]).head()
+    weight, bias, temperature, _ = Policy.create("tiny", ["a"]).head()
     assert weight.dim() == 2 and bias is None and temperature == 1
 
 
