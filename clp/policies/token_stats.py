@@ -38,9 +38,7 @@ class TokenStats:
     kl: Tensor
 
 
-def token_stats(
-    policy: Policy, batch: Batch, head: Head, temperature: float
-) -> TokenStats:
+def token_stats(policy: Policy, batch: Batch, head: Head, temperature: float) -> TokenStats:
     """Log-probability, entropy and exact KL to the base at every sampled token, with gradients.
 
     All three under softmax(logits / temperature), as sampled; nats, float32. The base runs without

@@ -101,9 +101,7 @@ class _Reads(TorchDispatchMode):
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         super().__init__()
         self.found: dict[str, None] = {}
-        self._layer_of = {
-            id(p): name for name, layer in layers.items() for p in layer.parameters()
-        }
+        self._layer_of = {id(p): name for name, layer in layers.items() for p in layer.parameters()}
         self._called: list[int] = []  # parameters of the modules that are being called
         self.handles: list[RemovableHandle] = []
         for module in model.modules():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from decoding_alone import token_ids
 from torch import nn
 
-from clp.engine.model_state import ModelState
+from clp.engine.model_state import WIDTH, ModelState
 from clp.engine.sampler import Sampler, SamplingParams
 from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
@@ -74,6 +74,10 @@ CHANGES = {
     "frozen through data": lambda m: layer(m).input_layernorm.weight.data.mul_(1.5),
     "frozen through numpy": lambda m: np.multiply(
         weight := layer(m).mlp.down_proj.base_layer.weight.numpy(), 1.5, out=weight
+    ),
+    "one element through data": lambda m: layer(m).mlp.up_proj.base_layer.weight.data[3, 5].add_(1),
+    "rows that trade places": lambda m: layer(m).mlp.up_proj.base_layer.weight.data.copy_(
+        layer(m).mlp.up_proj.base_layer.weight.flip(0)
     ),
     "embedding through data": lambda m: setattr(
         weight := m.get_input_embeddings().weight, "data", weight.data.mul_(1.5)
@@ -211,6 +215,34 @@ def test_equal_plain_values_are_equal_and_others_not():
         now = ModelState(model)
         assert now != before
         before = now
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8]
+)
+@pytest.mark.parametrize("count", [1, 2, 7, WIDTH - 1, 2 * WIDTH, 12 * WIDTH + 13])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_every_element_counts(dtype, count, offset):
+    """Writes that PyTorch does not count, wherever they are and wherever the memory begins."""
+    generator = torch.Generator().manual_seed(count)
+    storage = torch.randint(1, 100, (2, offset + count), generator=generator).to(dtype)
+    model = nn.Module()
+    for i in range(2):  # one begins somewhere else
+        model.register_buffer(f"b{i}", storage[i, offset:])
+    state = ModelState(model)
+    assert state == ModelState(model)
+    value = model.b1.data
+    where = torch.randint(count, (20,), generator=generator).tolist()
+    writes = [(slice(i, i + 1), value[i] + 1) for i in {0, count - 1, *where}]
+    writes += [(slice(None), -value), (slice(None), 2 * value), (slice(0, count, 2), -value[::2])]
+    if count > 2:
+        writes += [(slice(None), value.roll(1)), (slice(None), value.flip(0))]
+    for here, new in writes:
+        kept = value.clone()
+        value[here] = new
+        assert state != ModelState(model), here
+        value.copy_(kept)
+        assert state == ModelState(model)
 
 
 def test_an_object_that_takes_the_place_of_a_dead_one_is_another():
