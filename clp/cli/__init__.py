@@ -63,6 +63,11 @@ def main() -> None:
             _end(130, f"clp {name}: stopped\n")
         said = " ".join(str(error).split()) or "not enough memory"
         _end(2, f"clp {name}: error: {said}\n")
+    except RuntimeError as error:
+        # PyTorch has a class of its own for a GPU's memory alone. It is not imported for its name.
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
+            raise
+        _end(2, f"clp {name}: error: not enough memory: {' '.join(str(error).split())}\n")
     finally:
         if signal.getsignal(signal.SIGINT) is stop_now:
             signal.signal(signal.SIGINT, signal.default_int_handler)

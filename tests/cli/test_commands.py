@@ -427,6 +427,27 @@ def test_ctrl_c_before_the_first_step_leaves_no_run(clp, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def _allocate(argv):
+    torch.empty(2**50)
+
+
+def _allocate_on_a_gpu(argv):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize("ask", [_allocate, _allocate_on_a_gpu])
+def test_too_little_memory_is_one_line(clp, monkeypatch, ask):
+    monkeypatch.setitem(cli.COMMANDS, "info", ask)
+    (line,) = clp("info", code=2).err.splitlines()
+    assert line.startswith("clp info: error: not enough memory: ") and " to allocate " in line
+
+
+def test_another_error_of_pytorch_is_raised(clp, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "info", lambda argv: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        clp("info", code=2)
+
+
 def info_prints(what):
     """A process whose `clp info` prints this."""
     code = f"cli.COMMANDS['info'] = lambda argv: {what}; sys.argv = ['clp', 'info']; cli.main()"
