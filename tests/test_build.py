@@ -235,3 +235,24 @@ class TestMakeDev:
         os.utime(self.folder / "constraints.txt", (2, 2))
         assert self.make() == (0, ["3.12 -m pip"], [])
         assert self.make() == (0, [], [])
+
+    def test_an_environment_whose_python_is_gone_starts_over(self, tmp_path: Path) -> None:
+        """As after an upgrade of the system's Python: .venv/bin/python is a link to nothing."""
+        assert self.make("PYTHON=python3.12")[0] == 0
+        python = self.folder / ".venv" / "bin" / "python"
+        python.unlink()
+        python.symlink_to(tmp_path / "gone")
+        shutil.copy(tmp_path / "python3.13", tmp_path / "python3")
+        assert self.make()[:2] == (0, ["3.13 -m venv", "3.13 -m pip"])
+
+    def test_a_demo_with_an_unsupported_python_keeps_the_last_one(self) -> None:
+        assert self.make("PYTHON=python3.12")[0] == 0
+        picture = self.folder / "runs" / "demo" / "pareto.png"
+        picture.parent.mkdir(parents=True)
+        picture.touch()
+        done = subprocess.run(
+            ["make", "demo", "PYTHON=python3.15"], cwd=self.folder, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and "python3.15 is Python 3.15" in done.stderr
+        assert picture.exists()
+        assert self.make() == (0, [], [])

@@ -5,8 +5,10 @@ from typing import Any
 
 from clp.engine.model_error import model_errors
 
-# Tokens of the prompt that are decoded with it: enough for a character of several byte tokens.
+# Tokens that a token is decoded after, at least; twice as many at most.
 CONTEXT = 8
+# Tokens of a character, at most: bytes of UTF-8.
+CHARACTER = 4
 
 
 def special_texts(tokenizer: Any) -> dict[int, str]:
@@ -20,7 +22,8 @@ class Text:
     """The text of a completion, token by token, without special tokens, up to a stop string.
 
     Tokens are decoded after the last few of the prompt, because tokenizers treat the first token of
-    a text differently (they drop a space).
+    a text differently (they drop a space). The first of these few begins a character: of a run of
+    byte tokens that is not whole, some tokenizers decode nothing.
 
     Stop strings are searched in the text with special tokens written out. The one that is complete
     first ends the text before it; of several that are complete at the same character, the first in
@@ -45,8 +48,8 @@ class Text:
         special: Mapping[int, str] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._window = list(prompt_ids[-CONTEXT:])
-        self._shown = self.decode(self._window)
+        self._window, self._shown = _context(tokenizer, prompt_ids)
+        self._whole: list[int] = []  # lengths of the window at which no character was incomplete
         self._stop, self._special = stop, special or {}
         self._written = ""  # decoded so far, special tokens written out
         self._hidden: list[tuple[int, int]] = []  # where these begin and end in it
@@ -69,13 +72,21 @@ class Text:
         whole = self.decode(self._window)
         if whole.endswith("\ufffd"):
             return False  # the first bytes of a character
-        gain = whole[len(self._shown) :]
-        self._window = self._window[-CONTEXT:]
-        self._shown = self.decode(self._window)
+        gain, self._shown = whole[len(self._shown) :], whole
+        self._whole.append(len(self._window))
+        if len(self._window) > 2 * CONTEXT:
+            self._shorten()
         before = len(self._written)
         self.text += gain
         self._written += gain
         return self._search(before)
+
+    def _shorten(self) -> None:
+        """Drops tokens that end before the last CONTEXT ones, where a character ends."""
+        first = max((n for n in self._whole if n <= len(self._window) - CONTEXT), default=0)
+        self._window = self._window[first:]
+        self._whole = [n - first for n in self._whole if n > first]
+        self._shown = self.decode(self._window)
 
     def _search(self, before: int) -> bool:
         """Searches stop strings that end after the first `before` characters."""
@@ -120,10 +131,25 @@ def completion_text(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int
 
     Raises: ModelError for what the tokenizer raises.
     """
-    context = list(prompt_ids[-CONTEXT:])
-    before = _decode(tokenizer, context)
+    context, before = _context(tokenizer, prompt_ids)
     whole = _decode(tokenizer, context + list(ids))
     return whole[len(before) :] if whole.startswith(before) else _decode(tokenizer, list(ids))
+
+
+def _context(tokenizer: Any, prompt_ids: Sequence[int]) -> tuple[list[int], str]:
+    """The last few tokens of a prompt, the first of which begins a character, and their text."""
+    starts = range(
+        max(0, len(prompt_ids) - CONTEXT), max(-1, len(prompt_ids) - CONTEXT - CHARACTER), -1
+    )
+    found = []
+    for start in starts:
+        context = list(prompt_ids[start:])
+        text = _decode(tokenizer, context)
+        found.append((text.count("\ufffd"), context, text))
+        if not found[-1][0]:
+            break
+    _, context, text = min(found, key=lambda one: one[0])
+    return context, text
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

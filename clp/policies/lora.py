@@ -13,7 +13,7 @@ import clp_kernels
 from clp.data.paths import model_location
 from clp.policies.card import checked_adapters, read_card, write_card
 from clp.policies.interface import Network, Steerable
-from clp.policies.loading import load_base, model_path, torch_device
+from clp.policies.loading import end_ids, load_base, model_path, torch_device
 from clp_kernels.nn.mixed_lora import steered_layers
 from clp_kernels.nn.probe import check_start
 from clp_kernels.nn.steering import SteeredLayer
@@ -147,7 +147,8 @@ class Policy(Steerable):
     ) -> "Policy":
         """A policy whose every example mixes the parameters of m whole models.
 
-        It has no base model, and nothing to train or to save.
+        It has no base model, and nothing to train or to save. A completion ends at the end tokens
+        of any of the models.
 
         Args:
             models: What to load for each objective: "tiny", a path or a hub name.
@@ -170,9 +171,11 @@ class Policy(Steerable):
                     f"models must share a tokenizer: the vocabularies of {first} and {name} "
                     f"differ, first in {min(differ)[0]!r}"
                 )
+        ends = frozenset().union(*(end_ids(*one) for one in loaded.values()))
         model: Any = clp_kernels.mix_models(
             [model for model, _ in loaded.values()], list(loaded), conditioning=conditioning
         )
+        model.generation_config.eos_token_id = sorted(ends) or None
         return cls(model.to(device), loaded[first][1], list(loaded), model_location(models[first]))
 
     def save(self, directory: str | Path) -> None:

@@ -224,6 +224,39 @@ def test_eval_of_a_checkpoint_takes_the_configuration_of_its_run(
     assert (front["prompts"], front["max_tokens"]) == (2, 5)
 
 
+@pytest.mark.parametrize("name", ["best", "../moved/checkpoint-000001/"])
+def test_eval_of_a_checkpoint_that_has_moved(clp, monkeypatch, trained, tmp_path, name):
+    """Renamed in its run, so that it is not deleted when newer ones come; or with its run."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Tom"}\n{"prompt": "Mia"}\n')
+    copied = tmp_path / "moved"
+    shutil.copytree(trained, copied)
+    config = load_config(copied / "config.yaml")
+    config = replace(config, eval_prompts=str(tmp_path / "p.jsonl"), max_completion_length=5)
+    (copied / "config.yaml").write_text(config.to_yaml())
+    (copied / "checkpoint-000001").rename(copied / name)
+    monkeypatch.chdir(copied)
+    clp("eval", name, "--num-prompts", "3")
+    front = json.loads((copied / name / "frontier.json").read_text())
+    assert (front["prompts"], front["max_tokens"]) == (2, 5)
+
+
+def test_eval_takes_the_dtype_of_the_run(clp, monkeypatch, trained, tmp_path):
+    """The adapters have learned on a base model that is rounded so."""
+    copied, seen = tmp_path / "run", []
+    shutil.copytree(trained, copied)
+    config = replace(load_config(copied / "config.yaml"), dtype="bfloat16")
+    (copied / "config.yaml").write_text(config.to_yaml())
+
+    def look(policy, *args, **kwargs):
+        seen.append(policy.model.dtype)
+        raise ValueError("looked")
+
+    monkeypatch.setattr("clp.evaluation.frontier.evaluate", look)
+    for folder in (copied, copied / "checkpoint-000001"):
+        clp("eval", folder, code=2)
+    assert seen == [torch.bfloat16] * 2
+
+
 def test_what_a_run_names_is_found_from_elsewhere(clp, monkeypatch, tmp_path):
     """A model, prompts and a configuration that are given relative to the working folder."""
     for name in ("here", "there"):

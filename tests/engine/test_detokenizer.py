@@ -1,5 +1,6 @@
 """Prompts as token ids, and the text of completions: special tokens, stop strings."""
 
+import copy
 import itertools
 import random
 from functools import cache
@@ -75,6 +76,19 @@ def test_the_embedded_models_tokenizer():
 )
 def test_an_empty_text_is_what_stands_in_front_of_every_text(template, wanted):
     assert encode(tokenizer(template), "") == wanted
+
+
+@pytest.mark.parametrize("text", ["ab", "", "ab</s>", "</s>", "a<s><|x|>"])
+def test_two_tokens_in_front_and_two_behind(text):
+    """As GLM's "[gMASK]<sop>" in front, and mBART's end and language behind."""
+    tok = copy.deepcopy(tokenizer(extra=("<|x|>",)))
+    tag = tok.convert_tokens_to_ids("<|x|>")
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> <|x|> $A </s> <|x|>", special_tokens=[("<s>", BOS), ("</s>", EOS), ("<|x|>", tag)]
+    )
+    wanted = [BOS, tag, *plain(tok, text)]
+    assert encode(tok, text) == wanted
+    assert encode(tok, "<s><|x|>" + text) == wanted
 
 
 def test_a_tokenizer_whose_bos_is_its_eos():
@@ -156,6 +170,61 @@ def test_stop_strings(name, metaspace):
     prompt = plain(tok, "qq")
     ids = plain(tokenizer(extra=("<|x|>",)), drawn)
     assert feed(tok, ids, stop, prompt) == (wanted, at)
+
+
+def of_bytes(kind):
+    """A tokenizer of bytes: as GPT-2 writes them, or as Llama falls back to them."""
+    if kind == "byte level":
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        tokens = ["<pad>", "<s>", "</s>", *sorted(alphabet)]
+        made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = decoders.ByteLevel()
+    else:
+        tokens = ["<pad>", "<s>", "</s>", "<unk>", *"abceq", *(f"<0x{i:02X}>" for i in range(256))]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+        made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=made, **SPECIAL)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+@pytest.mark.parametrize(
+    ("drawn", "stop", "wanted", "at"),
+    [
+        ("a\U0001f642b", ["\U0001f642"], "a", 5),
+        ("a\U0001f642b", ["\U0001f642b", "a\u00e9"], "a", 6),
+        ("\u00e9\u4e2d", ["\u4e2d", "\u00e9\u4e2d"], "\u00e9", 5),
+        ("a\u00e9</s>b\u00e9", ["\u00e9</s>b\u00e9"], "a", 7),
+        ("\u4e2d</s>\u4e2d", ["</s>\u4e2d"], "\u4e2d", 7),
+        ("e\u0301a", ["\u0301"], "e", 3),
+        ("\U0001f642\U0001f641", ["\U0001f643"], "\U0001f642\U0001f641", None),
+    ],
+)
+def test_stop_strings_of_characters_that_are_several_tokens(kind, drawn, stop, wanted, at):
+    tok = of_bytes(kind)
+    assert feed(tok, plain(tok, drawn), stop, plain(tok, "q")) == (wanted, at)
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+def test_stop_strings_after_half_a_character(kind):
+    """What is left of it is a replacement character, and a stop string that follows is seen."""
+    tok = of_bytes(kind)
+    (first, _), (a, b), end = plain(tok, "\u00e9"), plain(tok, "ab"), [EOS]
+    assert feed(tok, [a, first, b, a], ["b"], [b]) == ("a\ufffd", 3)
+    assert feed(tok, [a, first, *end, a], ["</s>"], [b])[1] == 3
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+@pytest.mark.parametrize("before", ["q", "\u4e2d", "\u4e2d\u4e2d\u4e2d\u4e2d"])
+@pytest.mark.parametrize("character", ["\u00e9", "\u4e2d", "\U0001f642"])
+def test_many_characters_that_are_several_tokens(kind, before, character):
+    """A row of emoji, or a script that the vocabulary lacks."""
+    tok = of_bytes(kind)
+    ids, prompt, whole = plain(tok, 7 * character + "c"), plain(tok, before), 7 * character
+    assert feed(tok, ids, ["c"], prompt) == (whole, len(ids))
+    assert feed(tok, ids[:-1], [], prompt) == (whole, None)
+    assert completion_text(tok, prompt, ids) == whole + "c"
 
 
 def test_the_issues_own_case():

@@ -5,6 +5,7 @@ import gc
 import sys
 import time
 import types
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -163,6 +164,61 @@ def test_a_patched_function_of_the_models_file(policy, monkeypatch, one_thread):
         after = ask(sampler)
         assert after != before and after == ask(Sampler(policy))
     assert ask(sampler) == before
+
+
+FACTOR = 1.0
+
+
+def by_settings(self, x):
+    return self.read(self.args) * super(type(self), self).forward(x)
+
+
+def by_a_global(self, x):
+    return FACTOR * super(type(self), self).forward(x)
+
+
+def of_a_class_with(policy, forward):
+    """A copy of the policy, one of whose modules has a class of its own with this forward."""
+    policy = copied(policy)
+    module = layer(policy.model).mlp
+    module.__class__ = type("Scaled", (type(module),), {"forward": forward})
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("args", "read", "change"),
+    [
+        (types.SimpleNamespace(scale=1.0), lambda a: a.scale, lambda a: setattr(a, "scale", 1.5)),
+        (
+            types.SimpleNamespace(scale=torch.ones(1)),
+            lambda a: a.scale,
+            lambda a: a.scale.mul_(1.5),
+        ),
+        (defaultdict(lambda: 1.0), lambda a: a["scale"], lambda a: a.update(scale=1.5)),
+        (np.ones(1), lambda a: float(a[0]), lambda a: a.fill(1.5)),
+    ],
+    ids=["number of a namespace", "tensor of a namespace", "defaultdict", "array"],
+)
+def test_a_number_in_an_object_of_settings(policy, args, read, change, one_thread):
+    """Models often keep their numbers in a dataclass or a namespace, `self.args`."""
+    policy = of_a_class_with(policy, by_settings)
+    module = layer(policy.model).mlp
+    module.args, module.read = args, read
+    sampler = Sampler(policy)
+    before = ask(sampler)
+    change(args)
+    after = ask(sampler)
+    assert after != before and after == ask(Sampler(policy))
+
+
+def test_a_number_of_the_file_that_has_the_modules_class(policy, monkeypatch, one_thread):
+    """As in a notebook: the class and a global number that its forward reads."""
+    policy = of_a_class_with(policy, by_a_global)
+    sampler = Sampler(policy)
+    before = ask(sampler)
+    monkeypatch.setitem(globals(), "FACTOR", 1.5)
+    after = ask(sampler)
+    assert after != before and after == ask(Sampler(policy))
 
 
 def test_what_a_hook_reads_is_read_at_every_step(policy, one_thread):

@@ -113,6 +113,46 @@ def test_a_sampler_is_for_one_thread(policy):
     assert ask(sampler, 1) == ask(Sampler(policy), 1)
 
 
+def test_mixtures_of_the_same_models_in_another_order_take_turns(policy):
+    """Neither waits for the other's model while it keeps its own."""
+    tokenizer = policy.tokenizer
+    a, b = (load_base("tiny")[0] for _ in range(2))
+    for parameter in b.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    mixtures = [LogitMixture(dict(zip("xy", pair, strict=True)), tokenizer)
+                for pair in ((a, b), (b, a))]  # fmt: skip
+    samplers = [Sampler(one) for one in mixtures]
+    wanted = [ask(sampler, 1) for sampler in samplers]
+    assert wanted[0] != wanted[1]
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(lambda s=s: [ask(s, 1) for _ in range(4)]) for s in samplers]
+        for future, one in zip(futures, wanted, strict=True):
+            assert future.result(timeout=60) == [one] * 4
+
+
+def test_a_stream_may_be_read_in_any_thread(policy):
+    """As web servers read it: each token in a thread of a pool. Dropped, it locks nothing."""
+    sampler, other = Sampler(policy), Sampler(policy)
+    wanted, config = ask(sampler, 1), policy.model.config
+    before, weights = config._attn_implementation, [0.25, 0.75]
+    stream, ids = sampler.stream(sampler.submit(PROMPTS[0], weights, PARAMS)), []
+    while True:
+        token = []
+        in_thread(lambda token=token: token.append(next(stream, None)))
+        if token[0] is None:
+            break
+        ids.append(token[0].token_id)
+        assert config._attn_implementation == before
+    assert ids == wanted[0]
+    dropped = sampler.stream(sampler.submit(PROMPTS[1], weights, PARAMS))
+    next(dropped)
+    found = []
+    in_thread(lambda: found.append(ask(other, 1)))
+    assert found == [wanted]
+    in_thread(dropped.close)
+    assert ask(sampler, 1) == wanted
+
+
 def test_a_training_step_in_another_thread_is_refused_and_changes_nothing(policy):
     sampler, refused = Sampler(policy), []
     sampler.runner.models[0].recording = None

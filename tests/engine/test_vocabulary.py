@@ -10,7 +10,13 @@ from tiny_runs import randomise
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import clp_kernels
 from clp.engine.detokenizer import completion_text
@@ -44,7 +50,7 @@ def tokenizer():
 def holes():
     """A tokenizer without the odd ids from 101 on."""
     ids = [i for i in range(TOKENS) if i < 100 or i % 2 == 0]
-    words = {f"w{i}": i for i in ids} | {"<unk>": 0, "</s>": 2}
+    words = {{0: "<unk>", 2: "</s>"}.get(i, f"w{i}"): i for i in ids}
     backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
@@ -164,6 +170,45 @@ def test_heads_of_different_height_mix_what_they_have_in_common(tokenizer, mode)
         Sampler(mixture).submit([1100], [0.5, 0.5])
 
 
+@pytest.mark.parametrize("rows", [TOKENS, TOKENS + 128])
+def test_a_base_with_a_head_of_another_height(tokenizer, rows):
+    """As in IPA with a large model of Qwen's, whose head is padded further."""
+    models = {"joy": padded(1), "brief": padded(2)}
+    mixture = LogitMixture(models, tokenizer, base=padded(3, rows), alpha=0.5)
+    assert mixture.drawable_ids == slice(TOKENS)
+    assert max(drawn(ask(mixture))) < TOKENS
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    (c,) = Sampler(mixture).generate([[5, 6]], [[0.3, 0.7]], params)
+    ids = torch.tensor([[5, 6]])
+    base, joy, brief = (
+        n.model(ids).logits[0, -1, :TOKENS].log_softmax(-1) for n in mixture.networks
+    )
+    z = (base + 0.5 * (0.3 * joy + 0.7 * brief)).log_softmax(-1)
+    assert c.token_ids == [int(z.argmax())]
+    assert c.logprobs == pytest.approx([float(z.max())], abs=1e-4)
+
+
+def test_added_tokens_in_a_head_that_was_padded_for_them(tokenizer):
+    """tokenizer.add_tokens, then resize_token_embeddings(..., pad_to_multiple_of=64)."""
+    more, model = copy.deepcopy(tokenizer), small(0)
+    more.add_tokens(["<one>", "<two>"])
+    model.resize_token_embeddings(len(more), pad_to_multiple_of=64, mean_resizing=False)
+    model.requires_grad_(False)
+    model.lm_head.weight[TOKENS:] = 3 * model.lm_head.weight[7]
+    policy = steered(model, more)
+    assert (policy.vocab_size, policy.drawable_ids) == (TOKENS + 64, slice(TOKENS + 2))
+    assert len(policy.head()[0]) == TOKENS + 2
+    done = ask(policy)
+    assert max(drawn(done)) == TOKENS + 1  # some are drawn, and are text
+    assert any("<two>" in c.text for c in done if TOKENS + 1 in c.token_ids)
+    weights = torch.tensor([[1.0, 0.0]]).expand(8, -1)
+    batch = make_batch([[5, 6]] * 8, done, weights, 0, policy.device)
+    stats = token_stats(policy, batch, policy.head(), 1.0)
+    with policy.steer(weights):
+        own = policy.model(batch.input_ids).logits[:, 1:-1, : TOKENS + 2].log_softmax(-1)
+    torch.testing.assert_close(stats.entropy, -(own.exp() * own).sum(-1), atol=1e-3, rtol=1e-3)
+
+
 def test_mixed_parameters_need_one_shape(tmp_path, tokenizer):
     for i, rows in enumerate([TOKENS, TOKENS + 64]):
         small(i, rows).save_pretrained(tmp_path / str(i))
@@ -198,6 +243,38 @@ def test_a_mixture_ends_at_the_end_of_each_model(tokenizer):
     models["b"].generation_config.eos_token_id = end
     (c,) = Sampler(mixture).generate([[5]], [[0.5, 0.5]], SamplingParams(max_tokens=30, seed=1))
     assert c.finish_reason == "stop" and c.token_ids[-1] == end
+
+
+@pytest.mark.parametrize("conditioning", ["full", "head"])
+def test_a_mixture_of_parameters_ends_at_the_end_of_each_model(tmp_path, tokenizer, conditioning):
+    """An instruct model's end of turn counts, whichever of the models comes first."""
+    for name, ends in {"a": 7, "b": [8, 9]}.items():
+        model = small(0)
+        model.generation_config.eos_token_id = ends
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    places = {name: str(tmp_path / name) for name in ("a", "b")}
+    assert Policy.from_models(places, conditioning=conditioning).end_ids == {2, 7, 8, 9}
+
+
+def test_ends_of_a_composite_configuration_and_of_a_base(tokenizer):
+    """Of a model for images and text; one may have no generation config at all."""
+    text = small(0).config.to_dict()
+    config = Gemma3Config(
+        text_config={"vocab_size": TOKENS, "hidden_size": 16, "intermediate_size": 24,
+                     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+                     "head_dim": 8, "eos_token_id": [7, 8]},
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+                       "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        eos_token_id=9,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config.get_text_config()).eval()
+    model.config, model.generation_config = config, None
+    assert text["eos_token_id"] == 2
+    assert Policy(model, tokenizer, ["a"], "x").end_ids == {2, 7, 8, 9}
+    models = {"a": small(0, eos_token_id=7)}
+    mixture = LogitMixture(models, tokenizer, base=small(1, eos_token_id=[8, 10]))
+    assert mixture.end_ids == {2, 7, 8, 10}
 
 
 def test_without_an_end_in_the_configurations_the_tokenizers_ends_it(tokenizer):

@@ -157,6 +157,24 @@ def test_equal_rows_are_all_on_the_front():
     assert front.pareto == [True] * 11
 
 
+def test_equal_rows_of_three_objectives_are_all_on_the_front(tmp_path):
+    made = Policy.create("tiny", ["joy", "brief", "clear"])
+    front, _ = sweep(["joy", "brief", "clear"], made, max_tokens=4)
+    front.save(tmp_path / "frontier.json")
+    assert json.loads((tmp_path / "frontier.json").read_text())["pareto"] == [True] * 15
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_equal_rows_of_any_numbers(dtype):
+    """Zeros of both signs are equal; what is equal and dominated is not on the front."""
+    rows = [[0.0, 1, 2], [-0.0, 1, 2], [0.0, 1, 2], [-1e-30, 1, 2], [-1, 0.5, 2], [-1, 0.5, 2],
+            [1e30, -1e30, 0], [1e30, -1e30, -0.0]]  # fmt: skip
+    front = [True] * 3 + [False] * 3 + [True] * 2
+    assert pareto(np.array(rows, dtype=dtype)) == front
+    assert pareto(np.array(rows[::-1], dtype=dtype)) == front[::-1]
+    assert pareto(np.full((1000, 2), 0.1, dtype=dtype)) == [True] * 1000
+
+
 @given(st.integers(1, 5), st.data())
 def test_the_front_of_any_rows(m, data):
     """Against the definition; moocore has other algorithms for more objectives."""

@@ -9,7 +9,8 @@ import pytest
 import torch
 from small_models import small_model
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
+from transformers.integrations.bitnet import AutoBitLinear
 from transformers.pytorch_utils import Conv1D
 
 from clp_kernels import MixedLinear, MixedLoRALinear, inject, mix_models, steer
@@ -123,6 +124,33 @@ def test_a_layer_with_a_computation_of_its_own_is_refused_by_name(kind: str) -> 
             models[1 - place][0] = layer_of(kind)
         with pytest.raises(ValueError, match=rf"models must be.* 0 of \w+ {OWN[kind]}"):
             mix_models(models, NAMES)
+
+
+def ternary(layer: nn.Linear) -> nn.Module:
+    """transformers' BitNet layer, which quantises its weight in each forward."""
+    return AutoBitLinear(6, 6, bias=True, online_quant=True)
+
+
+def pruned(layer: nn.Linear) -> nn.Module:
+    return prune.random_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.parametrize(
+    "make, fault",
+    [
+        (ternary, "is a AutoBitLinear, which has a forward of its own"),
+        (pruned, "is a Linear with forward pre hooks"),
+    ],
+)
+def test_layers_that_libraries_have_changed_are_refused_by_name(
+    make: Callable[[nn.Linear], nn.Module], fault: str
+) -> None:
+    model = nn.ModuleDict({"good": nn.Linear(6, 6), "odd": make(nn.Linear(6, 6))})
+    before = state(model)
+    with pytest.raises(ValueError, match=rf"odd {fault}.*exclude_modules=\['odd'\]"):
+        inject(model, NAMES)
+    assert state(model) == before
+    assert inject(model, NAMES, exclude_modules=["odd"]) == ["good"]
 
 
 def test_hooks_of_the_models_that_are_dropped_are_refused_everywhere() -> None:

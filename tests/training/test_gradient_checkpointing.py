@@ -47,6 +47,14 @@ CONFIGS = {
         num_attention_heads=2, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5,
         activation_dropout=0.5, layerdrop=0.5,
     ),
+    "mixtral": transformers.MixtralConfig(
+        **WIDE, attention_dropout=0.5, num_local_experts=4, num_experts_per_tok=2,
+        router_jitter_noise=0.5,
+    ),
+    "bloom": transformers.BloomConfig(
+        vocab_size=64, hidden_size=32, n_layer=LAYERS, n_head=2, hidden_dropout=0.5,
+        attention_dropout=0.5,
+    ),
 }  # fmt: skip
 
 
@@ -116,6 +124,21 @@ def test_gradients_are_the_plain_ones_to_the_bit_and_less_is_saved(name, calls):
     assert all(torch.equal(plain[n], again[n]) for n in plain)
     assert max(float(g.abs().max()) for g in plain.values()) > 0
     # What is left: each layer's input, and what stands outside the layers.
+    assert size < 0.6 * plain_size
+    assert [(set(vars(m)), m.training) for m in policy.model.modules()] == before
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_the_user_has_switched_on_already_changes_nothing(calls, reentrant):
+    """transformers' own checkpointing, with the hook that PEFT's users need for it."""
+    policy = make_policy("llama")
+    plain, plain_size = gradients(policy, False)
+    policy.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    policy.model.enable_input_require_grads()
+    before = [(set(vars(m)), m.training) for m in policy.model.modules()]
+    again, size = gradients(policy, True)
+    assert len(calls) == LAYERS
+    assert all(torch.equal(plain[n], again[n]) for n in plain)
     assert size < 0.6 * plain_size
     assert [(set(vars(m)), m.training) for m in policy.model.modules()] == before
 

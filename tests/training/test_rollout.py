@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_runs import randomised
+from tokenizers.processors import TemplateProcessing
 from transformers import TrainerState
 
 from clp.engine.requests import Completion, SamplingParams
@@ -19,13 +20,34 @@ def policy():
     return randomised(0.05, 2, r=4)
 
 
-def roll(policy, temperature=1.0, seed=0):
+def roll(policy, temperature=1.0, seed=0, rows=ROWS):
     return roll_out(
-        Sampler(policy), load_rewards(["joy=sentiment", "brief=brevity"]), ROWS,
+        Sampler(policy), load_rewards(["joy=sentiment", "brief=brevity"]), rows,
         torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]), 4,
         SamplingParams(max_tokens=12, temperature=temperature),
         torch.Generator().manual_seed(seed), TrainerState(),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_begin_with_one_bos_and_do_not_end_with_eos(chat, monkeypatch):
+    """Though the tokenizer puts both around every text, and the template writes the first."""
+    made = randomised(0.05, 2, r=2)
+    made.tokenizer._tokenizer.post_processor = TemplateProcessing(
+        "<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    assert made.tokenizer("Mia")["input_ids"][-1] == made.tokenizer.eos_token_id == 2
+    made.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    texts = [row["prompt"] for row in ROWS]
+    own = [made.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    prompts = [[{"role": "user", "content": t}] if chat else "<bos>" + t for t in texts]
+    rollout = roll(made, rows=[{"prompt": prompt} for prompt in prompts])
+    ids, mask = rollout.batch.input_ids, rollout.batch.attention_mask.bool()
+    before = ids.shape[1] - rollout.batch.completion_mask.shape[1]
+    found = [row[:before][kept[:before]].tolist() for row, kept in zip(ids, mask, strict=True)]
+    assert found == [[1, *one] for one in own for _ in range(4)]
 
 
 def test_make_batch_pads_prompts_left_and_completions_right():

@@ -7,6 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import date
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -115,6 +118,48 @@ def test_prompts_are_compared_by_content(finished, stopped, tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(lines).replace("kites", "boats"))
     with pytest.raises(ValueError, match="other prompts"):
         resumed(stopped / "python", FUNCTIONS)
+
+
+def calm(completions, value=1.0, **columns):
+    return [value for _ in completions]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(mood, calm), (partial(calm, value=1.0), partial(calm, value=2.0))],
+    ids=["other functions", "other parameters"],
+)
+def test_functions_that_have_changed_places_are_refused(tmp_path, one, other):
+    """Under each other's name, the adapter of one would train on the other."""
+    CLPTrainer(reward_funcs={"a": one, "b": other}, args=config(tmp_path / "r"), train_dataset=ROWS)
+    resumed(tmp_path / "r", {"b": other, "a": one}, ROWS)
+    with pytest.raises(ValueError, match="as the reward of a"):
+        resumed(tmp_path / "r", {"a": other, "b": one}, ROWS)
+
+
+def test_messages_with_their_keys_in_another_order_are_the_same_prompts():
+    """As columns are: a file that is written again may have them so."""
+    rows = [[{"prompt": [dict(pairs)]}] for pairs in (
+        (("role", "user"), ("content", "Hi")), (("content", "Hi"), ("role", "user")),
+        (("role", "system"), ("content", "Hi")),
+    )]  # fmt: skip
+    first, same, other = (Inputs.of({}, [], one) for one in rows)
+    assert first == same
+    assert first != other
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(Fraction(1, 2), Fraction(1, 3)), (date(2026, 1, 2), date(2026, 1, 3)), (b"x", b"y"),
+     ({1, 2}, {1, 3})],
+)  # fmt: skip
+def test_values_of_columns_that_json_lacks_count(one, other):
+    """Answers of mathematics are fractions, say."""
+    first, same, second = (
+        Inputs.of({}, [], [{"prompt": "a", "answer": value}]) for value in (one, one, other)
+    )
+    assert first == same
+    assert first != second
 
 
 def test_a_classifiers_files_are_part_of_the_reward(tmp_path):

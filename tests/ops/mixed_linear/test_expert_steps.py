@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from clp_kernels import batch_invariant, mixed_linear, native, steer
+from clp_kernels import (
+    MixedLinear,
+    batch_invariant,
+    linear_logprob,
+    mixed_linear,
+    native,
+    steer,
+)
 from clp_kernels.nn.experts import MixedModule
 from clp_kernels.ops.mixed_linear import cpu as cpu_mixed_linear
 from clp_kernels.ops.mixed_linear import reference
@@ -125,6 +132,52 @@ def test_decoding_and_prefill_agree(dtype: torch.dtype) -> None:
             assert torch.equal(y[:same], alone[:same])
     with batch_invariant():
         assert torch.equal(mixed_linear(x, E, w.repeat(70, 1), bias=c, backend="cpu"), alone)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("after", [(1.5, -0.5), (-0.3, 1.3), (0.6, 0.0)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_of_a_layer_beyond_the_experts(autocast: bool, after: tuple[float, float]) -> None:
+    """Of matrix and bias, for a prefill [B, T, in], with weights off the simplex."""
+    # The last step is none between the experts: the output shrinks to 0.6 of itself.
+    E, c = experts(512, 64, BF16), experts(1, 512, BF16)[:, 0]
+    layer = MixedLinear(E.float() if autocast else E, c.float() if autocast else c, ["a", "b"])
+    x = (0.5 + torch.rand(3, 20, 64)).to(BF16)
+
+    def step(x: Tensor, on: bool) -> Tensor:
+        outputs = []
+        for row in ((1.0, 0.0), after):
+            with torch.no_grad(), steer(layer, [row] * 3), torch.autocast("cpu", BF16, on):
+                outputs.append(layer(x).double())
+        return outputs[1] - outputs[0]
+
+    found = step(x.float() if autocast else x, autocast)
+    layer.double()
+    assert gain(found, step(x.double(), False)) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_of_the_logprobs_of_a_mixed_head(
+    backend: str, dtype: torch.dtype, equal: bool
+) -> None:
+    """Its logits are not rounded to 16 bits either."""
+    hidden, heads = torch.randn(64, 64).to(dtype), experts(512, 64, dtype)
+    # A step of all entries alike would move all logits alike, and no log-probability.
+    heads[1] = torch.where(torch.rand(512, 64) < 0.5, heads[0], heads[1])
+    targets = torch.randint(512, (64,))
+
+    def logprobs(row: tuple[float, float], kind: torch.dtype, name: str) -> Tensor:
+        found = linear_logprob(
+            hidden.to(kind), heads.to(kind), targets, weights=rows(row, 64, equal), backend=name
+        )
+        return found.logprobs.double()
+
+    step = logprobs(STEPS[0], dtype, backend) - logprobs((1.0, 0.0), dtype, backend)
+    exact = (torch.float64, "reference")
+    true = logprobs(STEPS[0], *exact) - logprobs((1.0, 0.0), *exact)
+    assert gain(step[1:], true[1:]) == pytest.approx(1, abs=0.03)
 
 
 def test_the_reference_rounds_once() -> None:
