@@ -12,6 +12,7 @@ from tiny_runs import records
 
 from clp import cli
 from clp.data.paths import TINY
+from clp.data.prompts import HELDOUT_PROMPTS
 from clp.policies.loading import torch_device
 from clp.policies.lora import Policy
 from clp.training.config import load_config
@@ -563,3 +564,108 @@ def test_sample_chat_needs_a_template(refused, trained):
     for more in (["Tom"], ["--interactive"]):
         said = refused("sample", trained, *more, "--weights", "joy=1", "--chat")
         assert "the model's tokenizer has no chat template" in said
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing"])
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_an_output_folder_that_cannot_be_is_refused_first(
+    refused, monkeypatch, trained, tmp_path, command, kind
+):
+    """Before a model is loaded, or 512 completions are sampled for the reward scale."""
+    monkeypatch.setattr("clp.policies.lora.load_base", not_reached)
+    if kind == "a file":
+        (tmp_path / "x").write_text("mine")
+    else:
+        (tmp_path / "x").symlink_to(tmp_path / "gone")
+    argv = [command, "--output-dir", tmp_path / "x/run"]
+    assert str(tmp_path / "x") in refused(*argv, *[trained] * (command == "eval"))
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_resume_in_the_folder_itself(clp, monkeypatch, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    clp("train", "--resume", "--output-dir=.", "--max-steps=2")
+    assert [row["step"] for row in records(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    assert load_config("config.yaml").max_steps == 2
+    assert json.loads((tmp_path / "run/clp.json").read_text())["objectives"] == ["joy", "brief"]
+
+
+def test_eval_records_the_embedded_prompts_and_the_runs_rewards(clp, monkeypatch, trained):
+    """An output folder that is a link, relative to the working folder."""
+    monkeypatch.chdir(trained.parent)
+    (trained.parent / "real").mkdir()
+    (trained.parent / "out").symlink_to("real")
+    clp("eval", f"{trained.name}/", "--output-dir", "out/", "--num-prompts", "1", "--max-tokens",
+        "1", "--seed", "-3")  # fmt: skip
+    front = json.loads((trained.parent / "real/frontier.json").read_text())
+    wanted = {"seed": -3, "run": str(trained), "reward_specs": ["joy=sentiment", "brief=brevity"],
+              "prompts_file": str(HELDOUT_PROMPTS), "prompts": 1, "max_tokens": 1}  # fmt: skip
+    assert {name: front[name] for name in wanted} == wanted
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 3626176\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_model_cloned_without_its_large_files(refused, tmp_path, name):
+    """Git leaves a pointer of three lines in the place of each."""
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / name).write_text(POINTER.format("0" * 64))
+    error = refused("train", "--model", tmp_path / "model", "--output-dir", tmp_path / "t")
+    assert f"model '{tmp_path / 'model'}' cannot be loaded" in error
+
+
+@pytest.mark.parametrize("command", ["eval", "sample"])
+def test_a_policy_without_finite_logits_is_one_line(refused, tmp_path, command):
+    folder = tmp_path / "run"
+    policy = Policy.create(
+        "tiny", ["joy", "brief"], r=1, rewards=["joy=sentiment", "brief=brevity"]
+    )
+    for name, parameter in policy.adapter_parameters().items():
+        if "lora_B" in name:
+            parameter.data.fill_(1e30)
+    policy.save(folder)
+    argv = {"eval": ["--num-prompts", "2"], "sample": ["Tom", "--weights", "joy=1"]}[command]
+    assert "not finite" in refused(command, folder, *argv)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfea\x00", "cannot be read"),
+        (b"max_steps: 2\n\tr: 2\n", "cannot be read"),
+        (b'["max_steps", 3]', "must hold a mapping, got list"),
+        (None, "cannot be read"),
+    ],
+    ids=["UTF-16", "tab", "list", "folder"],
+)
+def test_a_file_of_options_that_is_none(refused, tmp_path, content, message):
+    path = tmp_path / "c.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    error = refused("train", "--config", path, "--output-dir", tmp_path / "t")
+    assert str(path) in error and message in error
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("device", ["CPU", "gpu", "", "cuda:-1", "cuda:0:1", "cpu,cuda"])
+def test_devices_that_are_none(refused, tmp_path, device):
+    assert "device must be" in refused("train", "--device", device, "--output-dir", tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+def test_numbers_that_begin_with_a_minus_sign(clp, trained):
+    options = ["--weights", "joy=1", "--max-tokens", "4", "--temperature", "1.5"]
+    said = {
+        seed: clp("sample", trained, "Tom had", *options, "--top-k", "-1", "--seed", seed).out
+        for seed in ("-5", str(2**64 - 5), str(2**70 + 2**64 - 5), "5")
+    }
+    first, *same, other = said.values()
+    assert same == [first, first] and other != first
+
+
+def test_resume_of_a_checkpoint_names_the_run(refused, monkeypatch, trained):
+    """As other trainers take it; to give --resume is no advice to one who has."""
+    monkeypatch.setattr("clp.policies.lora.load_base", not_reached)
+    error = refused("train", "--resume", "--output-dir", trained / "checkpoint-000001")
+    assert "to continue it" not in error and "config.yaml" in error

@@ -43,6 +43,11 @@ def test_rows_and_columns(tmp_path):
         ('{"prompt": "a", "prompt": "b"}', r"p\.jsonl:1: 'prompt' is given twice"),
         ('{"prompt": "a"}\n{"prompt": "\\ud800"}', r"p\.jsonl:2: .* half of a surrogate pair"),
         ("[" * 200_000, r"p\.jsonl:1: nested too deeply"),
+        ('{"prompt": "a", "x": [{"y": 1, "y": 2}]}', r"p\.jsonl:1: 'y' is given twice"),
+        ('{"prompt": "a"}\n\x1a', r"p\.jsonl:2: not JSON"),
+        ('[\n  {"prompt": "a"}\n]', r"p\.jsonl:1: not JSON"),
+        ('{"prompt": "a"},\n{"prompt": "b"}', r"p\.jsonl:1: not JSON"),
+        ("\x00" * 512, r"p\.jsonl:1: not JSON"),
         ('{"prompt": "a", "x": %s}' % ("1" * 5000), r"p\.jsonl:1: .*5000 digits"),
     ],
 )
@@ -89,6 +94,28 @@ def test_rows_given_in_python_are_checked_too():
         check_prompts([{"prompt": "a\udcff"}])
     with pytest.raises(ValueError, match=r"train_dataset\[0\]: .* half of a surrogate pair"):
         check_prompts([{"prompt": [{"role": "user", "content": "a\ud800"}]}])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [("utf-16", "UTF-16"), ("utf-32", "UTF-"), ("utf-16-le", r":1: not JSON"),
+     ("utf-16-be", r":1: not JSON"), ("utf-32-be", r":1: not JSON")],
+)  # fmt: skip
+def test_wider_encodings_are_refused(tmp_path, encoding, message):
+    """As PowerShell and Excel write them, with a byte order mark and without."""
+    path = tmp_path / "p.jsonl"
+    path.write_bytes('{"prompt": "a"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match=rf"p\.jsonl.*{message}"):
+        load_prompts(path)
+
+
+def test_the_line_ends_of_old_macs_are_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\r{"prompt": "b"}\r')
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: not JSON"):
+        load_prompts(path)
+    path.write_bytes(b'{"prompt": "a"}\r\n \t\r\n\r\n{"prompt": "b"}\r\n\r\n')
+    assert load_prompts(path) == [{"prompt": "a"}, {"prompt": "b"}]
 
 
 def test_the_embedded_prompts_are_disjoint():

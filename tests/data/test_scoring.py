@@ -1,13 +1,18 @@
 """Reward functions are called as TRL calls them; what they return is checked."""
 
+import array
 import asyncio
+import collections
 import functools
 import itertools
 import json
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from fractions import Fraction
+from unittest.mock import AsyncMock, Mock
 
 import numpy as np
 import pytest
@@ -62,6 +67,12 @@ def test_score():
         torch.tensor([1.0, 0.0], dtype=torch.bfloat16),
         pytest.param(map(float, "10"), id="map"),  # its own id has its address
         np.array([1, 0], dtype=object),
+        [Decimal("1.0"), Decimal(0)],
+        pytest.param({"a": 1.0, "b": 0.0}.values(), id="values of a dict"),
+        pytest.param(collections.deque([1.0, 0.0]), id="deque"),
+        pytest.param(array.array("d", [1, 0]), id="array.array"),
+        torch.tensor([1.0, 0.0], requires_grad=True),
+        np.ma.masked_array([1.0, 0.0]),
     ],
     ids=str,
 )
@@ -77,6 +88,8 @@ def test_score_accepts_numbers(values):
         (1j, TypeError, "1j, a complex"),
         ([0.5], TypeError, "a list"),
         (torch.ones(1), TypeError, "a Tensor"),
+        ((1.0,), TypeError, "a tuple"),
+        (b"1", TypeError, "a bytes"),
         (np.str_("x"), TypeError, "'x', a str_"),
         (math.nan, ValueError, "nan, not finite"),
         (-math.inf, ValueError, "-inf, not finite"),
@@ -359,6 +372,76 @@ def test_results_of_async_functions_are_checked(value):
 
     with pytest.raises((ValueError, TypeError), match="reward 'odd'"):
         score({"odd": odd}, ["p"], ["a"], {})
+
+
+class Judge:
+    """Rewards as methods of an object, with a client that they share."""
+
+    def __init__(self):
+        self.calls = 0
+
+    async def later(self, completion_ids, *, scale=1):
+        self.calls += 1
+        await asyncio.sleep(0)
+        return np.array([scale * len(ids) for ids in completion_ids])
+
+    @staticmethod
+    async def fixed(completion_ids, **kwargs):
+        return torch.tensor([float(len(ids)) for ids in completion_ids])
+
+    @classmethod
+    def of_class(cls, completion_ids, missing="default", /, **kwargs):
+        return [len(ids) for ids in kwargs.get("completion_ids", completion_ids)]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        Judge().later,
+        functools.partial(Judge().later, scale=1),
+        Judge.fixed,
+        AsyncMock(return_value=[2, 1]),
+        Mock(return_value=(2.0, 1.0)),
+        lambda completion_ids, absent=None: [len(ids) for ids in completion_ids],
+        functools.partial(lambda topic, completion_ids: [len(i) for i in completion_ids], topic=9),
+    ],
+    ids=["async method", "partial of it", "async static", "AsyncMock", "Mock", "default",
+         "partial of a column"],
+)  # fmt: skip
+def test_more_that_can_be_called(function):
+    """The first three are awaited, and all get what they name."""
+    assert call(function) == [2, 1]
+
+
+def test_logs_from_threads_and_from_async_functions():
+    async def later(completions, log_extra, log_metric, **kwargs):
+        await asyncio.sleep(0)
+        log_extra("tokens", torch.tensor([[1], [2]]))
+        log_metric("cost", np.float32(3))
+        return [0, 0]
+
+    def threads(completions, log_metric, **kwargs):
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda text: log_metric("cost", len(text)), completions))
+        return [0, 0]
+
+    log = RewardLog()
+    score({"later": later, "threads": threads}, ["p", "q"], ["a", "bb"], {}, log=log)
+    assert log.extra == {"later": {"tokens": [[1], [2]]}} and log.means() == {"cost": 2.0}
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, TimeoutError, CustomError])
+def test_async_functions_that_end_themselves_are_named(error):
+    """As a client with a deadline of its own does."""
+
+    async def late(**kwargs):
+        await asyncio.sleep(0)
+        raise error
+
+    with pytest.raises(Exception) as caught:
+        score({"brief": brevity, "late": late}, ["p"], ["a"], {})
+    assert caught.value.__notes__ == ["raised by reward 'late', called on 1 completions"]
+    assert score({"brief": brevity}, ["p"], ["a"], {}).shape == (1, 1)
 
 
 # What functions log

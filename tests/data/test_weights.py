@@ -1,5 +1,7 @@
 """Weight rows: draws, grids, parsing."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -91,7 +93,10 @@ def test_grid_has_11_rows_for_two_objectives_and_das_dennis_above():
 @pytest.mark.parametrize(
     "spec", ["joy=0.7,brief=0.3", " brief = 0.3 , joy = 0.7", "0.7,0.3", {"joy": 0.7, "brief": 0.3},
              [0.7, 0.3], torch.tensor([0.7, 0.3]), np.array([0.7, 0.3]), [np.float32(0.7), 0.3],
-             {"joy": torch.tensor(0.7), "brief": np.float64(0.3)}, np.array([0.7, 0.3], "float32")],
+             {"joy": torch.tensor(0.7), "brief": np.float64(0.3)}, np.array([0.7, 0.3], "float32"),
+             torch.nn.Parameter(torch.tensor([0.7, 0.3])), torch.tensor([[0.7, 9], [0.3, 9]])[:, 0],
+             (np.array(0.7), torch.tensor(0.3, dtype=torch.float64)), np.array([7, 3], object) / 10,
+             types.MappingProxyType({"joy": 0.7, "brief": 0.3}), "joy=.7, brief=3e-1,"],
 )  # fmt: skip
 def test_parse_accepts_every_way_of_saying_a_row(spec):
     torch.testing.assert_close(parse_weights(spec, NAMES), torch.tensor([0.7, 0.3]))

@@ -275,3 +275,55 @@ def test_bad_requests(sampler, call, message):
 def test_bad_sampling_parameters(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         SamplingParams(**changes)
+
+
+def test_the_end_token_among_the_stop_tokens_ends_in_spite_of_ignore_eos(policy, sampler):
+    free = with_seeds(params(max_tokens=60, temperature=2.0, ignore_eos=True), range(8))
+    done = sampler.generate(PROMPTS[:1] * 8, "joy=1", free)
+    ends, found = sorted(policy.end_ids), 0
+    stopped = [replace(one, stop_token_ids=ends) for one in free]
+    for c, cut in zip(done, sampler.generate(PROMPTS[:1] * 8, "joy=1", stopped), strict=True):
+        at = next((i for i, token in enumerate(c.token_ids) if token in ends), None)
+        found += at is not None
+        assert cut.token_ids == c.token_ids[: None if at is None else at + 1]
+        assert cut.finish_reason == ("length" if at is None else "stop")
+    assert found
+
+
+def test_a_stop_at_the_last_token_is_a_stop(policy, sampler):
+    (free,) = sampler.generate(PROMPTS[:1], WEIGHTS[:1], params(max_tokens=5, ignore_eos=True))
+    last = replace(params(max_tokens=5, ignore_eos=True), stop_token_ids=free.token_ids[4:])
+    (cut,) = sampler.generate(PROMPTS[:1], WEIGHTS[:1], last)
+    assert (cut.token_ids, cut.finish_reason) == (free.token_ids, "stop")
+    word = free.text[-2:]
+    assert free.text.index(word) == len(free.text) - 2
+    (cut,) = sampler.generate(PROMPTS[:1], WEIGHTS[:1], replace(last, stop_token_ids=(), stop=word))
+    assert (cut.text, cut.token_ids) == (free.text[:-2], free.token_ids)
+    assert cut.finish_reason == "stop"
+
+
+def test_logprobs_do_not_know_the_filters(sampler):
+    """At any temperature; at 0 they are those of temperature 1."""
+    tight = {"top_k": 2, "top_p": 0.5, "min_p": 0.5}
+    first = {}
+    for temperature in (0, 0.5, 1):
+        for name, filters in (("free", {}), ("tight", tight)):
+            one = params(max_tokens=1, temperature=temperature, logprobs=5, **filters)
+            (c,) = sampler.generate(PROMPTS[:1], WEIGHTS[:1], one)
+            first[temperature, name] = list(c.top_logprobs[0].items())[:5]
+        assert first[temperature, "tight"] == first[temperature, "free"]
+    assert dict(first[0, "free"]) == pytest.approx(dict(first[1, "free"]), abs=1e-6)
+    cold, warm = ([v for _, v in first[t, "free"]] for t in (0.5, 1))
+    assert [a - cold[0] for a in cold] == pytest.approx([2 * (a - warm[0]) for a in warm], abs=1e-4)
+
+
+def test_the_seed_of_a_completion_wraps_and_is_keyed_by_its_place(sampler):
+    (one, two) = sampler.generate(PROMPTS[:1], WEIGHTS[:1], params(seed=2**64 - 1, n=2))
+    (zero,) = sampler.generate(PROMPTS[:1], WEIGHTS[:1], params(seed=0))
+    assert two.token_ids == zero.token_ids != one.token_ids
+    # Without a seed: PyTorch's generator, and a seed for each request and completion.
+    torch.manual_seed(7)
+    free = sampler.generate(PROMPTS[:1] * 3, WEIGHTS[:1] * 3, params(seed=None, n=2))
+    torch.manual_seed(7)
+    again = sampler.generate(PROMPTS[:1] * 3, WEIGHTS[:1] * 3, params(seed=None, n=2))
+    assert free == again and len({tuple(c.token_ids) for c in free}) == 6

@@ -222,3 +222,40 @@ def test_what_fails_while_it_is_written_leaves_the_earlier_evaluation(two, tmp_p
 def test_rewards_must_be_those_of_the_policy():
     with pytest.raises(ValueError, match="reward_funcs must be"):
         evaluate(policy(), rewards(["joy"]), ROWS, params=SamplingParams())
+
+
+def test_a_policy_of_one_objective(tmp_path):
+    front, samples = sweep(["joy"], reference_point=[2.0])
+    assert front.weights == [[1.0]] and front.spearman == {"joy": None}
+    assert (front.hypervolume, front.base_hypervolume, front.pareto) == (0.0, 0.0, [True])
+    save_evaluation(front, samples, tmp_path)
+    assert json.loads((tmp_path / "frontier.json").read_text())["rewards"] == front.rewards
+    print_frontier(front, Console(file=io.StringIO()))
+    print_samples(front, samples, Console(file=io.StringIO()))
+
+
+def test_rewards_that_are_constant_on_one_prompt(tmp_path):
+    """All points of the front are one, on the reference point, which is that of the base too."""
+    same = dict.fromkeys(NAMES, lambda completions: [0.0] * len(completions))
+    params = SamplingParams(max_tokens=1)
+    front, samples = evaluate(policy(), same, ROWS[:1], params=params)
+    assert front.spearman == {"joy": None, "brief": None} and front.pareto == [True] * 11
+    assert front.hypervolume == front.base_hypervolume == 0
+    save_evaluation(front, samples, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_all_that_decides_the_completions_is_recorded(tmp_path):
+    params = SamplingParams(
+        max_tokens=None, temperature=0.5, top_k=np.int64(3), min_p=0.1, stop=".", ignore_eos=True,
+        stop_token_ids=np.array([5]).tolist(),
+    )  # fmt: skip
+    front, samples = evaluate(policy(), rewards(), ROWS[:1], params=params, seed=-1)
+    save_evaluation(front, samples, tmp_path)
+    found = json.loads((tmp_path / "frontier.json").read_text())
+    wanted = {
+        "max_tokens": None, "temperature": 0.5, "top_k": 3, "top_p": 1.0, "min_p": 0.1, "seed": -1,
+        "stop": ["."], "stop_token_ids": [5], "ignore_eos": True, "run": None,
+        "reward_specs": None, "prompts_file": None,
+    }  # fmt: skip
+    assert {name: found[name] for name in wanted} == wanted

@@ -399,6 +399,12 @@ def test_layers_that_get_no_entry_per_example_are_refused_by_name(
             {"gate_proj", "up_proj", "down_proj"},
         ),
         ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, set()),
+        ("hunyuan_v1_moe", {"num_experts": 4, "moe_topk": 2, "head_dim": 8}, {"wg"}),
+        (
+            "jetmoe",
+            {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
+            {"layer"},
+        ),
         ("gpt_neox", {}, set()),
         ("llama", {}, set()),
     ],
@@ -511,3 +517,21 @@ def test_a_model_that_is_not_deterministic_is_named() -> None:
     wanted = "deterministic, the outputs of model.layers.1.self_attn.q_proj differ between two"
     with pytest.raises(ValueError, match=wanted):
         check_start(model)
+
+
+def test_flattened_layers_in_generation_with_a_cache() -> None:
+    """A prompt of several tokens, then one a step; padded on the left, three answers a prompt."""
+    model = opt()
+    inject(model, NAMES)
+    for layer in steered_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    rows, mask = torch.randn(2, 2), torch.ones(2, 5, dtype=torch.long)
+    mask[1, :2] = 0
+    ids = torch.arange(1, 11).view(2, 5) * mask
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "num_return_sequences": 3}
+    with steer(model, rows.repeat_interleave(3, 0)):
+        together = model.generate(ids, attention_mask=mask, **options)[:, 5:]
+    for b, start in enumerate((0, 2)):
+        with steer(model, rows[b : b + 1].repeat_interleave(3, 0)):
+            alone = model.generate(ids[b : b + 1, start:], **options)[:, 5 - start :]
+        assert together[3 * b : 3 * b + 3, : alone.shape[1]].tolist() == alone.tolist()

@@ -318,6 +318,20 @@ CHOSEN: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         llama,
         {"target_modules": ["q_proj", "model.layers.0.mlp.up_proj"], "layers_to_transform": [1]},
     ),
+    "all but a regex, rslora": (
+        llama,
+        {"target_modules": "all-linear", "exclude_modules": r".*\.(k|v)_proj", "use_rslora": True,
+         "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}, "alpha_pattern": {"q_proj": 3}},
+    ),
+    "a list of one name": (
+        gpt2,
+        {"target_modules": ["h.1.mlp.c_fc"], "fan_in_fan_out": True, "init_lora_weights": False},
+    ),
+    "a tuple of layers": (
+        llama,
+        {"target_modules": ["down_proj"], "layers_to_transform": (1,),
+         "layers_pattern": "layers"},
+    ),
     "layers and experts": (
         qwen2_moe, {"target_modules": ["up_proj", "k_proj"], "layers_to_transform": [1]},
     ),
@@ -934,3 +948,52 @@ def test_what_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"brief: .*\.fc\.lora_B\.weight must be finite"):
         save_adapters(model, tmp_path)
     assert snapshot(tmp_path) == before
+
+
+def test_the_configuration_of_an_old_peft(
+    good: Path, shared_llama: nn.Module, tmp_path: Path
+) -> None:
+    """As version 0.3 wrote it: fewer fields, and two that are gone."""
+    old = {
+        "base_model_name_or_path": "huggyllama/llama-7b", "bias": "none", "enable_lora": None,
+        "fan_in_fan_out": False, "inference_mode": True, "lora_alpha": 8, "lora_dropout": 0.05,
+        "merge_weights": False, "modules_to_save": None, "peft_type": "LORA", "r": 4,
+        "target_modules": ["q_proj"], "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    (tmp_path / CONFIG).write_text(json.dumps(old))
+    (tmp_path / TENSORS).write_bytes((good / TENSORS).read_bytes())
+    first, second = llama(), llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapters(first, [tmp_path], names=["good"])
+    load_adapters(second, [good])
+    same_bits(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings`")
+def test_an_adapter_of_a_tied_head(tmp_path: Path) -> None:
+    base = seeded("llama", tie_word_embeddings=True)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    nn.init.normal_(model.get_submodule("base_model.model.lm_head.lora_B.default").weight)
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    loaded = copy.deepcopy(base)
+    assert "lm_head" in load_adapters(loaded, [tmp_path / "a"])
+    torch.testing.assert_close(logits(loaded, [[1.0]] * 4), logits(model), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_a_compiled_model_is_named_by_its_first_key(
+    good: Path, tmp_path: Path
+) -> None:
+    """torch.compile puts _orig_mod into the keys."""
+    for part in (CONFIG, TENSORS):
+        (tmp_path / part).write_bytes((good / part).read_bytes())
+    tensors(
+        lambda stored: [
+            rename(k, k.replace("base_model.model.", "base_model.model._orig_mod."))(stored)
+            for k in list(stored)
+        ]
+    )(tmp_path)
+    wanted = r"first key is 'base_model\.model\._orig_mod\..*first linear layer is 'model\.layers"
+    with pytest.raises(ValueError, match=wanted):
+        load_adapters(llama(), [tmp_path], names=["a"])

@@ -257,3 +257,14 @@ def test_auto_is_cuda_where_there_is_one(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert torch_device("auto") == torch.device("cpu")
     assert Policy.create("tiny", ["joy"], r=1, device="auto").device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"r": 5000}, {"r": 0}, {"lora_alpha": 2_000_000}, {"lora_alpha": float("inf")},
+     {"lora_alpha": 1e-60}],
+)  # fmt: skip
+def test_a_policy_that_could_not_be_loaded_again_is_refused(changes):
+    """The last scaling is 0 in float32: such adapters could be trained, to no effect."""
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        Policy.create("tiny", ["joy"], **changes)

@@ -1,5 +1,6 @@
 """CLPConfig: YAML, unknown keys, types and ranges."""
 
+import numpy as np
 import pytest
 
 from clp.training.config import LARGEST_LORA_ALPHA, LARGEST_R, CLPConfig, config_from, load_config
@@ -122,3 +123,43 @@ def test_of_run_is_the_runs_configuration(tmp_path):
         CLPConfig.of_run(tmp_path, max_step=300)
     with pytest.raises(ValueError, match=r"config.yaml cannot be read"):
         CLPConfig.of_run(tmp_path / "none")
+
+
+def test_whole_numbers_are_those_of_yaml_1_2(load):
+    """In YAML 1.1 0100 is 64, and 1:30 is 90."""
+    assert load("max_steps: 0100").max_steps == 100
+    with pytest.raises(ValueError, match="max_steps must be int, got '1:30'"):
+        load("max_steps: 1:30")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("r: 8.0", "r must be int, got 8.0"),
+        ("max_steps: 1,000", "max_steps must be int, got '1,000'"),
+        ("learning_rate: 2e-3 # ok\nalpha: 12%", "alpha must be a number, got '12%'"),
+        ("resume: nope", "resume must be bool, got 'nope'"),
+        ("rewards: joy=sentiment", "rewards must be a non-empty list"),
+        ("device: off", "device must be .*str.*, got False"),
+    ],
+)
+def test_values_that_are_nearly_right_are_refused_by_name(load, text, message):
+    with pytest.raises(ValueError, match=message):
+        load(text)
+
+
+def test_numpys_numbers_are_numbers(load):
+    """As a sweep over np.logspace or np.arange gives them."""
+    config = CLPConfig(
+        learning_rate=np.logspace(-3, -2, 2)[0], alpha=np.float32(0.25), r=np.arange(9)[4],
+        seed=np.int64(3), max_steps=np.int32(5),
+    )  # fmt: skip
+    assert config == CLPConfig(learning_rate=1e-3, alpha=0.25, r=4, seed=3, max_steps=5)
+    assert load(config.to_yaml()) == config
+
+
+def test_paths_may_be_objects(load, tmp_path):
+    """As CLPConfig.of_run and Policy.load take them."""
+    config = CLPConfig(output_dir=tmp_path / "r", prompts=tmp_path / "p.jsonl")
+    assert config == CLPConfig(output_dir=f"{tmp_path}/r", prompts=f"{tmp_path}/p.jsonl")
+    assert load(config.to_yaml()) == config

@@ -1,10 +1,12 @@
 """Prompts that are too long are found before a training begins."""
 
 import json
+import os
 
 import pytest
 from tiny_runs import config
 
+from clp.data.conversation import encode_prompt
 from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
 from clp.training.config import CLPConfig
@@ -94,3 +96,35 @@ def test_lengths_that_cannot_be_are_refused(policy, length, monkeypatch):
     with pytest.raises(ValueError, match=r"train_dataset\[0\]: the prompt has no tokens"):
         fitting_rows(rows, policy, sampler, 4)
     assert sampler.unfinished == 0
+
+
+def test_a_prompt_from_a_pipe_that_is_too_long_is_said(tmp_path):
+    """As of `--prompts <(zcat p.jsonl.gz)`: what is read once cannot be read again for the line."""
+    reader, writer = os.pipe()
+    os.write(writer, json.dumps({"prompt": LONG}).encode() + b"\n")
+    os.close(writer)
+    try:
+        args = config(tmp_path / "r", prompts=f"/dev/fd/{reader}", max_steps=1)
+        with pytest.raises(ValueError, match=rf"/dev/fd/{reader}.*(tokens|pipe)"):
+            CLPTrainer(args=args)
+    finally:
+        os.close(reader)
+    assert not (tmp_path / "r").exists()
+
+
+def test_what_a_chat_template_adds_counts(tmp_path, chat_model, capsys):
+    """In a file with a byte order mark and the line ends of Windows."""
+    fits = [{"role": "user", "content": "Tom had a kite."}]
+    longer = [{"role": "system", "content": "Mia"}, *fits]
+    path = tmp_path / "p.jsonl"
+    lines = ["", *(json.dumps({"prompt": talk}) for talk in (fits, longer))]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    tokenizer = Policy.create(chat_model, ["joy"], r=1).tokenizer
+    limit = len(encode_prompt(fits, tokenizer))
+    assert limit > len(tokenizer("Tom had a kite.")["input_ids"])
+    args = config(tmp_path / "r", prompts=str(path), max_prompt_length=limit, model=chat_model)
+    assert [row["prompt"] for row in CLPTrainer(args=args).rows] == [fits]
+    assert "left out 1 of 2 prompts" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: the prompt has"):
+        CLPTrainer(args=config(tmp_path / "s", prompts=str(path), model=chat_model,
+                               max_completion_length=256 - limit + 1))  # fmt: skip

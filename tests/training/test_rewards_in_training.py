@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from tiny_runs import config, metrics, records
@@ -246,6 +247,71 @@ def test_conversations_without_a_template_leave_no_folder(tmp_path):
     with pytest.raises(ValueError, match=message):
         make(tmp_path / "r", [brevity], conversations(ROWS))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_async_reward_that_fails_at_the_second_step_is_repaired_and_resumed(tmp_path):
+    """Beside one that is not async; what was trained before it stays."""
+    fail = True
+
+    async def judge(completions, trainer_state, **kwargs):
+        await asyncio.sleep(0)
+        if fail and trainer_state.global_step == 1:
+            raise ConnectionError("the judge is away")
+        return [len(text) / 9 for text in completions]
+
+    with pytest.raises(ConnectionError) as caught:
+        make(tmp_path / "cut", [sentiment, judge]).train()
+    assert caught.value.__notes__ == ["raised by reward 'judge', called on 6 completions"]
+    assert len(metrics(tmp_path / "cut")) == 1
+    fail = False
+    make(tmp_path / "cut", [sentiment, judge], resume=True).train()
+    make(tmp_path / "whole", [sentiment, judge]).train()
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("scale", ["none", "batch", "group", "reference"])
+def test_rewards_that_apply_to_every_other_completion_leave_all_finite(tmp_path, scale):
+    def some(completions, **kwargs):
+        return [None if i % 2 else float(len(text)) for i, text in enumerate(completions)]
+
+    trainer = make(
+        tmp_path / "r", [brevity, some], num_generations=2, max_steps=3, scale_rewards=scale
+    )
+    trainer.train()
+    rows = metrics(tmp_path / "r")
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 0]
+    assert all(p.isfinite().all() for p in trainer.parameters.values())
+    assert all(row["rewards/some/mean"] is not None for row in rows)
+
+
+def test_a_system_message_and_several_turns_reach_the_rewards(tmp_path, chat_model):
+    talk = [
+        {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Tom?"},
+        {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And Mia?"},
+    ]  # fmt: skip
+    seen = []
+
+    def watch(prompts, completions, **kwargs):
+        seen.append(prompts[0])
+        return [float(len(c[0]["content"])) for c in completions]
+
+    make(tmp_path / "r", {"watch": watch}, [{"prompt": talk}], chat_model, max_steps=1).train()
+    assert seen == [talk, talk]
+    wrong = [*talk[:3], {"role": "user", "content": [{"type": "text", "text": "And Mia?"}]}]
+    with pytest.raises(ValueError, match=r'train_dataset\[0\]: "prompt": message 3 must be'):
+        make(tmp_path / "s", {"watch": watch}, [{"prompt": wrong}], chat_model)
+
+
+def test_rows_of_the_library_datasets(tmp_path):
+    """Also with a format, which makes arrays of the numbers."""
+    rows = datasets.Dataset.from_list([row | {"size": [1, 2]} for row in ROWS])
+
+    def sized(completions, size, **kwargs):
+        return [float(sum(one)) for one in size]
+
+    make(tmp_path / "r", [sized, brevity], rows.with_format("torch"), max_steps=1).train()
+    assert metrics(tmp_path / "r")[0]["rewards/sized/mean"] == 3
+    make(tmp_path / "r", [sized, brevity], rows, max_steps=1, resume=True)
 
 
 def test_the_page_on_metrics_has_them_all():

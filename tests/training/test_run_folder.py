@@ -345,3 +345,80 @@ def test_a_damaged_run_json_is_refused_by_name(stopped, text):
     (stopped / "specs/run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json"):
         resumed(stopped / "specs")
+
+
+def test_another_name_of_the_folder_is_the_same_folder(tmp_path, monkeypatch):
+    first = CLPTrainer(args=config(tmp_path / "r", max_steps=1))
+    (tmp_path / "link").symlink_to("r")
+    monkeypatch.chdir(tmp_path / "r")
+    for name in (tmp_path / "link", ".", "../link"):
+        with pytest.raises(ValueError, match="in use by another training"):
+            resumed(name)
+    first.train()
+    resumed(".", max_steps=2).train()
+    assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 2]
+
+
+def test_a_lock_ends_with_its_process_though_a_child_lives_on(tmp_path):
+    """Such as a worker of a pool that a reward function has forked."""
+    script = f"""
+import os, time
+from pathlib import Path
+from clp.training.run_folder import RunLock
+lock = RunLock(Path({str(tmp_path)!r}))
+lock.acquire()
+child = os.fork()
+if child == 0:
+    time.sleep(30)
+    os._exit(0)
+print(child, flush=True)
+input()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    child = int(process.stdout.readline())
+    try:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with RunLock(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        process.communicate()
+
+
+def test_a_reward_that_fails_while_the_scale_is_measured_leaves_no_folder(tmp_path):
+    def late(completions, **kwargs):
+        if len(completions) > 2:
+            raise ConnectionError("the judge is away")
+        return [0.5] * len(completions)
+
+    args = config(tmp_path / "new/er/r", scale_rewards="reference")
+    with pytest.raises(ConnectionError) as caught:
+        CLPTrainer(reward_funcs={"late": late}, args=args, train_dataset=ROWS)
+    assert caught.value.__notes__ == ["raised by reward 'late', called on 512 completions"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_that_was_edited_by_hand_is_resumed(finished, stopped):
+    """More steps and other spacing; the metrics of before stay."""
+    path = stopped / "specs/config.yaml"
+    text = path.read_text().replace("max_steps: 4", "max_steps:   6  # a little more")
+    path.write_text(f"# mine\n\n{text}")
+    resumed(stopped / "specs").train()
+    rows = metrics(stopped / "specs")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[:2] == metrics(finished / "specs")[:2]
+
+
+def test_a_training_whose_folder_was_deleted_leaves_the_next_one_alone(tmp_path):
+    """`rm -r run` beside a forgotten training, whose lock is on a file that is gone."""
+    first = CLPTrainer(args=config(tmp_path / "r", max_steps=1))
+    shutil.rmtree(tmp_path / "r")
+    second = CLPTrainer(args=config(tmp_path / "r", max_steps=2))
+    with pytest.raises((ValueError, OSError)):
+        first.train()
+    second.train()
+    assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 2]
+    assert not (tmp_path / "r/checkpoint-000001").exists()

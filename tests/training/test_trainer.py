@@ -16,13 +16,16 @@ from tiny_runs import metrics
 
 from clp.engine.requests import SamplingParams
 from clp.evaluation.frontier import evaluate
+from clp.policies.loading import load_base
 from clp.policies.lora import Policy
 from clp.rewards import brevity, sentiment
+from clp.training import trainer as trainer_module
 from clp.training.checkpoint import checkpoints
 from clp.training.config import CLPConfig, load_config
 from clp.training.run_folder import cut_lines
 from clp.training.trainer import CLPTrainer
 from clp_kernels import registry
+from clp_kernels.nn.mixed_lora import steered_layers
 
 SMALL = {
     "num_prompts": 4, "num_generations": 3, "max_completion_length": 8, "max_steps": 6,
@@ -371,3 +374,59 @@ def test_excluded_modules_carry_no_adapter(tmp_path):
     trainer = CLPTrainer(args=config(tmp_path / "a", exclude_modules=["q_proj"]))
     assert any("k_proj" in name for name in trainer.parameters)
     assert not any("q_proj" in name for name in trainer.parameters)
+
+
+def test_frozen_factors_are_saved_and_resumed(tmp_path):
+    """LoRA-FA: the A factors stay as they are, and never have a gradient."""
+
+    def frozen(folder, **changes):
+        trainer = CLPTrainer(args=tiny_runs.config(folder, **changes))
+        for name, parameter in trainer.parameters.items():
+            parameter.requires_grad_("lora_A" not in name)
+        return trainer
+
+    frozen(tmp_path / "a").train()
+    train_until(frozen(tmp_path / "b"), 2)
+    frozen(tmp_path / "b", resume=True).train()
+    assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
+
+
+def test_a_tower_that_no_prompt_reaches_is_saved_and_resumed(tmp_path, monkeypatch):
+    """As the vision tower of a model that gets texts."""
+
+    def towered(*args, **kwargs):
+        model, tokenizer = load_base(*args, **kwargs)
+        torch.manual_seed(0)
+        model.tower = torch.nn.Linear(8, 8)
+        return model.requires_grad_(False), tokenizer
+
+    monkeypatch.setattr("clp.policies.lora.load_base", towered)
+    CLPTrainer(args=tiny_runs.config(tmp_path / "a")).train()
+    assert "tower" in steered_layers(Policy.load(tmp_path / "a").model)
+    train_until(CLPTrainer(args=tiny_runs.config(tmp_path / "b")), 2)
+    CLPTrainer(args=tiny_runs.config(tmp_path / "b", resume=True)).train()
+    assert metrics(tmp_path / "b") == metrics(tmp_path / "a")
+
+
+def test_one_bad_micro_batch_of_several_skips_the_whole_step(tmp_path, monkeypatch):
+    real, calls = trainer_module.policy_loss, []
+
+    def loss(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 1 else 1)
+
+    monkeypatch.setattr(trainer_module, "policy_loss", loss)
+    trainer = CLPTrainer(args=tiny_runs.config(tmp_path / "r", micro_batch_size=2))
+    before = [p.clone() for p in trainer.parameters.values()]
+    assert trainer.train_step()["skipped_steps"] == 1 and len(calls) == 2
+    assert all(map(torch.equal, before, trainer.parameters.values()))
+    assert trainer.train_step()["skipped_steps"] == 1
+
+
+def test_a_policy_whose_logits_diverge_ends_the_run_and_names_the_checkpoint(tmp_path):
+    """With such a learning rate the sampler is the first to see what is not finite."""
+    changes = {"learning_rate": 1e30, "warmup_steps": 0, "max_steps": 30, "save_steps": 1}
+    trainer = CLPTrainer(args=tiny_runs.config(tmp_path / "r", **changes))
+    with pytest.raises(FloatingPointError, match=r"not finite.*checkpoint-\d+.*learning_rate"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.parameters.values())

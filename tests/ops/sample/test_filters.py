@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from decoding_alone import new_spread_policy
@@ -230,3 +231,85 @@ def test_a_sampler_keeps_the_numbers_of_its_requests() -> None:
     slots = sampler.runner.state
     kept = torch.stack([slots.temperature, slots.top_p, slots.min_p])[:, :2]
     assert kept.t().tolist() == [list(numbers) for numbers in asked]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["reference"] if NO_CPU else ["reference", "cpu"])
+def test_min_p_of_narrow_logits_about_zero(backend: str, dtype: torch.dtype) -> None:
+    """Zeros of both signs are one value; the least subnormal is another."""
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    z = torch.tensor([[0.0, -0.0, -1.0], [-0.0, -least, -1.0], [least, 0.0, 0.0]]).to(dtype)
+    z = torch.cat([z, torch.full((3, 3000), -INF, dtype=dtype)], 1)
+    drawn = sample(z, min_p=1.0, seed=1, position=0, backend=backend)
+    left = drawn[2].exp().tolist()
+    assert left == pytest.approx([0.5, 1.0, 1.0], abs=1e-6)
+    assert drawn[0].tolist()[1:] == [0, 0]
+
+
+@pytest.mark.parametrize("backend", ["reference"] if NO_CPU else ["reference", "cpu"])
+def test_min_p_of_a_mixture_that_cancels(backend: str) -> None:
+    """Of 50,000 tokens all tie at 0, and stay; beside a row without the filter."""
+    z = torch.randn(1, 2, 50_000)
+    logits = torch.cat([z, -z])
+    weights, min_p = torch.full((2, 2), 0.5), torch.tensor([1.0, 0.0], dtype=F64)
+    options = {"min_p": min_p, "seed": 1, "position": 0, "backend": backend}
+    _, full, left = sample(logits, weights=weights, **options)
+    torch.testing.assert_close(full, torch.full((2,), -math.log(50_000)))
+    torch.testing.assert_close(left, full)
+
+
+@each_draw
+def test_top_p_at_the_mass_of_a_thousand_tokens(draw: Callable[..., tuple[Tensor, ...]]) -> None:
+    z = torch.randn(1, 1000, generator=torch.Generator().manual_seed(1)) * 3
+    p = z[0].double().softmax(-1).sort(descending=True).values.tolist()
+    for kept in (1, 9):
+        mass = math.fsum(p[:kept])
+        wanted = mass + p[kept]
+        assert kept_mass(draw(z, top_p=mass * (1 - 1e-11))) == pytest.approx([mass], rel=1e-5)
+        assert kept_mass(draw(z, top_p=mass * (1 + 1e-11))) == pytest.approx([wanted], rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference"] if NO_CPU else ["reference", "cpu"])
+def test_numpys_numbers_are_what_they_are(backend: str) -> None:
+    """np.float64(0.8) is 0.8, and np.float32(0.8) is the larger number that float32 has."""
+    z = torch.tensor([[0.3, 0.1, 0.1, 0.5]]).log()
+    for top_p, wanted in ((np.float64(0.8), 0.8), (np.float32(0.8), 1.0)):
+        drawn = sample(z, top_p=top_p, seed=np.int64(3), position=0, backend=backend)
+        assert kept_mass(drawn) == pytest.approx([wanted])
+
+
+@each_draw
+def test_the_order_is_temperature_top_k_top_p_min_p(
+    draw: Callable[..., tuple[Tensor, ...]],
+) -> None:
+    """Each case has another result if two of them change places, or top-p is not renormalised."""
+    z = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    cases: list[tuple[dict[str, Any], float]] = [
+        ({"top_k": 2, "top_p": 0.5}, 0.4),  # 0.4 / 0.7 is more than 0.5
+        ({"top_p": 0.75, "min_p": 0.45}, 0.9),  # of what min-p leaves, 0.7 / 0.9 would be more
+        ({"temperature": 2.0, "min_p": 0.6}, sum(x**0.5 for x in (0.4, 0.3, 0.2))),  # 0.707
+        ({"temperature": 0.5, "top_p": 0.5}, 0.4**2),
+        ({"top_k": 3, "top_p": 0.7, "min_p": 0.7}, 0.7),
+        ({"top_k": 9, "top_p": 1.0}, 1.0),  # more than there are
+    ]
+    for options, kept in cases:
+        t = options.get("temperature", 1.0)
+        whole = sum(x ** (1 / t) for x in (0.4, 0.3, 0.2, 0.1))
+        assert kept_mass(draw(z, **options)) == pytest.approx([kept / whole]), options
+
+
+@each_draw
+def test_all_that_tie_stay_and_the_lowest_id_is_greedy(
+    draw: Callable[..., tuple[Tensor, ...]],
+) -> None:
+    z = torch.tensor([[1.0, 2.0, 2.0, 2.0, -INF, 0.0]])
+    three = 3 / (3 + math.exp(-1) + math.exp(-2))
+    for options in ({"top_k": 1}, {"top_p": 0.1}, {"min_p": 1.0}, {"top_k": 2, "top_p": 1e-9}):
+        assert kept_mass(draw(z, **options)) == pytest.approx([three]), options
+    token, full, left = draw(z, temperature=0.0, top_k=1)
+    assert (token.item(), left.item()) == (1, 0.0)
+    assert full.item() == pytest.approx(math.log(three / 3), abs=1e-6)
+    # A temperature close to 0 is not 0: each of the three is drawn.
+    many = z.expand(40, 6).contiguous()
+    drawn = draw(many, temperature=1e-5, seed=torch.arange(40), position=torch.zeros(40).long())
+    assert set(drawn[0].tolist()) == {1, 2, 3}
