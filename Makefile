@@ -7,10 +7,10 @@ BIN := .venv/bin
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / — /'
 
-# Built once, and again if what it is built from changes. It is made anew if none is complete, or if
-# PYTHON= names another Python than its own; without PYTHON= it keeps its own.
+# Built once, and again if what it is built from changes. It is made anew if none is complete, if its
+# Python is gone, or if PYTHON= names another Python than its own; without PYTHON= it keeps its own.
 ITS_VERSION := -c 'import sys; print(sys.version)'
-ifeq ($(wildcard .venv/.ready),)
+ifeq ($(and $(wildcard .venv/.ready),$(realpath $(BIN)/python)),)
 ANEW := anew
 else ifneq ($(origin PYTHON),file)
 ifneq ($(shell $(PYTHON) $(ITS_VERSION)),$(shell $(BIN)/python $(ITS_VERSION)))

@@ -1,16 +1,14 @@
 """clp eval: its options, and what it does with them."""
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from clp.data.paths import absolute, check_folder, home_expanded, reward_locations
-from clp.training.config import CLPConfig, load_config
+from clp.training.config import run_config
 
 
 @dataclass
@@ -49,6 +47,7 @@ class EvalCommand:
 def run(argv: Sequence[str]) -> None:
     """clp eval RUN: sweep the weights on held-out prompts; numbers, plot, samples."""
     command = tyro.cli(EvalCommand, prog="clp eval", args=argv)
+    import torch
     from rich.console import Console
 
     from clp.data.prompts import HELDOUT_PROMPTS, load_prompts
@@ -64,7 +63,7 @@ def run(argv: Sequence[str]) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(command, name)}")
     folder = home_expanded(command.run)
     output = folder if command.output_dir is None else home_expanded(command.output_dir)
-    card, config = read_card(folder), _config_of(folder)
+    card, config = read_card(folder), run_config(folder)
     check_folder(output, FILES)
     most = config.max_completion_length if command.max_tokens is None else command.max_tokens
     params = SamplingParams(max_tokens=most, temperature=command.temperature, top_p=command.top_p)
@@ -82,7 +81,10 @@ def run(argv: Sequence[str]) -> None:
             f"rewards must be those of {', '.join(card['objectives'])} ({form}), got "
             f"{', '.join(rewards)}"
         )
-    policy = Policy.load(folder, base_model=command.base_model, device=command.device)
+    policy = Policy.load(
+        folder, dtype=getattr(torch, config.dtype), base_model=command.base_model,
+        device=command.device,
+    )  # fmt: skip
     front, samples = evaluate(
         policy, rewards, rows, params=params, seed=command.seed, reference_point=reference_point,
         max_batch_size=command.max_batch_size, progress=True,
@@ -93,12 +95,3 @@ def run(argv: Sequence[str]) -> None:
     print_frontier(front, console)
     print_samples(front, samples, console)
     console.print(f"{output}/frontier.json, samples.jsonl, pareto.png")
-
-
-def _config_of(run: Path) -> CLPConfig:
-    """The configuration of a run, also for one of its checkpoints; else the defaults."""
-    folders = [run]
-    if re.fullmatch(r"checkpoint-\d+", run.resolve().name):
-        folders.append(run.resolve().parent)
-    files = [folder / "config.yaml" for folder in folders]
-    return next((load_config(file) for file in files if file.is_file()), CLPConfig())

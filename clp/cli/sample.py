@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from clp.data.paths import home_expanded
+from clp.training.config import run_config
 
 if TYPE_CHECKING:
     from clp.engine.requests import SamplingParams
@@ -83,6 +84,8 @@ def run(argv: Sequence[str]) -> None:
 
 def _sample(command: SampleCommand, params: "SamplingParams") -> int:
     """Does what the command says; returns how many lines failed."""
+    import torch
+
     from clp.data.weights import parse_weights
     from clp.engine.sampler import Sampler
     from clp.policies.card import read_card
@@ -98,7 +101,10 @@ def _sample(command: SampleCommand, params: "SamplingParams") -> int:
         parse_weights(command.weights, card["objectives"], simplex=command.simplex)
 
     def make_sampler() -> Sampler:
-        policy = Policy.load(folder, base_model=command.base_model, device=command.device)
+        policy = Policy.load(
+            folder, dtype=getattr(torch, run_config(folder).dtype),
+            base_model=command.base_model, device=command.device,
+        )  # fmt: skip
         sampler = Sampler(
             policy, max_batch_size=command.max_batch_size, cache_gib=command.cache_gib
         )

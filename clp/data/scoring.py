@@ -16,9 +16,10 @@ import math
 import numbers
 import reprlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -275,10 +276,14 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
             loop.run_forever()
 
 
+# Lists already, or values without an order or that are no numbers.
+_NOT_LISTS = (list, tuple, str, bytes, Mapping, set, frozenset)
+
+
 def _checked(objective: str, values: Any, count: int) -> list[float]:
     if hasattr(values, "tolist"):
         values = values.tolist()
-    elif isinstance(values, Iterator):
+    elif isinstance(values, Iterable) and not isinstance(values, _NOT_LISTS):
         values = list(itertools.islice(values, count + 1))
     expected = f"reward {objective!r} must return a list of {count} numbers, got"
     if not isinstance(values, list | tuple):
@@ -292,6 +297,8 @@ def _number(objective: str, row: int, value: Any) -> float:
     if value is None:
         return math.nan
     plain: Any = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy, torch
+    if isinstance(plain, Decimal):
+        plain = float(plain)
     came = f"reward {objective!r}, row {row}: expected a finite number, got {reprlib.repr(plain)}"
     if not isinstance(plain, numbers.Real):
         raise TypeError(f"{came}, a {type(value).__name__}")

@@ -23,7 +23,8 @@ def prepare(slot_model: SlotModel, steer: Any, weights: Tensor, *, recorded: boo
         weights: [1, m]. Weights of zero would hide the adapters.
         recorded: Whether to record.
 
-    Raises: ValueError for a model whose logits differ through the slots, or that fails there.
+    Raises: ValueError for a model whose logits differ through the slots or are not finite, or that
+        fails there.
     """
     model, cache = slot_model.model, slot_model.cache
     cache.resize(LARGEST_BATCH, BLOCK)
@@ -60,6 +61,8 @@ def _difference(slot_model: SlotModel, steer: Any, weights: Tensor) -> str | Non
     positions = torch.arange(5, device=device)[:, None]
     with model_errors(Exception), steer(weights):
         wanted = model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
+    if not bool(wanted.isfinite().all()):
+        raise ValueError(f"the logits of {type(model).__name__} are not finite: are its weights?")
     plan = Prefill(cache, [Segment(0, 0, 4)], device)
     slot_model.prefill(steer(weights.expand(4, -1)), tokens[:4], positions[:4], plan)
     step = Decode(cache, 0, positions[4], 5, True)

@@ -1,5 +1,12 @@
 """Errors of code that is not the engine's: a model's, a tokenizer's, or of memory that is short."""
 
+# Why a sequence ends whose logits are infinite or NaN.
+NOT_FINITE = "the logits are not finite for these weights"
+
+
+class NotFiniteError(RuntimeError):
+    """A completion could not be drawn, because the logits are not finite."""
+
 
 class ModelError(Exception):
     """A model or a tokenizer has raised, or the device has no memory left.

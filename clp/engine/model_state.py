@@ -3,21 +3,23 @@
 import functools
 import operator
 import sys
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Mapping
-from types import FunctionType
+from functools import partial
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedConfig
 
 from clp_kernels.nn.probe import OneExamplePerWeights
 from clp_kernels.nn.steering import SteeredLayer
 
 # Compared by value; everything else by identity, with a reference: an id alone may be used again.
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device})
+_GLOBALS = _PLAIN | {Tensor, nn.Parameter, np.ndarray, list, tuple, dict, set}
 # Code of the caller in a module: it may read anything.
 _OWN_CODE = frozenset({"forward", "_compiled_call_impl"})
 # Hooks of clp_kernels.inject: they read the weights of the call and nothing else.
@@ -26,16 +28,21 @@ _OURS = frozenset({OneExamplePerWeights})
 WIDTH = 4099
 # The sampler changes it for each forward.
 _NOT_READ = frozenset({"_attn_implementation_internal"})
+# Kinds of values that count with what they hold, each before those that it is a kind of.
+_HOLD = (Tensor, nn.Module, SimpleNamespace, partial, np.ndarray, Mapping, list, tuple, set,
+         frozenset, deque)  # fmt: skip
+# Objects of these count by themselves (what `steer` writes is ours); of others, their attributes.
+_LIBRARIES = sys.stdlib_module_names | {"torch", "clp_kernels"}
 
 
 class _Inside(dict[type, Any]):
-    """By type, which kind of container a value is, or None."""
+    """By type, which of _HOLD a value is, `object` if it has attributes of its own, or None."""
 
     def __missing__(self, kind: type) -> Any:
-        plain: dict[type, Any] = {dict: dict, OrderedDict: dict, list: list, tuple: list}
-        known = plain.get(kind)
-        for base in (nn.Module, Tensor, PreTrainedConfig):
-            known = base if issubclass(kind, base) else known
+        known: Any = next((base for base in _HOLD if issubclass(kind, base)), None)
+        library = kind.__module__.partition(".")[0] in _LIBRARIES
+        if known is None and not library and not issubclass(kind, type):
+            known = object
         self[kind] = known
         return known
 
@@ -46,9 +53,10 @@ _INSIDE = _Inside()
 class ModelState:
     """Modules, their classes, attributes and configurations, and the values of their tensors.
 
-    Attributes that are lists, tuples and dictionaries count with what they hold. Tensors count with
+    Attributes that are containers, arrays or objects count with what they hold. Tensors count with
     where they lie and a checksum of what they hold: PyTorch counts no writes through `.data` and
-    `.numpy()`. The functions that the modules' files name count too.
+    `.numpy()`. Of the modules' files the functions count, and the globals that they name and that
+    are numbers, texts, tensors, lists or dictionaries.
 
     Cost: one pass over the parameters.
 
@@ -72,11 +80,17 @@ class ModelState:
         self._classes: dict[type, None] = {}
         self._module(model, self._calls)
         bases = dict.fromkeys(base for cls in self._classes for base in cls.__mro__[:-1])
+        named: set[str] = set()
         for one in bases:
-            self._calls.extend(vars(one).values())
-        for name in dict.fromkeys(base.__module__ for base in bases):
-            names = vars(sys.modules[name]) if name in sys.modules else {}
-            self._calls.extend(one for one in names.values() if isinstance(one, FunctionType))
+            self._add(vars(one), self._calls)
+            named.update(*map(_names, vars(one).values()))
+        for file in dict.fromkeys(base.__module__ for base in bases):
+            names = vars(sys.modules[file]) if file in sys.modules else {}
+            functions = [one for one in names.values() if isinstance(one, FunctionType)]
+            self._calls.extend(functions)
+            named.update(*map(_names, functions))
+            globals_ = {k: v for k, v in names.items() if k in named and type(v) in _GLOBALS}
+            self._add(globals_, self._calls)
         # Each with its address: one that `.data` has replaced is another.
         self.addresses = [t.data_ptr() for t in self._tensors]
         # The content alone of what is trained, and where PyTorch does not count the writes.
@@ -120,20 +134,42 @@ class ModelState:
         parts.extend(values.values())
         for value in values.values():
             kind = _INSIDE[type(value)]
-            if kind is None:
+            if kind is None or (kind is Mapping and not value):
                 continue
             if kind is Tensor:
                 self._tensors.append(value)
             elif kind is nn.Module:
                 self._module(value, parts)
-            elif kind is dict:
-                if value:
-                    self._add(value, parts)
-            elif kind is list:
-                self._add(dict(enumerate(value)), parts)
+            elif kind is np.ndarray and not value.dtype.hasobject:
+                parts.append(value.tobytes())
             elif id(value) not in self._seen:
                 self._seen.add(id(value))
-                self._add({k: v for k, v in vars(value).items() if k not in _NOT_READ}, parts)
+                self._add(_held(value, kind), parts)
+
+
+def _held(value: Any, kind: Any) -> Mapping[Any, Any]:
+    """What a value of this kind holds, by name, key or place."""
+    if kind is Mapping:
+        return value  # type: ignore[no-any-return]
+    if kind is partial:
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if kind is object or kind is SimpleNamespace:
+        slots = (name for base in type(value).__mro__ for name in vars(base).get("__slots__", ()))
+        slotted = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+        own = getattr(value, "__dict__", {})
+        return slotted | {k: v for k, v in own.items() if k not in _NOT_READ}
+    return dict(enumerate(value.flat if kind is np.ndarray else value))
+
+
+def _names(value: Any) -> frozenset[str]:
+    """The globals and attributes that a function names; none for anything else."""
+    return _names_of(value.__code__) if isinstance(value, FunctionType) else frozenset()
+
+
+@functools.cache
+def _names_of(code: CodeType) -> frozenset[str]:
+    inner = (_names_of(const) for const in code.co_consts if isinstance(const, CodeType))
+    return frozenset(code.co_names).union(*inner)
 
 
 def _checksums(tensors: list[Tensor]) -> list[int]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from clp.data.conversation import Prompt
 from clp.data.weights import WeightSpec, parse_rows, parse_weights
 from clp.engine.locks import one_thread
-from clp.engine.model_error import ModelError
+from clp.engine.model_error import NOT_FINITE, ModelError, NotFiniteError
 from clp.engine.requests import MOST_TOKENS, Completion, SamplingParams, StreamedToken, parse_prompt
 from clp.engine.runner import Runner
 from clp.engine.scheduler import CopyEach, Scheduler
@@ -183,6 +183,7 @@ class Sampler:
             ValueError, TypeError: as `submit`, naming the prompt, before anything runs; lists of
                 unequal length; a text in place of the list of prompts.
             RuntimeError: a forward pass failed; the message names the first prompt and the reason.
+                NotFiniteError, one of these: the logits are infinite or NaN.
         """
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Seq):
             raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
@@ -203,7 +204,8 @@ class Sampler:
         completions = [c for request in requests for c in request.completions]
         for c in completions:
             if c.error is not None:
-                raise RuntimeError(f"prompt {c.prompt_index} failed: {c.error}")
+                kind = NotFiniteError if c.error == NOT_FINITE else RuntimeError
+                raise kind(f"prompt {c.prompt_index} failed: {c.error}")
         return completions
 
     @one_thread
@@ -263,7 +265,7 @@ class Sampler:
         each = zip(group, drawn.tokens, drawn.logprobs, strict=True)
         for i, (sequence, token, logprob) in enumerate(each):
             if token < 0:
-                ended.append((sequence, "error", "the logits are not finite for these weights"))
+                ended.append((sequence, "error", NOT_FINITE))
                 continue
             self.tokens_drawn += 1
             try:

@@ -202,8 +202,9 @@ class Policy(Steerable):
         return [Network(self.model, self.steer)]
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name: every lora_A and lora_B."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        """The adapters' parameters by name: every lora_A and lora_B, also one that is frozen."""
+        layers = steered_layers(self.model)
+        return {f"{n}.{a}": getattr(layers[n], a) for n in layers for a in ("lora_A", "lora_B")}
 
     def steer(self, weights: Tensor) -> clp_kernels.steer:
         """Context in which example b of a batch runs with weights[b] of weights [B, m]."""

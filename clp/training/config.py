@@ -1,6 +1,7 @@
 """CLPConfig: every setting of a training run; YAML and command line; unknown keys are errors."""
 
 import difflib
+import os
 import re
 import typing
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -112,7 +113,9 @@ class CLPConfig:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            _check_type(item.name, getattr(self, item.name), _HINTS[item.name])
+            value = _plain(getattr(self, item.name))
+            _check_type(item.name, value, _HINTS[item.name])
+            setattr(self, item.name, value)
             if item.type is float:
                 setattr(self, item.name, _as_float(item.name, getattr(self, item.name)))
         at_least = {"r": 1, "num_prompts": 1, "num_generations": 2, "max_completion_length": 1,
@@ -184,6 +187,19 @@ def load_config(path: str | Path) -> CLPConfig:
     return config_from(read_yaml(path), source=str(path))
 
 
+def run_config(folder: Path) -> CLPConfig:
+    """The configuration of the run in a folder, or of the run whose checkpoint it is; the defaults
+    if it is neither.
+
+    Raises: ValueError as load_config.
+    """
+    parent = folder.resolve().parent
+    if not (folder / "config.yaml").is_file() and (parent / "run.json").is_file():
+        folder = parent
+    path = folder / "config.yaml"
+    return load_config(path) if path.is_file() else CLPConfig()
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, with values as they stand there.
 
@@ -203,7 +219,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are those of version 1.2, where 1e-3 is one, and whose keys differ."""
+    """YAML whose numbers are those of version 1.2, and whose keys differ.
+
+    1e-3 is a number, 0100 is a hundred, and 1:30 is a text.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -215,11 +234,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}  # in this order: an integer fits the second too
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_form})$"), list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def config_from(values: dict[str, Any], source: str = "config") -> CLPConfig:
@@ -230,6 +261,15 @@ def config_from(values: dict[str, Any], source: str = "config") -> CLPConfig:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{source}: unknown key {key!r}{hint}")
     return CLPConfig(**values)
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's, a path or a tuple as YAML writes it."""
+    if getattr(value, "ndim", None) == 0:
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -254,7 +294,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         if type(value) is not hint:
             raise ValueError(f"{name} must be {hint.__name__}, got {value!r}")
     elif isinstance(value, bool) or not isinstance(value, hint):
-        raise ValueError(f"{name} must be {hint}, got {value!r}")
+        shown = hint.__name__ if isinstance(hint, type) else hint
+        raise ValueError(f"{name} must be {shown}, got {value!r}")
 
 
 def _as_float(name: str, value: float) -> float:

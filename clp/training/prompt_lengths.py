@@ -96,5 +96,7 @@ def _place(index: int, path: str | Path | None) -> str:
     """Where a row is: the file and the line of the index-th object in it."""
     if path is None:
         return f"train_dataset[{index}]"
+    if not home_expanded(path).is_file():  # a pipe, which is read once
+        return f"{path}, prompt {index + 1}"
     with home_expanded(path).open("rb") as stream:
         return f"{path}:{next(itertools.islice(read_lines(stream), index, None)).number}"

@@ -9,24 +9,27 @@ locked while a training uses the folder, and says which one that is.
 import hashlib
 import json
 import os
+import re
 import socket
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from clp.data.files import lock_file, write_whole
 from clp.data.json_lines import parse_json, read_json
-from clp.data.paths import classifier_source, home_expanded
+from clp.data.paths import check_folder, classifier_source, home_expanded
 from clp.policies.card import checked_reward_scale, read_card
 from clp.rewards import BUILTIN, RewardFunc
 from clp.training.checkpoint import checkpoints
 from clp.training.config import CLPConfig, load_config, located
 
 _FORMAT = 1
+FUNCTION = "function:"  # begins what a reward is that was given in Python
 # What a resumed run may change: its folder, how often it saves, and what does not change a bit of
 # the result.
 _MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device", "eval_prompts",
@@ -40,23 +43,34 @@ _MODEL_FILES = {".json", ".safetensors", ".txt", ".model"}
 class RunLock:
     """The lock of a run's folder; released by `release`, with the object, or with the process."""
 
+    # Those of this process. One that it forks shares the open files and must not keep the locks.
+    _all: ClassVar["weakref.WeakSet[RunLock]"] = weakref.WeakSet()
+
     def __init__(self, run: Path) -> None:
         self.run = run
+        self._handle = -1
         self._close: weakref.finalize[..., RunLock] | None = None
+        self._all.add(self)
 
     def acquire(self) -> None:
         """Takes the lock, unless this object has it; the folder must exist.
 
-        Raises: ValueError if another object has it, with that one's process, host and time.
+        Raises: ValueError if another object has it, with that one's process, host and time; or if
+            the folder is not the one any more in which this object took it.
         """
         if self._close is not None and self._close.alive:
+            path = self.run / ".lock"
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(self._handle)):
+                raise ValueError(
+                    f"output_dir {self.run} was deleted or replaced after this training took it"
+                )
             return
         handle = os.open(self.run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         if not lock_file(handle):
             holder = os.pread(handle, 1000, 0).decode("utf-8", "replace").strip()
             os.close(handle)
             raise ValueError(f"output_dir {self.run} is in use by another training ({holder})")
-        self._close = weakref.finalize(self, os.close, handle)
+        self._handle, self._close = handle, weakref.finalize(self, os.close, handle)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         os.ftruncate(handle, 0)
         os.write(
@@ -75,14 +89,22 @@ class RunLock:
         self.release()
 
 
+def _let_go() -> None:
+    for lock in RunLock._all:
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a run learns from.
 
     Attributes:
         rewards: For each objective, in the order of the weights' columns, the built-in's name,
-            "classifier:SHA-256#label" with that of the folder's files, or None for a function given
-            in Python, of which the name is all that can be compared.
+            "classifier:SHA-256#label" with that of the folder's files, or "function:NAME" for one
+            given in Python, with what a functools.partial adds; None in runs before that was kept.
         prompts: SHA-256 of the prompts and their other columns, in order; None if unknown.
         reward_scale: The standard deviation of each objective's rewards under the base model; None
             if it is not measured, or not yet.
@@ -101,35 +123,40 @@ class Inputs:
     ) -> "Inputs":
         """Those of functions, the specifications they come from (None: given in Python), prompts.
 
-        Arrays in the prompts' columns count as lists, and of other values that JSON does not have
-        the type alone counts.
+        Values in the prompts' columns that JSON does not have count as they are printed, without
+        addresses.
         """
         rewards: dict[str, str | None] = {}
         if specs is None:
             for name, function in reward_funcs.items():
                 found = (known for known, builtin in BUILTIN.items() if builtin is function)
-                rewards[name] = next(found, None)
+                rewards[name] = next(found, None) or FUNCTION + _described(function)
         else:
             rewards |= _rewards_of(specs)
         digest = hashlib.sha256()
         for row in rows:
-            columns = [[name, row[name]] for name in sorted(row)]
-            text = json.dumps(columns, skipkeys=True, default=_plain)
+            columns = [[name, _plain(row[name])] for name in sorted(row)]
+            text = json.dumps(columns)
             digest.update(text.encode() + b"\n")
         return cls(rewards, digest.hexdigest())
 
 
-def check_free(run: Path) -> None:
-    """Raises: ValueError if the folder holds a run, or is not a folder."""
+def check_free(run: Path, *, resume: bool = False) -> None:
+    """Raises: ValueError if the folder holds a run, or cannot be made or written."""
     if os.path.lexists(run) and not run.is_dir():
         raise ValueError(f"output_dir {run} is not a folder")
     marks = ["config.yaml", "metrics.jsonl", "clp.json"]
     found = [m for m in marks if (run / m).exists()] + [p.name for p in checkpoints(run)]
+    if found and resume:
+        own = run.resolve().parent
+        hint = f"; the run is {own}" if (own / "run.json").is_file() else ""
+        raise ValueError(f"output_dir {run} is not a run, it holds no config.yaml{hint}")
     if found:
         raise ValueError(
             f"output_dir {run} holds another run ({found[0]}); choose another folder, or "
             "resume=True (--resume) to continue it"
         )
+    check_folder(run)
 
 
 def claim(lock: RunLock, args: CLPConfig, inputs: Inputs, *, new: bool) -> None:
@@ -185,10 +212,10 @@ def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, I
             f"{', '.join(now.rewards)}"
         )
     for name, reward in then.rewards.items():
-        if reward != now.rewards[name]:
+        if reward not in (None, now.rewards[name]):
             raise ValueError(
-                f"{run} was run with {_shown(reward)} as the reward of {name}; resume gives "
-                f"{_shown(now.rewards[name])}"
+                f"{run} was run with {reward} as the reward of {name}; resume gives "
+                f"{now.rewards[name]}"
             )
     if then.prompts not in (None, now.prompts):
         raise ValueError(f"{run} was run with other prompts: the content differs")
@@ -216,11 +243,26 @@ def _check_reward_scale(
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
+    """A value as JSON has it: equal for equal ones, in whatever order a mapping holds its keys."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {"keys": sorted([repr(k), _plain(v)] for k, v in value.items())}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, set | frozenset):
+        return {"set": sorted(map(repr, value))}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return {type(value).__name__: re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))}
 
 
-def _shown(reward: str | None) -> str:
-    return "a Python function" if reward is None else reward
+def _described(function: Any) -> str:
+    """The name of a function or of an object's class, and the arguments that are bound to it."""
+    if isinstance(function, partial):
+        bound = json.dumps(_plain([function.args, function.keywords]))
+        return f"{_described(function.func)} with {bound}"
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _rewards_of(specs: Sequence[str]) -> dict[str, str]:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, TrainerState
 from clp.data.json_lines import parse_json
 from clp.data.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.data.scoring import dry_call
+from clp.engine.model_error import NotFiniteError
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
@@ -55,6 +56,7 @@ from clp.training.rollout import (
     rollout_metrics,
 )
 from clp.training.run_folder import (
+    FUNCTION,
     Inputs,
     RunLock,
     check_free,
@@ -125,9 +127,9 @@ class CLPTrainer:
         specs = args.rewards if reward_funcs is None else None
         inputs = Inputs.of(named, specs, self.rows)
         # Functions given in Python have no name in a file, built-in ones aside: clp eval then asks.
-        named_in_files = None not in inputs.rewards.values()
+        nameless = [n for n, r in inputs.rewards.items() if (r or FUNCTION).startswith(FUNCTION)]
         if reward_funcs is not None:
-            own = [f"{n}={r}" if r is not None else n for n, r in inputs.rewards.items()]
+            own = [n if n in nameless else f"{n}={r}" for n, r in inputs.rewards.items()]
             args = replace(args, rewards=own)
         self.run = Path(args.output_dir)
         self.lock, checkpoint = RunLock(self.run), None
@@ -135,7 +137,7 @@ class CLPTrainer:
         with ExitStack() as undo:
             undo.callback(self.lock.release)
             if new:
-                check_free(self.run)
+                check_free(self.run, resume=args.resume)
             else:
                 self.lock.acquire()
                 args, inputs, checkpoint = check_resumed(self.run, args, inputs)
@@ -146,9 +148,7 @@ class CLPTrainer:
                 tqdm.write(f"{self.run} {start}", file=sys.stderr)
             self.args = args
             self.reward_funcs = {name: named[name] for name in inputs.rewards}
-            self.prepare(
-                checkpoint, args.rewards if named_in_files else (), path, inputs.reward_scale
-            )
+            self.prepare(checkpoint, () if nameless else args.rewards, path, inputs.reward_scale)
             inputs = replace(inputs, reward_scale=self.policy.reward_scale)
             # Last, so that a start that fails leaves the folder as it was.
             claim(self.lock, args, inputs, new=new)
@@ -296,10 +296,13 @@ class CLPTrainer:
         generator = torch.Generator().manual_seed(_seed(args.seed * 1_000_003 + step))
         weights = self.draw(args.num_prompts, generator)
         rows = _prompts_of(self.rows, args, step)
-        rollout = roll_out(
-            self.sampler, self.reward_funcs, rows, weights, args.num_generations,
-            self.sampling_params, generator, self.state,
-        )  # fmt: skip
+        try:
+            rollout = roll_out(
+                self.sampler, self.reward_funcs, rows, weights, args.num_generations,
+                self.sampling_params, generator, self.state,
+            )  # fmt: skip
+        except NotFiniteError as error:
+            raise _diverged(self.run, f"step {step + 1}: {error}") from error
         lr = args.learning_rate * _lr_factor(step, args)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -329,14 +332,12 @@ class CLPTrainer:
         return metrics
 
     def _check_progress(self) -> None:
-        if self.progress.skipped_in_a_row < MOST_SKIPPED:
-            return
-        found = checkpoints(self.run)
-        last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-        raise FloatingPointError(
-            f"the loss or the gradient was not finite in {MOST_SKIPPED} steps in a row, up to step "
-            f"{self.step}; {last}. A lower learning_rate, or dtype float32, may help a new run"
-        )
+        if self.progress.skipped_in_a_row >= MOST_SKIPPED:
+            raise _diverged(
+                self.run,
+                f"the loss or the gradient was not finite in {MOST_SKIPPED} steps in a row, up to "
+                f"step {self.step}",
+            )
 
     def accumulate_gradients(self, rollout: Rollout, weights: Tensor) -> tuple[float, TokenStats]:
         """Backward over micro-batches of whole groups; the loss and the detached token stats."""
@@ -360,6 +361,14 @@ class CLPTrainer:
             total += loss.item()
             parts.append([stats.logprobs.detach(), stats.entropy.detach(), stats.kl.detach()])
         return total, TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _diverged(run: Path, what: str) -> FloatingPointError:
+    found = checkpoints(run)
+    last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    return FloatingPointError(
+        f"{what}; {last}. A lower learning_rate, or dtype float32, may help a new run"
+    )
 
 
 def _prompts_of(rows: Sequence[dict[str, Any]], args: CLPConfig, step: int) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def inject(
     Args:
         model: Any module; transformers models get PEFT's meaning of "all-linear".
         adapters: Names of the m adapters (the objectives), in the order of `weights`' columns.
-        r, lora_alpha: LoRA rank (at most 4096) and alpha (at most 1e6), the same for all, in PEFT's
+        r, lora_alpha: LoRA rank (at most 4096) and alpha (1e-6 to 1e6), the same for all, in PEFT's
             meaning.
         target_modules: "all-linear", or names matched as PEFT matches a list.
         exclude_modules: Names of targets to leave out, matched in the same way.
@@ -55,8 +55,11 @@ def inject(
     """
     if type(r) is not int or not 1 <= r <= MAX_RANK:
         raise ValueError(f"r must be an integer in [1, {MAX_RANK}], got {r!r}")
-    if not 0 < lora_alpha <= MAX_ALPHA:
-        raise ValueError(f"lora_alpha must be a number in (0, {MAX_ALPHA}], got {lora_alpha}")
+    # Much smaller ones give a scaling that is 0 in float32: nothing would be trained.
+    if not 1 / MAX_ALPHA <= lora_alpha <= MAX_ALPHA:
+        raise ValueError(
+            f"lora_alpha must be a number in [{1 / MAX_ALPHA:g}, {MAX_ALPHA}], got {lora_alpha}"
+        )
     if isinstance(exclude_modules, str):
         raise ValueError(f"exclude_modules must be a list of names, got {exclude_modules!r}")
     targets = target_linears(model, target_modules, exclude_modules)

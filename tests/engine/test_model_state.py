@@ -6,6 +6,8 @@ import sys
 import time
 import types
 from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -169,6 +171,11 @@ def test_a_patched_function_of_the_models_file(policy, monkeypatch, one_thread):
 FACTOR = 1.0
 
 
+@dataclass(slots=True)
+class Slots:
+    scale: float
+
+
 def by_settings(self, x):
     return self.read(self.args) * super(type(self), self).forward(x)
 
@@ -196,8 +203,23 @@ def of_a_class_with(policy, forward):
         ),
         (defaultdict(lambda: 1.0), lambda a: a["scale"], lambda a: a.update(scale=1.5)),
         (np.ones(1), lambda a: float(a[0]), lambda a: a.fill(1.5)),
+        (
+            partial(dict, at=[1.0]),
+            lambda a: a()["at"][0],
+            lambda a: a.keywords["at"].insert(0, 1.5),
+        ),
+        (Slots(1.0), lambda a: a.scale, lambda a: setattr(a, "scale", 1.5)),
+        ({1.0}, lambda a: max(a), lambda a: a.add(1.5)),
     ],
-    ids=["number of a namespace", "tensor of a namespace", "defaultdict", "array"],
+    ids=[
+        "number of a namespace",
+        "tensor of a namespace",
+        "defaultdict",
+        "array",
+        "partial",
+        "slots",
+        "set",
+    ],
 )
 def test_a_number_in_an_object_of_settings(policy, args, read, change, one_thread):
     """Models often keep their numbers in a dataclass or a namespace, `self.args`."""
@@ -207,6 +229,17 @@ def test_a_number_in_an_object_of_settings(policy, args, read, change, one_threa
     sampler = Sampler(policy)
     before = ask(sampler)
     change(args)
+    after = ask(sampler)
+    assert after != before and after == ask(Sampler(policy))
+
+
+def test_a_number_that_a_class_holds(policy, one_thread):
+    policy = of_a_class_with(policy, by_settings)
+    kind = type(layer(policy.model).mlp)
+    kind.args, kind.read = {"scale": 1.0}, staticmethod(lambda args: args["scale"])
+    sampler = Sampler(policy)
+    before = ask(sampler)
+    kind.args["scale"] = 1.5
     after = ask(sampler)
     assert after != before and after == ask(Sampler(policy))
 

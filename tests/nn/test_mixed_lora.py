@@ -556,7 +556,7 @@ REFUSED = {
     "r < 0": (stack, {"r": -2}, "r must be an integer in .*, got -2"),
     "r = 2.0": (stack, {"r": 2.0}, "r must be an integer in .*, got 2.0"),
     "r too large to be loaded": (stack, {"r": 4097}, "r must be an integer in .*, got 4097"),
-    "alpha = 0": (stack, {"lora_alpha": 0}, r"lora_alpha must be a number in \(0, 1000000\]"),
+    "alpha = 0": (stack, {"lora_alpha": 0}, r"lora_alpha must be a number in \[1e-06, 1000000\]"),
     "alpha = nan": (stack, {"lora_alpha": float("nan")}, "lora_alpha must be a number"),
     "alpha too large to be loaded": (stack, {"lora_alpha": 1_000_001}, "lora_alpha must be a numb"),
     "no adapter": (stack, {"adapters": []}, "adapters must be distinct"),

@@ -98,7 +98,7 @@ def test_other_rewards_are_refused(stopped, specs, message):
 def test_other_functions_are_refused(stopped):
     for name, message in (
         ("brevity", "objectives tone, mood; resume gives tone, brevity"),
-        ("mood", r"a Python function as the reward of mood; .* brevity"),
+        ("mood", "run with function:mood as the reward of mood; .* brevity"),
     ):
         with pytest.raises(ValueError, match=message):
             resumed(stopped / "python", {"tone": sentiment, name: brevity}, ROWS)
@@ -183,7 +183,7 @@ def test_a_classifiers_files_are_part_of_the_reward(tmp_path):
 def test_values_that_json_lacks_do_not_stop_a_training():
     np = pytest.importorskip("numpy")
     rows = [{"prompt": "a", "x": object(), "y": np.arange(3), "z": {(1, 2): 3, None: {1}}}]
-    same = [{"z": {None: {2}}, "prompt": "a", "x": object(), "y": [0, 1, 2]}]
+    same = [{"z": {None: {1}, (1, 2): 3}, "prompt": "a", "x": object(), "y": [0, 1, 2]}]
     assert Inputs.of({}, [], rows) == Inputs.of({}, [], same)
     assert Inputs.of({}, [], rows) != Inputs.of({}, [], [rows[0] | {"y": np.arange(1, 4)}])
 
