@@ -1,6 +1,6 @@
 """Reading prompts: JSON Lines, one object with a "prompt" (a text or a conversation) per line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,19 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_prompts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def check_prompts(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same checks for rows given in Python; errors name the row's index."""
+    # A table, by columns, iterates over their names.
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable) or hasattr(rows, "iloc"):
+        raise ValueError(
+            f"train_dataset must hold dictionaries, one per prompt, got {type(rows).__name__}"
+        )
+    rows = list(rows)
     if not rows:
         raise ValueError("train_dataset holds no prompt")
     for i, row in enumerate(rows):
         _check_row(row, rows[0], f"train_dataset[{i}]")
-    return list(rows)
+    return rows
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

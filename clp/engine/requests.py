@@ -1,6 +1,6 @@
 """What is asked of the sampler and what it answers: prompts, parameters, completions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -121,6 +121,8 @@ class SamplingParams:
 
     def _check_list(self, name: str, most: int, what: str, kind: type) -> None:
         values = getattr(self, name)
+        if kind is int and isinstance(values, Set):
+            values = list(values)
         good = isinstance(values, Sequence) and not isinstance(values, (bytes, bytearray))
         if good and kind is int:
             values = [int(v) if _is_number(v, Integral) else v for v in values]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.errors
+import numpy as np
 import safetensors
 import torch
 import transformers
@@ -118,7 +119,8 @@ def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     found: set[Any] = set()
     configs = (model.generation_config, model.config, model.config.get_text_config())
     for ids in (getattr(config, "eos_token_id", None) for config in configs):
-        found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+        ids = ids.tolist() if isinstance(ids, np.generic | np.ndarray | Tensor) else ids
+        found |= set(ids) if isinstance(ids, (list, tuple, set, frozenset)) else {ids}
     # An end token that the vocabulary lacks has the id of the unknown token.
     if tokenizer.eos_token_id != tokenizer.unk_token_id or (
         tokenizer.eos_token == tokenizer.unk_token

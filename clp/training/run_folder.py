@@ -106,6 +106,7 @@ class Inputs:
             "classifier:SHA-256#label" with that of the folder's files, or "function:NAME" for one
             given in Python, with what a functools.partial adds; None in runs before that was kept.
         prompts: SHA-256 of the prompts and their other columns, in order; None if unknown.
+        base: A digest of the base model's parameters; None if it is not loaded yet, or unknown.
         reward_scale: The standard deviation of each objective's rewards under the base model; None
             if it is not measured, or not yet.
     """
@@ -113,6 +114,7 @@ class Inputs:
     rewards: dict[str, str | None]
     prompts: str | None
     reward_scale: dict[str, float] | None = None
+    base: str | None = None
 
     @classmethod
     def of(
@@ -175,6 +177,7 @@ def claim(lock: RunLock, args: CLPConfig, inputs: Inputs, *, new: bool) -> None:
         "rewards": inputs.rewards,
         "prompts_sha256": inputs.prompts,
         "reward_scale": inputs.reward_scale,
+        "base": inputs.base,
     }
     write_whole(run / "run.json", (json.dumps(record, indent=2) + "\n").encode())
     # The last file: a folder without it does not hold a run.
@@ -221,7 +224,7 @@ def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, I
         raise ValueError(f"{run} was run with other prompts: the content differs")
     if saved.scale_rewards == "reference":
         _check_reward_scale(run, then.reward_scale, found[-1] if found else None, card)
-    inputs = Inputs(then.rewards, now.prompts, then.reward_scale)
+    inputs = Inputs(then.rewards, now.prompts, then.reward_scale, then.base)
     return replace(args, rewards=saved.rewards), inputs, found[-1] if found else None
 
 
@@ -297,15 +300,16 @@ def _read_inputs(run: Path) -> Inputs | None:
         return None
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise ValueError(f"{path} must be an object with format {_FORMAT}")
-    rewards, prompts = record.get("rewards"), record.get("prompts_sha256")
+    rewards, prompts, base = (record.get(k) for k in ("rewards", "prompts_sha256", "base"))
     if (
         not isinstance(rewards, dict)
         or not all(isinstance(value, str | None) for value in rewards.values())
         or not isinstance(prompts, str)
+        or not isinstance(base, str | None)
     ):
-        raise ValueError(f"{path} must hold rewards and prompts_sha256")
+        raise ValueError(f"{path} must hold rewards, prompts_sha256 and base")
     scale = checked_reward_scale(record.get("reward_scale"), list(rewards), path)
-    return Inputs(rewards, prompts, scale)
+    return Inputs(rewards, prompts, scale, base)
 
 
 def _older_inputs(run: Path, saved: CLPConfig, now: Inputs, card: dict[str, Any] | None) -> Inputs:

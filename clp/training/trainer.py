@@ -16,7 +16,7 @@ import os
 import reprlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from clp.data.json_lines import parse_json
 from clp.data.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.data.scoring import dry_call
 from clp.engine.model_error import NotFiniteError
+from clp.engine.model_state import digest
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
@@ -108,7 +109,7 @@ class CLPTrainer:
         model: str | None = None,
         reward_funcs: RewardFunc | Mapping[str, RewardFunc] | Sequence[RewardFunc] | None = None,
         args: CLPConfig | None = None,
-        train_dataset: Sequence[dict[str, Any]] | None = None,
+        train_dataset: Iterable[dict[str, Any]] | None = None,
         draw_weights: DrawWeights | None = None,
     ) -> None:
         args = args or CLPConfig()
@@ -149,7 +150,11 @@ class CLPTrainer:
             self.args = args
             self.reward_funcs = {name: named[name] for name in inputs.rewards}
             self.prepare(checkpoint, () if nameless else args.rewards, path, inputs.reward_scale)
-            inputs = replace(inputs, reward_scale=self.policy.reward_scale)
+            adapters = set(self.parameters.values())
+            base = digest(p for p in self.policy.model.parameters() if p not in adapters)
+            if inputs.base not in (None, base):
+                raise ValueError(f"{self.run} was run with another {args.model}: it has changed")
+            inputs = replace(inputs, reward_scale=self.policy.reward_scale, base=base)
             # Last, so that a start that fails leaves the folder as it was.
             claim(self.lock, args, inputs, new=new)
             undo.pop_all()

@@ -45,7 +45,8 @@ def can_probe(model: nn.Module) -> bool:
     if any(parameter.is_meta for parameter in network.parameters()):
         return False
     arguments = inspect.signature(network.forward).parameters.values()
-    needed = {p.name for p in arguments if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+    any_number = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = {p.name for p in arguments if p.default is p.empty and p.kind not in any_number}
     # A composite of encoder and decoder, such as MusicGen, takes other ids in the decoder.
     composite = network.config.is_encoder_decoder and network.config.sub_configs
     return needed <= {"input_ids"} and not composite

@@ -83,6 +83,22 @@ def test_columns_that_reward_functions_are_given_anyway_are_refused(name):
     check_prompts([{"prompt": "a", "completion": 1, "reference": "x"}])
 
 
+def test_rows_may_come_from_any_iterable_of_dictionaries():
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    for given in (tuple(rows), iter(rows), (row for row in rows), dict(enumerate(rows)).values()):
+        assert check_prompts(given) == rows
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"prompt": ["a", "b"]}, "a", None, 5, type("DataFrame", (list,), {"iloc": 0})(["prompt"])],
+)
+def test_tables_by_columns_are_refused_by_kind(given):
+    wanted = f"must hold dictionaries, one per prompt, got {type(given).__name__}"
+    with pytest.raises(ValueError, match=wanted):
+        check_prompts(given)
+
+
 def test_rows_given_in_python_are_checked_too():
     with pytest.raises(ValueError, match=r"train_dataset\[1\]"):
         check_prompts([{"prompt": "a"}, {"prompt": None}])

@@ -366,7 +366,7 @@ def test_a_sampler_refuses_a_model_that_has_got_another_dtype(base, dtype):
     ask(sampler)
 
 
-def test_looking_costs_little(base):
+def test_looking_costs_little(base, one_thread):
     state = ModelState(base[0])
     times = []
     for _ in range(20):

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from decoding_alone import without_end
@@ -220,8 +221,18 @@ def test_mixed_parameters_need_one_shape(tmp_path, tokenizer):
 # Ends
 
 
+def test_stop_token_ids_may_be_a_policys_end_ids(tokenizer):
+    ids = Policy(small(0, eos_token_id=[7, 8]), tokenizer, ["a"], "x").end_ids
+    assert set(SamplingParams(stop_token_ids=ids).stop_token_ids) == {2, 7, 8}
+    with pytest.raises(ValueError, match="stop_token_ids must hold token ids"):
+        SamplingParams(stop_token_ids={"a", 1})
+
+
 def test_end_ids_are_those_of_configurations_and_tokenizer(tokenizer):
     model = small(0, eos_token_id=[7, 8])
+    for ids in (np.int64(9), np.array([9]), torch.tensor(9), {9}):
+        model.generation_config.eos_token_id = ids
+        assert Policy(model, tokenizer, ["a"], "x").end_ids == {2, 7, 8, 9}
     model.generation_config.eos_token_id = 9
     assert Policy(model, tokenizer, ["a"], "x").end_ids == {2, 7, 8, 9}
     model = small(0, eos_token_id=None)

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 
+import peft
 import pytest
 import torch
 from small_models import small_model
@@ -243,6 +244,14 @@ def _norm_of_weight(y: Tensor, layer: nn.Linear) -> Tensor:
 
 def _weight_in_a_list(y: Tensor, layer: nn.Linear) -> Tensor:
     return y + torch.cat([layer.weight, layer.weight]).amax()
+
+
+def test_a_layer_that_dora_reads_is_refused() -> None:
+    """PEFT's DoRA takes the norm of the weight that its adapter changes."""
+    config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])
+    model = peft.get_peft_model(llama(), config)
+    with pytest.raises(ValueError, match=r"q_proj.base_layer is read without a call"):
+        inject(model, NAMES)
 
 
 @pytest.mark.parametrize("look", [_norm_of_weight, _weight_in_a_list])

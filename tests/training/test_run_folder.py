@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import config, metrics
 
 from clp.data.prompts import TRAIN_PROMPTS
+from clp.policies.loading import load_base
 from clp.rewards import brevity, sentiment
 from clp.training.config import CLPConfig
 from clp.training.run_folder import Inputs, RunLock
@@ -122,6 +124,22 @@ def test_prompts_are_compared_by_content(finished, stopped, tmp_path):
 
 def calm(completions, value=1.0, **columns):
     return [value for _ in completions]
+
+
+def test_a_base_model_that_has_changed_is_refused(tmp_path):
+    """In the same folder, by less than the adapters' own start would show."""
+    model, tokenizer = load_base("tiny")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    args = config(tmp_path / "r", model=str(tmp_path / "base"), max_steps=1)
+    CLPTrainer(args=args).train()
+    before = files(tmp_path / "r")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] += 1e-3
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"was run with another .*base: it has changed"):
+        resumed(tmp_path / "r", max_steps=2)
+    assert files(tmp_path / "r") == before
 
 
 @pytest.mark.parametrize(
