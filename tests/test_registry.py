@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clp_kernels import mix_logits, mixed_lora, native, registry, sample
 from clp_kernels.ops.linear_logprob.head import Inputs
+from clp_kernels.ops.sample import reference as sample_reference
 from clp_kernels.registry import Backend, select
 
 X, W = torch.randn(3, 4), torch.randn(5, 4)
@@ -27,11 +28,12 @@ def sample_arguments(
     top_p: Tensor | None = None,
     min_p: Tensor | None = None,
     device: str = "cpu",
-) -> tuple[Any, ...]:
+) -> tuple[sample_reference.Inputs]:
     logits = torch.randn(m, 3, 7).to(device, dtype)
     weights = ROWS[:, :m] if m > 1 else None
     numbers = torch.zeros(3, dtype=torch.int64)
-    return logits, weights, mode, torch.ones(3), top_k, top_p, min_p, numbers, numbers
+    filters = torch.ones(3), top_k, top_p, min_p
+    return (sample_reference.Inputs(logits, weights, mode, *filters, numbers, numbers),)
 
 
 @pytest.fixture
