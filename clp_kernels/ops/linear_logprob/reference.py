@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clp_kernels.checks import accumulator
 from clp_kernels.ops.linear_logprob.head import Inputs
+from clp_kernels.ops.mixed_linear.reference import Inputs as LinearInputs
 from clp_kernels.ops.mixed_linear.reference import mixed_linear
 from clp_kernels.ops.mixed_lora.reference import linear_of, sum_per_example
 
@@ -81,7 +82,7 @@ def _logits(inputs: Inputs, states: Tensor, w: Tensor | None) -> Tensor:
     if w is None:
         return linear_of(inputs.invariant)(states.to(acc), head, bias)
     ids = torch.arange(states.shape[0], device=states.device)
-    return mixed_linear(states.to(acc), head, w, bias, ids, inputs.invariant)
+    return mixed_linear(LinearInputs(states.to(acc), head, w, bias, ids, inputs.invariant))
 
 
 def linear_logprob_backward(
