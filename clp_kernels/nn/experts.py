@@ -44,15 +44,10 @@ class _Experts(SteeredLayer):
         return weights, example_ids
 
     def _stacked(self, value: Tensor, axes: str) -> nn.Parameter:
-        """expert_weight [m, ...]: itself where it is a Parameter, else a frozen one that holds it.
-
-        Raises: ValueError where it is not m matrices.
-        """
-        m = len(self.adapter_names)
-        if value.dim() != 3 or value.shape[0] != m:
-            raise ValueError(
-                f"expert_weight must have shape [{m}, {axes}], got {list(value.shape)}"
-            )
+        """The parameter expert_weight. Raises ValueError unless it is m matrices."""
+        m, shape = len(self.adapter_names), list(value.shape)
+        if len(shape) != 3 or shape[0] != m:
+            raise ValueError(f"expert_weight must have shape [{m}, {axes}], got {shape}")
         return _parameter(value)
 
 

@@ -224,11 +224,8 @@ def mixed_lora_backward(
         if needs[1]:
             d_base = dy_rows.t() @ x_rows
         if needs[2] or needs[3]:
-            d_lora_A, d_lora_B = _adapter_gradients(
-                x_rows, dy_rows, g, u_rows, weights, ids,
-                lora_A if needs[2] else None, lora_B if needs[3] else None,
-                _aligned(x_rows, dy_rows) and u_rows.data_ptr() % 16 == 0,
-            )  # fmt: skip
+            rows = (x_rows, dy_rows, u_rows if g is None else g, u_rows)
+            d_lora_A, d_lora_B = _adapter_gradients(inputs, *rows, needs)
         if needs[4] and g is not None:
             d_weights = _weight_gradient(g, u_rows, ids, weights, lora_A.shape[1])
         if needs[5]:
@@ -267,38 +264,28 @@ def _weight_settings(r: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _adapter_gradients(
-    x: Tensor,
-    dy: Tensor,
-    g: Tensor | None,
-    u: Tensor,
-    weights: Tensor,
-    example_ids: Tensor | None,
-    like_A: Tensor | None,
-    like_B: Tensor | None,
-    is_aligned: bool,
+    inputs: Inputs, x: Tensor, dy: Tensor, g: Tensor, u: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    """(dA like `like_A` [m, r, in], dB like `like_B` [m, out, r]); empty where that is None.
+    """(dA [m, r, in], dB [m, out, r]); empty where not needed.
 
-    x [T, in] and dy [T, out] with rows of unit stride; g and u [T, m*r] and weights contiguous; g
-    may be None without `like_A`. is_aligned: pointers, strides and features suit 16-byte loads.
+    x [T, in] and dy [T, out] with rows of unit stride; g and u [T, m*r] contiguous; dB does not
+    depend on g.
     """
-    tokens, m = x.shape[0], weights.shape[1]
-    r = u.shape[1] // m
-    d_lora_A = x.new_empty(0) if like_A is None else torch.empty_like(like_A)
-    d_lora_B = x.new_empty(0) if like_B is None else torch.empty_like(like_B)
-    in_features = 0 if like_A is None else x.shape[1]
-    out_features = 0 if like_B is None else dy.shape[1]
-    lora_dtype = (d_lora_B if like_A is None else d_lora_A).dtype
+    lora_A, lora_B, weights = inputs[2:5]
+    (m, r, _), tokens = lora_A.shape, x.shape[0]
+    d_lora_A = torch.empty_like(lora_A) if needs[2] else x.new_empty(0)
+    d_lora_B = torch.empty_like(lora_B) if needs[3] else x.new_empty(0)
+    in_features = x.shape[1] if needs[2] else 0
+    out_features = dy.shape[1] if needs[3] else 0
+    is_aligned = _aligned(x, dy) and u.data_ptr() % 16 == 0
     splits = gradient_splits(tokens, in_features, out_features, m * r)
     total = m * r * (in_features + out_features)
     planes = x.new_empty(splits, total, dtype=torch.float32)
-    constexprs, options = _adapter_settings(x.dtype, lora_dtype, m, r, is_aligned)
+    constexprs, options = _adapter_settings(x.dtype, lora_A.dtype, m, r, is_aligned)
     blocks = sum(triton.cdiv(n, constexprs["BLOCK_F"]) for n in (in_features, out_features))
     kernels.adapter_gradient_kernel[(triton.cdiv(m * r, constexprs["BLOCK_R"]) * blocks * splits,)](
-        x, dy, u if g is None else g, u, weights, example_ids, planes,
-        tokens, in_features, out_features, m, weights.shape[0],
-        tokens // max(1, weights.shape[0]), x.stride(0), dy.stride(0), splits,
-        **constexprs, **options,
+        x, dy, g, u, weights, inputs.example_ids, planes, tokens, in_features, out_features,
+        *_counts(weights, tokens), x.stride(0), dy.stride(0), splits, **constexprs, **options,
     )  # fmt: skip
     kernels.sum_planes_kernel[(triton.cdiv(total, _SUM_BLOCK),)](
         planes, d_lora_A, d_lora_B, in_features, out_features, m, splits,
