@@ -33,7 +33,8 @@ def mix_logits(logits: Tensor, weights: Tensor, mode: str, isa: str = "") -> Ten
         RuntimeError: the CPU kernels are missing.
     """
     z = logits.new_empty(logits.shape[1:])
-    native.cpu().mix_logits(**_arguments(logits, weights, mode, isa), z=z)
+    given = mixture_arguments(logits, weights, mode)
+    native.cpu().mix_logits(**given, z=z, num_threads=torch.get_num_threads(), isa=isa)
     return z
 
 
@@ -53,7 +54,9 @@ def mix_logits_backward(
         # Without ids the sums are empty; with neither asked for there is nothing to fill.
         return d_logits, d_weights.zero_()
     native.cpu().mix_logits_backward(
-        **_arguments(logits, weights, mode, isa),
+        **mixture_arguments(logits, weights, mode),
+        num_threads=torch.get_num_threads(),
+        isa=isa,
         dz=dz.contiguous(),
         d_logits=d_logits if needs[0] else None,
         d_weights=d_weights if needs[1] else None,
@@ -61,8 +64,8 @@ def mix_logits_backward(
     return d_logits, d_weights
 
 
-def _arguments(logits: Tensor, weights: Tensor, mode: str, isa: str) -> dict[str, Any]:
-    """The arguments that both C++ functions have."""
+def mixture_arguments(logits: Tensor, weights: Tensor | None, mode: str) -> dict[str, Any]:
+    """The arguments of the C++ functions, those of `sample` too, about what is mixed."""
     if logits.shape[2] > 1 and logits.stride(2) != 1:
         logits = logits.contiguous()
     m, batch, vocab_size = logits.shape
@@ -74,8 +77,6 @@ def _arguments(logits: Tensor, weights: Tensor, mode: str, isa: str) -> dict[str
         "V": vocab_size,
         "stride_m": logits.stride(0),
         "stride_b": logits.stride(1),
-        "weights": weights.contiguous(),
+        "weights": None if weights is None else weights.contiguous(),
         "probability": mode == "probability",
-        "num_threads": torch.get_num_threads(),
-        "isa": isa,
     }

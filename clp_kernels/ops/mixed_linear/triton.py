@@ -21,6 +21,7 @@ from itertools import product
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from clp_kernels.ops import triton_launch
@@ -119,10 +120,16 @@ def plan(
         forward, dx, d_weights = large, large, narrow
     forward_splits = 1
     if tokens <= SPLIT_TOKENS:
-        programs = _cdiv(tokens, forward.block_t) * _cdiv(out_features, forward.block_out)
-        forward_splits = _splits(programs, _cdiv(in_features, forward.block_in))
-    programs = m * _cdiv(out_features, d_expert.block_out) * _cdiv(in_features, d_expert.block_in)
-    token_splits = _splits(programs, _cdiv(tokens, d_expert.block_t))
+        programs = triton.cdiv(tokens, forward.block_t) * triton.cdiv(
+            out_features, forward.block_out
+        )
+        forward_splits = _splits(programs, triton.cdiv(in_features, forward.block_in))
+    programs = (
+        m
+        * triton.cdiv(out_features, d_expert.block_out)
+        * triton.cdiv(in_features, d_expert.block_in)
+    )
+    token_splits = _splits(programs, triton.cdiv(tokens, d_expert.block_t))
     return Plan(forward, forward_splits, dx, d_weights, d_expert, token_splits)
 
 
@@ -132,10 +139,6 @@ def _splits(programs: int, steps: int) -> int:
     while splits < MAX_SPLITS and programs * splits < MIN_PROGRAMS and steps >= 8 * splits:
         splits *= 2
     return splits
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def why_not(inputs: Inputs, *_: object) -> str | None:
@@ -186,7 +189,7 @@ def mixed_linear_backward(
     if needs[2]:
         d_weights = weights.new_empty(weights.shape)
         # A plane for each tile of in_features, and one for the bias.
-        planes = _cdiv(call.in_features, call.plan.d_weights.block_out) + (bias is not None)
+        planes = triton.cdiv(call.in_features, call.plan.d_weights.block_out) + (bias is not None)
         dots = x.new_empty(planes, call.m, call.tokens, dtype=torch.float32)
     if needs[3]:
         d_bias = x.new_empty(expert_weight.shape[:2])
@@ -244,7 +247,7 @@ class _Call:
         if transposed:
             in_size, out_size = out_size, in_size
         a, other = matrix(a), matrix(other) if other is not None and dots is not None else None
-        tiles = _cdiv(self.tokens, tile.block_t) * _cdiv(out_size, tile.block_out)
+        tiles = triton.cdiv(self.tokens, tile.block_t) * triton.cdiv(out_size, tile.block_out)
         kernels.mixed_product_kernel[(tiles * splits,)](
             x_ptr=a,
             expert_ptr=self.experts,
@@ -270,7 +273,7 @@ class _Call:
         if out.numel() == 0:
             return
         dy = matrix(dy)
-        kernels.bias_dot_kernel[(_cdiv(self.tokens, _BIAS_BLOCKS["BLOCK_T"]) * self.m,)](
+        kernels.bias_dot_kernel[(triton.cdiv(self.tokens, _BIAS_BLOCKS["BLOCK_T"]) * self.m,)](
             dy_ptr=dy,
             bias_ptr=bias.contiguous(),
             dots_ptr=out,
@@ -301,7 +304,9 @@ class _Call:
         """out[i] = sum_t w_i dy_t^T x_t."""
         tile, splits, dy, x = self.plan.d_expert, self.plan.token_splits, matrix(dy), matrix(x)
         planes = out if splits == 1 else _planes(out, splits)
-        tiles = _cdiv(self.out_features, tile.block_out) * _cdiv(self.in_features, tile.block_in)
+        tiles = triton.cdiv(self.out_features, tile.block_out) * triton.cdiv(
+            self.in_features, tile.block_in
+        )
         kernels.expert_gradient_kernel[(tiles * self.m * splits,)](
             dy_ptr=dy,
             x_ptr=x,
@@ -322,7 +327,7 @@ class _Call:
         """out[i] = sum_t w_i dy_t."""
         splits, dy = self.plan.token_splits, matrix(dy)
         planes = out if splits == 1 else _planes(out, splits)
-        tiles = _cdiv(self.out_features, _BIAS_BLOCKS["BLOCK_OUT"])
+        tiles = triton.cdiv(self.out_features, _BIAS_BLOCKS["BLOCK_OUT"])
         kernels.bias_gradient_kernel[(tiles * self.m * splits,)](
             dy_ptr=dy,
             out_ptr=planes,
@@ -342,7 +347,7 @@ def _planes(like: Tensor, count: int) -> Tensor:
 
 def _sum_planes(planes: Tensor, out: Tensor) -> None:
     if out.numel() > 0:
-        kernels.sum_planes_kernel[(_cdiv(out.numel(), _SUM_BLOCK),)](
+        kernels.sum_planes_kernel[(triton.cdiv(out.numel(), _SUM_BLOCK),)](
             planes_ptr=planes,
             out_ptr=out,
             size=out.numel(),

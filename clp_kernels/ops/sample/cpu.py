@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clp_kernels import native
+from clp_kernels.ops.mix_logits.cpu import mixture_arguments
 from clp_kernels.ops.sample.reference import Inputs
 
 
@@ -36,25 +37,13 @@ def sample(inputs: Inputs, isa: str = "") -> tuple[Tensor, Tensor, Tensor]:
 
 def arguments(inputs: Inputs) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """The outputs, and the arguments that the C++ functions of both devices share."""
-    logits, device = inputs.logits, inputs.logits.device
-    m, batch, vocab_size = logits.shape
-    if vocab_size > 1 and logits.stride(2) != 1:
-        logits = logits.contiguous()
+    batch, device = inputs.logits.shape[1], inputs.logits.device
     tokens = torch.empty(batch, dtype=torch.int64, device=device)
     logprobs, filtered = (torch.empty(batch, dtype=torch.float32, device=device) for _ in range(2))
-    weights, by_row = inputs.weights, inputs._asdict()
-    names = ("temperature", "seed", "position", "top_k", "top_p", "min_p")
+    by_row = ("temperature", "seed", "position", "top_k", "top_p", "min_p")
     named = {
-        "logits": logits,
-        "dtype": logits.dtype,
-        "m": m,
-        "B": batch,
-        "V": vocab_size,
-        "stride_m": logits.stride(0),
-        "stride_b": logits.stride(1),
-        "weights": None if weights is None else weights.contiguous(),
-        "probability": inputs.mode == "probability",
-        **{name: _wide(by_row[name]) for name in names},
+        **mixture_arguments(inputs.logits, inputs.weights, inputs.mode),
+        **{name: _wide(getattr(inputs, name)) for name in by_row},
         "tokens": tokens,
         "logprobs": logprobs,
         "filtered_logprobs": filtered,
