@@ -8,15 +8,7 @@ they report a speed.
 import torch
 from torch import Tensor
 
-WEIGHT_KINDS = (
-    "one_hot",
-    "uniform",
-    "dirichlet",
-    "zero",
-    "negative",
-    "all_equal",
-    "all_different",
-)
+WEIGHT_KINDS = ("one_hot", "uniform", "dirichlet", "zero", "negative", "all_equal", "all_different")
 
 # Relative to max|reference|. float64 serves finite differences and exact checks.
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from clp_kernels import native, testing
 from clp_kernels.ops.linear_logprob.head import Inputs as HeadInputs
+from clp_kernels.ops.mixed_linear import reference as linear_reference
+from clp_kernels.ops.mixed_lora import reference as lora_reference
 from clp_kernels.ops.sample import reference as sample_reference
 from clp_kernels.testing import assert_within_budget
 
@@ -145,6 +147,10 @@ class LoraInputs:
     def args(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.NAMES)
 
+    def call(self, invariant: bool = False) -> lora_reference.Inputs:
+        """As the backends take them."""
+        return lora_reference.Inputs(*self.args, self.ids, invariant)
+
     @property
     def examples(self) -> Tensor:
         """The example of each token."""
@@ -199,9 +205,9 @@ def run_lora(
     backend: Any, inputs: LoraInputs, invariant: bool = False, path: str | None = None
 ) -> Results:
     """y, u and all gradients by a backend's functions."""
-    y, u = backend.mixed_lora(*inputs.args, inputs.ids, invariant, path=path)
-    back = (inputs.dy, *inputs.args[:5], inputs.ids, u, invariant, [True] * 6)
-    grads = backend.mixed_lora_backward(*back, path=path)
+    call = inputs.call(invariant)
+    y, u = backend.mixed_lora(call, path=path)
+    grads = backend.mixed_lora_backward(call, inputs.dy, u, [True] * 6, path=path)
     assert all(t.is_contiguous() for t in (y, u, *grads))
     return {"y": y, "u": u} | {f"d_{k}": g for k, g in zip(inputs.NAMES, grads, strict=True)}
 
@@ -261,14 +267,18 @@ class LinearInputs(NamedTuple):
     bias: Tensor | None
     example_ids: Tensor | None
 
+    def call(self, invariant: bool = False) -> linear_reference.Inputs:
+        """As the backends take them."""
+        return linear_reference.Inputs(*self[1:], invariant)
+
 
 def linear_results(
     backend: Any, args: LinearInputs, invariant: bool = False, needs: list[bool] | None = None
 ) -> tuple[Tensor, ...]:
     """y and the gradients that `needs` asks for, of all inputs without it."""
     needs = needs or [True, True, True, args.bias is not None]
-    grads = backend.mixed_linear_backward(*args, invariant, needs)
-    return backend.mixed_linear(*args[1:], invariant), *grads
+    call = args.call(invariant)
+    return backend.mixed_linear(call), *backend.mixed_linear_backward(call, args.dy, needs)
 
 
 def judge_linear(backend: Any, reference: Any, args: LinearInputs, invariant: bool) -> None:

@@ -11,14 +11,16 @@ from cases import CPU_KERNELS, ISAS
 from clp_kernels import native
 from clp_kernels.ops.sample import cpu as cpu_sample
 from clp_kernels.ops.sample import cuda as cuda_sample
+from clp_kernels.ops.sample.reference import Inputs
 
 pytestmark = CPU_KERNELS
 
 
-def arguments() -> tuple[object, ...]:
+def arguments() -> Inputs:
     """Of a draw of one row."""
     row = torch.ones(1, dtype=torch.int64)
-    return torch.randn(1, 1, 5), None, "geometric", torch.ones(1), None, None, None, row, row
+    logits, temperature = torch.randn(1, 1, 5), torch.ones(1)
+    return Inputs(logits, None, "geometric", temperature, None, None, None, row, row)
 
 
 def child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -56,7 +58,7 @@ def test_import_loads_no_compiled_module() -> None:
 def test_cuda_missing_without_a_gpu() -> None:
     assert native.cuda_missing() == "PyTorch sees no CUDA device"
     with pytest.raises(RuntimeError, match="PyTorch sees no CUDA device"):
-        cuda_sample.sample(*arguments())
+        cuda_sample.sample(arguments())
 
 
 @pytest.mark.parametrize(
@@ -77,13 +79,13 @@ def test_missing_module_says_why(
     try:
         assert sentence in str(native.cpu_missing())
         with pytest.raises(RuntimeError, match=r"clp_kernels\._cpu"):
-            cpu_sample.sample(*arguments())
+            cpu_sample.sample(arguments())
     finally:
         native._load.cache_clear()
 
 
 def draw_by_name(**changed: object) -> None:
-    _, given = native.sample_arguments(*arguments())  # type: ignore[arg-type]
+    _, given = cpu_sample.arguments(arguments())
     given |= {"num_threads": 1, "isa": ""} | changed
     native.cpu().sample(**{k: v for k, v in given.items() if v is not ...})
 

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from clp_kernels import mix_logits, mixed_lora, native, registry, sample
 from clp_kernels.ops.linear_logprob.head import Inputs
+from clp_kernels.ops.mixed_linear import reference as linear_reference
+from clp_kernels.ops.mixed_lora import reference as lora_reference
+from clp_kernels.ops.sample import reference as sample_reference
 from clp_kernels.registry import Backend, select
 
 X, W = torch.randn(3, 4), torch.randn(5, 4)
 A, B, ROWS = torch.randn(2, 1, 4), torch.randn(2, 5, 1), torch.rand(3, 2)
-LORA = (X, W, A, B, ROWS, None, None, False)
+LORA = (lora_reference.Inputs(X, W, A, B, ROWS, None, None, False),)
 
 
 def sample_arguments(
@@ -27,11 +30,12 @@ def sample_arguments(
     top_p: Tensor | None = None,
     min_p: Tensor | None = None,
     device: str = "cpu",
-) -> tuple[Any, ...]:
+) -> tuple[sample_reference.Inputs]:
     logits = torch.randn(m, 3, 7).to(device, dtype)
     weights = ROWS[:, :m] if m > 1 else None
     numbers = torch.zeros(3, dtype=torch.int64)
-    return logits, weights, mode, torch.ones(3), top_k, top_p, min_p, numbers, numbers
+    filters = torch.ones(3), top_k, top_p, min_p
+    return (sample_reference.Inputs(logits, weights, mode, *filters, numbers, numbers),)
 
 
 @pytest.fixture
@@ -113,7 +117,9 @@ def test_a_named_backend_never_falls_back(op: str, backend: str) -> None:
     head = Inputs(X, W, targets, None, None, None, torch.ones(3), None, False)
     others = {
         "sample": sample_arguments(),
-        "mixed_linear": (X, W[None], ROWS, None, None, False),
+        "mix_logits": (X,),
+        "mix_logits_backward": (X,),
+        "mixed_linear": (linear_reference.Inputs(X, W[None], ROWS, None, None, False),),
         "linear_logprob": (head, False, False),
         "linear_logprob_backward": (head, (torch.ones(3),) * 3, [True] * 4),
     }

@@ -42,6 +42,7 @@ from torch import Tensor
 import clp_kernels
 from bench.timing import BASE, Protocol, Provider, Roofs
 from clp_kernels import registry
+from clp_kernels.ops.mixed_lora import reference
 from clp_kernels.testing import assert_within_budget, weight_rows
 
 OP = "mixed_lora"
@@ -296,7 +297,7 @@ def _triton(path: str) -> Callable[..., Tensor]:
     from clp_kernels.ops.mixed_lora import triton  # which is not installed everywhere
 
     run: Callable[..., tuple[Tensor, Tensor]] = triton.mixed_lora
-    return lambda *args: run(*args, None, None, False, path=path)[0]
+    return lambda *args: run(reference.Inputs(*args, None, None, False), path=path)[0]
 
 
 def _peft(data: Inputs) -> Run:
@@ -328,14 +329,11 @@ def _peft(data: Inputs) -> Run:
 def backends(data: Inputs) -> list[registry.Backend]:
     """Ours that can run these inputs; with gradients those that also have the backward."""
     args = (data.x, data.base_weight, data.lora_A, data.lora_B, data.weights)
-    found = [b for b in registry.BACKENDS[OP] if b.why_not(*args, None, None, False) is None]
-    if data.dy is None:
-        return found
-    u = data.x.new_empty(*data.x.shape[:-1], data.lora_A[..., 0].numel(), dtype=torch.float32)
-    back = (data.dy, *args, None, u, False, [True, False, True, True, True, False])
-    rows = registry.BACKENDS[f"{OP}_backward"]
-    usable = {b.name for b in rows if b.why_not(*back) is None}
-    return [b for b in found if b.name in usable]
+    call = reference.Inputs(*args, None, None, False)
+    ops = (OP,) if data.dy is None else (OP, f"{OP}_backward")
+    found = [[b for b in registry.BACKENDS[op] if b.why_not(call) is None] for op in ops]
+    both = set.intersection(*({b.name for b in each} for each in found))
+    return [b for b in found[0] if b.name in both]
 
 
 def providers(data: Inputs, *, compiled: bool = False) -> list[Provider]:

@@ -23,7 +23,35 @@ from clp_kernels.ops.mixed_linear.op import mixed_linear
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-class MixedLinear(SteeredLayer):
+class _Experts(SteeredLayer):
+    """What the layers of m experts share; they have no base to run instead."""
+
+    def __init__(self, adapter_names: Sequence[str], steering: Steering | None) -> None:
+        super().__init__()
+        self.adapter_names = tuple(distinct_names("adapter_names", adapter_names))
+        self.steering = steering or Steering()
+
+    def mixed_parameter(self) -> Tensor:
+        """The first of the experts' parameters."""
+        return next(self.parameters())
+
+    def weights_for(
+        self, x: Tensor, feature_axes: int, broadcast: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`active_weights`, which `steer` does not let be None here, and example_ids."""
+        weights, example_ids, _ = self.active_weights(x, feature_axes, broadcast)
+        assert weights is not None
+        return weights, example_ids
+
+    def _stacked(self, value: Tensor, axes: str) -> nn.Parameter:
+        """The parameter expert_weight. Raises ValueError unless it is m matrices."""
+        m, shape = len(self.adapter_names), list(value.shape)
+        if len(shape) != 3 or shape[0] != m:
+            raise ValueError(f"expert_weight must have shape [{m}, {axes}], got {shape}")
+        return _parameter(value)
+
+
+class MixedLinear(_Experts):
     """A linear layer whose matrix (and bias) is mixed per example from m experts.
 
         y_t = sum_i weights[b(t), i] * (x_t W_i^T + bias_i)
@@ -49,21 +77,14 @@ class MixedLinear(SteeredLayer):
         steering: Steering | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.adapter_names = tuple(distinct_names("adapter_names", adapter_names))
-        m = len(self.adapter_names)
-        if expert_weight.dim() != 3 or expert_weight.shape[0] != m:
-            raise ValueError(
-                f"expert_weight must have shape [{m}, out, in], got {list(expert_weight.shape)}"
-            )
+        super().__init__(adapter_names, steering)
+        self.expert_weight = self._stacked(expert_weight, "out, in")
         if expert_bias is not None and expert_bias.shape != expert_weight.shape[:2]:
             raise ValueError(
                 f"expert_bias must have shape {list(expert_weight.shape[:2])}, "
                 f"got {list(expert_bias.shape)}"
             )
-        self.steering = steering or Steering()
         self.backend = backend
-        self.expert_weight = _parameter(expert_weight)
         self.expert_bias = None if expert_bias is None else _parameter(expert_bias)
 
     @classmethod
@@ -98,10 +119,6 @@ class MixedLinear(SteeredLayer):
         bias = torch.stack([b.detach() for b in biases]) if biased[0] else None
         return cls(weight, bias, names, steering=steering, backend=backend)
 
-    def mixed_parameter(self) -> Tensor:
-        """expert_weight."""
-        return self.expert_weight
-
     @property
     def in_features(self) -> int:
         """Size of x's last axis."""
@@ -114,8 +131,7 @@ class MixedLinear(SteeredLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ..., in] or [T, in] -> [..., out], with the weights that `steer` has set."""
-        weights, example_ids, _ = self.active_weights(x, 1)
-        assert weights is not None  # steer refuses None where a layer has no base
+        weights, example_ids = self.weights_for(x, 1)
         expert_weight: Tensor = self.expert_weight
         bias: Tensor | None = self.expert_bias
         if torch.is_autocast_enabled(x.device.type):
@@ -131,15 +147,14 @@ class MixedLinear(SteeredLayer):
         return f"{', '.join(self.adapter_names)}: {self.in_features} -> {self.out_features}"
 
 
-class MixedEmbedding(SteeredLayer):
+class MixedEmbedding(_Experts):
     """An embedding whose table is mixed per example from m experts.
 
         y_t = scale * sum_i weights[b(t), i] * E_i[ids_t]
 
     Args:
         expert_weight: [m, V, d]. Give the head's Parameter where the model ties the two.
-        adapter_names: m names, in the order of the columns of `weights`.
-        steering: The object that `steer` writes; the layer's own if None.
+        adapter_names, steering: As in MixedLinear.
         scale: A constant factor (Gemma's sqrt(d)).
         padding_idx: The id whose entry gets no gradient, as in nn.Embedding.
         broadcast: Lets ids of one example serve all weights: positions are [1, S] for any batch.
@@ -159,15 +174,8 @@ class MixedEmbedding(SteeredLayer):
         padding_idx: int | None = None,
         broadcast: bool = False,
     ) -> None:
-        super().__init__()
-        self.adapter_names = tuple(distinct_names("adapter_names", adapter_names))
-        m = len(self.adapter_names)
-        if expert_weight.dim() != 3 or expert_weight.shape[0] != m:
-            raise ValueError(
-                f"expert_weight must have shape [{m}, V, d], got {list(expert_weight.shape)}"
-            )
-        self.steering = steering or Steering()
-        self.expert_weight = _parameter(expert_weight)
+        super().__init__(adapter_names, steering)
+        self.expert_weight = self._stacked(expert_weight, "V, d")
         self.padding_idx, self.broadcast = padding_idx, broadcast
         # A number is not rounded to the table's dtype, as in the embedding that it comes from.
         self.scale: float | Tensor | None
@@ -176,14 +184,9 @@ class MixedEmbedding(SteeredLayer):
         else:
             self.scale = scale
 
-    def mixed_parameter(self) -> Tensor:
-        """expert_weight."""
-        return self.expert_weight
-
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, ...] or [T] -> [..., d], with the weights that `steer` has set."""
-        weights, example_ids, _ = self.active_weights(ids, 0, self.broadcast)
-        assert weights is not None  # steer refuses None where a layer has no base
+        weights, example_ids = self.weights_for(ids, 0, self.broadcast)
         # unbind, whose backward stacks m gradients; m indexings would each make one of all.
         tables = self.expert_weight.unbind(0)
         terms = (F.embedding(ids, table, self.padding_idx) for table in tables)
@@ -199,7 +202,7 @@ class MixedEmbedding(SteeredLayer):
         return f"{', '.join(self.adapter_names)}: {entries} x {width}"
 
 
-class MixedModule(SteeredLayer):
+class MixedModule(_Experts):
     """Any other module with parameters, run once per expert: the norms of a model.
 
         y = sum_i weights[b, i] * f(x; theta_i)
@@ -214,8 +217,7 @@ class MixedModule(SteeredLayer):
 
     Args:
         experts: m modules of one class, kept as they are.
-        adapter_names: m names, in the order of the columns of `weights`.
-        steering: The object that `steer` writes; the layer's own if None.
+        adapter_names, steering: As in MixedLinear.
 
     Shapes: x [B, ...] with weights [B, m], or [T, ...] with example_ids [T]; f returns one tensor
     with the same first axis. Its dtype is kept (in 16 bits, x's is given back); the sum accumulates
@@ -230,25 +232,18 @@ class MixedModule(SteeredLayer):
         *,
         steering: Steering | None = None,
     ) -> None:
-        super().__init__()
-        self.adapter_names = tuple(distinct_names("adapter_names", adapter_names))
+        super().__init__(adapter_names, steering)
         if len(experts) != len(self.adapter_names):
             raise ValueError(
                 f"experts must be {len(self.adapter_names)} modules, got {len(experts)}"
             )
         if next(experts[0].parameters(), None) is None:
             raise ValueError(f"experts must have parameters, {type(experts[0]).__name__} has none")
-        self.steering = steering or Steering()
         self.experts = nn.ModuleList(experts)
-
-    def mixed_parameter(self) -> Tensor:
-        """The first parameter of the first expert."""
-        return next(self.experts[0].parameters())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [B, ...] or [T, ...], and whatever f takes, with the weights that `steer` has set."""
-        weights, example_ids, _ = self.active_weights(x, x.dim() - 1)
-        assert weights is not None  # steer refuses None where a layer has no base
+        weights, example_ids = self.weights_for(x, x.dim() - 1)
         half = x.dtype if x.dtype in _HALVES else None
         if half is None or any(p.dtype != half for p in self.experts.parameters()):
             return _mix((f(x, *args, **kwargs) for f in self.experts), weights, example_ids)

@@ -86,48 +86,40 @@ def _refuse_other_architecture(first: nn.Module, other: nn.Module, who: str) -> 
     for name, module in first.named_modules(remove_duplicate=False):
         shown = name or "the model itself"
         if name not in theirs:
-            raise ValueError(f"models must have one architecture: {who} differ, one has no {shown}")
+            raise _unlike(f"{who} differ, one has no {shown}")
         a, b = type(module), type(theirs.pop(name))
         if a is not b:
-            raise ValueError(
-                f"models must have one architecture: {shown} of {who} is {a.__name__} and "
-                f"{b.__name__}"
-            )
+            raise _unlike(f"{shown} of {who} is {a.__name__} and {b.__name__}")
     if theirs:
-        raise ValueError(f"models must have one architecture: {who} differ, one has no "
-                         f"{next(iter(theirs))}")  # fmt: skip
+        raise _unlike(f"{who} differ, one has no {next(iter(theirs))}")
     _refuse_unlike(dict(_tensors(first)), dict(_tensors(other)), who)
     # Two numbers of heads, for instance, may give the same shapes.
     settings, others = _settings(first), _settings(other)
     for name in [*settings, *others]:
         if settings.get(name) != others.get(name):
-            raise ValueError(
-                f"models must have one architecture: {name} of {who} is {settings.get(name)} and "
-                f"{others.get(name)}"
-            )
+            raise _unlike(f"{name} of {who} is {settings.get(name)} and {others.get(name)}")
 
 
 def _refuse_unlike(mine: dict[str, Tensor], theirs: dict[str, Tensor], who: str) -> None:
     """ValueError for the first tensor that is missing, of another kind, or tied otherwise."""
     for name in [*mine, *theirs]:
         if name not in mine or name not in theirs:
-            raise ValueError(f"models must have one architecture: {who} differ, one has no {name}")
+            raise _unlike(f"{who} differ, one has no {name}")
         a, b = mine[name], theirs[name]
         for what in ("shape", "dtype", "device"):
             x, y = getattr(a, what), getattr(b, what)
             if x != y:
-                raise ValueError(
-                    f"models must have one architecture: the {what} of {name} of {who} is "
-                    f"{list(x) if what == 'shape' else x} and {list(y) if what == 'shape' else y}"
-                )
+                x, y = (list(one) if what == "shape" else one for one in (x, y))
+                raise _unlike(f"the {what} of {name} of {who} is {x} and {y}")
     owner_a = {id(t): name for name, t in reversed(mine.items())}
     owner_b = {id(t): name for name, t in reversed(theirs.items())}
     for name in mine:
         if owner_a[id(mine[name])] != owner_b[id(theirs[name])]:
-            raise ValueError(
-                f"models must have one architecture: {name} of {who} is tied to another parameter "
-                "in one of them only"
-            )
+            raise _unlike(f"{name} of {who} is tied to another parameter in one of them only")
+
+
+def _unlike(how: str) -> ValueError:
+    return ValueError(f"models must have one architecture: {how}")
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from clp_kernels.checks import accumulator
+from clp_kernels.invariant import is_batch_invariant
 from clp_kernels.nn.steering import SteeredLayer, Steering
 from clp_kernels.ops.mixed_lora.op import apply_mixed_lora, mixed_lora
+from clp_kernels.ops.mixed_lora.reference import Inputs
 
 # What an adapter's file may hold (clp_kernels.peft.read): what is made can be loaded again.
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
@@ -186,8 +188,8 @@ class MixedLoRALinear(SteeredLayer):
                 example_ids=ids,
                 backend=backend,
             )
-        scaled = weights * scaling
-        return apply_mixed_lora(x, base_weight, lora_A, lora_B, scaled, bias, ids, backend)
+        tensors = x, base_weight, lora_A, lora_B, weights * scaling, bias, ids
+        return apply_mixed_lora(Inputs(*tensors, is_batch_invariant()), backend)
 
     def extra_repr(self) -> str:
         """Names and ranks, for print(model)."""

@@ -346,8 +346,8 @@ def test_large_outputs_are_judged_on_some_rows_and_must_be_finite(monkeypatch) -
 def test_a_wrong_mixed_lora_is_refused_on_the_command_line(monkeypatch, capsys) -> None:
     """A backend that leaves the adapters out, under the name of one that the CPU does not have."""
 
-    def bare(x, base_weight, *_):
-        return x @ base_weight.t(), x.new_empty(0)
+    def bare(inputs):
+        return inputs.x @ inputs.base_weight.t(), inputs.x.new_empty(0)
 
     wrong = registry.Backend("triton", bare, lambda *_: None)
     table = (wrong, registry.BACKENDS["mixed_lora"][-1])

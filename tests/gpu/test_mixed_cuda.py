@@ -71,15 +71,21 @@ def inputs(
     return {**args, "example_ids": None, "invariant": False}
 
 
+INPUTS: dict[str, Any] = {
+    "mixed_lora": lora_reference.Inputs,
+    "mixed_linear": linear_reference.Inputs,
+}
+
+
 def outputs(op: str, module: Any, values: Any) -> tuple[Tensor, ...]:
     """y, and for mixed_lora u."""
-    found = getattr(module, op)(*values)
+    found = getattr(module, op)(INPUTS[op](*values))
     return found if isinstance(found, tuple) else (found,)
 
 
 def run(op: str, args: Args) -> tuple[Tensor, ...]:
     module = {"mixed_lora": cuda_mixed_lora, "mixed_linear": cuda_mixed_linear}[op]
-    assert module.why_not(**args) is None
+    assert module.why_not(INPUTS[op](**args)) is None
     return outputs(op, module, args.values())
 
 

@@ -31,6 +31,7 @@ from clp_kernels import sample
 from clp_kernels.ops.sample import cpu as cpu_sample
 from clp_kernels.ops.sample import cuda as cuda_sample
 from clp_kernels.ops.sample import reference
+from clp_kernels.ops.sample.reference import Inputs
 
 pytestmark = CUDA_KERNELS
 
@@ -44,7 +45,7 @@ def on_gpu(args: Draw) -> Draw:
 
 
 def draw(args: Draw) -> tuple[Tensor, ...]:
-    return cuda_sample.sample(**args)
+    return cuda_sample.sample(Inputs(**args))
 
 
 def assert_same_bits(actual: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
@@ -56,9 +57,9 @@ def assert_equals_reference(args: Draw) -> None:
 
     In probability mode the reference's own float32 is off by up to 2e-5.
     """
-    tokens, *wanted = reference.sample(**args)
+    tokens, *wanted = reference.sample(Inputs(**args))
     if args["mode"] == "probability":
-        wanted = reference.sample(**{**args, "logits": args["logits"].double()})[1:]
+        wanted = reference.sample(Inputs(**{**args, "logits": args["logits"].double()}))[1:]
     tolerance = 1e-5 if args["mode"] == "probability" else 1e-6
     assert_close_draws(draw(on_gpu(args)), (tokens, *wanted), atol=tolerance, rtol=tolerance)
 
@@ -180,7 +181,7 @@ def test_small_mix_has_the_bits_of_the_cpu() -> None:
     """Greedy over sums that differ in the last bit: one fused multiply-add would show."""
     args = draw_inputs(5, 64, 3000, BF16)
     args["temperature"][:] = 0
-    assert torch.equal(draw(on_gpu(args))[0].cpu(), cpu_sample.sample(**args)[0])
+    assert torch.equal(draw(on_gpu(args))[0].cpu(), cpu_sample.sample(Inputs(**args))[0])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -233,7 +234,7 @@ def test_more_than_two_to_the_31_logits(filters: str) -> None:
     args["logits"] = torch.randn(1, batch, vocab_size, device=DEVICE, dtype=BF16)
     drawn = draw(args)
     tail = draw_on(draw_rows(args, slice(-4, None)), "cpu")
-    assert_close_draws([t[-4:] for t in drawn], reference.sample(**tail), atol=1e-6)
+    assert_close_draws([t[-4:] for t in drawn], reference.sample(Inputs(**tail)), atol=1e-6)
 
 
 def test_errors() -> None:

@@ -19,6 +19,7 @@ from launches import TRITON_GPU
 
 from clp_kernels.ops.mixed_linear import reference
 from clp_kernels.ops.mixed_linear import triton as backend
+from clp_kernels.ops.mixed_linear.reference import Inputs
 from clp_kernels.testing import expanded, noncontiguous
 
 pytestmark = TRITON_GPU
@@ -94,11 +95,9 @@ def test_unused_experts_may_hold_anything(dtype: torch.dtype) -> None:
 
 def test_cuda_graph_replays_with_new_inputs() -> None:
     def fresh() -> dict[str, Any]:
-        args = inputs((16, 2048), 2048, 4, BF16)._asdict()
-        del args["dy"]
-        return {**args, "invariant": False}
+        return inputs((16, 2048), 2048, 4, BF16).call()._asdict()
 
-    assert_graph_replays(lambda args: (backend.mixed_linear(**args),), fresh)
+    assert_graph_replays(lambda args: (backend.mixed_linear(Inputs(**args)),), fresh)
 
 
 def test_more_than_two_to_the_31_elements() -> None:
@@ -109,7 +108,9 @@ def test_more_than_two_to_the_31_elements() -> None:
     expert[2, -64:] = torch.randn(64, 2**12, device="cuda")
     x = torch.randn(4, 2**12, device="cuda").bfloat16()
     weights = torch.randn(4, 3, device="cuda")
-    y = backend.mixed_linear(x, expert, weights, None, None, False)
-    small = backend.mixed_linear(x, expert[2:, -64:], weights[:, 2:], None, None, False)
+    call = Inputs(x, expert, weights, None, None, False)
+    y = backend.mixed_linear(call)
+    last = call._replace(expert_weight=expert[2:, -64:], weights=weights[:, 2:])
+    small = backend.mixed_linear(last)
     assert not y[:, :-64].any()
     torch.testing.assert_close(y[:, -64:], small, rtol=1e-2, atol=1e-2)

@@ -157,14 +157,14 @@ def test_no_compile_when_sizes_change_inside_a_bucket() -> None:
         k.device_caches[torch.cuda.current_device()][0]
         for k in (kernels.shrink_kernel, kernels.product_kernel)
     ]
-    backend.mixed_lora(*draw(DTYPES[0], (2, 3), 512, 512, 4, 16).args, None, False)
+    backend.mixed_lora(draw(DTYPES[0], (2, 3), 512, 512, 4, 16).call())
     before = [len(cache) for cache in caches]
     for leading in [(1, 1), (2, 1), (5, 1), (16, 1)]:
         inputs = draw(DTYPES[0], leading, 512, 512, 4, 16)
         # Weights that are not aligned to 16 bytes.
         shifted = torch.cat([inputs.weights.new_zeros(1), inputs.weights.flatten()])[1:]
         inputs.weights = shifted.view(leading[0], 4)
-        backend.mixed_lora(*inputs.args, None, False)
+        backend.mixed_lora(inputs.call())
     assert [len(cache) for cache in caches] == before
 
 
@@ -182,9 +182,10 @@ def test_more_than_two_to_the_31_elements(path: str) -> None:
     x[-256:].normal_()
     ids = torch.zeros(tokens, dtype=torch.int32, device="cuda")
     ids[-256:] = 1
-    inputs = small.args[1:]
-    y, u = backend.mixed_lora(x, *inputs, ids, False, path=path)
-    part, part_u = backend.mixed_lora(x[-256:].clone(), *inputs, ids[-256:], False, path=path)
+    inputs = small.call()._replace(x=x, example_ids=ids)
+    last = inputs._replace(x=x[-256:].clone(), example_ids=ids[-256:])
+    y, u = backend.mixed_lora(inputs, path=path)
+    part, part_u = backend.mixed_lora(last, path=path)
     # The tiles differ with the number of tokens, so the bits may.
     torch.testing.assert_close(y[-256:], part, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(u[-256:], part_u, rtol=1e-4, atol=1e-4)
@@ -193,11 +194,8 @@ def test_more_than_two_to_the_31_elements(path: str) -> None:
     dy[-256:].normal_()
     del y
     needs = [True, False, True, True, True, False]
-    full = backend.mixed_lora_backward(dy, x, *inputs[:4], ids, u, False, needs, path=path)
-    alone = backend.mixed_lora_backward(
-        dy[-256:].clone(), x[-256:].clone(), *inputs[:4], ids[-256:], part_u, False, needs,
-        path=path,
-    )  # fmt: skip
+    full = backend.mixed_lora_backward(inputs, dy, u, needs, path=path)
+    alone = backend.mixed_lora_backward(last, dy[-256:].clone(), part_u, needs, path=path)
     torch.testing.assert_close(full[0][-256:], alone[0], rtol=2e-2, atol=2e-2)
     for index in (2, 3):
         torch.testing.assert_close(full[index], alone[index], rtol=2e-2, atol=2e-1)

@@ -37,6 +37,7 @@ from clp_kernels.ops.mix_logits import reference as mix_reference
 from clp_kernels.ops.mix_logits import triton as mixing
 from clp_kernels.ops.sample import reference
 from clp_kernels.ops.sample import triton as backend
+from clp_kernels.ops.sample.reference import Inputs
 
 pytestmark = TRITON_GPU
 
@@ -50,7 +51,7 @@ def on_gpu(args: Draw) -> Draw:
 
 
 def assert_equals_reference(args: Draw) -> None:
-    assert_close_draws(backend.sample(**on_gpu(args)), reference.sample(**args))
+    assert_close_draws(backend.sample(Inputs(**on_gpu(args))), reference.sample(Inputs(**args)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,7 +115,7 @@ def test_small_largest_noise(margin: float) -> None:
 def test_small_bad_rows_and_infinities(filters: str, make: Callable[..., Draw]) -> None:
     args = make(filters=filters)
     good = GOOD_ROWS[:6] if args["weights"] is None else FINITE_ROWS
-    assert (reference.sample(**args)[0] >= 0).tolist() == good
+    assert (reference.sample(Inputs(**args))[0] >= 0).tolist() == good
     assert_equals_reference(args)
 
 
@@ -135,20 +136,24 @@ def test_small_mix_is_rounded_like_the_references() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_small_row_bits_are_its_own(filters: str, mode: str) -> None:
     args = on_gpu(draw_inputs(3, 5, 20_011, filters=filters, mode=mode))
-    together = backend.sample(**args)
-    assert all(map(torch.equal, together, backend.sample(**args)))
+    together = backend.sample(Inputs(**args))
+    assert all(map(torch.equal, together, backend.sample(Inputs(**args))))
     padded = torch.full((5, 3, 20_017), NAN, device="cuda")[:, :, 3:20_014].transpose(0, 1)
     padded.copy_(args["logits"])
-    assert all(map(torch.equal, together, backend.sample(**{**args, "logits": padded})))
+    assert all(map(torch.equal, together, backend.sample(Inputs(**{**args, "logits": padded}))))
     order = torch.tensor([4, 0, 3], device="cuda")
-    for alone, all_rows in zip(backend.sample(**draw_rows(args, order)), together, strict=True):
+    for alone, all_rows in zip(
+        backend.sample(Inputs(**draw_rows(args, order))), together, strict=True
+    ):
         assert torch.equal(alone, all_rows[order])
 
 
 @pytest.mark.parametrize("filters", ["", EVERY])
 def test_cuda_graph_replay(filters: str) -> None:
     sizes = (4, 8, 32_000, BF16, "geometric", filters)
-    assert_graph_replays(lambda args: backend.sample(**args), lambda: on_gpu(draw_inputs(*sizes)))
+    assert_graph_replays(
+        lambda args: backend.sample(Inputs(**args)), lambda: on_gpu(draw_inputs(*sizes))
+    )
 
 
 @pytest.mark.parametrize("filters", ["", "top_k", "top_p", "min_p"])
@@ -171,7 +176,7 @@ def test_distribution_of_a_million_draws(filters: str) -> None:
     args["position"] = torch.full((draws,), 3, device="cuda")
     if filters:
         args[filters] = given[filters].cuda().expand(draws)
-    counts = torch.bincount(backend.sample(**args)[0], minlength=12).cpu().double()
+    counts = torch.bincount(backend.sample(Inputs(**args))[0], minlength=12).cpu().double()
     assert counts[~kept[0]].sum() == 0
     p = logp.masked_fill(~kept, -INF).softmax(-1)[0][kept[0]] * draws
     chi_square = ((counts[kept[0]] - p) ** 2 / p).sum().item()
@@ -188,9 +193,9 @@ def test_more_than_two_to_the_31_logits() -> None:
     for filters in ("", "top_p"):
         args = on_gpu(draw_inputs(1, batch, 1, filters=filters))
         args["logits"] = logits
-        got = backend.sample(**args)
+        got = backend.sample(Inputs(**args))
         tail = draw_on(draw_rows(args, slice(-4, None)), "cpu")
-        assert torch.equal(got[0][-4:].cpu(), reference.sample(**tail)[0])
+        assert torch.equal(got[0][-4:].cpu(), reference.sample(Inputs(**tail))[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,6 +19,7 @@ from cases import (
     F64,
     ISAS,
     Results,
+    cast,
     gradients,
     judge,
     linear_plain,
@@ -34,6 +35,7 @@ from bench.timing import peak_bytes_cpu
 from clp_kernels import batch_invariant, mixed_linear, mixed_lora, native, registry
 from clp_kernels.ops.mixed_linear import cpu as cpu_mixed_linear
 from clp_kernels.ops.mixed_linear import reference
+from clp_kernels.ops.mixed_linear.reference import Inputs
 from clp_kernels.ops.mixed_lora import cpu as cpu_mixed_lora
 from clp_kernels.testing import (
     WEIGHT_KINDS,
@@ -296,9 +298,10 @@ def test_mixed_product_kernel_on_each_instruction_set(isa: str, dtype: torch.dty
         x, w = torch.randn(T, n_in).to(dtype), torch.randn(T, m)
         E = (torch.randn(m, n_out, n_in) * n_in**-0.5).to(dtype)
         c = torch.randn(m, n_out).to(dtype)
-        got = cpu_mixed_linear.mix_products(x, E, w, c, None, isa)
-        wide = reference.mixed_linear(x.double(), E.double(), w.double(), c.double(), None, False)
-        same = reference.mixed_linear(x, E, w, c, None, False)
+        inputs = Inputs(x, E, w, c, None, False)
+        got = cpu_mixed_linear.mix_products(inputs, isa)
+        wide = reference.mixed_linear(cast(inputs, F64))
+        same = reference.mixed_linear(inputs)
         assert_within_budget(got, wide, same, name=f"y of {(T, n_in, n_out, m)} on {isa}")
 
 
@@ -327,7 +330,8 @@ def test_a_row_keeps_its_bits(isa: str, dtype: torch.dtype) -> None:
     W, c = torch.randn(75, 1100).to(dtype), torch.randn(75).to(dtype)
     based = torch.empty_like(y)
     cpu_mixed_lora.run_native(x, A, B, w, None, based, W, c, isa=isa)
-    whole = cpu_mixed_linear.mix_products(x, E, w, None, None, isa)
+    inputs = Inputs(x, E, w, None, None, False)
+    whole = cpu_mixed_linear.mix_products(inputs, isa)
     for threads in (1, 2, 3):
         with thread_count(threads):
             for rows in ([7], [0, 40], [3, 1, 2], list(range(19)), list(range(40, 6, -1))):
@@ -337,8 +341,8 @@ def test_a_row_keeps_its_bits(isa: str, dtype: torch.dtype) -> None:
                 assert torch.equal(part, whole_y[rows])
                 cpu_mixed_lora.run_native(x[rows], A, B, w[rows], None, part, W, c, isa=isa)
                 assert torch.equal(part, based[rows])
-                got = cpu_mixed_linear.mix_products(x[rows], E, w[rows], None, None, isa)
-                assert torch.equal(got, whole[rows])
+                some = inputs._replace(x=x[rows], weights=w[rows])
+                assert torch.equal(cpu_mixed_linear.mix_products(some, isa), whole[rows])
 
 
 @contextmanager
@@ -367,8 +371,9 @@ def test_more_than_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> No
     far = torch.empty(2**31 + 200, dtype=BF16).as_strided((2, 100), (2**31 + 64, 1))
     far.copy_(torch.randn(2, 100))
     near, E = far.clone(), torch.randn(2, 9, 100).to(BF16)
-    got = cpu_mixed_linear.mix_products(far, E, torch.ones(2, 2), None, None)
-    assert torch.equal(got, cpu_mixed_linear.mix_products(near, E, torch.ones(2, 2), None, None))
+    inputs = Inputs(far, E, torch.ones(2, 2), None, None, False)
+    got = cpu_mixed_linear.mix_products(inputs)
+    assert torch.equal(got, cpu_mixed_linear.mix_products(inputs._replace(x=near)))
 
 
 # The choice of path, and all paths.
@@ -496,8 +501,9 @@ def test_equal_rows_are_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.rand(1, 3).expand(40, 3)
     got = mixed_linear(x, E, rows, bias=c, backend="cpu")
     assert merged == [F32]
-    wide = reference.mixed_linear(x.double(), E.double(), rows.double(), c.double(), None, False)
-    assert_within_budget(got, wide, reference.mixed_linear(x, E, rows, c, None, False))
+    inputs = Inputs(x, E, rows, c, None, False)
+    wide = reference.mixed_linear(cast(inputs, F64))
+    assert_within_budget(got, wide, reference.mixed_linear(inputs))
     with batch_invariant():
         mixed_linear(x, E, rows, bias=c, backend="cpu")
     different = rows.clone()

@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clp_kernels import mixed_linear, mixed_lora, native
 from clp_kernels.ops.mixed_linear import cuda as cuda_mixed_linear
+from clp_kernels.ops.mixed_linear import reference as linear_reference
 from clp_kernels.ops.mixed_lora import cuda as cuda_mixed_lora
+from clp_kernels.ops.mixed_lora import reference as lora_reference
 from clp_kernels.testing import noncontiguous
 
 
@@ -43,8 +45,16 @@ def public(op: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 
 
 OPS: list[tuple[Callable[..., str | None], Callable[..., Any], Callable[..., dict[str, Any]]]] = [
-    (cuda_mixed_lora.why_not, mixed_lora, lora_arguments),
-    (cuda_mixed_linear.why_not, mixed_linear, linear_arguments),
+    (
+        lambda **args: cuda_mixed_lora.why_not(lora_reference.Inputs(**args)),
+        mixed_lora,
+        lora_arguments,
+    ),
+    (
+        lambda **args: cuda_mixed_linear.why_not(linear_reference.Inputs(**args)),
+        mixed_linear,
+        linear_arguments,
+    ),
 ]
 IDS = ["mixed_lora", "mixed_linear"]
 
@@ -153,9 +163,10 @@ def test_errors(run: Any, name: str, value: Any, error: type[Exception], message
 
 
 def test_no_tokens_need_no_gpu() -> None:
-    y, u = cuda_mixed_lora.mixed_lora(**lora_arguments(0))
+    y, u = cuda_mixed_lora.mixed_lora(lora_reference.Inputs(**lora_arguments(0)))
     assert y.shape == (0, 5) and u.shape == (0, 8) and u.dtype == torch.float32
-    assert cuda_mixed_linear.mixed_linear(**linear_arguments(0)).shape == (0, 5)
+    inputs = linear_reference.Inputs(**linear_arguments(0))
+    assert cuda_mixed_linear.mixed_linear(inputs).shape == (0, 5)
 
 
 def test_aligned_copies_only_what_needs_it() -> None:

@@ -93,7 +93,8 @@ def test_mixed_lora(with_bias: bool, invariant: bool) -> None:
     x, base, A, B = rand(5, 4), rand(3, 4), rand(2, 3, 4), rand(2, 3, 3)
     weights, bias = rand(3, 2), rand(3) if with_bias else None
     wanted = lora_loop(x, base, A, B, weights, bias, IDS)
-    y, u = lora_reference.mixed_lora(x, base, A, B, weights, bias, torch.tensor(IDS), invariant)
+    args = (x, base, A, B, weights, bias, torch.tensor(IDS), invariant)
+    y, u = lora_reference.mixed_lora(lora_reference.Inputs(*args))
     close(y, wanted)
     shrunk = [[v for i in range(2) for v in linear_loop(row, A[i].tolist())] for row in x.tolist()]
     close(u, shrunk)
@@ -120,8 +121,8 @@ def test_mixed_linear(with_bias: bool, invariant: bool) -> None:
             for o, product in enumerate(linear_loop(x[t].tolist(), experts[i].tolist())):
                 extra = 0.0 if bias is None else bias[i, o].item()
                 wanted[t, o] += weights[b, i].item() * (product + extra)
-    got = linear_reference.mixed_linear(x, experts, weights, bias, torch.tensor(IDS), invariant)
-    close(got, wanted)
+    args = (x, experts, weights, bias, torch.tensor(IDS), invariant)
+    close(linear_reference.mixed_linear(linear_reference.Inputs(*args)), wanted)
 
 
 def test_mix_logits() -> None:
@@ -235,7 +236,8 @@ def backward_case(name: str) -> tuple[Callable[..., Tensor], Callable[..., tuple
 
         def backward(dy, x, W, A, B, w, c, invariant, needs):  # type: ignore[no-untyped-def]
             u = torch.cat([x @ a.t() for a in A], -1)
-            return lora_reference.mixed_lora_backward(dy, x, W, A, B, w, ids, u, invariant, needs)
+            inputs = lora_reference.Inputs(x, W, A, B, w, None, ids, invariant)
+            return lora_reference.mixed_lora_backward(inputs, dy, u, needs)
 
         return formula, backward, inputs
     inputs = [rand(5, 4), rand(2, 3, 4), rand(3, 2), rand(2, 3)]
@@ -245,7 +247,8 @@ def backward_case(name: str) -> tuple[Callable[..., Tensor], Callable[..., tuple
         return torch.stack(rows)
 
     def mixture_backward(dy, x, W, w, c, invariant, needs):  # type: ignore[no-untyped-def]
-        return linear_reference.mixed_linear_backward(dy, x, W, w, c, ids, invariant, needs)
+        inputs = linear_reference.Inputs(x, W, w, c, ids, invariant)
+        return linear_reference.mixed_linear_backward(inputs, dy, needs)
 
     return mixture, mixture_backward, inputs
 

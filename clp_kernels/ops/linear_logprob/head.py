@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clp_kernels.ops.mixed_lora.reference import sum_per_example
+
 # Tokens for which `outputs` reads rows of the head at a time.
 _TARGETS = 2**11
 
@@ -142,3 +144,26 @@ def outputs(
         d_logprobs.masked_fill_(ignored[:, None], 0.0)
     kl = output(exact_kl, inputs.ref_hidden is not None)
     return logprobs, entropy, kl, d_logprobs.to(dtype), d_kl.to(dtype)
+
+
+def gradients(
+    inputs: Inputs,
+    d_hidden: Tensor | None,
+    d_experts: Tensor | None,
+    d_bias: Tensor | None,
+    d_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the backward returns, in the inputs' dtypes, empty for None; bias and experts come as in
+    Head, d_weights [T, m] per token."""
+    hidden, head_weight, weights = inputs.hidden, inputs.head_weight, inputs.weights
+    if d_weights is not None and weights is not None:
+        d_weights = sum_per_example(d_weights, len(weights), inputs.example_ids).to(weights.dtype)
+    if d_experts is not None:
+        d_experts = d_experts.view(head_weight.shape)
+    if d_bias is not None:
+        d_bias = d_bias.view(head_weight.shape[:-1])
+    first, second, third = (
+        hidden.new_empty(0) if d is None else d.to(hidden.dtype)
+        for d in (d_hidden, d_experts, d_bias)
+    )
+    return first, second, third, hidden.new_empty(0) if d_weights is None else d_weights

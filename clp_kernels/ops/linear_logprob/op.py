@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from clp_kernels import checks, registry
 from clp_kernels.invariant import is_batch_invariant
-from clp_kernels.ops.linear_logprob import cpu, cpu_backward, reference
+from clp_kernels.ops.linear_logprob import cpu, reference
 from clp_kernels.ops.linear_logprob.head import Inputs
 from clp_kernels.registry import Backend, register, triton_backend
 
@@ -209,7 +209,7 @@ register(
     " Tensor temperature, Tensor? ref_hidden, bool invariant, bool[] needs, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
-    Backend("cpu", cpu_backward.linear_logprob_backward, cpu.why_not),
+    Backend("cpu", cpu.linear_logprob_backward, cpu.why_not),
     Backend("reference", reference.linear_logprob_backward),
     pack=_backward_pack,
 )

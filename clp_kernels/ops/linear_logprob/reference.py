@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from clp_kernels.checks import accumulator
-from clp_kernels.ops.linear_logprob.head import Inputs
+from clp_kernels.ops.linear_logprob.head import Inputs, gradients
+from clp_kernels.ops.mixed_linear.reference import Inputs as LinearInputs
 from clp_kernels.ops.mixed_linear.reference import mixed_linear
-from clp_kernels.ops.mixed_lora.reference import linear_of, sum_per_example
+from clp_kernels.ops.mixed_lora.reference import linear_of
 
 
 def chunks(num_tokens: int, vocab_size: int) -> list[slice]:
@@ -81,7 +82,7 @@ def _logits(inputs: Inputs, states: Tensor, w: Tensor | None) -> Tensor:
     if w is None:
         return linear_of(inputs.invariant)(states.to(acc), head, bias)
     ids = torch.arange(states.shape[0], device=states.device)
-    return mixed_linear(states.to(acc), head, w, bias, ids, inputs.invariant)
+    return mixed_linear(LinearInputs(states.to(acc), head, w, bias, ids, inputs.invariant))
 
 
 def linear_logprob_backward(
@@ -96,7 +97,7 @@ def linear_logprob_backward(
         dz_q = d_kl (q - p) / tau, which reaches the shared head, its bias and weights
     """
     d_logprobs, d_entropy, d_kl = upstream
-    hidden, head_weight, targets, bias, weights, ids, temperature, ref_hidden, invariant = inputs
+    hidden, head_weight, targets, bias, _, _, temperature, ref_hidden, invariant = inputs
     acc, linear = accumulator(hidden.dtype), linear_of(invariant)
     experts = head_weight if head_weight.dim() == 3 else head_weight[None]
     d_hidden = hidden.new_zeros(hidden.shape, dtype=acc)
@@ -133,13 +134,4 @@ def linear_logprob_backward(
                 if d_w is not None:
                     b_i = None if bias is None else bias[i].to(acc)
                     d_w[tokens, i] += (d_logits * linear(h, expert, b_i)).sum(-1)
-    out_hidden, out_head, out_bias, out_weights = (hidden.new_empty(0) for _ in needs)
-    if needs[0]:
-        out_hidden = d_hidden.to(hidden.dtype)
-    if d_head is not None:
-        out_head = d_head.view(head_weight.shape).to(head_weight.dtype)
-    if d_bias is not None:
-        out_bias = d_bias.view(head_weight.shape[:-1]).to(head_weight.dtype)
-    if d_w is not None and weights is not None:
-        out_weights = sum_per_example(d_w, weights.shape[0], ids).to(weights.dtype)
-    return out_hidden, out_head, out_bias, out_weights
+    return gradients(inputs, d_hidden if needs[0] else None, d_head, d_bias, d_w)

@@ -18,19 +18,13 @@ def why_not(tensor: Tensor, *_: object) -> str | None:
 def mix_logits(logits: Tensor, weights: Tensor, mode: str, isa: str = "") -> Tensor:
     """[m, B, V], weights [B, m] float32 -> [B, V] in the logits' dtype; as reference.mix_logits.
 
-        geometric:    z = sum_i w_i l_i
-        probability:  z = log sum_i w_i softmax(l_i)
+    Logits in float32, bfloat16 or float16, copied if the last axis is not contiguous. isa: an
+    instruction set for this call (see native.isa); "" for the one in use.
 
-    Args:
-        logits: float32, bfloat16 or float16. Any strides for m and B; copied if the last axis
-            is not contiguous.
-        weights: float32; >= 0 in probability mode, another makes its row NaN.
-        mode: "geometric" or "probability".
-        isa: an instruction set for this call (see native.isa); "" for the one in use.
-
-    float32 within, rounded once. Geometric: the reference's bits. Probability: it needs m V floats
-    for each thread; a weight below 1e-30 of its row's sum loses precision at ids that only its term
-    allows; -inf without a term (m = 0), for which the reference raises.
+    float32 within, rounded once. Geometric: the reference's bits. Probability: a weight below 0
+    makes its row NaN; it needs m V floats for each thread; a weight below 1e-30 of its row's sum
+    loses precision at ids that only its term allows; -inf without a term (m = 0), for which the
+    reference raises.
     Deterministic; a row's bits depend neither on the other rows, nor on the number of threads, nor
     on the instruction set.
 
@@ -39,18 +33,15 @@ def mix_logits(logits: Tensor, weights: Tensor, mode: str, isa: str = "") -> Ten
         RuntimeError: the CPU kernels are missing.
     """
     z = logits.new_empty(logits.shape[1:])
-    native.cpu().mix_logits(**_arguments(logits, weights, mode, isa), z=z)
+    given = mixture_arguments(logits, weights, mode)
+    native.cpu().mix_logits(**given, z=z, num_threads=torch.get_num_threads(), isa=isa)
     return z
 
 
 def mix_logits_backward(
     dz: Tensor, logits: Tensor, weights: Tensor, mode: str, needs: list[bool], isa: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of (logits, weights), as reference.mix_logits_backward; empty if not needed.
-
-        geometric:    d_logits_i = dz w_i,  d_weights_i = sum_v dz l_i
-        probability:  d_logits_i = w_i (dz r_i - softmax(l_i) d_weights_i),
-                      d_weights_i = sum_v dz r_i,  r_i = softmax(l_i) / exp(z)
+    """As reference.mix_logits_backward.
 
     d_logits [m, B, V] in the logits' dtype, d_weights [B, m] float32 from float64 sums. Ids where z
     is -inf pass no gradient, and there dz may be anything. Arguments, precision, memory, errors
@@ -63,7 +54,9 @@ def mix_logits_backward(
         # Without ids the sums are empty; with neither asked for there is nothing to fill.
         return d_logits, d_weights.zero_()
     native.cpu().mix_logits_backward(
-        **_arguments(logits, weights, mode, isa),
+        **mixture_arguments(logits, weights, mode),
+        num_threads=torch.get_num_threads(),
+        isa=isa,
         dz=dz.contiguous(),
         d_logits=d_logits if needs[0] else None,
         d_weights=d_weights if needs[1] else None,
@@ -71,8 +64,8 @@ def mix_logits_backward(
     return d_logits, d_weights
 
 
-def _arguments(logits: Tensor, weights: Tensor, mode: str, isa: str) -> dict[str, Any]:
-    """The arguments that both C++ functions have."""
+def mixture_arguments(logits: Tensor, weights: Tensor | None, mode: str) -> dict[str, Any]:
+    """The arguments of the C++ functions, those of `sample` too, about what is mixed."""
     if logits.shape[2] > 1 and logits.stride(2) != 1:
         logits = logits.contiguous()
     m, batch, vocab_size = logits.shape
@@ -84,8 +77,6 @@ def _arguments(logits: Tensor, weights: Tensor, mode: str, isa: str) -> dict[str
         "V": vocab_size,
         "stride_m": logits.stride(0),
         "stride_b": logits.stride(1),
-        "weights": weights.contiguous(),
+        "weights": None if weights is None else weights.contiguous(),
         "probability": mode == "probability",
-        "num_threads": torch.get_num_threads(),
-        "isa": isa,
     }

@@ -48,7 +48,14 @@ def _log_term(l_i: Tensor, w_i: Tensor) -> Tensor:
 def mix_logits_backward(
     dz: Tensor, logits: Tensor, weights: Tensor, mode: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of (logits, weights). Entries where the mixture is -inf pass no gradient."""
+    """Gradients of (logits, weights); empty where not needed.
+
+        geometric:    d_logits_i = dz w_i,  d_weights_i = sum_v dz l_i
+        probability:  d_logits_i = w_i (dz r_i - softmax(l_i) d_weights_i),
+                      d_weights_i = sum_v dz r_i,  r_i = softmax(l_i) / exp(z)
+
+    Entries where the mixture is -inf pass no gradient.
+    """
     acc = accumulator(logits.dtype)
     columns = weights.to(acc).t()[:, :, None]
     mixed = mix(logits, weights, mode)

@@ -1,7 +1,5 @@
 """Triton kernels of mix_logits, forward and backward. Unverified on a GPU.
 
-    geometric:  z = sum_i w_i l_i        probability:  z = log sum_i w_i softmax(l_i)
-
 Geometric mixing is one pass over the logits in each direction. Probability mixing first takes the
 log-sum-exp of each source row (one more pass), and its backward one sum over each row before the
 gradient of the logits (another). Rows are cut into slices of BLOCK ids, whatever the batch: a
@@ -66,11 +64,7 @@ def mixture(logits: Tensor, weights: Tensor, mode: str, dtype: torch.dtype) -> T
 def mix_logits_backward(
     dz: Tensor, logits: Tensor, weights: Tensor, mode: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of (logits, weights), as reference.mix_logits_backward.
-
-        geometric:    d_logits_i = dz w_i,  d_weights_i = sum_v dz l_i
-        probability:  d_logits_i = w_i (dz r_i - softmax(l_i) d_weights_i),
-                      d_weights_i = sum_v dz r_i,  r_i = softmax(l_i) / exp(z)
+    """As reference.mix_logits_backward.
 
     d_logits [m, B, V] in the logits' dtype, d_weights [B, m] in the weights'; what is not needed is
     empty and launches nothing. Ids where z is -inf pass no gradient, and there dz may hold

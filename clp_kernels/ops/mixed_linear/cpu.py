@@ -16,6 +16,7 @@ from torch import Tensor
 from clp_kernels import native
 from clp_kernels.native import has_native_gemm
 from clp_kernels.ops.mixed_linear import reference
+from clp_kernels.ops.mixed_linear.reference import Inputs
 from clp_kernels.ops.mixed_lora.cpu import run_native, token_weights
 from clp_kernels.ops.mixed_lora.cpu import why_not as why_not
 from clp_kernels.ops.mixed_lora.reference import sum_per_example
@@ -33,15 +34,9 @@ NATIVE_COLUMNS = 256
 SMALL_WORK = 2**16
 
 
-def mixed_linear(
-    x: Tensor,
-    expert_weight: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    invariant: bool,
-) -> Tensor:
+def mixed_linear(inputs: Inputs) -> Tensor:
     """As reference.mixed_linear."""
+    x, expert_weight, weights, bias, example_ids, invariant = inputs
     out_features = expert_weight.shape[1]
     rows = x.flatten(0, -2)
     tokens = rows.shape[0]
@@ -49,7 +44,7 @@ def mixed_linear(
     if tokens * out_features == 0:
         y = x.new_zeros(tokens, out_features)
     elif invariant or tokens <= NATIVE_ROWS or x.dtype != torch.float32:
-        y = mix_products(rows, expert_weight, weights, bias, example_ids)
+        y = mix_products(inputs._replace(x=rows))
     elif bool((weights == weights[:1]).all()):
         y = _merged(rows, expert_weight, weights[0], bias)
     else:
@@ -68,20 +63,14 @@ def _has_gemm(x: Tensor, out_features: int) -> bool:
     return has_native_gemm(x.dtype) and x.numel() * out_features > SMALL_WORK
 
 
-def mix_products(
-    x: Tensor,
-    expert_weight: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    isa: str = "",
-) -> Tensor:
+def mix_products(inputs: Inputs, isa: str = "") -> Tensor:
     """The C++ kernel: sum_i weights[b(t), i] (x_t W_i^T + bias_i) for x [T, in] with T > 0.
 
-    weights [B, m] float32 with example_ids [T], or B dividing T. isa: an instruction set for this
-    call, "" for the one in use. A term of weight zero is left out. A row's bits depend on neither
-    the other rows nor the number of threads.
+    B divides T, if there are no example_ids. isa: an instruction set for this call, "" for the one
+    in use. A term of weight zero is left out. A row's bits depend on neither the other rows nor the
+    number of threads.
     """
+    x, expert_weight, weights, bias, example_ids, _ = inputs
     m, out_features, in_features = expert_weight.shape
     tokens = x.shape[0]
     if in_features > 1 and x.stride(1) != 1:
@@ -117,21 +106,13 @@ def _merged(x: Tensor, expert_weight: Tensor, row: Tensor, bias: Tensor | None) 
 
 
 def mixed_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    expert_weight: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    invariant: bool,
-    needs: list[bool],
+    inputs: Inputs, dy: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As reference.mixed_linear_backward, one expert at a time."""
+    x, expert_weight, weights, bias, example_ids, invariant = inputs
     m, out_features, _ = expert_weight.shape
     if invariant or x.numel() == 0 or dy.numel() == 0:
-        return reference.mixed_linear_backward(
-            dy, x, expert_weight, weights, bias, example_ids, invariant, needs
-        )
+        return reference.mixed_linear_backward(inputs, dy, needs)
     gemm_dtype = x.dtype if _has_gemm(x, out_features) else torch.float32
     rows = x.flatten(0, -2).to(gemm_dtype)
     dy_rows = dy.flatten(0, -2).to(gemm_dtype)

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from clp_kernels import checks, registry
 from clp_kernels.invariant import is_batch_invariant
 from clp_kernels.ops.mixed_linear import cpu, cuda, reference
+from clp_kernels.ops.mixed_linear.reference import Inputs
 from clp_kernels.registry import Backend, register, triton_backend
 
 
@@ -74,11 +75,15 @@ def _fake(x, expert_weight, *_):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], expert_weight.shape[1])
 
 
-def _backward_fake(  # type: ignore[no-untyped-def]
-    dy, x, expert_weight, weights, bias, example_ids, invariant, needs, backend
-):
-    d_bias = expert_weight.new_empty(expert_weight.shape[:2])
-    return registry.fake_gradients([x, expert_weight, weights, d_bias], needs)
+def _backward_pack(dy: Tensor, *args: Any) -> tuple[Inputs, Tensor, list[bool]]:
+    """The inputs, dy and needs, out of the backward's schema."""
+    return Inputs(*args[:-1]), dy, args[-1]
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    inputs, _, needs = _backward_pack(*args[:-1])
+    d_bias = inputs.expert_weight.new_empty(inputs.expert_weight.shape[:2])
+    return registry.fake_gradients([*inputs[:3], d_bias], needs)
 
 
 register(
@@ -89,6 +94,7 @@ register(
     Backend("cuda", cuda.mixed_linear, cuda.why_not),
     triton_backend("clp_kernels.ops.mixed_linear.triton", "mixed_linear"),
     Backend("reference", reference.mixed_linear),
+    pack=lambda *args: (Inputs(*args),),
 )
 register(
     "mixed_linear_backward(Tensor dy, Tensor x, Tensor expert_weight, Tensor weights,"
@@ -98,4 +104,5 @@ register(
     Backend("cpu", cpu.mixed_linear_backward, cpu.why_not),
     triton_backend("clp_kernels.ops.mixed_linear.triton", "mixed_linear_backward"),
     Backend("reference", reference.mixed_linear_backward),
+    pack=_backward_pack,
 )

@@ -4,6 +4,8 @@ Low-precision inputs accumulate in float32, float64 stays float64 ("acc" below).
 and errors are documented on the public function in op.py, which has checked the arguments.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,15 +13,25 @@ from clp_kernels.checks import accumulator
 from clp_kernels.ops.mixed_lora.reference import broadcast_weights, linear_of, sum_per_example
 
 
-def mixed_linear(
-    x: Tensor,
-    expert_weight: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    invariant: bool,
-) -> Tensor:
+class Inputs(NamedTuple):
+    """Checked inputs of the forward and the backward.
+
+    x [B, ..., in], or [T, in] with example_ids, int32 or int64 [T]; expert_weight [m, out, in] and
+    bias [m, out] or None in x's dtype; weights [B, m] float32 (float64 beside float64); invariant:
+    whether `batch_invariant()` is active.
+    """
+
+    x: Tensor
+    expert_weight: Tensor
+    weights: Tensor
+    bias: Tensor | None
+    example_ids: Tensor | None
+    invariant: bool
+
+
+def mixed_linear(inputs: Inputs) -> Tensor:
     """y = sum_i w_i (x W_i^T + bias_i), accumulated in order i = 0, 1, ..., rounded once."""
+    x, expert_weight, weights, bias, example_ids, invariant = inputs
     acc, linear = accumulator(x.dtype), linear_of(invariant)
     w = broadcast_weights(x, weights, example_ids).to(acc)
     y, x = x.new_zeros(*x.shape[:-1], expert_weight.shape[1], dtype=acc), x.to(acc)
@@ -30,16 +42,10 @@ def mixed_linear(
 
 
 def mixed_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    expert_weight: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    invariant: bool,
-    needs: list[bool],
+    inputs: Inputs, dy: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, expert_weight, weights, bias); empty where not needed."""
+    x, expert_weight, weights, bias, example_ids, invariant = inputs
     acc, linear = accumulator(x.dtype), linear_of(invariant)
     w = broadcast_weights(x, weights, example_ids).to(acc)
     dy_acc, x_flat = dy.to(acc), x.to(acc).flatten(0, -2)

@@ -21,10 +21,12 @@ from itertools import product
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from clp_kernels.ops import triton_launch
 from clp_kernels.ops.mixed_linear import triton_kernels as kernels
+from clp_kernels.ops.mixed_linear.reference import Inputs
 from clp_kernels.ops.triton_launch import (
     KINDS,
     Variant,
@@ -118,10 +120,16 @@ def plan(
         forward, dx, d_weights = large, large, narrow
     forward_splits = 1
     if tokens <= SPLIT_TOKENS:
-        programs = _cdiv(tokens, forward.block_t) * _cdiv(out_features, forward.block_out)
-        forward_splits = _splits(programs, _cdiv(in_features, forward.block_in))
-    programs = m * _cdiv(out_features, d_expert.block_out) * _cdiv(in_features, d_expert.block_in)
-    token_splits = _splits(programs, _cdiv(tokens, d_expert.block_t))
+        programs = triton.cdiv(tokens, forward.block_t) * triton.cdiv(
+            out_features, forward.block_out
+        )
+        forward_splits = _splits(programs, triton.cdiv(in_features, forward.block_in))
+    programs = (
+        m
+        * triton.cdiv(out_features, d_expert.block_out)
+        * triton.cdiv(in_features, d_expert.block_in)
+    )
+    token_splits = _splits(programs, triton.cdiv(tokens, d_expert.block_t))
     return Plan(forward, forward_splits, dx, d_weights, d_expert, token_splits)
 
 
@@ -133,53 +141,34 @@ def _splits(programs: int, steps: int) -> int:
     return splits
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+def why_not(inputs: Inputs, *_: object) -> str | None:
+    """Why these kernels cannot run a call, forward or backward, or None."""
+    return triton_launch.why_not(inputs.x, dots=True)
 
 
-def why_not(x: Tensor, *_: Any) -> str | None:
-    """Why these kernels cannot run a call whose first argument is x (or dy), or None."""
-    return triton_launch.why_not(x, dots=True)
-
-
-def mixed_linear(
-    x: Tensor,
-    expert_weight: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    invariant: bool,
-) -> Tensor:
-    """y = sum_i w_i (x W_i^T + bias_i), [..., out] in x's dtype; as reference.mixed_linear.
+def mixed_linear(inputs: Inputs) -> Tensor:
+    """As reference.mixed_linear.
 
     float32, bfloat16 and float16; float32 accumulation, one rounding. Deterministic; with
     `invariant` a row's bits do not depend on the other rows. An expert of weight zero adds nothing
     even where it holds inf or NaN. A token whose example does not exist gives NaN.
     """
-    m, out_features, in_features = expert_weight.shape
-    y = x.new_empty(*x.shape[:-1], out_features)
+    x = inputs.x
+    y = x.new_empty(*x.shape[:-1], inputs.expert_weight.shape[1])
     if y.numel() == 0:
         return y
-    call = _Call(x, expert_weight, weights, example_ids)
-    chosen = plan(call.tokens, in_features, out_features, m, x.dtype, capability_of(x), invariant)
-    splits = chosen.forward_splits
+    call = _Call(inputs)
+    splits = call.plan.forward_splits
     planes = y if splits == 1 else _planes(y, splits)
     with torch.cuda.device_of(x):
-        call.product(chosen.forward, x, planes, splits=splits, bias=bias)
+        call.product(call.plan.forward, x, planes, splits=splits, bias=inputs.bias)
         if splits > 1:
             _sum_planes(planes, y)
     return y
 
 
 def mixed_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    expert_weight: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    invariant: bool,
-    needs: list[bool],
+    inputs: Inputs, dy: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, expert_weight, weights, bias), as reference.mixed_linear_backward.
 
@@ -189,9 +178,8 @@ def mixed_linear_backward(
     What is not needed is empty and launches nothing. Deterministic. NaN in one example reaches
     neither the rows of dx nor those of d_weights of another.
     """
-    m, out_features, in_features = expert_weight.shape
-    call = _Call(x, expert_weight, weights, example_ids)
-    chosen = plan(call.tokens, in_features, out_features, m, x.dtype, capability_of(x), invariant)
+    x, expert_weight, weights, bias, _, _ = inputs
+    call = _Call(inputs)
     dx, d_expert, d_weights, d_bias = (x.new_empty(0) for _ in needs)
     dots = None
     if needs[0]:
@@ -201,34 +189,35 @@ def mixed_linear_backward(
     if needs[2]:
         d_weights = weights.new_empty(weights.shape)
         # A plane for each tile of in_features, and one for the bias.
-        planes = _cdiv(in_features, chosen.d_weights.block_out) + (bias is not None)
-        dots = x.new_empty(planes, m, call.tokens, dtype=torch.float32)
+        planes = triton.cdiv(call.in_features, call.plan.d_weights.block_out) + (bias is not None)
+        dots = x.new_empty(planes, call.m, call.tokens, dtype=torch.float32)
     if needs[3]:
-        d_bias = x.new_empty(m, out_features)
+        d_bias = x.new_empty(expert_weight.shape[:2])
     with torch.cuda.device_of(x):
         if x.numel() > 0 and (needs[0] or needs[2]):
             out = dx if needs[0] else None
-            tile = chosen.dx if dots is None else chosen.d_weights
+            tile = call.plan.dx if dots is None else call.plan.d_weights
             call.product(tile, dy, out, transposed=True, other=x, dots=dots)
         if dots is not None:
             if bias is not None:
                 call.bias_dot(dy, bias, dots[-1])
             call.sum_per_example(dots, d_weights)
         if d_expert.numel() > 0:
-            call.expert_gradient(chosen, dy, x, d_expert)
+            call.expert_gradient(dy, x, d_expert)
         if d_bias.numel() > 0:
-            call.bias_gradient(chosen, dy, d_bias)
+            call.bias_gradient(dy, d_bias)
     return dx, d_expert, d_weights, d_bias
 
 
 class _Call:
     """The arguments that the launches of one call share, in the layout the kernels read."""
 
-    def __init__(
-        self, x: Tensor, expert_weight: Tensor, weights: Tensor, example_ids: Tensor | None
-    ) -> None:
+    def __init__(self, inputs: Inputs) -> None:
+        x, expert_weight, weights, _, example_ids, invariant = inputs
         self.m, self.out_features, self.in_features = expert_weight.shape
         self.tokens = x.shape[:-1].numel()
+        sizes = (self.tokens, self.in_features, self.out_features, self.m)
+        self.plan = plan(*sizes, x.dtype, capability_of(x), invariant)
         self.experts = unit_stride(expert_weight)
         self.ids = None if example_ids is None else example_ids.int().contiguous()
         self.tokens_per_example = self.tokens // max(1, weights.shape[0])
@@ -258,7 +247,7 @@ class _Call:
         if transposed:
             in_size, out_size = out_size, in_size
         a, other = matrix(a), matrix(other) if other is not None and dots is not None else None
-        tiles = _cdiv(self.tokens, tile.block_t) * _cdiv(out_size, tile.block_out)
+        tiles = triton.cdiv(self.tokens, tile.block_t) * triton.cdiv(out_size, tile.block_out)
         kernels.mixed_product_kernel[(tiles * splits,)](
             x_ptr=a,
             expert_ptr=self.experts,
@@ -284,7 +273,7 @@ class _Call:
         if out.numel() == 0:
             return
         dy = matrix(dy)
-        kernels.bias_dot_kernel[(_cdiv(self.tokens, _BIAS_BLOCKS["BLOCK_T"]) * self.m,)](
+        kernels.bias_dot_kernel[(triton.cdiv(self.tokens, _BIAS_BLOCKS["BLOCK_T"]) * self.m,)](
             dy_ptr=dy,
             bias_ptr=bias.contiguous(),
             dots_ptr=out,
@@ -311,11 +300,13 @@ class _Call:
             BLOCK=_EXAMPLE_BLOCK,
         )
 
-    def expert_gradient(self, chosen: Plan, dy: Tensor, x: Tensor, out: Tensor) -> None:
+    def expert_gradient(self, dy: Tensor, x: Tensor, out: Tensor) -> None:
         """out[i] = sum_t w_i dy_t^T x_t."""
-        tile, splits, dy, x = chosen.d_expert, chosen.token_splits, matrix(dy), matrix(x)
+        tile, splits, dy, x = self.plan.d_expert, self.plan.token_splits, matrix(dy), matrix(x)
         planes = out if splits == 1 else _planes(out, splits)
-        tiles = _cdiv(self.out_features, tile.block_out) * _cdiv(self.in_features, tile.block_in)
+        tiles = triton.cdiv(self.out_features, tile.block_out) * triton.cdiv(
+            self.in_features, tile.block_in
+        )
         kernels.expert_gradient_kernel[(tiles * self.m * splits,)](
             dy_ptr=dy,
             x_ptr=x,
@@ -332,11 +323,11 @@ class _Call:
         if splits > 1:
             _sum_planes(planes, out)
 
-    def bias_gradient(self, chosen: Plan, dy: Tensor, out: Tensor) -> None:
+    def bias_gradient(self, dy: Tensor, out: Tensor) -> None:
         """out[i] = sum_t w_i dy_t."""
-        splits, dy = chosen.token_splits, matrix(dy)
+        splits, dy = self.plan.token_splits, matrix(dy)
         planes = out if splits == 1 else _planes(out, splits)
-        tiles = _cdiv(self.out_features, _BIAS_BLOCKS["BLOCK_OUT"])
+        tiles = triton.cdiv(self.out_features, _BIAS_BLOCKS["BLOCK_OUT"])
         kernels.bias_gradient_kernel[(tiles * self.m * splits,)](
             dy_ptr=dy,
             out_ptr=planes,
@@ -356,7 +347,7 @@ def _planes(like: Tensor, count: int) -> Tensor:
 
 def _sum_planes(planes: Tensor, out: Tensor) -> None:
     if out.numel() > 0:
-        kernels.sum_planes_kernel[(_cdiv(out.numel(), _SUM_BLOCK),)](
+        kernels.sum_planes_kernel[(triton.cdiv(out.numel(), _SUM_BLOCK),)](
             planes_ptr=planes,
             out_ptr=out,
             size=out.numel(),

@@ -10,6 +10,7 @@ none in the inputs' dtype.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 from clp_kernels import native
 from clp_kernels.native import has_native_gemm
 from clp_kernels.ops.mixed_lora import reference
+from clp_kernels.ops.mixed_lora.reference import Inputs
 
 # tokens * (in_features + out_features) up to which the C++ kernel beats PyTorch's products, whose
 # calls alone take 170 us (docs/log.md); four times that on the fast path, which spares the checks.
@@ -67,31 +69,21 @@ def product_dtype(dtype: torch.dtype, lora_dtype: torch.dtype) -> torch.dtype:
     return dtype if lora_dtype == dtype and has_native_gemm(dtype) else torch.float32
 
 
-def why_not(x: Tensor, *_: object) -> str | None:
-    """None if these kernels can run (x, or dy in the backward), else a sentence."""
-    if x.device.type != "cpu":
-        return f"the tensors are on {x.device}, not on the CPU"
-    return native.cpu_missing() or native.dtype_why_not(x)
+def why_not(inputs: Any, *_: object) -> str | None:
+    """None if the kernels of this op, or of mixed_linear, can run, else a sentence."""
+    if inputs.x.device.type != "cpu":
+        return f"the tensors are on {inputs.x.device}, not on the CPU"
+    return native.cpu_missing() or native.dtype_why_not(inputs.x)
 
 
-def mixed_lora(
-    x: Tensor,
-    base_weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    invariant: bool,
-) -> tuple[Tensor, Tensor]:
+def mixed_lora(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """As reference.mixed_lora: y in x's dtype, u = x A^T in float32."""
+    x, base_weight, lora_A, lora_B, weights, bias, example_ids, invariant = inputs
     m, r, in_features = lora_A.shape
     rows = x if x.dim() == 2 else x.flatten(0, -2)
     tokens, out_features = rows.shape[0], base_weight.shape[0]
     if x.numel() * out_features * m * r == 0:  # an empty tensor has no address
-        return reference.mixed_lora(
-            x, base_weight, lora_A, lora_B, weights, bias, example_ids, invariant
-        )
+        return reference.mixed_lora(inputs)
     gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
     native_base = (
         not invariant
@@ -252,25 +244,13 @@ def _add_low_rank_by_products(
 
 
 def mixed_lora_backward(
-    dy: Tensor,
-    x: Tensor,
-    base_weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    example_ids: Tensor | None,
-    u: Tensor,
-    invariant: bool,
-    needs: list[bool],
+    inputs: Inputs, dy: Tensor, u: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As reference.mixed_lora_backward; keeps [T, m*r] and blocks of rows beside the gradients."""
-    m, r, _ = lora_A.shape
-    if invariant or m * r * x.numel() * dy.numel() == 0:
-        return reference.mixed_lora_backward(
-            dy, x, base_weight, lora_A, lora_B, weights, example_ids, u, invariant, needs
-        )
+    x, base_weight, lora_A = inputs[:3]
+    if inputs.invariant or lora_A.shape[:2].numel() * x.numel() * dy.numel() == 0:
+        return reference.mixed_lora_backward(inputs, dy, u, needs)
     rows, dy_rows = x.flatten(0, -2), dy.flatten(0, -2)
-    tokens = rows.shape[0]
     d_base, d_bias = (x.new_empty(0) for _ in range(2))
     if needs[1]:
         d_base = (dy_rows.t().float() @ rows.float()).to(base_weight.dtype)
@@ -278,9 +258,8 @@ def mixed_lora_backward(
         d_bias = dy_rows.sum(0, dtype=torch.float32).to(base_weight.dtype)
     gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
     gradients = _gradients_by_products if x.dtype == gemm_dtype else _gradients_native
-    u = u.view(tokens, m * r)
     dx, d_lora_A, d_lora_B, d_weights = gradients(
-        dy_rows, rows, base_weight, lora_A, lora_B, weights, example_ids, u, needs
+        inputs._replace(x=rows), dy_rows, u.view(len(rows), -1), needs
     )
     if needs[0]:
         dx = dx.view(x.shape)
@@ -288,20 +267,13 @@ def mixed_lora_backward(
 
 
 def _gradients_by_products(
-    dy: Tensor,
-    x: Tensor,
-    base_weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    example_ids: Tensor | None,
-    u: Tensor,
-    needs: list[bool],
+    inputs: Inputs, dy: Tensor, u: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, d_lora_A, d_lora_B, d_weights, by products in x's dtype; x [T, in], dy [T, out].
 
     What lies between two products is float32, and rounded for the second alone.
     """
+    x, base_weight, lora_A, lora_B, weights, _, example_ids, _ = inputs
     m, r, _ = lora_A.shape
     dx, d_lora_A, d_lora_B, d_weights = (x.new_empty(0) for _ in range(4))
     w = token_weights(weights, example_ids, len(x))
@@ -331,21 +303,14 @@ def _gradients_by_products(
 
 
 def _gradients_native(
-    dy: Tensor,
-    x: Tensor,
-    base_weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    example_ids: Tensor | None,
-    u: Tensor,
-    needs: list[bool],
+    inputs: Inputs, dy: Tensor, u: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As _gradients_by_products, if the processor has no product in x's dtype.
 
     What is needed before dx lies in dx's own memory, the rank [T, m*r] at its beginning: with u,
     64 of 1024 bfloat16 features would else be 12.5 % of the layer's activations, not 6.25 %.
     """
+    x, base_weight, lora_A, lora_B, weights, _, example_ids, _ = inputs
     m, r, in_features = lora_A.shape
     tokens, out_features = dy.shape
     dx, d_lora_A, d_lora_B, d_weights = (x.new_empty(0) for _ in range(4))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clp_kernels import native
+from clp_kernels.ops.mixed_lora.reference import Inputs
 
 # Above this many tokens a large tile of another kernel is the better choice.
 MAX_TOKENS = 256
@@ -52,22 +53,9 @@ def plan(in_features: int, out_features: int, clusters: bool) -> Plan:
     return Plan(splits(blocks, in_features, clusters), splits(1, in_features, clusters))
 
 
-def why_not(
-    x: Tensor,
-    base_weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    invariant: bool,
-) -> str | None:
-    """None if `mixed_lora` can run, else a sentence."""
-    return tokens_why_not(x, weights)
-
-
-def tokens_why_not(x: Tensor, weights: Tensor) -> str | None:
-    """None if the decode kernels can take these tokens, else a sentence."""
+def why_not(inputs: Any) -> str | None:
+    """None if the decode kernels of this op, or of mixed_linear, can run, else a sentence."""
+    x, weights = inputs.x, inputs.weights
     if x.device.type != "cuda":
         return f"the tensors are on {x.device}, not on a GPU"
     if (missing := native.cuda_missing()) is not None:
@@ -88,40 +76,18 @@ def tokens_why_not(x: Tensor, weights: Tensor) -> str | None:
     return None
 
 
-def mixed_lora(
-    x: Tensor,
-    base_weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    invariant: bool,
-) -> tuple[Tensor, Tensor]:
+def mixed_lora(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """`reference.mixed_lora` for at most 256 tokens of bfloat16 or float16.
 
-    Checks nothing: shapes, dtypes and devices are those that the public function has checked, and
-    `why_not` has returned None.
-
-        y_t = x_t W^T + bias + sum_i weights[b(t), i] (x_t A_i^T) B_i^T
-
-    Args:
-        x: [B, ..., in], or [T, in] with example_ids; in_features a multiple of 8. What is not
-            aligned to 16 bytes or has a strided last axis is copied, of base_weight too.
-        base_weight: [out, in], x's dtype.
-        lora_A, lora_B: [m, r, in] and [m, out, r], both x's dtype or both float32.
-        weights: [B, m] float32, scaling folded in.
-        bias: [out] in x's dtype, or None.
-        example_ids: int32 or int64 [T], each in [0, B), or None.
-        invariant: Changes nothing: a row's bits never depend on the other rows or on T.
-
-    Returns:
-        y [B, ..., out] in x's dtype, one rounding from float32, and u = x A^T [..., m*r] float32.
+    Checks nothing: `why_not` has returned None. What is not aligned to 16 bytes or has a strided
+    last axis is copied, of x and of the matrices. y is rounded once from float32. A row's bits
+    never depend on the other rows or on T.
 
     Deterministic. A term of weight zero is left out, whatever its A and B contain; with weights of
     zero y has the bits of this kernel's own x W^T + bias. Reads nothing on the host and works under
     CUDA graph capture, on the current stream of x's device.
     """
+    x, base_weight, lora_A, lora_B, _, bias, *_ = inputs
     m, r, in_features = lora_A.shape
     out_features = base_weight.shape[0]
     y = x.new_empty(*x.shape[:-1], out_features)
@@ -131,7 +97,7 @@ def mixed_lora(
     base_weight, lora_A = aligned(base_weight), aligned(lora_A.reshape(m * r, in_features))
     stride_m, stride_n, stride_r = lora_B.stride()
     native.cuda().mixed_lora(
-        **token_arguments(x, weights, example_ids),
+        **token_arguments(inputs),
         base_weight=base_weight,
         base_stride=base_weight.stride(0),
         bias=None if bias is None else bias.contiguous(),
@@ -169,8 +135,9 @@ def aligned(matrix: Tensor) -> Tensor:
     return matrix.clone(memory_format=torch.contiguous_format)
 
 
-def token_arguments(x: Tensor, weights: Tensor, example_ids: Tensor | None) -> dict[str, Any]:
-    """The arguments of both C++ functions about the tokens, and where the kernels run."""
+def token_arguments(inputs: Any) -> dict[str, Any]:
+    """The arguments of both ops' C++ functions about the tokens, and where the kernels run."""
+    x, weights, example_ids = inputs.x, inputs.weights, inputs.example_ids
     tokens, in_features = x.shape[:-1].numel(), x.shape[-1]
     rows = aligned(x.reshape(tokens, in_features))
     return {

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from clp_kernels import checks, invariant, registry
 from clp_kernels.ops.mixed_lora import cpu, cuda, reference
+from clp_kernels.ops.mixed_lora.reference import Inputs
 from clp_kernels.registry import Backend, register, triton_backend
 
 
@@ -86,29 +87,20 @@ def mixed_lora(
     scaling = checks.scaling(scaling, m, x)
     if not checks.is_number(scaling, 1):
         weights = weights * scaling
-    return apply_mixed_lora(x, base_weight, lora_A, lora_B, weights, bias, example_ids, backend)
-
-
-def apply_mixed_lora(
-    x: Tensor,
-    base_weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """`mixed_lora` without its checks, for the layers: weights float32 and already scaled."""
     mode = invariant.is_batch_invariant()
-    args = (x, base_weight, lora_A, lora_B, weights, bias, example_ids, mode)
+    inputs = Inputs(x, base_weight, lora_A, lora_B, weights, bias, example_ids, mode)
+    return apply_mixed_lora(inputs, backend)
+
+
+def apply_mixed_lora(inputs: Inputs, backend: str) -> Tensor:
+    """`mixed_lora` without its checks, for the layers."""
     recorded = torch.is_grad_enabled() and any(
-        [t is not None and t.requires_grad for t in args[:6]]
+        [t is not None and t.requires_grad for t in inputs[:6]]
     )
     # PyTorch then raises: there is no formula for the tangents, which would be lost without a word.
     if recorded or forward_ad._current_level >= 0:
-        return _MixedLoRA.apply(*args, backend)  # type: ignore[no-any-return]
-    return registry.call("mixed_lora", *args, backend)[0]  # type: ignore[no-any-return]
+        return _MixedLoRA.apply(*inputs, backend)  # type: ignore[no-any-return]
+    return registry.call("mixed_lora", *inputs, backend)[0]  # type: ignore[no-any-return]
 
 
 class _MixedLoRA(torch.autograd.Function):
@@ -135,11 +127,16 @@ def _fake(x, base_weight, lora_A, *_):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], base_weight.shape[0]), u
 
 
-def _backward_fake(  # type: ignore[no-untyped-def]
-    dy, x, base_weight, lora_A, lora_B, weights, example_ids, u, invariant, needs, backend
-):
-    bias = base_weight.new_empty(base_weight.shape[0])
-    return registry.fake_gradients([x, base_weight, lora_A, lora_B, weights, bias], needs)
+def _backward_pack(dy: Tensor, *args: Any) -> tuple[Inputs, Tensor, Tensor, list[bool]]:
+    """The inputs, dy, u and needs, out of the backward's schema."""
+    *tensors, example_ids, u, invariant, needs = args
+    return Inputs._make([*tensors, None, example_ids, invariant]), dy, u, needs
+
+
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    inputs, _, _, needs = _backward_pack(*args[:-1])
+    bias = inputs.base_weight.new_empty(inputs.base_weight.shape[0])
+    return registry.fake_gradients([*inputs[:5], bias], needs)
 
 
 register(
@@ -150,6 +147,7 @@ register(
     Backend("cuda", cuda.mixed_lora, cuda.why_not),
     triton_backend("clp_kernels.ops.mixed_lora.triton", "mixed_lora"),
     Backend("reference", reference.mixed_lora),
+    pack=lambda *args: (Inputs(*args),),
 )
 register(
     "mixed_lora_backward(Tensor dy, Tensor x, Tensor base_weight, Tensor lora_A, Tensor lora_B,"
@@ -159,4 +157,5 @@ register(
     Backend("cpu", cpu.mixed_lora_backward, cpu.why_not),
     triton_backend("clp_kernels.ops.mixed_lora.triton", "mixed_lora_backward"),
     Backend("reference", reference.mixed_lora_backward),
+    pack=_backward_pack,
 )

@@ -7,6 +7,7 @@ public function in op.py, which has checked the arguments.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,25 @@ from torch import Tensor
 from clp_kernels.checks import accumulator
 
 INVARIANT_TILE = 16
+
+
+class Inputs(NamedTuple):
+    """Checked inputs of the forward and the backward.
+
+    x [B, ..., in], or [T, in] with example_ids, int32 or int64 [T]; base_weight [out, in] and bias
+    [out] or None, which the backward does not read, in x's dtype; lora_A [m, r, in] and lora_B
+    [m, out, r], both in x's dtype or both float32; weights [B, m] float32 (float64 beside float64)
+    with the scaling folded in; invariant: whether `batch_invariant()` is active.
+    """
+
+    x: Tensor
+    base_weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    weights: Tensor
+    bias: Tensor | None
+    example_ids: Tensor | None
+    invariant: bool
 
 
 def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,17 +88,9 @@ def sum_per_example(per_token: Tensor, batch_size: int, example_ids: Tensor | No
     )
 
 
-def mixed_lora(
-    x: Tensor,
-    base_weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    invariant: bool,
-) -> tuple[Tensor, Tensor]:
+def mixed_lora(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Returns y [..., out] in x's dtype and u = x A^T [..., m*r], kept for the backward."""
+    x, base_weight, lora_A, lora_B, weights, bias, example_ids, invariant = inputs
     acc, linear = accumulator(x.dtype), linear_of(invariant)
     m, r, in_features = lora_A.shape
     w = broadcast_weights(x, weights, example_ids).to(acc)
@@ -97,16 +109,7 @@ def mixed_lora(
 
 
 def mixed_lora_backward(
-    dy: Tensor,
-    x: Tensor,
-    base_weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    example_ids: Tensor | None,
-    u: Tensor,
-    invariant: bool,
-    needs: list[bool],
+    inputs: Inputs, dy: Tensor, u: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, base_weight, lora_A, lora_B, weights, bias); empty where not needed.
 
@@ -114,6 +117,7 @@ def mixed_lora_backward(
         dx = dy W + dU A,  dA = dU^T x,  dB = dy^T (U * w),
         dweights[b, i] = sum over the tokens and rank of adapter i of G * U.
     """
+    x, base_weight, lora_A, lora_B, weights, _, example_ids, invariant = inputs
     acc, linear = accumulator(x.dtype), linear_of(invariant)
     m, r, in_features = lora_A.shape
     w = broadcast_weights(x, weights, example_ids).to(acc)

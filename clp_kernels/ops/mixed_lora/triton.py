@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from clp_kernels.ops import triton_launch
 from clp_kernels.ops.mixed_lora import triton_kernels as kernels
+from clp_kernels.ops.mixed_lora.reference import Inputs
 from clp_kernels.ops.mixed_lora.triton_plan import Plan, Tile, plan
 from clp_kernels.ops.triton_launch import KINDS, Variant, distinct, matrix, variant
 
@@ -34,42 +35,29 @@ _cached_plan = lru_cache(maxsize=4096)(plan)
 _PROGRAMS, _TOKENS_PER_PLANE, _SUM_BLOCK = 512, 256, 1024
 
 
-def why_not(x: Tensor, *rest: Any) -> str | None:
-    """None if the kernels run on the op's arguments, (x, ...) or (dy, x, ...), or a sentence."""
-    if (reason := triton_launch.why_not(x, dots=True)) is not None:
+def why_not(inputs: Inputs, *_: object) -> str | None:
+    """None if the kernels run, forward or backward, or a sentence."""
+    if (reason := triton_launch.why_not(inputs.x, dots=True)) is not None:
         return reason
-    # The forward's last argument is `invariant`, the backward's the list `needs`.
-    adapters = rest[2:4] if rest and isinstance(rest[-1], list) else rest[1:3]
+    adapters = (inputs.lora_A, inputs.lora_B)
     if any(t.numel() == 0 for t in adapters):
         shapes = " and ".join(str(list(t.shape)) for t in adapters)
         return f"the adapters are empty, {shapes}"
     return None
 
 
-class _Adapters(NamedTuple):
-    """What both products of a call share; contiguous."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    weights: Tensor
-    ids: Tensor | None
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """(m, r)."""
-        return self.lora_A.shape[0], self.lora_A.shape[1]
-
-    def counts(self, tokens: int) -> tuple[int, int, int]:
-        """Adapters, examples, tokens per example: three arguments of every kernel."""
-        batch_size = self.weights.shape[0]
-        return self.lora_A.shape[0], batch_size, tokens // max(1, batch_size)
+def _contiguous(inputs: Inputs) -> Inputs:
+    """The inputs, of which all but x and base_weight are contiguous, as the kernels read them."""
+    x, base_weight, lora_A, lora_B, weights, bias, ids, invariant = inputs
+    bias, ids = (None if t is None else t.contiguous() for t in (bias, ids))
+    adapters = lora_A.contiguous(), lora_B.contiguous(), weights.contiguous()
+    return Inputs(x, base_weight, *adapters, bias, ids, invariant)
 
 
-def _adapters(
-    lora_A: Tensor, lora_B: Tensor, weights: Tensor, example_ids: Tensor | None
-) -> _Adapters:
-    ids = None if example_ids is None else example_ids.contiguous()
-    return _Adapters(lora_A.contiguous(), lora_B.contiguous(), weights.contiguous(), ids)
+def _counts(weights: Tensor, tokens: int) -> tuple[int, int, int]:
+    """Adapters, examples, tokens per example: three arguments of every kernel."""
+    batch_size, m = weights.shape
+    return m, batch_size, tokens // max(1, batch_size)
 
 
 def _aligned(*tensors: Tensor) -> bool:
@@ -84,9 +72,9 @@ def _aligned(*tensors: Tensor) -> bool:
     )
 
 
-def _plan_for(x: Tensor, features: int, rank: int, invariant: bool, path: str | None) -> Plan:
-    capability = triton_launch.capability_of(x)
-    tokens = x.numel() // x.shape[-1]
+def _plan_for(inputs: Inputs, x: Tensor, features: int, path: str | None) -> Plan:
+    capability, invariant = triton_launch.capability_of(x), inputs.invariant
+    tokens, rank = x.numel() // x.shape[-1], inputs.lora_A.shape[:2].numel()
     chosen = _cached_plan(tokens, x.shape[-1], features, rank, x.dtype, capability, invariant)
     if path is None:
         return chosen
@@ -139,38 +127,31 @@ def settings_of(
 
 
 def _shrink(
-    x: Tensor, adapters: _Adapters, chosen: Plan, forward: bool, aligned: bool
+    inputs: Inputs, x: Tensor, chosen: Plan, forward: bool, aligned: bool
 ) -> tuple[Tensor, Tensor]:
     """u and z of rows x [T, K], both float32 [T, m*r]."""
-    (m, r), tokens = adapters.sizes, x.shape[0]
+    (m, r, _), tokens = inputs.lora_A.shape, x.shape[0]
     u = x.new_empty(tokens, m * r, dtype=torch.float32)
     z = torch.empty_like(u)
-    p = adapters.lora_A if forward else adapters.lora_B
+    p = inputs.lora_A if forward else inputs.lora_B
     constexprs, options = settings_of("shrink", chosen, x.dtype, p.dtype, r, forward, aligned)
     tiles_t = triton.cdiv(tokens, constexprs["BLOCK_T"])
     grid = tiles_t * triton.cdiv(m * r, constexprs["BLOCK_R"])
     if grid:
         kernels.shrink_kernel[(grid,)](
-            x, p, adapters.weights, adapters.ids, u, z, tokens, x.shape[1],
-            *adapters.counts(tokens), x.stride(0), **constexprs, **options,
+            x, p, inputs.weights, inputs.example_ids, u, z, tokens, x.shape[1],
+            *_counts(inputs.weights, tokens), x.stride(0), **constexprs, **options,
         )  # fmt: skip
     return u, z
 
 
-def _product(
-    x: Tensor,
-    base_weight: Tensor,
-    bias: Tensor | None,
-    adapters: _Adapters,
-    forward: bool,
-    chosen: Plan,
-) -> tuple[Tensor, Tensor]:
-    """(X M + bias + z Q [T, N], u [T, m*r]): the forward, or dx and g."""
-    rows, r = matrix(x), adapters.sizes[1]
-    base = matrix(base_weight)
+def _product(inputs: Inputs, x: Tensor, forward: bool, chosen: Plan) -> tuple[Tensor, Tensor]:
+    """(X M + bias + z Q [T, N], u [T, m*r]): the forward of x, or dx and g of dy."""
+    _, base_weight, lora_A, lora_B, weights, bias, ids, _ = inputs
+    rows, base, r = matrix(x), matrix(base_weight), lora_A.shape[1]
     tokens, features = rows.shape[0], base.shape[0 if forward else 1]
-    q = adapters.lora_B if forward else adapters.lora_A
-    aligned = _aligned(rows, base, adapters.lora_A, adapters.lora_B) and features % 16 == 0
+    q = lora_B if forward else lora_A
+    aligned = _aligned(rows, base, lora_A, lora_B) and features % 16 == 0
     kernel = "product" if chosen.path == "fused" else "expand"
     constexprs, options = settings_of(kernel, chosen, x.dtype, q.dtype, r, forward, aligned)
     tiles_t = triton.cdiv(tokens, constexprs["BLOCK_T"])
@@ -179,38 +160,25 @@ def _product(
         # On x as it came, so that zero weights give the bits of F.linear.
         out = F.linear(x, base_weight if forward else base_weight.t(), bias)
         out = out.contiguous().view(tokens, features)
-        u, z = _shrink(rows, adapters, chosen, forward, aligned)
+        u, z = _shrink(inputs, rows, chosen, forward, aligned)
         if grid:
             kernels.expand_kernel[(grid,)](
-                z, q, adapters.weights, adapters.ids, out, tokens, features,
-                *adapters.counts(tokens), **constexprs, **options,
+                z, q, weights, ids, out, tokens, features, *_counts(weights, tokens),
+                **constexprs, **options,
             )  # fmt: skip
         return out, u
     out = x.new_empty(tokens, features)
-    u, z = _shrink(rows, adapters, chosen, forward, aligned)
+    u, z = _shrink(inputs, rows, chosen, forward, aligned)
     if grid:
         kernels.product_kernel[(grid,)](
-            rows, base, z, q, bias, adapters.weights, adapters.ids, out, tokens, rows.shape[1],
-            features, *adapters.counts(tokens), rows.stride(0), base.stride(0),
-            **constexprs, **options,
+            rows, base, z, q, bias, weights, ids, out, tokens, rows.shape[1], features,
+            *_counts(weights, tokens), rows.stride(0), base.stride(0), **constexprs, **options,
         )  # fmt: skip
     return out, u
 
 
-def mixed_lora(
-    x: Tensor,
-    base_weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    example_ids: Tensor | None,
-    invariant: bool,
-    path: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The op mixed_lora on a GPU; arguments and results as reference.mixed_lora.
-
-        y_t = x_t W^T + bias + sum_i weights[b(t), i] (x_t A_i^T) B_i^T,    u = x A^T
+def mixed_lora(inputs: Inputs, path: str | None = None) -> tuple[Tensor, Tensor]:
+    """As reference.mixed_lora.
 
     Returns y [..., out] in x's dtype and u [..., m*r] float32, contiguous. Accumulates in float32
     and rounds y once on the fused path, twice on the split one. Weights that are all zero give the
@@ -223,28 +191,15 @@ def mixed_lora(
     Deterministic. With `invariant` the bits of a row do not depend on the other rows.
     Raises: ValueError for a path that does not exist or does not suit `invariant`.
     """
-    adapters = _adapters(lora_A, lora_B, weights, example_ids)
-    m, r = adapters.sizes
-    chosen = _plan_for(x, base_weight.shape[0], m * r, invariant, path)
-    if bias is not None:
-        bias = bias.contiguous()
+    inputs, x = _contiguous(inputs), inputs.x
+    chosen = _plan_for(inputs, x, inputs.base_weight.shape[0], path)
     with torch.cuda.device_of(x):
-        y, u = _product(x, base_weight, bias, adapters, True, chosen)
-    return y.view(*x.shape[:-1], y.shape[-1]), u.view(*x.shape[:-1], m * r)
+        y, u = _product(inputs, x, True, chosen)
+    return y.view(*x.shape[:-1], y.shape[-1]), u.view(*x.shape[:-1], u.shape[-1])
 
 
 def mixed_lora_backward(
-    dy: Tensor,
-    x: Tensor,
-    base_weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weights: Tensor,
-    example_ids: Tensor | None,
-    u: Tensor,
-    invariant: bool,
-    needs: list[bool],
-    path: str | None = None,
+    inputs: Inputs, dy: Tensor, u: Tensor, needs: list[bool], path: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, base_weight, lora_A, lora_B, weights, bias); empty where not needed.
 
@@ -254,29 +209,25 @@ def mixed_lora_backward(
     Deterministic. With `invariant` the bits of dx and of a row of dweights do not depend on the
     other rows; the gradients of the matrices are sums over all of them.
     """
-    adapters = _adapters(lora_A, lora_B, weights, example_ids)
-    m, r = adapters.sizes
+    inputs = _contiguous(inputs._replace(bias=None))
+    x, base_weight, lora_A, lora_B, weights, _, ids, _ = inputs
     dx, d_base, d_lora_A, d_lora_B, d_weights, d_bias = (x.new_empty(0) for _ in needs)
     x_rows, dy_rows, u_rows = matrix(x), matrix(dy), matrix(u).contiguous()
     g: Tensor | None = None
     with torch.cuda.device_of(x):
-        chosen = _plan_for(dy, x.shape[-1], m * r, invariant, path)
+        chosen = _plan_for(inputs, dy, x.shape[-1], path)
         if needs[0]:
-            dx, g = _product(dy, base_weight, None, adapters, False, chosen)
+            dx, g = _product(inputs, dy, False, chosen)
             dx = dx.view(x.shape)
         elif needs[2] or needs[4]:
-            aligned = _aligned(dy_rows, adapters.lora_B)
-            g, _ = _shrink(dy_rows, adapters, chosen, False, aligned)
+            g, _ = _shrink(inputs, dy_rows, chosen, False, _aligned(dy_rows, lora_B))
         if needs[1]:
             d_base = dy_rows.t() @ x_rows
         if needs[2] or needs[3]:
-            d_lora_A, d_lora_B = _adapter_gradients(
-                x_rows, dy_rows, g, u_rows, adapters.weights, adapters.ids,
-                adapters.lora_A if needs[2] else None, adapters.lora_B if needs[3] else None,
-                _aligned(x_rows, dy_rows) and u_rows.data_ptr() % 16 == 0,
-            )  # fmt: skip
+            rows = (x_rows, dy_rows, u_rows if g is None else g, u_rows)
+            d_lora_A, d_lora_B = _adapter_gradients(inputs, *rows, needs)
         if needs[4] and g is not None:
-            d_weights = _weight_gradient(g, u_rows, adapters.ids, adapters.weights, r)
+            d_weights = _weight_gradient(g, u_rows, ids, weights, lora_A.shape[1])
         if needs[5]:
             d_bias = dy_rows.sum(0, dtype=torch.float32).to(base_weight.dtype)
     return dx, d_base, d_lora_A, d_lora_B, d_weights, d_bias
@@ -313,38 +264,28 @@ def _weight_settings(r: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _adapter_gradients(
-    x: Tensor,
-    dy: Tensor,
-    g: Tensor | None,
-    u: Tensor,
-    weights: Tensor,
-    example_ids: Tensor | None,
-    like_A: Tensor | None,
-    like_B: Tensor | None,
-    is_aligned: bool,
+    inputs: Inputs, x: Tensor, dy: Tensor, g: Tensor, u: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    """(dA like `like_A` [m, r, in], dB like `like_B` [m, out, r]); empty where that is None.
+    """(dA [m, r, in], dB [m, out, r]); empty where not needed.
 
-    x [T, in] and dy [T, out] with rows of unit stride; g and u [T, m*r] and weights contiguous; g
-    may be None without `like_A`. is_aligned: pointers, strides and features suit 16-byte loads.
+    x [T, in] and dy [T, out] with rows of unit stride; g and u [T, m*r] contiguous; dB does not
+    depend on g.
     """
-    tokens, m = x.shape[0], weights.shape[1]
-    r = u.shape[1] // m
-    d_lora_A = x.new_empty(0) if like_A is None else torch.empty_like(like_A)
-    d_lora_B = x.new_empty(0) if like_B is None else torch.empty_like(like_B)
-    in_features = 0 if like_A is None else x.shape[1]
-    out_features = 0 if like_B is None else dy.shape[1]
-    lora_dtype = (d_lora_B if like_A is None else d_lora_A).dtype
+    lora_A, lora_B, weights = inputs[2:5]
+    (m, r, _), tokens = lora_A.shape, x.shape[0]
+    d_lora_A = torch.empty_like(lora_A) if needs[2] else x.new_empty(0)
+    d_lora_B = torch.empty_like(lora_B) if needs[3] else x.new_empty(0)
+    in_features = x.shape[1] if needs[2] else 0
+    out_features = dy.shape[1] if needs[3] else 0
+    is_aligned = _aligned(x, dy) and u.data_ptr() % 16 == 0
     splits = gradient_splits(tokens, in_features, out_features, m * r)
     total = m * r * (in_features + out_features)
     planes = x.new_empty(splits, total, dtype=torch.float32)
-    constexprs, options = _adapter_settings(x.dtype, lora_dtype, m, r, is_aligned)
+    constexprs, options = _adapter_settings(x.dtype, lora_A.dtype, m, r, is_aligned)
     blocks = sum(triton.cdiv(n, constexprs["BLOCK_F"]) for n in (in_features, out_features))
     kernels.adapter_gradient_kernel[(triton.cdiv(m * r, constexprs["BLOCK_R"]) * blocks * splits,)](
-        x, dy, u if g is None else g, u, weights, example_ids, planes,
-        tokens, in_features, out_features, m, weights.shape[0],
-        tokens // max(1, weights.shape[0]), x.stride(0), dy.stride(0), splits,
-        **constexprs, **options,
+        x, dy, g, u, weights, inputs.example_ids, planes, tokens, in_features, out_features,
+        *_counts(weights, tokens), x.stride(0), dy.stride(0), splits, **constexprs, **options,
     )  # fmt: skip
     kernels.sum_planes_kernel[(triton.cdiv(total, _SUM_BLOCK),)](
         planes, d_lora_A, d_lora_B, in_features, out_features, m, splits,

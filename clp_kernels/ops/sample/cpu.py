@@ -1,43 +1,26 @@
 """`sample` on the CPU: launches csrc/cpu/sample/sample.cpp."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clp_kernels import native
+from clp_kernels.ops.mix_logits.cpu import mixture_arguments
+from clp_kernels.ops.sample.reference import Inputs
 
 
-def why_not(logits: Tensor, *_: object) -> str | None:
+def why_not(inputs: Inputs) -> str | None:
     """None if the kernel can run, else a sentence."""
-    if logits.device.type != "cpu":
-        return f"the logits are on {logits.device}, not on the CPU"
-    return native.cpu_missing() or native.dtype_why_not(logits)
+    if inputs.logits.device.type != "cpu":
+        return f"the logits are on {inputs.logits.device}, not on the CPU"
+    return native.cpu_missing() or native.dtype_why_not(inputs.logits)
 
 
-def sample(
-    logits: Tensor,
-    weights: Tensor | None,
-    mode: str,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seed: Tensor,
-    position: Tensor,
-    isa: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.sample: tokens int64, logprobs, filtered_logprobs float32 [B]; bad row: -1, NaN.
-
-    Args:
-        logits: [m, B, V] float32, bfloat16 or float16. Any strides for m and B; copied if the
-            last axis is not contiguous.
-        weights: [B, m] float32, or None when m is 1.
-        mode: "geometric" or "probability".
-        temperature: [B] float64 (or float32), finite and >= 0; 0 is greedy.
-        top_k int64, top_p and min_p as temperature: [B] or None.
-        seed, position: [B] int64.
-        isa: an instruction set for this call (see native.isa); "" for the one in use.
+def sample(inputs: Inputs, isa: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.sample, of float32, bfloat16 or float16; isa: see native.isa, "" for the one in
+    use. Logits whose last axis is not contiguous are copied.
 
     Deterministic; a row's bits depend neither on the other rows, nor on the number of threads, nor
     on the instruction set. A row without filters is read once; with filters its mixed logits are
@@ -47,11 +30,32 @@ def sample(
         ValueError: an unknown instruction set.
         RuntimeError: the CPU kernels are missing.
     """
-    outputs, arguments = native.sample_arguments(
-        logits, weights, mode, temperature, top_k, top_p, min_p, seed, position
-    )
-    native.cpu().sample(**arguments, num_threads=torch.get_num_threads(), isa=isa)
+    outputs, named = arguments(inputs)
+    native.cpu().sample(**named, num_threads=torch.get_num_threads(), isa=isa)
     return outputs
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """The outputs, and the arguments that the C++ functions of both devices share."""
+    batch, device = inputs.logits.shape[1], inputs.logits.device
+    tokens = torch.empty(batch, dtype=torch.int64, device=device)
+    logprobs, filtered = (torch.empty(batch, dtype=torch.float32, device=device) for _ in range(2))
+    by_row = ("temperature", "seed", "position", "top_k", "top_p", "min_p")
+    named = {
+        **mixture_arguments(inputs.logits, inputs.weights, inputs.mode),
+        **{name: _wide(getattr(inputs, name)) for name in by_row},
+        "tokens": tokens,
+        "logprobs": logprobs,
+        "filtered_logprobs": filtered,
+    }
+    return (tokens, logprobs, filtered), named
+
+
+def _wide(values: Tensor | None) -> Tensor | None:
+    """Contiguous, in float64 if floating."""
+    if values is None:
+        return None
+    return (values.double() if values.is_floating_point() else values).contiguous()
 
 
 def fast_path() -> Callable[..., tuple[Tensor, Tensor, Tensor] | None] | None:

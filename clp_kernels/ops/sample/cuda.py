@@ -4,26 +4,18 @@ import torch
 from torch import Tensor
 
 from clp_kernels import native
+from clp_kernels.ops.sample.cpu import arguments
+from clp_kernels.ops.sample.reference import Inputs
 
 
-def why_not(logits: Tensor, *_: object) -> str | None:
+def why_not(inputs: Inputs) -> str | None:
     """None if the kernel can run, else a sentence."""
-    if logits.device.type != "cuda":
-        return f"the logits are on {logits.device}, not on a GPU"
-    return native.cuda_missing() or native.dtype_why_not(logits)
+    if inputs.logits.device.type != "cuda":
+        return f"the logits are on {inputs.logits.device}, not on a GPU"
+    return native.cuda_missing() or native.dtype_why_not(inputs.logits)
 
 
-def sample(
-    logits: Tensor,
-    weights: Tensor | None,
-    mode: str,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seed: Tensor,
-    position: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def sample(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """As `cpu.sample`, on CUDA tensors; relies on the checks of the public function.
 
     Enqueued on the current stream of the logits' device; reads nothing on the host, and works under
@@ -39,19 +31,16 @@ def sample(
     csrc/cuda/sample/sample.cu.
     """
     module = native.cuda()
-    outputs, arguments = native.sample_arguments(
-        logits, weights, mode, temperature, top_k, top_p, min_p, seed, position
-    )
-    m, batch, vocab_size = logits.shape
+    outputs, named = arguments(inputs)
+    (m, batch, vocab_size), device = inputs.logits.shape, inputs.logits.device
     if batch == 0:
         return outputs
-    filters = any(value is not None for value in (top_k, top_p, min_p))
-    size = module.sample_workspace(m, batch, vocab_size, mode == "probability", filters)
-    workspace = torch.empty(size, dtype=torch.uint8, device=logits.device)
+    filters = any(value is not None for value in (inputs.top_k, inputs.top_p, inputs.min_p))
+    size = module.sample_workspace(m, batch, vocab_size, named["probability"], filters)
     module.sample(
-        **arguments,
-        workspace=workspace,
-        device=logits.device.index,
-        stream=torch.cuda.current_stream(logits.device).cuda_stream,
+        **named,
+        workspace=torch.empty(size, dtype=torch.uint8, device=device),
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
     )
     return outputs

@@ -93,8 +93,7 @@ def sample(
 
     # float64, so that a number is compared as it was given.
     f64, i64 = torch.float64, torch.int64
-    outputs = registry.call(
-        "sample",
+    inputs = reference.Inputs(
         stacked,
         weights,
         mode,
@@ -105,9 +104,8 @@ def sample(
         None if is_number(min_p, 0) else rows("min_p", min_p, f64, "in [0, 1]"),
         rows("seed", seed, i64, "an integer"),
         rows("position", position, i64, "an integer"),
-        backend,
     )
-    result = Sample(*outputs)
+    result = Sample(*registry.call("sample", *inputs, backend))
     if checks.readable(result.tokens) and bool((result.tokens < 0).any()):
         row = int((result.tokens < 0).nonzero()[0])
         raise ValueError(f"logits row {row} must have a finite entry and no NaN or +inf")
@@ -129,4 +127,5 @@ register(
     Backend("cuda", cuda.sample, cuda.why_not),
     triton_backend("clp_kernels.ops.sample.triton", "sample"),
     Backend("reference", reference.sample),
+    pack=lambda *args: (reference.Inputs(*args),),
 )

@@ -4,11 +4,33 @@ Low-precision inputs accumulate in float32, float64 stays float64 ("acc" below).
 and errors are documented on the public function in op.py, which has checked the arguments.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from clp_kernels.checks import accumulator
 from clp_kernels.ops.mix_logits.reference import mix
+
+
+class Inputs(NamedTuple):
+    """Checked inputs of a draw.
+
+    logits [m, B, V] of any strides; weights [B, m] float32 (float64 beside float64 logits), or None
+    if m is 1; mode "geometric" or "probability"; the others [B], a filter that is off None:
+    temperature, finite and >= 0, of which 0 is greedy, top_p and min_p float64; top_k, seed and
+    position int64.
+    """
+
+    logits: Tensor
+    weights: Tensor | None
+    mode: str
+    temperature: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+    seed: Tensor
+    position: Tensor
 
 
 def philox_uniform(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
@@ -42,21 +64,12 @@ def gumbel(uniform: Tensor) -> Tensor:
     return -torch.where(uniform > 0.5, -torch.log1p(-(1 - uniform)), -torch.log(uniform)).log()
 
 
-def sample(
-    logits: Tensor,
-    weights: Tensor | None,
-    mode: str,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seed: Tensor,
-    position: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [m, B, V] -> tokens int64, logprobs, filtered_logprobs [B]; token -1 on a bad row.
+def sample(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens int64, logprobs and filtered_logprobs float32, each [B]; -1 and NaN on a bad row.
 
-    temperature, top_p, min_p float64; a temperature below 1e-30 counts as 1e-30, but for 0.
+    A temperature below 1e-30 counts as 1e-30, but for 0.
     """
+    logits, weights, mode, temperature, top_k, top_p, min_p, seed, position = inputs
     z = logits[0].to(accumulator(logits.dtype)) if weights is None else mix(logits, weights, mode)
     z = z.double()
     greedy = temperature == 0

@@ -18,8 +18,6 @@ which rows have filters is never read on the host. No atomics: two runs give the
 row's bits do not depend on the other rows.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -34,6 +32,7 @@ from clp_kernels.ops.mix_logits.triton import (
 )
 from clp_kernels.ops.mix_logits.triton_kernels import mix_kernel
 from clp_kernels.ops.sample import triton_kernels as kernels
+from clp_kernels.ops.sample.reference import Inputs
 from clp_kernels.ops.triton_launch import KINDS, Variant, unit_stride, variant
 
 # A program of a filter sums TILES tiles, so that the partials of a row, which each of its programs
@@ -47,33 +46,18 @@ _BINS = 16
 _PARTS = 5
 
 
-def why_not(logits: Tensor, *_: Any) -> str | None:
-    """Why these kernels cannot run a call on these logits, or None."""
-    return triton_launch.why_not(logits)
+def why_not(inputs: Inputs) -> str | None:
+    """Why these kernels cannot run a call, or None."""
+    return triton_launch.why_not(inputs.logits)
 
 
-def sample(
-    logits: Tensor,
-    weights: Tensor | None,
-    mode: str,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seed: Tensor,
-    position: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens int64, logprobs and filtered_logprobs float32, each [B]; as reference.sample.
+def sample(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.sample, of float32, bfloat16 or float16; everything is read on the device only.
 
-        z = mixture of logits [m, B, V], or logits[0];  s = z / temperature
-        token = argmax over the kept v of s_v - log(-log u_v)
-
-    logits float32, bfloat16 or float16 with any strides; weights [B, m] float32; temperature, top_p
-    and min_p [B] float64; top_k, seed and position [B] int64, all read on the device only. u_v is
-    Philox4x32-10 keyed by (seed, position, v). A row with NaN, +inf or nothing finite, or with a
-    temperature that is negative or not finite, gives token -1 and NaN. Deterministic, each row by
-    itself. Allocates by shape alone, so a CUDA graph may capture it.
+    A temperature that is negative or not finite gives token -1 and NaN too. Deterministic, each row
+    by itself. Allocates by shape alone, so a CUDA graph may capture it.
     """
+    logits, weights, mode, temperature, top_k, top_p, min_p, seed, position = inputs
     batch_size = logits.shape[1]
     tokens = logits.new_empty(batch_size, dtype=torch.int64)
     logprobs = logits.new_empty(batch_size, dtype=torch.float32)

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clp_kernels import linear_logprob, registry
-from clp_kernels.ops.linear_logprob import cpu, cpu_backward, reference
+from clp_kernels.ops.linear_logprob import cpu, reference
 from clp_kernels.ops.linear_logprob.head import Inputs
 from clp_kernels.testing import assert_within_budget, expanded, noncontiguous
 
@@ -130,7 +130,7 @@ def test_two_runs_give_the_same_bits(m: int) -> None:
     for a, b in zip(*(cpu.linear_logprob(inputs, True, True) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
     back = backward_arguments(inputs)
-    runs = (cpu_backward.linear_logprob_backward(*back, isa) for isa in ISAS * 2)
+    runs = (cpu.linear_logprob_backward(*back, isa) for isa in ISAS * 2)
     first = next(runs)
     for run in runs:
         assert all(map(torch.equal, first, run))
@@ -168,7 +168,7 @@ def plain_backward(inputs: Inputs, upstream: tuple[Tensor, ...], needs: list[boo
 
 
 def check_backward(back: Backward, isa: str = "") -> None:
-    got = cpu_backward.linear_logprob_backward(*back, isa)
+    got = cpu.linear_logprob_backward(*back, isa)
     wide, same = plain_backward(*cast(back, F64)), plain_backward(*back)
     needs = back[-1]
     for grad, need in zip(got, needs, strict=True):
@@ -182,9 +182,9 @@ def check_backward(back: Backward, isa: str = "") -> None:
 @pytest.fixture(params=["kept", "again"])
 def logits_between(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole rows of a few tokens are kept between the passes, or none."""
-    monkeypatch.setattr(cpu_backward, "KEPT_LOGITS", 3000)
+    monkeypatch.setattr(cpu, "KEPT_LOGITS", 3000)
     least = 1 if request.param == "kept" else 2**20
-    monkeypatch.setattr(cpu_backward, "KEPT_TOKENS", least)
+    monkeypatch.setattr(cpu, "KEPT_TOKENS", least)
 
 
 @pytest.mark.usefixtures("small_blocks", "logits_between")
@@ -219,9 +219,9 @@ def test_gradients_by_blocks_of_any_size(
     asked = [a and b for a, b in zip(needs, possible, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "BLOCK_LOGITS", logits)
-        patch.setattr(cpu_backward, "KEPT_LOGITS", kept)
-        patch.setattr(cpu_backward, "KEPT_TOKENS", 2)
-        got = cpu_backward.linear_logprob_backward(*back, asked)
+        patch.setattr(cpu, "KEPT_LOGITS", kept)
+        patch.setattr(cpu, "KEPT_TOKENS", 2)
+        got = cpu.linear_logprob_backward(*back, asked)
     want = reference.linear_logprob_backward(*cast(back, F64), asked)
     for a, b in zip(got, want, strict=True):
         scale = float(b.abs().max()) if b.numel() else 0.0
@@ -238,7 +238,7 @@ def test_gradients_of_masked_ids(isa: str, m: int) -> None:
     inputs.targets[inputs.targets != -100] = 90
     inputs, upstream, _ = backward_arguments(inputs)
     needs = [True, True, True, False]
-    run = cpu_backward.linear_logprob_backward
+    run = cpu.linear_logprob_backward
     got = run(inputs, upstream, needs, isa)
     wide = reference.linear_logprob_backward(*cast((inputs, upstream), F64), needs)
     for a, b in zip(got, wide, strict=True):
@@ -264,7 +264,7 @@ def test_gradients_of_no_tokens() -> None:
     inputs, upstream, needs = backward_arguments(head_inputs(8, 30, 4, F32, bias=True, m=2))
     of_tokens = ("hidden", "targets", "example_ids", "temperature", "ref_hidden")
     none = inputs._replace(**{name: getattr(inputs, name)[:0] for name in of_tokens})
-    got = cpu_backward.linear_logprob_backward(none, tuple(u[:0] for u in upstream), needs)
+    got = cpu.linear_logprob_backward(none, tuple(u[:0] for u in upstream), needs)
     assert [tuple(t.shape) for t in got] == [(0, 4), (2, 30, 4), (2, 30), (3, 2)]
     assert not any(t.any() for t in got)
 
@@ -293,7 +293,7 @@ def test_gradients_with_a_frozen_and_with_a_trained_head(
     def spy(inputs: Inputs, upstream: tuple[Tensor, ...], needs: list[bool]) -> Any:
         again.append(1)
         assert (inputs.ref_hidden is not None) == (upstream[2].numel() > 0) == ("kl" in which)
-        return cpu_backward.linear_logprob_backward(inputs, upstream, needs)
+        return cpu.linear_logprob_backward(inputs, upstream, needs)
 
     monkeypatch.setitem(
         registry.BACKENDS,

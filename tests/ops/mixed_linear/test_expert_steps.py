@@ -183,9 +183,9 @@ def test_a_step_of_the_logprobs_of_a_mixed_head(
 def test_the_reference_rounds_once() -> None:
     """The definition itself: float32 to the end."""
     x, E, w = torch.randn(9, 40).bfloat16(), torch.randn(2, 7, 40).bfloat16(), torch.rand(9, 2)
-    y = reference.mixed_linear(x, E, w, None, None, False)
-    wide = reference.mixed_linear(x.float(), E.float(), w, None, None, False)
-    assert torch.equal(y, wide.bfloat16())
+    inputs = reference.Inputs(x, E, w, None, None, False)
+    wide = reference.mixed_linear(inputs._replace(x=x.float(), expert_weight=E.float()))
+    assert torch.equal(reference.mixed_linear(inputs), wide.bfloat16())
 
 
 class ScaledNorm(torch.nn.Module):

@@ -154,12 +154,10 @@ def test_zero_row_is_no_part_of_the_gradients_of_the_experts(dtype: torch.dtype)
     dy[2] = NAN
     keep = torch.tensor([0, 1, 3, 4])
     needs = [False, True, False, True]
-    got = backend.mixed_linear_backward(
-        dy, args.x, args.expert_weight, weights, args.bias, None, False, needs
-    )
-    want = backend.mixed_linear_backward(
-        dy[keep], args.x[keep], args.expert_weight, weights[keep], args.bias, None, False, needs
-    )
+    call = args.call()._replace(weights=weights)
+    got = backend.mixed_linear_backward(call, dy, needs)
+    call = call._replace(x=args.x[keep], weights=weights[keep])
+    want = backend.mixed_linear_backward(call, dy[keep], needs)
     for index in (1, 3):
         assert torch.allclose(got[index], want[index], rtol=1e-2, atol=1e-2)
 
@@ -227,7 +225,7 @@ def test_gradients_not_asked_for_launch_nothing(monkeypatch: pytest.MonkeyPatch)
     args = inputs(Case(F32, "flat", 7, 8, 8, 1, "negative", "dense", True, False))
     launched: list[str] = []
     replace_kernels(monkeypatch, kernels, lambda *named: Recorder(*named, launched))
-    complete = backend.mixed_linear_backward(*args, False, ALL)
+    complete = backend.mixed_linear_backward(args.call(), args.dy, ALL)
     expected = (
         {"mixed_product"},
         {"expert_gradient"},
@@ -236,7 +234,7 @@ def test_gradients_not_asked_for_launch_nothing(monkeypatch: pytest.MonkeyPatch)
     )
     for needs in itertools.product([False, True], repeat=4):
         launched.clear()
-        grads = backend.mixed_linear_backward(*args, False, list(needs))
+        grads = backend.mixed_linear_backward(args.call(), args.dy, list(needs))
         asked = [names for names, need in zip(expected, needs, strict=True) if need]
         assert set(launched) == set().union(*asked)
         assert launched.count("mixed_product") == (needs[0] or needs[2])
@@ -275,9 +273,9 @@ def test_every_launch_is_a_listed_variant(
     ):
         case = Case(dtype, layout, tokens, size, size, 1, "uniform", "dense", True, invariant)
         args = inputs(case)
-        backend.mixed_linear(*args[1:], invariant)
+        backend.mixed_linear(args.call(invariant))
         for needs in (ALL, *only):
-            backend.mixed_linear_backward(*args, invariant, needs)
+            backend.mixed_linear_backward(args.call(invariant), args.dy, needs)
     seen, listed = without_optional(seen), without_optional(listed)
     assert seen <= listed, seen - listed
     assert {name for name, *_ in seen} == {name for name, *_ in listed}
@@ -286,10 +284,10 @@ def test_every_launch_is_a_listed_variant(
 def test_no_tokens_and_no_examples() -> None:
     for shape, batch in (((0, 5), 0), ((2, 0, 5), 2)):
         x, expert, bias = torch.randn(shape), torch.randn(3, 4, 5), torch.randn(3, 4)
-        args = (x, expert, torch.randn(batch, 3), bias, None, False)
-        assert backend.mixed_linear(*args).shape == (*shape[:-1], 4)
+        call = reference.Inputs(x, expert, torch.randn(batch, 3), bias, None, False)
+        assert backend.mixed_linear(call).shape == (*shape[:-1], 4)
         dy = x.new_empty(*shape[:-1], 4)
-        grads = backend.mixed_linear_backward(dy, *args, ALL)
+        grads = backend.mixed_linear_backward(call, dy, ALL)
         assert [g.shape for g in grads] == [x.shape, expert.shape, (batch, 3), bias.shape]
         assert all((g == 0).all() for g in grads)
 
@@ -299,9 +297,9 @@ def test_a_token_of_an_example_that_does_not_exist_is_nan() -> None:
     ids = args.example_ids.clone()
     ids[3], ids[7] = 6, -1
     bad = torch.zeros(40, dtype=torch.bool).index_fill(0, torch.tensor([3, 7]), True)
-    y = backend.mixed_linear(*args._replace(example_ids=ids)[1:], False)
+    y = backend.mixed_linear(args._replace(example_ids=ids).call())
     assert y[bad].isnan().all()
-    assert torch.equal(y[~bad], backend.mixed_linear(*args[1:], False)[~bad])
+    assert torch.equal(y[~bad], backend.mixed_linear(args.call())[~bad])
 
 
 @pytest.mark.parametrize(("w", "dy", "x"), [(2**13, 2**15, 2**-14), (2**-20, 2**-14, 2**15)])
@@ -310,8 +308,10 @@ def test_weighted_rows_of_dy_do_not_leave_the_range_of_float16(
 ) -> None:
     """w * dy is beyond float16's largest or below its smallest number, d_expert is not."""
     dy_row, x_row = torch.tensor([[dy]]).half(), torch.tensor([[x]]).half()
-    args = (dy_row, x_row, torch.ones(1, 1, 1).half(), torch.tensor([[w]]), None, None, False)
-    got = backend.mixed_linear_backward(*args, [False, True, False, False])[1]
+    call = reference.Inputs(
+        x_row, torch.ones(1, 1, 1).half(), torch.tensor([[w]]), None, None, False
+    )
+    got = backend.mixed_linear_backward(call, dy_row, [False, True, False, False])[1]
     assert got.item() == w * dy * x
 
 
@@ -380,12 +380,13 @@ def test_invariant_plan_does_not_depend_on_the_tokens(dtype: torch.dtype) -> Non
 
 
 def test_why_not() -> None:
-    assert backend.why_not(torch.zeros(1)) is None
-    assert backend.why_not(torch.zeros(1).half(), None) is None
-    assert "float64" in backend.why_not(torch.zeros(1).double())
-    assert "bfloat16" in backend.why_not(torch.zeros(1).bfloat16())
+    call = small().call()
+    assert backend.why_not(call) is None
+    assert backend.why_not(call._replace(x=call.x.half()), None) is None
+    assert "float64" in backend.why_not(call._replace(x=call.x.double()))
+    assert "bfloat16" in backend.why_not(call._replace(x=call.x.bfloat16()))
 
 
 def test_why_not_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)
-    assert backend.why_not(torch.zeros(1)) == "the inputs are on cpu, not on a GPU"
+    assert backend.why_not(small().call()) == "the inputs are on cpu, not on a GPU"

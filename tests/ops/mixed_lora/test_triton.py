@@ -318,7 +318,7 @@ def test_nan_in_one_example_does_not_reach_another_row(layout: str, one_thread: 
 def test_token_of_an_example_that_does_not_exist_is_nan(one_thread: None) -> None:
     inputs = draw(Case(layout="flat", tokens=6, batch=2))
     ids = torch.tensor([0, 1, 2, -1, 1, 0])
-    y, _ = backend.mixed_lora(*inputs.args, ids, False)
+    y, _ = backend.mixed_lora(inputs.call()._replace(example_ids=ids))
     assert y.isnan().all(-1).tolist() == [False, False, True, True, False, False]
 
 
@@ -334,10 +334,10 @@ def test_needs_are_the_same_bits_and_nothing_more(
     one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = draw(Case(dtype=F16, lora_dtype=F16, layout="flat", tokens=9, m=1))
-    _, u = backend.mixed_lora(*inputs.args, inputs.ids, False)
+    _, u = backend.mixed_lora(inputs.call())
 
     def gradients(needs: list[bool]) -> tuple[Tensor, ...]:
-        return backend.mixed_lora_backward(inputs.dy, *inputs.args[:5], inputs.ids, u, False, needs)
+        return backend.mixed_lora_backward(inputs.call(), inputs.dy, u, needs)
 
     full = gradients(ALL)
     masks = [[i == k for i in range(6)] for k in range(6)] + [
@@ -362,34 +362,33 @@ def test_needs_are_the_same_bits_and_nothing_more(
 @interpreted
 def test_why_not_names_the_reason() -> None:
     inputs = draw(Case(dtype=F16, lora_dtype=F16))
-    forward = (*inputs.args, inputs.ids, False)
-    assert backend.why_not(*forward) is None
-    u = torch.zeros(2, 17, 16)
-    backward = (inputs.dy, *inputs.args[:5], inputs.ids, u, False, ALL)
-    assert backend.why_not(*backward) is None
-    empty = replace(inputs, x=inputs.x[:0], dy=inputs.dy[:0])
-    assert backend.why_not(*empty.args, None, False) is None
-    assert backend.why_not(empty.dy, *empty.args[:5], None, u[:0], False, ALL) is None
-    assert "float64" in str(backend.why_not(inputs.x.double(), *forward[1:]))
-    assert "bfloat16" in str(backend.why_not(inputs.x.bfloat16(), *forward[1:]))
-    none = replace(inputs, lora_A=inputs.lora_A[:, :0], lora_B=inputs.lora_B[:, :, :0])
-    assert "empty" in str(backend.why_not(*none.args, None, False))
-    assert "empty" in str(backend.why_not(none.dy, *none.args[:5], None, u[..., :0], False, ALL))
+    forward, u = inputs.call(), torch.zeros(2, 17, 16)
+    assert backend.why_not(forward) is None
+    assert backend.why_not(forward, inputs.dy, u, ALL) is None
+    empty = forward._replace(x=inputs.x[:0])
+    assert backend.why_not(empty) is None
+    assert backend.why_not(empty, inputs.dy[:0], u[:0], ALL) is None
+    assert "float64" in str(backend.why_not(forward._replace(x=inputs.x.double())))
+    assert "bfloat16" in str(backend.why_not(forward._replace(x=inputs.x.bfloat16())))
+    none = forward._replace(lora_A=inputs.lora_A[:, :0], lora_B=inputs.lora_B[:, :, :0])
+    assert "empty" in str(backend.why_not(none))
+    assert "empty" in str(backend.why_not(none, inputs.dy, u[..., :0], ALL))
 
 
 def test_why_not_without_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)
-    assert backend.why_not(torch.zeros(1, 1)) == "the inputs are on cpu, not on a GPU"
-    assert "float64" in str(backend.why_not(torch.zeros(1, 1, dtype=torch.float64)))
+    inputs = draw(Case()).call()
+    assert backend.why_not(inputs) == "the inputs are on cpu, not on a GPU"
+    assert "float64" in str(backend.why_not(inputs._replace(x=inputs.x.double())))
 
 
 @interpreted
 def test_path_errors() -> None:
     inputs = draw(Case())
     with pytest.raises(ValueError, match=r"path must be .* got 'both'"):
-        backend.mixed_lora(*inputs.args, None, False, path="both")
+        backend.mixed_lora(inputs.call(), path="both")
     with pytest.raises(ValueError, match='"fused" in batch-invariant mode, got "split"'):
-        backend.mixed_lora(*inputs.args, None, True, path="split")
+        backend.mixed_lora(inputs.call(invariant=True), path="split")
 
 
 # The plan.

@@ -37,6 +37,7 @@ import clp_kernels
 from clp_kernels import mix_logits, native, registry
 from clp_kernels.ops.sample import cpu as cpu_sample
 from clp_kernels.ops.sample import reference
+from clp_kernels.ops.sample.reference import Inputs
 
 pytestmark = CPU_KERNELS
 
@@ -46,7 +47,7 @@ DTYPES = (F32, BF16, F16)
 
 def draw(args: Draw, isa: str = "") -> tuple[Tensor, Tensor, Tensor]:
     """Without filters the two log-probabilities are equal, but for greedy rows."""
-    tokens, logprobs, filtered = cpu_sample.sample(**args, isa=isa)
+    tokens, logprobs, filtered = cpu_sample.sample(Inputs(**args), isa=isa)
     if args["top_k"] is args["top_p"] is args["min_p"] is None:
         greedy = (args["temperature"] == 0) & (tokens >= 0)
         assert torch.equal(filtered.nan_to_num(7), logprobs.masked_fill(greedy, 0.0).nan_to_num(7))
@@ -58,7 +59,7 @@ def assert_equals_reference(args: Draw, atol: float = 1e-6, rtol: float = 1e-6) 
 
     atol, rtol: of filtered_logprobs; logprobs are held to 1e-6.
     """
-    wanted, first = reference.sample(**args), draw(args, ISAS[0])
+    wanted, first = reference.sample(Inputs(**args)), draw(args, ISAS[0])
     assert_close_draws((*first[:2], wanted[2]), wanted, atol=1e-6)
     assert_close_draws(first, wanted, atol, rtol)
     for isa in ISAS[1:]:
@@ -142,7 +143,7 @@ def test_sample_property(
 
 def wide(args: Draw) -> tuple[Tensor, ...]:
     """The reference from logits in float64: its own float32 rounding of z is about 1e-6."""
-    return reference.sample(**{**args, "logits": args["logits"].double()})
+    return reference.sample(Inputs(**{**args, "logits": args["logits"].double()}))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -183,7 +184,7 @@ def test_huge_logits(scale: float) -> None:
 @pytest.mark.parametrize(("margin", "wins"), [(1e-3, 510), (-1e-3, 0)])
 def test_largest_noise_is_not_pruned(isa: str, margin: float, wins: int) -> None:
     args = largest_noise_draw(margin)
-    assert reference.sample(**args)[0].item() == wins
+    assert reference.sample(Inputs(**args))[0].item() == wins
     assert draw(args, isa)[0].item() == wins
     # With a filter that keeps them all, because they tie.
     args["top_k"] = torch.tensor([400])
@@ -202,12 +203,12 @@ def test_bad_rows(isa: str, mode: str) -> None:
         assert (tokens >= 0).tolist() == [*GOOD_ROWS[:5], False, True]
         assert torch.equal(logprobs.isnan(), tokens < 0)
         assert tokens[3] >= 8990
-        assert torch.equal(tokens, reference.sample(**args)[0])
+        assert torch.equal(tokens, reference.sample(Inputs(**args))[0])
 
 
 def test_weights_and_infinities() -> None:
     args = infinite_draws()
-    assert (reference.sample(**args)[0] >= 0).tolist() == FINITE_ROWS
+    assert (reference.sample(Inputs(**args))[0] >= 0).tolist() == FINITE_ROWS
     assert_equals_reference(args)
 
 
@@ -217,7 +218,7 @@ def test_ties_take_the_lowest_index(isa: str, temperature: float) -> None:
     args = draw_inputs(2, 1, 9000, BF16)
     args["logits"][:, :, [8100, 4097, 8999]] = 100.0
     args["weights"][:], args["temperature"][:] = 1.0, temperature
-    tokens = reference.sample(**args)[0]
+    tokens = reference.sample(Inputs(**args))[0]
     assert torch.equal(draw(args, isa)[0], tokens)
     assert temperature > 0 or tokens.item() == 4097
 
@@ -250,7 +251,7 @@ def test_row_bits_are_its_own(isa: str, mode: str, set_threads: Callable[[int], 
 def test_layouts_that_are_copied() -> None:
     """A last axis that is not contiguous, and expanded or strided rows."""
     args = draw_inputs(2, 3, 50)
-    wanted = reference.sample(**args)
+    wanted = reference.sample(Inputs(**args))
     args["logits"] = args["logits"].transpose(1, 2).contiguous().transpose(1, 2)
     args["weights"] = args["weights"].t().contiguous().t()
     args["seed"] = torch.stack([args["seed"], args["seed"]], 1)[:, 0]
@@ -348,7 +349,7 @@ def test_filters_at_a_large_vocabulary(isa: str) -> None:
         "seed": torch.arange(6),
         "position": torch.arange(6) + 2**33,
     }
-    assert_close_draws(draw(args, isa), reference.sample(**args), atol=1e-5, rtol=1e-5)
+    assert_close_draws(draw(args, isa), reference.sample(Inputs(**args)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["none", "top_k", "top_p", "min_p", "all"])
@@ -365,7 +366,7 @@ def test_a_million_filtered_draws(name: str) -> None:
         "seed": torch.zeros(draws, dtype=torch.int64),
         "position": torch.arange(draws),
     }
-    counts = torch.bincount(cpu_sample.sample(**args)[0], minlength=10)
+    counts = torch.bincount(cpu_sample.sample(Inputs(**args))[0], minlength=10)
     scaled = logits[0].double() / torch.tensor([0.9]).double()
     logp = torch.log_softmax(scaled, -1)
     kept = torch.ones_like(logp, dtype=torch.bool)

@@ -23,6 +23,7 @@ from clp.engine.sampler import Sampler, SamplingParams
 from clp_kernels import linear_logprob, native, sample
 from clp_kernels.ops.sample import cpu as cpu_sample
 from clp_kernels.ops.sample import reference
+from clp_kernels.ops.sample.reference import Inputs
 
 NO_CPU = native.cpu_missing()
 ISAS: list[str] = [] if NO_CPU else native.cpu().isas()
@@ -41,14 +42,14 @@ def compiled(isa: str) -> Callable[..., tuple[Tensor, ...]]:
     """csrc/cpu/sample/sample.cpp of one instruction set; without the short way from Python."""
 
     def run(z: Tensor, **options: Any) -> tuple[Tensor, ...]:
-        return cpu_sample.sample(z[None], None, "geometric", *by_row(z, options), isa=isa)
+        return cpu_sample.sample(Inputs(z[None], None, "geometric", *by_row(z, options)), isa=isa)
 
     return run
 
 
 def triton(z: Tensor, **options: Any) -> tuple[Tensor, ...]:
     result: tuple[Tensor, ...] = importlib.import_module("clp_kernels.ops.sample.triton").sample(
-        z[None], None, "geometric", *by_row(z, options)
+        Inputs(z[None], None, "geometric", *by_row(z, options))
     )
     return result
 

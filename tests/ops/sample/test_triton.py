@@ -39,6 +39,7 @@ from clp_kernels.ops.mix_logits import triton_kernels as mix_kernels
 from clp_kernels.ops.sample import reference
 from clp_kernels.ops.sample import triton as backend
 from clp_kernels.ops.sample import triton_kernels as kernels
+from clp_kernels.ops.sample.reference import Inputs
 
 pytestmark = INTERPRETER
 DTYPES = (F32, F16, BF16)
@@ -122,7 +123,7 @@ def sampled(count: int) -> list[Case]:
 
 
 def assert_equals_reference(args: Draw) -> None:
-    assert_close_draws(backend.sample(**args), reference.sample(**args))
+    assert_close_draws(backend.sample(Inputs(**args)), reference.sample(Inputs(**args)))
 
 
 def test_sample_covers_every_value() -> None:
@@ -243,7 +244,7 @@ def test_ties_at_a_threshold_are_kept(filters: dict[str, float], kept: int) -> N
 def test_the_most_probable_id_is_always_kept(filters: dict[str, float]) -> None:
     z = torch.tensor([[-3.0, 2.0, 1.5, -INF]])
     args = call(z, **{name: torch.tensor([value]) for name, value in filters.items()})
-    tokens, logprobs, filtered = backend.sample(**args)
+    tokens, logprobs, filtered = backend.sample(Inputs(**args))
     assert (tokens.item(), filtered.item()) == (1, 0.0)
     torch.testing.assert_close(logprobs[0], z.log_softmax(-1)[0, 1])
 
@@ -269,10 +270,10 @@ def test_rows_and_runs_have_the_same_bits(filtered: bool) -> None:
     )
     if filtered:
         args["top_p"] = torch.tensor([0.5, 0.9, 1.0, 0.2])
-    together = backend.sample(**args)
-    assert all(map(torch.equal, together, backend.sample(**args)))
+    together = backend.sample(Inputs(**args))
+    assert all(map(torch.equal, together, backend.sample(Inputs(**args))))
     for rows in ([0], [3, 1]):
-        alone = backend.sample(**draw_rows(args, rows))
+        alone = backend.sample(Inputs(**draw_rows(args, rows)))
         assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
 
 
@@ -280,14 +281,14 @@ def test_rows_and_runs_have_the_same_bits(filtered: bool) -> None:
 def test_bad_rows(filtered: bool) -> None:
     args = bad_draws(1500, filters="top_p" if filtered else "")
     args["temperature"] = torch.tensor([1.0, 0.0, 1.0, 1.0, 2.0, 0.0])
-    assert (backend.sample(**args)[0] >= 0).tolist() == GOOD_ROWS[:6]
+    assert (backend.sample(Inputs(**args))[0] >= 0).tolist() == GOOD_ROWS[:6]
     assert_equals_reference(args)
 
 
 @pytest.mark.parametrize("temperature", [-1.0, NAN, INF])
 def test_a_bad_temperature_is_a_bad_row(temperature: float) -> None:
     tokens, *logprobs = backend.sample(
-        **call(torch.randn(1, 7), temperature=torch.tensor([temperature]))
+        Inputs(**call(torch.randn(1, 7), temperature=torch.tensor([temperature])))
     )
     assert tokens.tolist() == [-1]
     assert all(t.isnan().all() for t in logprobs)
@@ -308,7 +309,7 @@ def test_weights_of_zero_and_infinities() -> None:
 
 
 def test_no_rows() -> None:
-    got = backend.sample(**call(torch.empty(0, 5), top_k=torch.empty(0, dtype=torch.int64)))
+    got = backend.sample(Inputs(**call(torch.empty(0, 5), top_k=torch.empty(0, dtype=torch.int64))))
     assert [(t.shape, t.dtype) for t in got] == [
         ((0,), torch.int64),
         ((0,), torch.float32),
@@ -329,13 +330,13 @@ def test_every_launch_is_a_listed_variant(monkeypatch: pytest.MonkeyPatch) -> No
     for dtype, mode, chosen in itertools.product(DTYPES, MODES, names):
         logits = torch.randn(2, 2, 40).to(dtype)
         args = call(logits[0], mode=mode, **{k: v for k, v in filters.items() if k in chosen})
-        backend.sample(**args)
-        backend.sample(**{**args, "logits": logits, "weights": torch.rand(2, 2)})
+        backend.sample(Inputs(**args))
+        backend.sample(Inputs(**{**args, "logits": logits, "weights": torch.rand(2, 2)}))
     assert known <= seen, known - seen
     assert seen - known <= mixed, seen - known - mixed
 
 
 def test_why_not() -> None:
-    logits = torch.randn(1, 2, 3)
-    assert backend.why_not(logits, None) is None
-    assert "float64" in str(backend.why_not(logits.double(), None))
+    logits = torch.randn(2, 3)
+    assert backend.why_not(Inputs(**call(logits))) is None
+    assert "float64" in str(backend.why_not(Inputs(**call(logits.double()))))
