@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_models import small_model
+from small_models import logits_of, plain_logits, small_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -114,16 +114,6 @@ def merged(models: list, row: Tensor, conditioning: str) -> nn.Module:
 
 def simplex(count: int, m: int = 3) -> Tensor:
     return torch.distributions.Dirichlet(torch.ones(m, dtype=torch.float64)).sample((count,))
-
-
-def logits_of(model: nn.Module, ids: Tensor, rows: Tensor) -> Tensor:
-    with torch.no_grad(), steer(model, rows):
-        return model(ids).logits
-
-
-def plain_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def close(got: Tensor, wanted: Tensor) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_models import small_model
+from small_models import logits_of, plain_logits, small_model, state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -54,19 +54,13 @@ def merged(model: nn.Module, row: Tensor) -> nn.Module:
     return model
 
 
-def logits_of(model: nn.Module, ids: Tensor, rows: Tensor) -> Tensor:
-    with torch.no_grad(), steer(model, rows):
-        return model(ids).logits
-
-
 # Correct rows.
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_at_the_start_every_row_gives_the_base_model(name: str) -> None:
     model = MODELS[name]()
-    with torch.no_grad():
-        base = model(IDS).logits
+    base = plain_logits(model, IDS)
     replaced = inject(model, NAMES)
     assert len(replaced) == {"llama": 14, "gpt2": 8, "opt": 12}[name]
     for kind in WEIGHT_KINDS:
@@ -77,8 +71,7 @@ def test_at_the_start_every_row_gives_the_base_model(name: str) -> None:
 def test_zero_rows_are_the_base_model_to_the_bit(name: str) -> None:
     """Also beside rows that are not zero."""
     model = MODELS[name]()
-    with torch.no_grad():
-        base = model(IDS).logits
+    base = plain_logits(model, IDS)
     rows = weight_rows("zero", 11, 2)
     got = logits_of(steered(model), IDS, rows)
     assert torch.equal(got[::2].view(torch.int32), base[::2].view(torch.int32))
@@ -89,8 +82,7 @@ def test_zero_rows_are_the_base_model_to_the_bit(name: str) -> None:
 def test_steer_to_none_is_the_base_model_to_the_bit(name: str) -> None:
     """For any batch size, inside other rows too, and the outer rows hold again afterwards."""
     model = MODELS[name]()
-    with torch.no_grad():
-        base = model(IDS).logits
+    base = plain_logits(model, IDS)
     steered(model)
     rows = torch.ones(11, 2)
     wanted = logits_of(model, IDS, rows)
@@ -108,8 +100,7 @@ def test_each_row_is_the_merged_model(name: str) -> None:
     rows = weight_rows("negative", 11, 2)
     got = logits_of(model, IDS, rows)
     for b in (0, 4, 10):
-        with torch.no_grad():
-            wanted = merged(model, rows[b])(IDS[b : b + 1]).logits[0]
+        wanted = plain_logits(merged(model, rows[b]), IDS[b : b + 1])[0]
         torch.testing.assert_close(got[b], wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -526,14 +517,6 @@ def test_compiled_model_does_not_recompile_for_other_weights() -> None:
 
 
 # inject.
-
-
-def state(model: nn.Module) -> dict[str, object]:
-    """What a refused inject must leave alone."""
-    return {
-        "modules": {n: id(m) for n, m in model.named_modules()},
-        "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters()},
-    }
 
 
 class Integers(nn.Module):

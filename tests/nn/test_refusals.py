@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_models import small_model
+from small_models import logits_of, small_model, state
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -23,16 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 llama, gpt2, opt = (partial(small_model, name) for name in ("llama", "gpt2", "opt"))
-
-
-def state(model: nn.Module) -> dict[str, object]:
-    """What a refusal must leave alone."""
-    return {
-        "modules": {n: (id(m), m.training) for n, m in model.named_modules()},
-        "hooks": {n: len(m._forward_pre_hooks) for n, m in model.named_modules()},
-        "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters()},
-        "random": torch.get_rng_state().tolist(),
-    }
 
 
 # A computation of its own.
@@ -386,11 +376,10 @@ def test_which_layers_see_flattened_tokens(
     for layer in layers.values():
         nn.init.normal_(layer.lora_B, std=0.3)
     rows = torch.randn(4, 2, dtype=torch.float64)
-    with torch.no_grad(), steer(model, rows):
-        together = model(IDS).logits
+    together = logits_of(model, IDS, rows)
     for b in range(4):
-        with torch.no_grad(), steer(model, rows[b : b + 1]):
-            torch.testing.assert_close(model(IDS[b : b + 1]).logits[0], together[b])
+        alone = logits_of(model, IDS[b : b + 1], rows[b : b + 1])
+        torch.testing.assert_close(alone[0], together[b])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 12])
