@@ -35,6 +35,7 @@ from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
 from clp.policies.token_stats import TokenStats, token_stats
 from clp.rewards import RewardFunc, load_rewards
+from clp.training import run_folder
 from clp.training.checkpoint import (
     Progress,
     checkpoints,
@@ -53,15 +54,6 @@ from clp.training.rollout import (
     metric_names,
     roll_out,
     rollout_metrics,
-)
-from clp.training.run_folder import (
-    Inputs,
-    RunLock,
-    check_free,
-    check_resumed,
-    claim,
-    cut_lines,
-    lines_until,
 )
 from clp.training.weight_draws import DrawWeights, weight_draws
 
@@ -123,22 +115,22 @@ class CLPTrainer:
             train_dataset = load_prompts(path)
         self.rows = check_prompts(train_dataset)
         specs = args.rewards if reward_funcs is None else None
-        inputs = Inputs.of(named, specs, self.rows)
+        inputs = run_folder.Inputs.of(named, specs, self.rows)
         # Functions given in Python have no name in a file, built-in ones aside: clp eval then asks.
         named_in_files = None not in inputs.rewards.values()
         if reward_funcs is not None:
             own = [f"{n}={r}" if r is not None else n for n, r in inputs.rewards.items()]
             args = replace(args, rewards=own)
         self.run = Path(args.output_dir)
-        self.lock, checkpoint = RunLock(self.run), None
+        self.lock, checkpoint = run_folder.RunLock(self.run), None
         new = not (args.resume and (self.run / "config.yaml").is_file())
         with ExitStack() as undo:
             undo.callback(self.lock.release)
             if new:
-                check_free(self.run)
+                run_folder.check_free(self.run)
             else:
                 self.lock.acquire()
-                args, inputs, checkpoint = check_resumed(self.run, args, inputs)
+                args, inputs, checkpoint = run_folder.check_resumed(self.run, args, inputs)
             if args.resume:
                 start = "holds no checkpoint: training begins at step 1"
                 if checkpoint is not None:
@@ -151,7 +143,7 @@ class CLPTrainer:
             )
             inputs = replace(inputs, reward_scale=self.policy.reward_scale)
             # Last, so that a start that fails leaves the folder as it was.
-            claim(self.lock, args, inputs, new=new)
+            run_folder.claim(self.lock, args, inputs, new=new)
             undo.pop_all()
 
     def prepare(
@@ -189,7 +181,7 @@ class CLPTrainer:
         self.head = self.policy.head()
         # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
         self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
-        lines = lines_until(self.run / "metrics.jsonl", self.step)
+        lines = run_folder.lines_until(self.run / "metrics.jsonl", self.step)
         self.log_history: list[dict[str, Any]] = [parse_json(line) for line in lines]
         self.rows = fitting_rows(
             self.rows, self.policy, self.sampler, args.max_completion_length,
@@ -232,7 +224,7 @@ class CLPTrainer:
         if found and load_progress(found[-1]).step > self.step:
             raise ValueError(f"{self.run} has been trained further, to {found[-1].name}: resume it")
         for name in ("metrics.jsonl", "completions.jsonl"):
-            cut_lines(self.run / name, self.step)
+            run_folder.cut_lines(self.run / name, self.step)
         interval = 0.5 if sys.stderr.isatty() else 10
         bar = tqdm(
             total=args.max_steps, initial=self.step, desc="training", unit="step",
