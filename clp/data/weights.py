@@ -13,9 +13,7 @@ WeightSpec = str | Mapping[str, float] | Sequence[float] | Tensor | np.ndarray
 LARGEST = torch.finfo(torch.float32).max
 _ARRAYS = (Tensor, np.ndarray, np.generic)
 
-
-# How often draw_on_faces gives a corner, an edge, the whole simplex; ParetoSlider's
-# (arXiv:2604.20816).
+# How often draw_on_faces gives a corner, an edge, the whole simplex; from arXiv:2604.20816.
 FACES = (0.50, 0.35, 0.15)
 
 

@@ -122,14 +122,12 @@ class Request:
     """A submitted prompt and its n completions.
 
     Attributes:
-        tokenizer, prompt_ids, params: What was asked.
         weights: [m].
         stop_ids: Token ids that end a completion.
         cache_key: Equal for weights that give equal keys and values for equal tokens.
         max_tokens: That of params, or as many as there is room for.
         seed: Completion i draws with seed + i.
         prompt_index: Which prompt of the call.
-        sequences: The n sequences.
     """
 
     tokenizer: Any

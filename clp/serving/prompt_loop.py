@@ -39,9 +39,7 @@ def prompt_loop(
     """Reads prompts and commands until the end; a bad one gives one line of error.
 
     Args:
-        sampler: What completes them.
-        params: To begin with.
-        weights: To begin with; None: equal for all objectives.
+        params, weights: To begin with; weights of None: equal for all objectives.
         simplex: Refuse weights off the simplex.
         chat: What is typed is the next message of a conversation; the first of n completions is the
             answer that the next one follows.

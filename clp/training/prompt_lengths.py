@@ -27,9 +27,6 @@ def fitting_rows(
     """The rows whose prompts fit the model's context together with a completion.
 
     Args:
-        rows: The prompts and their columns.
-        policy, sampler: What will sample from them.
-        max_completion_length: Tokens of a completion at most.
         max_prompt_length: Leaves out prompts of more tokens and says on standard error how many;
             None: a prompt that is too long is an error.
         path: The file that the rows are from, for messages; None for rows given in Python.

@@ -2,8 +2,7 @@
 
 config.yaml has the run's settings. run.json has what they do not say and what must not change
 either: the order of the objectives, what each reward is and what it is divided by, and the content
-of the prompts. .lock is
-locked while a training uses the folder, and says which one that is.
+of the prompts. .lock is locked while a training uses the folder, and says which one that is.
 """
 
 import hashlib
