@@ -6,6 +6,7 @@ The judge is an ordinary model that runs with the weighted sum of the m models' 
 import copy
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -493,11 +494,8 @@ def test_steer_walks_the_modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = mix_models(family(llama), NAMES)
     steering = steer(mixed, simplex(11))
 
-    def walk(self: nn.Module, *_: object, **__: object) -> None:
-        raise AssertionError("walked")
-
-    monkeypatch.setattr(nn.Module, "modules", walk)
-    monkeypatch.setattr(nn.Module, "named_modules", walk)
+    for name in ("modules", "named_modules"):
+        monkeypatch.setattr(nn.Module, name, Mock(side_effect=AssertionError("walked")))
     with torch.no_grad(), steering:
         mixed(IDS)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -21,7 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small_models import small_model
+from small_models import logits_of, plain_logits, small_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -91,12 +92,8 @@ def peft_loaded(base: nn.Module, folder: Path, quiet: bool = True) -> nn.Module:
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
 
 
-@torch.no_grad()
 def logits(model: nn.Module, rows: Any = None) -> Tensor:
-    if rows is None:
-        return model(input_ids=TOKENS).logits
-    with steer(model, rows):
-        return model(input_ids=TOKENS).logits
+    return plain_logits(model, TOKENS) if rows is None else logits_of(model, TOKENS, rows)
 
 
 @contextlib.contextmanager
@@ -874,9 +871,7 @@ def test_an_interrupt_leaves_no_temporary_folder(
     model = saved_net(tmp_path)
     before = snapshot(tmp_path)
 
-    def interrupted(*_: Any, **__: Any) -> bytes:
-        raise KeyboardInterrupt
-
+    interrupted = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr("clp_kernels.peft.write.serialize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_adapters(model, tmp_path)
