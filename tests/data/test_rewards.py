@@ -205,24 +205,18 @@ def tokenizer():
 @pytest.fixture
 def save(tmp_path, tokenizer):
     """save(kind=..., **config) -> (folder, model): random weights, large enough to matter."""
-    from transformers import (
-        BertConfig,
-        BertForSequenceClassification,
-        BertModel,
-        DistilBertConfig,
-        DistilBertForSequenceClassification,
-    )
+    import transformers as hf
 
     def make(kind="bert", name="model", with_tokenizer=True, **config):
         torch.manual_seed(0)
         config = {"vocab_size": 20, "max_position_embeddings": 16, "num_labels": 3} | config
         if kind == "distilbert":
-            config = DistilBertConfig(dim=8, n_layers=1, n_heads=2, hidden_dim=8, **config)
-            model = DistilBertForSequenceClassification(config)
+            config = hf.DistilBertConfig(dim=8, n_layers=1, n_heads=2, hidden_dim=8, **config)
+            model = hf.DistilBertForSequenceClassification(config)
         else:
             sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-            config = BertConfig(**sizes, intermediate_size=8, **config)
-            model = (BertModel if kind == "bare" else BertForSequenceClassification)(config)
+            config = hf.BertConfig(**sizes, intermediate_size=8, **config)
+            model = (hf.BertModel if kind == "bare" else hf.BertForSequenceClassification)(config)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
         model.eval().save_pretrained(tmp_path / name)
