@@ -520,33 +520,25 @@ def test_rows_take_the_accumulator_of_the_models() -> None:
 
 def test_generate_runs_each_example_with_its_row() -> None:
     models, rows = family(qwen2), simplex(2)
-    wanted = [
-        merged(models, row, "full").generate(
-            ids[None], attention_mask=torch.ones_like(ids[None]), do_sample=False, max_new_tokens=5
-        )
-        for row, ids in zip(rows, IDS, strict=False)
-    ]
+
+    def greedy(model: nn.Module, ids: Tensor) -> Tensor:
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=5)
+
+    wanted = [greedy(merged(models, rows[b], "full"), IDS[b : b + 1]) for b in range(2)]
     mixed = mix_models(models, NAMES)
     with steer(mixed, rows):
-        got = mixed.generate(
-            IDS[:2], attention_mask=torch.ones_like(IDS[:2]), do_sample=False, max_new_tokens=5
-        )
-    assert torch.equal(got, torch.cat(wanted))
+        assert torch.equal(greedy(mixed, IDS[:2]), torch.cat(wanted))
 
 
 def test_compiled_mixture_does_not_recompile_for_other_rows() -> None:
     mixed = mix_models(family(llama), NAMES)
     compiled = torch.compile(mixed, fullgraph=True, backend="eager")
-    wanted, rows = [], [simplex(11), simplex(11)]
-    for row in rows:
-        wanted.append(logits_of(mixed, IDS, row))
+    rows = [simplex(11), simplex(11)]
+    wanted = [logits_of(mixed, IDS, row) for row in rows]
     with torch.no_grad(), steer(compiled, rows[0]):
         close(compiled(IDS, use_cache=False).logits, wanted[0])
-    with (
-        torch.compiler.set_stance("fail_on_recompile"),
-        torch.no_grad(),
-        steer(compiled, rows[1]),
-    ):
+    with torch.compiler.set_stance("fail_on_recompile"), torch.no_grad(), steer(compiled, rows[1]):
         close(compiled(IDS, use_cache=False).logits, wanted[1])
 
 
@@ -664,6 +656,10 @@ def test_bad_models_are_refused_and_left_as_they_are(case: str) -> None:
             assert torch.equal(tensor, before[1][name])
 
 
+def made(*layers: nn.Module, m: int = 2) -> MixedLinear:
+    return MixedLinear.from_layers(layers, ["a", "b"][:m])
+
+
 @pytest.mark.parametrize(
     "build, message",
     [
@@ -671,21 +667,10 @@ def test_bad_models_are_refused_and_left_as_they_are(case: str) -> None:
         (lambda: MixedLinear(torch.ones(3, 4), None, NAMES), r"\[3, out, in\], got \[3, 4\]"),
         (lambda: MixedLinear(torch.ones(3, 5, 4), torch.ones(3, 4), NAMES), r"\[3, 5\], got \[3,"),
         (lambda: MixedLinear(torch.ones(0, 5, 4), None, []), r"adapter_names must be distinct"),
-        (lambda: MixedLinear.from_layers([nn.Linear(2, 2)], ["a", "b"]), "must be 2 as the names"),
-        (
-            lambda: MixedLinear.from_layers([nn.Linear(2, 2), nn.Linear(2, 3)], ["a", "b"]),
-            r"one shape.*got \[\[2, 2\], \[3, 2\]\]",
-        ),
-        (
-            lambda: MixedLinear.from_layers(
-                [nn.Linear(2, 2), nn.Linear(2, 2, bias=False)], ["a", "b"]
-            ),
-            r"bias: \[True, False\]",
-        ),
-        (
-            lambda: MixedLinear.from_layers([nn.LayerNorm(2)], ["a"]),
-            "linear layers, got one that is a LayerNorm",
-        ),
+        (lambda: made(nn.Linear(2, 2), m=2), "must be 2 as the names"),
+        (lambda: made(nn.Linear(2, 2), nn.Linear(2, 3)), r"one shape.*got \[\[2, 2\], \[3, 2\]\]"),
+        (lambda: made(nn.Linear(2, 2), nn.Linear(2, 2, bias=False)), r"bias: \[True, False\]"),
+        (lambda: made(nn.LayerNorm(2), m=1), "linear layers, got one that is a LayerNorm"),
         (lambda: MixedEmbedding(torch.ones(2, 5, 4), NAMES), r"\[3, V, d\], got \[2, 5, 4\]"),
         (lambda: MixedModule([nn.LayerNorm(2)], NAMES), "must be 3 modules, got 1"),
         (lambda: MixedModule([nn.Tanh()], ["a"]), "parameters, Tanh has none"),

@@ -5,6 +5,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -418,16 +419,12 @@ def test_plain_checkpoint_with_the_documented_context(recomputed: list[int]) -> 
     rows = torch.randn(5, 2, requires_grad=True)
     wanted = gradients(model, lambda: model(x), rows)
     recomputed.clear()
-    got = gradients(
-        model,
-        lambda: checkpoint(
-            model,
-            x,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), steer(model, rows)),
-        ),
-        rows,
-    )
+
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), steer(model, rows)
+
+    run = partial(checkpoint, model, x, use_reentrant=False, context_fn=contexts)
+    got = gradients(model, run, rows)
     assert len(recomputed) == 6
     assert got.keys() == wanted.keys()
     for key in wanted:
