@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 
-def python(*argv: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
+def python(
+    *argv: str, cwd: Path | None = None, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
     """Runs it with these arguments; None takes a variable out of the environment."""
     given = {k: v for k, v in (os.environ | environment).items() if v is not None}
-    return subprocess.run([sys.executable, *argv], env=given, capture_output=True, text=True)
+    command = [sys.executable, *argv]
+    return subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True)
