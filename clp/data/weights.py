@@ -90,9 +90,8 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
     if isinstance(spec, Mapping):
         for name in spec:
             if name not in objectives:
-                raise ValueError(
-                    f"weights: unknown objective {name!r}; objectives: {', '.join(objectives)}"
-                )
+                known = ", ".join(objectives)
+                raise ValueError(f"weights: unknown objective {name!r}; objectives: {known}")
         values: list[object] = [spec.get(name, 0.0) for name in objectives]
     elif isinstance(spec, (Tensor, np.ndarray)):
         spec = spec.cpu() if isinstance(spec, Tensor) else spec

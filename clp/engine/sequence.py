@@ -110,10 +110,8 @@ class Sequence:
         """Makes the completion."""
         request = self.request
         top = self.top_logprobs if request.params.logprobs else None
-        drawn = self.token_ids, self.logprobs
-        self.completion = Completion(
-            request.prompt_index, self.index, text, *drawn, reason, top, error
-        )
+        which, drawn = (request.prompt_index, self.index), (self.token_ids, self.logprobs)
+        self.completion = Completion(*which, text, *drawn, reason, top, error)
         return self.completion
 
 

@@ -170,9 +170,8 @@ class Policy(Steerable):
                     f"models must share a tokenizer: the vocabularies of {first} and {name} "
                     f"differ, first in {min(differ)[0]!r}"
                 )
-        model: Any = clp_kernels.mix_models(
-            [model for model, _ in loaded.values()], list(loaded), conditioning=conditioning
-        )
+        parts = [model for model, _ in loaded.values()]
+        model: Any = clp_kernels.mix_models(parts, list(loaded), conditioning=conditioning)
         return cls(model.to(device), loaded[first][1], list(loaded), model_location(models[first]))
 
     def save(self, directory: str | Path) -> None:

@@ -122,9 +122,8 @@ class _Loop:
         if name not in known:
             raise ValueError(f"/set takes one of {', '.join(known)}, got {name!r}")
         if not text:
-            raise ValueError(
-                f"/set {name} needs a value, such as {_shown(getattr(self.params, name))}"
-            )
+            example = _shown(getattr(self.params, name))
+            raise ValueError(f"/set {name} needs a value, such as {example}")
         self.params = SamplingParams.parse(asdict(self.params) | {name: _value(name, text)})
         self.out.write(f"{name} {_shown(getattr(self.params, name))}\n")
 

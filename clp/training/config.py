@@ -238,11 +238,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             raise ValueError(f"{name} must be one of {options}, got {value!r}")
     elif origin is list:
         may_be_empty = name == "exclude_modules"
-        if not (
-            isinstance(value, list)
-            and (value or may_be_empty)
-            and all(isinstance(v, str) for v in value)
-        ):
+        texts = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        if not texts or not (value or may_be_empty):
             expected = "list" if may_be_empty else "non-empty list"
             raise ValueError(f"{name} must be a {expected} of strings, got {value!r}")
     elif hint is float:

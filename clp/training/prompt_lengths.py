@@ -79,11 +79,9 @@ def fitting_rows(
 
 def _try(policy: Policy, sampler: Sampler, row: Any, max_tokens: int, place: str) -> None:
     """Submits the longest prompt, to see that its keys and values fit the cache."""
-    count = len(policy.objectives)
+    count, params = len(policy.objectives), SamplingParams(max_tokens=max_tokens)
     try:
-        request = sampler.submit(
-            row["prompt"], [1 / count] * count, SamplingParams(max_tokens=max_tokens)
-        )
+        request = sampler.submit(row["prompt"], [1 / count] * count, params)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     sampler.cancel(request)

@@ -57,9 +57,8 @@ def measure_reward_scale(
     text = f"measuring the reward scale on {COMPLETIONS} completions of the base model"
     tqdm.write(text, file=sys.stderr)
     # Weights of zero give the base model.
-    done = sampler.generate(
-        ids, [0.0] * len(reward_funcs), with_seeds(params, seeds), simplex=False, progress=True
-    )
+    nothing, each = [0.0] * len(reward_funcs), with_seeds(params, seeds)
+    done = sampler.generate(ids, nothing, each, simplex=False, progress=True)
     rewards = score(
         reward_funcs, [row["prompt"] for row in chosen], [c.text for c in done], columns(chosen),
         completion_ids=[c.token_ids for c in done], trainer_state=trainer_state,

@@ -57,10 +57,9 @@ class RunLock:
             raise ValueError(f"output_dir {self.run} is in use by another training ({holder})")
         self._close = weakref.finalize(self, os.close, handle)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {since}\n"
         os.ftruncate(handle, 0)
-        os.write(
-            handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode()
-        )
+        os.write(handle, holder.encode())
 
     def release(self) -> None:
         """Gives the lock back, if this object has it."""
@@ -209,9 +208,8 @@ def _check_reward_scale(
             "rewards were divided by (scale_rewards='reference') the run cannot be continued"
         )
     if card is not None and card["reward_scale"] != scale:
-        raise ValueError(
-            f"{path} has the reward_scale {scale}; {checkpoint}/clp.json has {card['reward_scale']}"
-        )
+        other = f"{checkpoint}/clp.json has {card['reward_scale']}"
+        raise ValueError(f"{path} has the reward_scale {scale}; {other}")
 
 
 def _plain(value: Any) -> Any:

@@ -138,9 +138,8 @@ class CLPTrainer:
                 tqdm.write(f"{self.run} {start}", file=sys.stderr)
             self.args = args
             self.reward_funcs = {name: named[name] for name in inputs.rewards}
-            self.prepare(
-                checkpoint, args.rewards if named_in_files else (), path, inputs.reward_scale
-            )
+            rewards = args.rewards if named_in_files else ()
+            self.prepare(checkpoint, rewards, path, inputs.reward_scale)
             inputs = replace(inputs, reward_scale=self.policy.reward_scale)
             # Last, so that a start that fails leaves the folder as it was.
             run_folder.claim(self.lock, args, inputs, new=new)
@@ -201,9 +200,8 @@ class CLPTrainer:
                     metric_names(self.policy.objectives),
                 )  # fmt: skip
             self.policy.reward_scale = reward_scale
-            self.reward_scale = torch.tensor(
-                list(reward_scale.values()), dtype=torch.float32, device=self.policy.device
-            )
+            scale = torch.tensor(list(reward_scale.values()), dtype=torch.float32)
+            self.reward_scale = scale.to(self.policy.device)
 
     def train(self) -> Policy:
         """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy.
@@ -252,9 +250,8 @@ class CLPTrainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
-        return save_checkpoint(
-            self.run, self.progress, self.policy, self.optimizer, self.args.save_total_limit
-        )
+        keep = self.args.save_total_limit
+        return save_checkpoint(self.run, self.progress, self.policy, self.optimizer, keep)
 
     @property
     def sampling_params(self) -> SamplingParams:
