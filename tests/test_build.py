@@ -169,9 +169,8 @@ class TestMakeDev:
         """Exit status, what ran (who made an environment or installed), lines of stderr."""
         log = self.folder / "log"
         log.unlink(missing_ok=True)
-        done = subprocess.run(
-            ["make", "dev", *arguments], cwd=self.folder, capture_output=True, text=True
-        )
+        command = ["make", "dev", *arguments]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         lines = log.read_text().splitlines() if log.is_file() else []
         steps = [" ".join(line.split()[:3]) for line in lines if "clp_kernels.info" not in line]
         return done.returncode, steps, done.stderr.splitlines()

@@ -28,9 +28,8 @@ def test_json_lists_the_backends_that_run_here_and_why_the_others_do_not() -> No
     report = json.loads(info("--json"))
     absent = {name: registry.missing(name) for name in ("cpu", "cuda")}
     if not torch.cuda.is_available():
-        absent["triton"] = (
-            "PyTorch sees no GPU, and Triton's interpreter (TRITON_INTERPRET=1) is off"
-        )
+        off = "Triton's interpreter (TRITON_INTERPRET=1) is off"
+        absent["triton"] = f"PyTorch sees no GPU, and {off}"
         assert absent["cuda"] == "PyTorch sees no CUDA device"
     here = {name: reason for name, reason in absent.items() if reason}
     assert report["backends not here"] == (here or "none")

@@ -24,9 +24,8 @@ from clp.rewards import (
 )
 
 SAMPLE_WORDS = ["Wow!", "the", "cat's", "good", "not", "but", "BAD", "walked", "idea?", "e.g.", "'"]
-TEXTS = st.one_of(
-    st.text(max_size=60), st.lists(st.sampled_from(SAMPLE_WORDS), max_size=40).map(" ".join)
-)
+SENTENCES = st.lists(st.sampled_from(SAMPLE_WORDS), max_size=40).map(" ".join)
+TEXTS = st.one_of(st.text(max_size=60), SENTENCES)
 EXAMPLES = st.lists(st.tuples(TEXTS, TEXTS), max_size=6)
 
 
@@ -195,9 +194,8 @@ def tokenizer():
     ids = {token: index for index, token in enumerate(vocabulary)}
     core = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    core.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=special)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 

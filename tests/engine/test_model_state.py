@@ -166,9 +166,8 @@ def test_a_patched_function_of_the_models_file(policy, monkeypatch, one_thread):
 def test_what_a_hook_reads_is_read_at_every_step(policy, one_thread):
     """A hook that was there when the sampler was made, and a number that it reads."""
     policy, factor, calls = copied(policy), [1.0], []
-    layer(policy.model).mlp.register_forward_hook(
-        lambda module, args, out: calls.append(1) or out * factor[0]
-    )
+    mlp = layer(policy.model).mlp
+    mlp.register_forward_hook(lambda module, args, out: calls.append(1) or out * factor[0])
     sampler = Sampler(policy)
     calls.clear()
     before = ask(sampler)

@@ -173,9 +173,8 @@ def whole_and_right(*requests):
 
 def test_logits_that_are_not_finite_fail_one_sequence_and_leave_nothing_behind(sampler):
     first, *rest = good_ones(sampler, 3, max_tokens=20)
-    wild = sampler.submit(
-        IDS[:20], [1e30, 1e30], SamplingParams(n=1, logprobs=2, stop=["a"]), simplex=False
-    )
+    params = SamplingParams(n=1, logprobs=2, stop=["a"])
+    wild = sampler.submit(IDS[:20], [1e30, 1e30], params, simplex=False)
     for _ in range(3):
         sampler.step()
     assert [c.finish_reason for c in wild.completions] == ["error"]

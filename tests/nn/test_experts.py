@@ -79,9 +79,8 @@ def conditioned(model: nn.Module, conditioning: str) -> list[str]:
         return [n for n in names if ".self_attn." in n or ".attn." in n]
     if conditioning == "head":
         # A tied head goes by the name of the input embedding.
-        return [n for n in names if n == "lm_head.weight"] or [
-            n for n in names if n in ("model.embed_tokens.weight", "transformer.wte.weight")
-        ]
+        tied = ("model.embed_tokens.weight", "transformer.wte.weight")
+        return [n for n in names if n == "lm_head.weight"] or [n for n in names if n in tied]
     return names
 
 
@@ -502,9 +501,8 @@ def test_steer_walks_the_modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_is_no_base_model_and_bad_rows_are_refused() -> None:
     mixed = mix_models(family(llama), NAMES)
-    with pytest.raises(
-        ValueError, match=r"got None.*whole models \(joy, brief, safe\) has no base"
-    ):
+    refused = r"got None.*whole models \(joy, brief, safe\) has no base"
+    with pytest.raises(ValueError, match=refused):
         steer(mixed, None)
     with pytest.raises(ValueError, match=r"weights must be finite, got nan"):
         steer(mixed, [[0.0, float("nan"), 1.0]])
@@ -559,50 +557,43 @@ class Strange(nn.Module):
         self.gate = nn.Parameter(torch.ones(3))
 
 
+AB = ["a", "b"]
 BAD = {
     "no models": (lambda: [], [], {}, "names must be distinct names.*got \\[\\]"),
     "duplicate names": (lambda: family(llama), ["a", "b", "a"], {}, r"distinct names.*'b', 'a'\]"),
     "bad name": (lambda: family(llama), ["a", "b", "c/d"], {}, "distinct names of letters"),
     "a number as a name": (lambda: family(llama), ["a", "b", 3], {}, "distinct names of letters"),
-    "too few names": (lambda: family(llama), ["a", "b"], {}, "must be 2 as the names, got 3"),
+    "too few names": (lambda: family(llama), AB, {}, "must be 2 as the names, got 3"),
     "one model": (lambda: llama(), NAMES, {}, "must be a list of models, got LlamaFor"),
     "conditioning": (lambda: family(llama), NAMES, {"conditioning": "mlp"}, "got 'mlp'"),
     "architecture": (
-        lambda: [llama(), qwen2()], ["a", "b"], {},
+        lambda: [llama(), qwen2()], AB, {},
         "the model itself of a and b is LlamaForCausalLM and Qwen2ForCausalLM",
     ),
     "activation": (
-        lambda: [llama(), llama(hidden_act="gelu")], ["a", "b"], {},
+        lambda: [llama(), llama(hidden_act="gelu")], AB, {},
         r"model.layers.0.mlp.act_fn of a and b is SiLU\w* and GELU",
     ),
-    "more layers": (
-        lambda: [llama(), llama(num_hidden_layers=3)], ["a", "b"], {}, "no model.layers.2",
-    ),
-    "fewer layers": (
-        lambda: [llama(), llama(num_hidden_layers=1)], ["a", "b"], {}, "no model.layers.1",
-    ),
+    "more layers": (lambda: [llama(), llama(num_hidden_layers=3)], AB, {}, "no model.layers.2"),
+    "fewer layers": (lambda: [llama(), llama(num_hidden_layers=1)], AB, {}, "no model.layers.1"),
     "shape": (
         lambda: [llama(), llama(), llama(vocab_size=41)], NAMES, {},
         r"shape of model.embed_tokens.weight of joy and safe is \[40, 16\] and \[41, 16\]",
     ),
     "dtype": (
-        lambda: [llama(), llama().double()], ["a", "b"], {},
+        lambda: [llama(), llama().double()], AB, {},
         "dtype of model.embed_tokens.weight of a and b is torch.float32 and torch.float64",
     ),
     "bias": (
-        lambda: [llama(), llama(attention_bias=True)], ["a", "b"], {},
+        lambda: [llama(), llama(attention_bias=True)], AB, {},
         "no model.layers.0.self_attn.q_proj.bias",
     ),
-    "tie": (
-        lambda: [llama(), llama_tied()], ["a", "b"], {}, "lm_head.weight of a and b is tied to",
-    ),
+    "tie": (lambda: [llama(), llama_tied()], AB, {}, "lm_head.weight of a and b is tied to"),
     "heads": (
-        lambda: [gpt2(), gpt2(num_attention_heads=4)], ["a", "b"], {},
+        lambda: [gpt2(), gpt2(num_attention_heads=4)], AB, {},
         r"num_heads of a and b is 2 and 4",
     ),
-    "epsilon": (
-        lambda: [llama(), llama(rms_norm_eps=0.1)], ["a", "b"], {}, "variance_epsilon of a and b",
-    ),
+    "epsilon": (lambda: [llama(), llama(rms_norm_eps=0.1)], AB, {}, "variance_epsilon of a and b"),
     "buffer": (
         lambda: changed(llama, "model.rotary_emb.inv_freq", "full"), NAMES, {},
         "does not mix model.rotary_emb.inv_freq.*differs between joy and safe",
@@ -623,9 +614,7 @@ BAD = {
     "mixed already": (
         lambda: [mix_models([llama()], ["z"])], ["a"], {}, "plain, a has steered layers",
     ),
-    "injected": (
-        lambda: [llama(), injected(llama())], ["a", "b"], {}, "plain, b has steered layers",
-    ),
+    "injected": (lambda: [llama(), injected(llama())], AB, {}, "plain, b has steered layers"),
     "no head": (lambda: [nn.Sequential(nn.Linear(2, 2))], ["a"], {"conditioning": "head"},
                 "linear output head, got NoneType"),
     "no attention": (lambda: [nn.Sequential(nn.Linear(2, 2))], ["a"],
@@ -742,9 +731,8 @@ def test_a_policy_of_models_has_no_base_no_head_and_no_adapters(folders, tmp_pat
 
 
 def test_from_models_takes_a_conditioning_and_a_dtype(folders: dict[str, str]) -> None:
-    policy = Policy.from_models(
-        {"a": "tiny", "b": "tiny"}, conditioning="attention", dtype=torch.bfloat16
-    )
+    options = {"conditioning": "attention", "dtype": torch.bfloat16}
+    policy = Policy.from_models({"a": "tiny", "b": "tiny"}, **options)
     assert {type(m) for m in all_steered(policy.model)} == {MixedLinear}
     assert policy.model.dtype == torch.bfloat16
     with pytest.raises(ValueError, match='"attention" does not mix'):

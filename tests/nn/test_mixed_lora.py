@@ -45,10 +45,8 @@ def merged(model: nn.Module, row: Tensor) -> nn.Module:
     """A plain copy of a steered model with W + sum_i w_i scaling_i B_i A_i in every layer."""
     model = copy.deepcopy(model)
     for name, layer in steered_layers(model).items():
-        base = layer.base_layer
-        delta = sum(
-            w * (6 / 3) * layer.lora_B[i] @ layer.lora_A[i] for i, w in enumerate(row.tolist())
-        )
+        base, pairs = layer.base_layer, zip(layer.lora_B, layer.lora_A, strict=True)
+        delta = sum(w * (6 / 3) * B @ A for w, (B, A) in zip(row.tolist(), pairs, strict=True))
         base.weight.data += delta.t() if is_transposed(base) else delta
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
@@ -205,9 +203,8 @@ def test_steer_refuses(weights: object, error: str) -> None:
 
 @pytest.mark.parametrize("weights", [{"joy": 1.0}, [{"joy": 1.0}], [["joy", "brief"]], object()])
 def test_steer_names_what_weights_must_be(weights: object) -> None:
-    with pytest.raises(
-        (TypeError, ValueError), match=r"weights must be numbers \[B, 2\], .* of joy, brief, got "
-    ):
+    wanted = r"weights must be numbers \[B, 2\], .* of joy, brief, got "
+    with pytest.raises((TypeError, ValueError), match=wanted):
         steer(steered(stack()), weights)
 
 
@@ -314,9 +311,8 @@ def test_gradients_are_those_of_the_merged_model(name: str) -> None:
         plain = {k: p.detach() for k, p in base.named_parameters()}
         for key, layer in steered_layers(model).items():
             delta = torch.einsum("i,ior,irk->ok", 2.0 * rows[b], layer.lora_B, layer.lora_A)
-            plain[f"{key}.weight"] = plain[f"{key}.weight"] + (
-                delta.t() if is_transposed(layer.base_layer) else delta
-            )
+            delta = delta.t() if is_transposed(layer.base_layer) else delta
+            plain[f"{key}.weight"] = plain[f"{key}.weight"] + delta
         logits = torch.func.functional_call(base, plain, (IDS[b : b + 1],)).logits
         loss = loss + (logits * direction[b]).sum()
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -455,9 +451,8 @@ def test_autocast(adapters: torch.dtype) -> None:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
@@ -642,9 +637,8 @@ def test_dtype_of_the_adapters(base: torch.dtype, asked: torch.dtype, wanted: to
 def test_adapters_of_different_rank() -> None:
     """Ranks are zero-padded to the largest; rank 0 stands for an adapter without this module."""
     base, x = nn.Linear(6, 5), torch.randn(3, 6)
-    layer = MixedLoRALinear(
-        base, ["a", "b", "c"], ranks=[1, 4, 0], lora_alpha=[2.0, 2.0, 2.0], steering=Steering()
-    )
+    sizes = {"ranks": [1, 4, 0], "lora_alpha": [2.0, 2.0, 2.0]}
+    layer = MixedLoRALinear(base, ["a", "b", "c"], **sizes, steering=Steering())
     layer.reset_parameters()
     assert (layer.lora_A[0, 1:] == 0).all()
     assert (layer.lora_A[2] == 0).all()

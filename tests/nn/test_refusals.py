@@ -199,16 +199,11 @@ def test_to_look_at_the_kind_of_a_weight_is_not_to_read_it(tied: bool) -> None:
     assert len(inject(model, NAMES, target_modules=["down_proj", "lm_head"])) == 3
 
 
-def _norm_of_weight(y: Tensor, layer: nn.Linear) -> Tensor:
-    return y + layer.weight.norm()
+@pytest.mark.parametrize("read", [Tensor.norm, lambda w: torch.cat([w, w]).amax()])
+def test_a_layer_that_is_called_and_read_is_refused(read: Callable[[Tensor], Tensor]) -> None:
+    def look(y: Tensor, layer: nn.Linear) -> Tensor:
+        return y + read(layer.weight)
 
-
-def _weight_in_a_list(y: Tensor, layer: nn.Linear) -> Tensor:
-    return y + torch.cat([layer.weight, layer.weight]).amax()
-
-
-@pytest.mark.parametrize("look", [_norm_of_weight, _weight_in_a_list])
-def test_a_layer_that_is_called_and_read_is_refused(look: Callable[..., Tensor]) -> None:
     model = llama()
     model.model.layers[1].mlp = Reads(model.model.layers[1].mlp, look)
     with pytest.raises(ValueError, match=r"layers.1.mlp.mlp.down_proj is read without a call"):
@@ -339,9 +334,8 @@ def test_layers_that_get_no_entry_per_example_are_refused_by_name(
     excluded = eval(str(caught.value).rpartition("exclude_modules=")[2])
     replaced = inject(model, NAMES, exclude_modules=excluded)
     assert not any(odd.split(".")[0] in name for name in replaced)
-    assert [n for n in replaced if "gate" in n] == [
-        n for n in steered_layers(model) if "gate" in n and steered_layers(model)[n].flattened
-    ]
+    flattened = [n for n, layer in steered_layers(model).items() if layer.flattened]
+    assert [n for n in replaced if "gate" in n] == [n for n in flattened if "gate" in n]
 
 
 @pytest.mark.parametrize(
@@ -465,9 +459,8 @@ def test_a_start_that_is_not_the_base_is_named() -> None:
 
 def test_a_model_that_is_not_deterministic_is_named() -> None:
     model = llama()
-    model.model.layers[1].input_layernorm.register_forward_hook(
-        lambda _, args, y: y + torch.rand_like(y)
-    )
+    norm = model.model.layers[1].input_layernorm
+    norm.register_forward_hook(lambda _, args, y: y + torch.rand_like(y))
     inject(model, NAMES)
     wanted = "deterministic, the outputs of model.layers.1.self_attn.q_proj differ between two"
     with pytest.raises(ValueError, match=wanted):

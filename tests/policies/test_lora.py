@@ -59,10 +59,9 @@ def test_a_new_policy_is_its_base_for_every_row_bit_for_bit(wanted):
 
 def test_a_base_that_a_new_policy_does_not_equal_is_refused(monkeypatch):
     """Here because of a kernel that adds one unit in the last place where B is zero."""
-    op = clp_kernels.nn.mixed_lora.mixed_lora
-    monkeypatch.setattr(
-        "clp_kernels.nn.mixed_lora.mixed_lora", lambda *a, **k: op(*a, **k) * (1 + 2e-7)
-    )
+    module = clp_kernels.nn.mixed_lora
+    op = module.mixed_lora
+    monkeypatch.setattr(module, "mixed_lora", lambda *a, **k: op(*a, **k) * (1 + 2e-7))
     with pytest.raises(ValueError, match=r"the outputs of model\.layers\.0\..*q_proj differ"):
         Policy.create("tiny", ["a", "b"])
 

@@ -30,9 +30,8 @@ def characters(completions, **kwargs):
 
 
 def measured(policy, functions, seed=0):
-    return measure_reward_scale(
-        Sampler(policy), functions, ROWS, PARAMS, seed, untrained_state(), frozenset()
-    )
+    state = untrained_state()
+    return measure_reward_scale(Sampler(policy), functions, ROWS, PARAMS, seed, state, frozenset())
 
 
 def test_it_is_the_standard_deviation_under_the_base_model():
