@@ -44,12 +44,11 @@ def tokenizer():
 def holes():
     """A tokenizer without the odd ids from 101 on."""
     ids = [i for i in range(TOKENS) if i < 100 or i % 2 == 0]
-    words = {f"w{i}": i for i in ids} | {"<unk>": 0, "</s>": 2}
+    words = {f"w{i}": i for i in ids if i not in (0, 2)} | {"<unk>": 0, "</s>": 2}
     backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
-    )
+    special = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def padded(seed=0, rows=TOKENS + 64):
