@@ -1,5 +1,4 @@
-"""The built-in reward functions. A reward is any callable with TRL's signature
-(clp/data/scoring.py).
+"""The built-in reward functions; clp/data/scoring.py has the signature of any reward.
 
 Every reward of this file is deterministic, in [0, 1] and larger when better, so the hypervolume's
 reference point can be the origin. Prompts and completions are texts, or conversations: of a
@@ -262,12 +261,8 @@ def load_rewards(specs: Sequence[str]) -> dict[str, RewardFunc]:
             load = functools.partial(BUILTIN.get, reward)
         else:
             close = difflib.get_close_matches(kind.lower(), known, n=1)
-            hint = (
-                f"; did you mean {close[0]!r}?"
-                if close
-                else "; your own go to CLPTrainer in Python"
-            )
-            raise ValueError(f"reward {spec!r} is none of {', '.join(known)}{hint}")
+            hint = f"did you mean {close[0]!r}?" if close else "your own go to CLPTrainer in Python"
+            raise ValueError(f"reward {spec!r} is none of {', '.join(known)}; {hint}")
         name = reward if objective is None else objective
         if not _OBJECTIVE.fullmatch(name):
             raise ValueError(f"reward {spec!r}: {name!r} must match {_OBJECTIVE.pattern}")

@@ -1,10 +1,12 @@
-"""Random transformers models of a few thousand parameters."""
+"""Random transformers models of a few thousand parameters, and what they give."""
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from clp_kernels import steer
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -24,3 +26,23 @@ def small_model(model_type: str, dtype: torch.dtype = torch.float32, **options: 
     config = AutoConfig.for_model(model_type, **sizes)
     config._experts_implementation = "eager"
     return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+@torch.no_grad()
+def plain_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids).logits
+
+
+def logits_of(model: nn.Module, ids: Tensor, weights: Tensor | None) -> Tensor:
+    with steer(model, weights):
+        return plain_logits(model, ids)
+
+
+def state(model: nn.Module) -> dict[str, object]:
+    """What a refusal must leave alone."""
+    return {
+        "modules": {n: (id(m), m.training) for n, m in model.named_modules()},
+        "hooks": {n: len(m._forward_pre_hooks) for n, m in model.named_modules()},
+        "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters()},
+        "random": torch.get_rng_state().tolist(),
+    }

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from processes import python
 
 ROOT = Path(__file__).resolve().parents[1]
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -60,17 +61,8 @@ def test_cuda_compiles_without_spills(source: str, tmp_path: Path) -> None:
 
 def build(tmp_path: Path, **environment: str) -> tuple[int, str, list[str]]:
     """Runs setup.py build_ext into tmp_path: exit status, output, names of what was built."""
-    result = subprocess.run(
-        [
-            *(sys.executable, "setup.py", "build_ext"),
-            *("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")),
-        ],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    result = python("setup.py", "build_ext", *folders, cwd=ROOT, **environment)
     built = sorted(path.name.split(".")[0] for path in (tmp_path / "lib").rglob("*.so"))
     return result.returncode, result.stdout + result.stderr, built
 
@@ -124,10 +116,7 @@ def test_distributions(tmp_path: Path) -> None:
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_bytes(b"")
     hook = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
-    environment = {**os.environ, "CXX": "/nonexistent/compiler"}
-    subprocess.run(
-        [sys.executable, "-c", hook], cwd=copy, env=environment, check=True, capture_output=True
-    )
+    python("-c", hook, cwd=copy, CXX="/nonexistent/compiler").check_returncode()
     with tarfile.open(next((copy / "dist").glob("*.tar.gz"))) as archive:
         members = [m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()]
     packed = {name for name in members if not name.startswith("clp_steer.egg-info/")}
@@ -168,9 +157,8 @@ class TestMakeDev:
         for version in ("3.9", "3.12", "3.13", "3.15"):
             program = tmp_path / ("python3" if version == "3.9" else f"python{version}")
             minor = version.replace(".", ", ")
-            program.write_text(
-                FAKE_PYTHON.format(real=sys.executable, version=version, minor=minor)
-            )
+            text = FAKE_PYTHON.format(real=sys.executable, version=version, minor=minor)
+            program.write_text(text)
             program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         # What `make test PYTHON=...` hands to the make of a test.
@@ -181,17 +169,15 @@ class TestMakeDev:
         """Exit status, what ran (who made an environment or installed), lines of stderr."""
         log = self.folder / "log"
         log.unlink(missing_ok=True)
-        done = subprocess.run(
-            ["make", "dev", *arguments], cwd=self.folder, capture_output=True, text=True
-        )
+        command = ["make", "dev", *arguments]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         lines = log.read_text().splitlines() if log.is_file() else []
         steps = [" ".join(line.split()[:3]) for line in lines if "clp_kernels.info" not in line]
         return done.returncode, steps, done.stderr.splitlines()
 
     def test_an_unsupported_python_is_refused_before_anything_is_made(self) -> None:
         status, ran, errors = self.make()
-        assert status == 2
-        assert ran == []
+        assert (status, ran) == (2, [])
         assert errors[0] == (
             "clp needs Python 3.11 to 3.14, python3 is Python 3.9: name another one, as in "
             "make dev PYTHON=python3.12"

@@ -3,16 +3,17 @@
 import ast
 import importlib.metadata
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import python
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("clp_kernels", "clp", "bench", "tests", "scripts")
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
 def python_files(*packages: str) -> list[Path]:
@@ -29,11 +30,7 @@ def imports(
         elif isinstance(node, ast.ImportFrom):
             origin = "." * node.level + (node.module or "")
             yield package if node.level else origin, node.lineno
-        elif at_import_time and isinstance(
-            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-        ):
-            continue
-        else:
+        elif not (at_import_time and isinstance(node, FUNCTIONS)):
             yield from imports(node, package, at_import_time=at_import_time)
 
 
@@ -115,9 +112,7 @@ def test_parts_import_what_is_to_their_left(package: str) -> None:
 def test_ops_import_the_ops_that_they_are_made_of() -> None:
     wrong = []
     for path, own, module in edges("clp_kernels"):
-        inside = (
-            own[1] == module[1] == "ops" and (ROOT / "clp_kernels" / "ops" / module[2]).is_dir()
-        )
+        inside = own[1] == module[1] == "ops" and (ROOT / "clp_kernels/ops" / module[2]).is_dir()
         if inside and own[2] != module[2] and module[2] not in OPS.get(own[2], set()):
             wrong.append(f"{path.relative_to(ROOT)} imports {'.'.join(module)}")
     assert not wrong
@@ -224,9 +219,7 @@ def test_import_is_light() -> None:
     """In a fresh interpreter, `import clp_kernels` loads torch and nothing else that is heavy."""
     heavy = ["transformers", "peft", "triton", "matplotlib", "scipy", "accelerate", "clp"]
     code = f"import sys, clp_kernels; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = python("-c", code, cwd=ROOT)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 

@@ -1,12 +1,11 @@
 """`python -m clp_kernels.info` tells what there is, and never fails."""
 
 import json
-import os
-import subprocess
-import sys
+from typing import Any
 
 import pytest
 import torch
+from processes import python
 
 from clp_kernels import info as module
 from clp_kernels import native, registry
@@ -14,14 +13,9 @@ from clp_kernels import native, registry
 OPS = {"mixed_lora", "mixed_linear", "mix_logits", "sample", "linear_logprob"}
 
 
-def run(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "clp_kernels.info", *argv],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run(*argv: str, TRITON_INTERPRET: str | None = None, **environment: str) -> Any:
+    own = {"TRITON_INTERPRET": TRITON_INTERPRET, **environment}
+    return python("-m", "clp_kernels.info", *argv, **own)
 
 
 def info(*argv: str, **environment: str) -> str:
@@ -34,9 +28,8 @@ def test_json_lists_the_backends_that_run_here_and_why_the_others_do_not() -> No
     report = json.loads(info("--json"))
     absent = {name: registry.missing(name) for name in ("cpu", "cuda")}
     if not torch.cuda.is_available():
-        absent["triton"] = (
-            "PyTorch sees no GPU, and Triton's interpreter (TRITON_INTERPRET=1) is off"
-        )
+        off = "Triton's interpreter (TRITON_INTERPRET=1) is off"
+        absent["triton"] = f"PyTorch sees no GPU, and {off}"
         assert absent["cuda"] == "PyTorch sees no CUDA device"
     here = {name: reason for name, reason in absent.items() if reason}
     assert report["backends not here"] == (here or "none")
@@ -85,10 +78,8 @@ def test_without_the_environment(monkeypatch) -> None:
 @pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
 def test_the_instruction_set_of_the_environment_is_reported() -> None:
     report = json.loads(info("--json", CLP_KERNELS_CPU_ISA="nonsense"))
-    assert (
-        "must be one of scalar, avx2, avx512, avx512_bf16, got 'nonsense'"
-        in (report["modules"]["_cpu"])
-    )
+    wanted = "must be one of scalar, avx2, avx512, avx512_bf16, got 'nonsense'"
+    assert wanted in report["modules"]["_cpu"]
     assert report["backends not here"]["cpu"] == report["modules"]["_cpu"]
     assert "cpu" not in report["backends"]["sample"]
     report = json.loads(info("--json", CLP_KERNELS_CPU_ISA=""))

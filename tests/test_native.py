@@ -1,12 +1,11 @@
 """Loading the compiled modules, and which instruction set and architecture they run on."""
 
-import os
-import subprocess
-import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 from cases import CPU_KERNELS, ISAS
+from processes import python
 
 from clp_kernels import native
 from clp_kernels.ops.sample import cpu as cpu_sample
@@ -23,25 +22,15 @@ def arguments() -> Inputs:
     return Inputs(logits, None, "geometric", temperature, None, None, None, row, row)
 
 
-def child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize("isa", ISAS)
 def test_environment_chooses_the_instruction_set(isa: str) -> None:
     code = "from clp_kernels import native; print(native.isa())"
-    assert child(code, CLP_KERNELS_CPU_ISA=isa).stdout.strip() == isa
+    assert python("-c", code, CLP_KERNELS_CPU_ISA=isa).stdout.strip() == isa
 
 
 def test_environment_rejects_an_unknown_instruction_set() -> None:
     code = "from clp_kernels import native; native.cpu_missing()"
-    errors = child(code, CLP_KERNELS_CPU_ISA="sse9").stderr
+    errors = python("-c", code, CLP_KERNELS_CPU_ISA="sse9").stderr
     known = "scalar, avx2, avx512, avx512_bf16"
     assert f"ValueError: CLP_KERNELS_CPU_ISA must be one of {known}, got 'sse9'" in errors
 
@@ -51,7 +40,7 @@ def test_import_loads_no_compiled_module() -> None:
         "import sys; from clp_kernels import native;"
         "print([n for n in sys.modules if n in ('clp_kernels._cpu', 'clp_kernels._cuda')])"
     )
-    assert child(code).stdout.strip() == "[]"
+    assert python("-c", code).stdout.strip() == "[]"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -71,10 +60,7 @@ def test_cuda_missing_without_a_gpu() -> None:
 def test_missing_module_says_why(
     monkeypatch: pytest.MonkeyPatch, error: ImportError, sentence: str
 ) -> None:
-    def fail(name: str) -> None:
-        raise error
-
-    monkeypatch.setattr(native.importlib, "import_module", fail)
+    monkeypatch.setattr(native.importlib, "import_module", Mock(side_effect=error))
     native._load.cache_clear()
     try:
         assert sentence in str(native.cpu_missing())

@@ -76,9 +76,7 @@ def unknown(words: list[str]) -> str | None:
 
 
 def run_snippets(
-    markdown: str,
-    run_python: Callable[[str], None],
-    run_clp: Callable[[Sequence[str]], None],
+    markdown: str, run_python: Callable[[str], None], run_clp: Callable[[Sequence[str]], None]
 ) -> None:
     """Runs what the text shows, in its order, in the working folder, with the files it assumes.
 

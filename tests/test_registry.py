@@ -22,20 +22,14 @@ LORA = (lora_reference.Inputs(X, W, A, B, ROWS, None, None, False),)
 
 
 def sample_arguments(
-    *,
-    m: int = 1,
-    dtype: torch.dtype = torch.float32,
-    mode: str = "geometric",
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
-    device: str = "cpu",
-) -> tuple[sample_reference.Inputs]:
+    m: int = 1, dtype: Any = None, mode: str = "geometric", device: str = "cpu", **filters: Tensor
+) -> tuple[Any, ...]:
     logits = torch.randn(m, 3, 7).to(device, dtype)
     weights = ROWS[:, :m] if m > 1 else None
+    each = (filters.get(name) for name in ("top_k", "top_p", "min_p"))
     numbers = torch.zeros(3, dtype=torch.int64)
-    filters = torch.ones(3), top_k, top_p, min_p
-    return (sample_reference.Inputs(logits, weights, mode, *filters, numbers, numbers),)
+    inputs = logits, weights, mode, torch.ones(3), *each, numbers, numbers
+    return (sample_reference.Inputs(*inputs),)
 
 
 @pytest.fixture

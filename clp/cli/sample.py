@@ -57,9 +57,8 @@ def run(argv: Sequence[str]) -> None:
     ) -> tuple[SampleCommand, SamplingParams]:
         return command, params
 
-    command, params = tyro.cli(
-        together, prog="clp sample", args=argv, description=SampleCommand.__doc__
-    )
+    described = SampleCommand.__doc__
+    command, params = tyro.cli(together, prog="clp sample", args=argv, description=described)
     given = bool(command.prompts) + (command.input is not None) + command.interactive
     if given > 1:
         raise ValueError("give one of: prompts, --input, --interactive")

@@ -49,9 +49,8 @@ def prompt_text(prompt: str | Messages, tokenizer: Any, name: str = "prompt") ->
         return prompt
     check_conversation(prompt, name)
     if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{name} is a conversation, and the model's tokenizer has no chat template; give a text"
-        )
+        lacks = "the model's tokenizer has no chat template"
+        raise ValueError(f"{name} is a conversation, and {lacks}; give a text")
     try:
         text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:

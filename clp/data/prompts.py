@@ -65,20 +65,17 @@ def columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def _check_row(row: Any, first: Any, where: str) -> None:
     if not isinstance(row, dict):
-        raise ValueError(
-            f'{where}: expected an object such as {{"prompt": "Once"}}, got {type(row).__name__}'
-        )
+        came = type(row).__name__
+        raise ValueError(f'{where}: expected an object such as {{"prompt": "Once"}}, got {came}')
     if "prompt" not in row:
-        raise ValueError(
-            f'{where}: "prompt" is missing, got {", ".join(map(str, row)) or "nothing"}'
-        )
+        names = ", ".join(map(str, row)) or "nothing"
+        raise ValueError(f'{where}: "prompt" is missing, got {names}')
     prompt = row["prompt"]
     if is_conversation(prompt):
         check_conversation(prompt, f'{where}: "prompt"')
     elif not isinstance(prompt, str) or not prompt:
-        raise ValueError(
-            f'{where}: "prompt" must be a non-empty string or a list of messages, got {prompt!r}'
-        )
+        wanted = "a non-empty string or a list of messages"
+        raise ValueError(f'{where}: "prompt" must be {wanted}, got {prompt!r}')
     if isinstance(prompt, str) != isinstance(first["prompt"], str):
         raise ValueError(f'{where}: "prompt" must be a text or a conversation as in the first row')
     texts: list[str] = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt or ()]

@@ -13,9 +13,7 @@ WeightSpec = str | Mapping[str, float] | Sequence[float] | Tensor | np.ndarray
 LARGEST = torch.finfo(torch.float32).max
 _ARRAYS = (Tensor, np.ndarray, np.generic)
 
-
-# How often draw_on_faces gives a corner, an edge, the whole simplex; ParetoSlider's
-# (arXiv:2604.20816).
+# How often draw_on_faces gives a corner, an edge, the whole simplex; from arXiv:2604.20816.
 FACES = (0.50, 0.35, 0.15)
 
 
@@ -92,9 +90,8 @@ def parse_weights(spec: WeightSpec, objectives: Sequence[str], *, simplex: bool 
     if isinstance(spec, Mapping):
         for name in spec:
             if name not in objectives:
-                raise ValueError(
-                    f"weights: unknown objective {name!r}; objectives: {', '.join(objectives)}"
-                )
+                known = ", ".join(objectives)
+                raise ValueError(f"weights: unknown objective {name!r}; objectives: {known}")
         values: list[object] = [spec.get(name, 0.0) for name in objectives]
     elif isinstance(spec, (Tensor, np.ndarray)):
         spec = spec.cpu() if isinstance(spec, Tensor) else spec

@@ -121,7 +121,6 @@ class Decode:
     elsewhere.
 
     Args:
-        cache: Whose slots.
         first: The first of the slots, 0 except in a step of one sequence.
         lengths: int64 [B], tokens that each slot has before this one.
         longest: The step reads this many tokens of each slot.
@@ -218,10 +217,8 @@ def slot_attention(
     Args:
         module: The attention module; its layer_idx names the layer.
         query, key, value: [T, heads, 1, d], one token per example.
-        attention_mask: Must be None; the plan has the mask.
-        scaling, sliding_window: As the model gives them.
+        attention_mask: Must be None; the plan, `slots`, has the mask.
         dropout: Not applied: the sampler draws from the policy in evaluation mode.
-        slots: The plan.
 
     Returns: [T, 1, heads, d], and None for the attention weights.
     Raises: ValueError for attention that the plan does not compute.

@@ -64,12 +64,9 @@ class CudaGraphs:
 def step_size(
     count: int, longest: int, filters: Sequence[Any], slots: int, capacity: int
 ) -> StepSize:
-    """The size that serves `count` sequences of at most `longest` tokens.
+    """The size that serves `count` sequences of at most `longest` tokens, within both bounds.
 
-    Args:
-        filters: As `common_value` gives them, in the order of FILTERS.
-        slots: At most.
-        capacity: Tokens of a slot, at most.
+    The filters are as `common_value` gives them, in the order of FILTERS.
     """
     # A filter that is off for all sequences is left out of the graph; the rest are tensors.
     off = tuple(

@@ -30,9 +30,6 @@ class Text:
     the list.
 
     Args:
-        tokenizer: transformers' tokenizer.
-        prompt_ids: The prompt.
-        stop: Strings that end the text.
         special: What `special_texts` gives; needed for stop strings only.
 
     Attributes:

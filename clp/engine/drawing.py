@@ -65,10 +65,8 @@ def top_logprobs(
 
     Args:
         logits: [k, V] or [n, k, V].
-        mixing: As in `draw`, for these examples.
-        temperatures: k of them; 0 counts as 1.
-        counts: k of them.
-        ids: As in `draw`.
+        mixing, ids: As in `draw`, for these examples.
+        temperatures, counts: k of them; a temperature of 0 counts as 1.
     """
     if mixing:
         logits = clp_kernels.mix_logits(logits, **mixing)

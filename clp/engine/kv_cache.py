@@ -32,8 +32,7 @@ class KVCache:
     for: sequences occupy the slots from 0 on without gaps, and attention reads a plain slice.
 
     Attributes:
-        slots: Number of slots.
-        capacity: Tokens that each slot has room for.
+        slots, capacity: Number of slots, and tokens that each has room for.
         windows: By layer, the sliding window that the model's code asked for.
     """
 

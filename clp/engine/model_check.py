@@ -21,7 +21,6 @@ def prepare(slot_model: SlotModel, steer: Any, weights: Tensor, *, recorded: boo
         slot_model: The model, which gets its `recording` if its step can be recorded.
         steer: Weights [B, m] -> context, as of a clp.policies.interface.Network.
         weights: [1, m]. Weights of zero would hide the adapters.
-        recorded: Whether to record.
 
     Raises: ValueError for a model whose logits differ through the slots or are not finite, or that
         fails there.

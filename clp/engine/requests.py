@@ -213,9 +213,8 @@ def parse_prompt(prompt: Any, tokenizer: Any, vocab_size: int, name: str) -> lis
         raise TypeError(f"{name} must be a text or a list of token ids or messages, got {came}")
     if not ids:
         raise ValueError(f"{name} is empty: it has no tokens")
+    last = vocab_size - 1
     for token in ids:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise ValueError(
-                f"{name} must hold token ids from 0 to {vocab_size - 1}, got {token!r}"
-            )
+        if type(token) is not int or not 0 <= token <= last:
+            raise ValueError(f"{name} must hold token ids from 0 to {last}, got {token!r}")
     return ids

@@ -39,11 +39,6 @@ class Drawn(NamedTuple):
 class Runner:
     """Runs a policy's networks over slots.
 
-    Args:
-        policy: What is sampled from.
-        max_slots: Slots at most.
-        max_cache_bytes: Memory of all keys and values at most.
-
     Attributes:
         models: The networks' models with their caches.
         state: What a step reads of each slot beside its keys and values.
@@ -105,12 +100,10 @@ class Runner:
             model.cache.resize(slots + self.spare if slots else 0, capacity)
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Copies the first `count` tokens of a slot into another."""
         for model in self.models:
             model.cache.copy(source, target, count)
 
     def copy_each(self, sources: Seq[int], targets: Seq[int], count: int) -> None:
-        """Copies the first `count` tokens of each source slot into its target slot."""
         for model in self.models:
             model.cache.copy_each(sources, targets, count)
 

@@ -343,11 +343,10 @@ def make_request(
         raise ValueError(f"{shape} the context of {policy.context_length}")
     if not runner.fits(1, length - 1):
         raise ValueError(f"{shape} the cache of {runner.max_cache_bytes} bytes (cache_gib)")
+    last = policy.vocab_size - 1
     for token in params.stop_token_ids:
-        if not 0 <= token < policy.vocab_size:
-            raise ValueError(
-                f"stop_token_ids must be from 0 to {policy.vocab_size - 1}, got {token}"
-            )
+        if not 0 <= token <= last:
+            raise ValueError(f"stop_token_ids must be from 0 to {last}, got {token}")
     ends = frozenset() if params.ignore_eos else policy.end_ids
     stop_ids = ends | frozenset(params.stop_token_ids)
     seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed

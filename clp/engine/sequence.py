@@ -110,10 +110,8 @@ class Sequence:
         """Makes the completion."""
         request = self.request
         top = self.top_logprobs if request.params.logprobs else None
-        drawn = self.token_ids, self.logprobs
-        self.completion = Completion(
-            request.prompt_index, self.index, text, *drawn, reason, top, error
-        )
+        which, drawn = (request.prompt_index, self.index), (self.token_ids, self.logprobs)
+        self.completion = Completion(*which, text, *drawn, reason, top, error)
         return self.completion
 
 
@@ -122,14 +120,12 @@ class Request:
     """A submitted prompt and its n completions.
 
     Attributes:
-        tokenizer, prompt_ids, params: What was asked.
         weights: [m].
         stop_ids: Token ids that end a completion.
         cache_key: Equal for weights that give equal keys and values for equal tokens.
         max_tokens: That of params, or as many as there is room for.
         seed: Completion i draws with seed + i.
         prompt_index: Which prompt of the call.
-        sequences: The n sequences.
     """
 
     tokenizer: Any

@@ -15,10 +15,7 @@ Steering = AbstractContextManager[Any]  # in which the model runs with the weigh
 
 
 class SlotModel:
-    """A model with its cache.
-
-    Args:
-        model: A transformers model. Its code runs as it is.
+    """A transformers model, whose code runs as it is, with its cache.
 
     Attributes:
         cache: Its keys and values.

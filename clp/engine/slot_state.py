@@ -11,12 +11,6 @@ from clp.engine.sequence import Sequence
 class SlotState:
     """Tensors over slots; a captured step reads and writes them in place.
 
-    Args:
-        slots: How many slots there may be.
-        m: Number of objectives.
-        device: Where the model is.
-        dtype: Of the weights.
-
     Attributes:
         token: int64 [slots], the token that is fed next.
         length: int64 [slots], tokens before it.

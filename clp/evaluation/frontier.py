@@ -128,10 +128,8 @@ def evaluate(
             completion at some weights.
     """
     trainer_state = untrained_state() if trainer_state is None else trainer_state
-    if tuple(reward_funcs) != policy.objectives:
-        raise ValueError(
-            f"reward_funcs must be {list(policy.objectives)}, got {list(reward_funcs)}"
-        )
+    if (given := tuple(reward_funcs)) != policy.objectives:
+        raise ValueError(f"reward_funcs must be {list(policy.objectives)}, got {list(given)}")
     if not rows:
         raise ValueError("rows holds no prompt")
     if params.n != 1:
@@ -151,9 +149,8 @@ def evaluate(
     ids = [
         encode_prompt(row["prompt"], policy.tokenizer, f"prompt {i}") for i, row in enumerate(rows)
     ] * len(sweep)
-    done = sampler.generate(
-        ids, weights, with_seeds(params, seeds), simplex=False, progress=progress
-    )
+    each = with_seeds(params, seeds)
+    done = sampler.generate(ids, weights, each, simplex=False, progress=progress)
     texts = [c.text for c in done]
     log = RewardLog()
     rewards = score(

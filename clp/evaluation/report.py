@@ -43,9 +43,8 @@ def print_frontier(front: Frontier, console: Console) -> None:
 
 
 def _figures(front: Frontier) -> str:
-    rho = ", ".join(
-        f"{n} {'-' if v is None else format(v, '.3f')}" for n, v in front.spearman.items()
-    )
+    each = front.spearman.items()
+    rho = ", ".join(f"{n} {'-' if v is None else format(v, '.3f')}" for n, v in each)
     if front.base_hypervolume:
         beside = f"{front.hypervolume / front.base_hypervolume:.2f} x the base's"
     else:
@@ -133,7 +132,6 @@ def _draw_front(axis: Any, front: Frontier) -> None:
     axis.annotate("base model", base, xytext=(9, -4), textcoords="offset points", color="C3")
     axis.set_xlabel(f"{front.objectives[0]} (mean reward)")
     axis.set_ylabel(f"{front.objectives[1]} (mean reward)")
-    axis.set_title(
-        f"One policy: hypervolume {front.hypervolume:.3f}, base {front.base_hypervolume:.3f}"
-    )
+    volumes = f"{front.hypervolume:.3f}, base {front.base_hypervolume:.3f}"
+    axis.set_title(f"One policy: hypervolume {volumes}")
     axis.figure.colorbar(points, ax=axis, label=f"weight of {front.objectives[0]}")

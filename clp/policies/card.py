@@ -64,9 +64,8 @@ def read_card(directory: Path) -> dict[str, Any]:
     names = card["objectives"]
     good = all(isinstance(n, str) and n.isidentifier() for n in names)
     if not names or not good or len(set(names)) != len(names):
-        raise ValueError(
-            f"{path}: objectives must be a list of names, all different, got {names!r}"
-        )
+        wanted = "a list of names, all different"
+        raise ValueError(f"{path}: objectives must be {wanted}, got {names!r}")
     card["reward_scale"] = checked_reward_scale(card.get("reward_scale"), names, path)
     return card
 

@@ -102,15 +102,14 @@ def torch_device(name: str | torch.device) -> torch.device:
         raise ValueError(f"device must be {expected}, got {name!r}") from None
     if device.type == "cpu":
         return device
+    absent = f"device {str(device)!r} is not here"
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if here is None or here.type != device.type:
         found = "none but the CPU" if here is None else f"the CPU and {here.type}"
-        raise ValueError(
-            f"device {str(device)!r} is not here: PyTorch {torch.__version__} finds {found}"
-        )
+        raise ValueError(f"{absent}: PyTorch {torch.__version__} finds {found}")
     count = torch.accelerator.device_count()
     if device.index is not None and device.index >= count:
-        raise ValueError(f"device {str(device)!r} is not here: there are {count}, counted from 0")
+        raise ValueError(f"{absent}: there are {count}, counted from 0")
     return device
 
 
@@ -122,9 +121,8 @@ def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
         ids = ids.tolist() if isinstance(ids, np.generic | np.ndarray | Tensor) else ids
         found |= set(ids) if isinstance(ids, (list, tuple, set, frozenset)) else {ids}
     # An end token that the vocabulary lacks has the id of the unknown token.
-    if tokenizer.eos_token_id != tokenizer.unk_token_id or (
-        tokenizer.eos_token == tokenizer.unk_token
-    ):
+    known = tokenizer.eos_token_id != tokenizer.unk_token_id
+    if known or tokenizer.eos_token == tokenizer.unk_token:
         found.add(tokenizer.eos_token_id)
     return frozenset(i for i in found if type(i) is int and 0 <= i < vocab_size(model))
 

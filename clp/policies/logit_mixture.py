@@ -83,9 +83,8 @@ class LogitMixture(Steerable):
             for what in ("device", "dtype"):
                 own, wanted = getattr(model, what), getattr(first, what)
                 if own != wanted:
-                    raise ValueError(
-                        f"models must agree in {what}: {names[0]} has {wanted}, {name} has {own}"
-                    )
+                    differ = f"{names[0]} has {wanted}, {name} has {own}"
+                    raise ValueError(f"models must agree in {what}: {differ}")
 
     @property
     def networks(self) -> list[Network]:

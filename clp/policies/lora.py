@@ -172,9 +172,8 @@ class Policy(Steerable):
                     f"differ, first in {min(differ)[0]!r}"
                 )
         ends = frozenset().union(*(end_ids(*one) for one in loaded.values()))
-        model: Any = clp_kernels.mix_models(
-            [model for model, _ in loaded.values()], list(loaded), conditioning=conditioning
-        )
+        parts = [model for model, _ in loaded.values()]
+        model: Any = clp_kernels.mix_models(parts, list(loaded), conditioning=conditioning)
         model.generation_config.eos_token_id = sorted(ends) or None
         return cls(model.to(device), loaded[first][1], list(loaded), model_location(models[first]))
 

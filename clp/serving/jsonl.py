@@ -120,7 +120,6 @@ def sample_lines(
         sampler: Without other requests.
         lines: {"prompt": text, token ids or messages} with optional "weights", "id" (any JSON
             value, copied to the records) and the fields of SamplingParams.
-        defaults: For what a line does not give.
         base_seed: If neither a line nor the defaults have a seed, the line draws with `line_seed`.
         bar: Advances by completions.
 
@@ -191,10 +190,8 @@ def sample_file(
     device in between is allowed: log-probabilities then differ by rounding.
 
     Args:
-        source: The lines.
         output: JSON Lines; clp/serving/resumable_output.py writes a second file beside it. None:
             the terminal, where errors go to standard error.
-        defaults: For what a line does not give.
         make_sampler: Called before anything is written, if there is something to sample.
         policy_sha256, base_model: Which policy it is, recorded with the output.
 

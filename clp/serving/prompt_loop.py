@@ -39,9 +39,7 @@ def prompt_loop(
     """Reads prompts and commands until the end; a bad one gives one line of error.
 
     Args:
-        sampler: What completes them.
-        params: To begin with.
-        weights: To begin with; None: equal for all objectives.
+        params, weights: To begin with; weights of None: equal for all objectives.
         simplex: Refuse weights off the simplex.
         chat: What is typed is the next message of a conversation; the first of n completions is the
             answer that the next one follows.
@@ -124,9 +122,8 @@ class _Loop:
         if name not in known:
             raise ValueError(f"/set takes one of {', '.join(known)}, got {name!r}")
         if not text:
-            raise ValueError(
-                f"/set {name} needs a value, such as {_shown(getattr(self.params, name))}"
-            )
+            example = _shown(getattr(self.params, name))
+            raise ValueError(f"/set {name} needs a value, such as {example}")
         self.params = SamplingParams.parse(asdict(self.params) | {name: _value(name, text)})
         self.out.write(f"{name} {_shown(getattr(self.params, name))}\n")
 

@@ -126,11 +126,7 @@ def sidecar(path: Path) -> Path:
 def find_start(path: Path, run: Run, source: Source, n: int) -> Start:
     """Where a run that writes `path` begins; changes nothing.
 
-    Args:
-        path: The output.
-        run: The run that is to write it.
-        source: The input.
-        n: Completions of a line that does not say.
+    A line that does not say otherwise asks for n completions.
 
     Raises: ValueError if there is a file that this run did not write, naming what differs.
     """

@@ -118,38 +118,36 @@ class CLPConfig:
             setattr(self, item.name, value)
             if item.type is float:
                 setattr(self, item.name, _as_float(item.name, getattr(self, item.name)))
+        values = vars(self)
         at_least = {"r": 1, "num_prompts": 1, "num_generations": 2, "max_completion_length": 1,
                     "max_steps": 1, "warmup_steps": 0, "micro_batch_size": 1, "save_steps": 1,
                     "save_total_limit": 1, "seed": 0}  # fmt: skip
         if self.max_prompt_length is not None:
             at_least["max_prompt_length"] = 1
         for name, low in at_least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+            if values[name] < low:
+                raise ValueError(f"{name} must be at least {low}, got {values[name]}")
         for name in ("num_prompts", "num_generations", "micro_batch_size"):
-            if getattr(self, name) > LARGEST_BATCH:
-                raise ValueError(
-                    f"{name} must be at most {LARGEST_BATCH}, got {getattr(self, name)}"
-                )
+            if values[name] > LARGEST_BATCH:
+                raise ValueError(f"{name} must be at most {LARGEST_BATCH}, got {values[name]}")
         for name, high in (("r", LARGEST_R), ("lora_alpha", LARGEST_LORA_ALPHA)):
-            if getattr(self, name) > high:
+            if values[name] > high:
                 raise ValueError(
-                    f"{name} must be at most {high}, got {getattr(self, name):g}: what is larger "
+                    f"{name} must be at most {high}, got {values[name]:g}: what is larger "
                     "cannot be loaded again"
                 )
         for name in ("lora_alpha", "dirichlet", "temperature", "learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and positive, got {getattr(self, name)}")
+            if not 0 < values[name] < float("inf"):
+                raise ValueError(f"{name} must be finite and positive, got {values[name]}")
         if not 0 <= self.alpha < 1:
             raise ValueError(f"alpha must be in [0, 1), got {self.alpha}")
         if not 0 <= self.corner_probability <= 1:
             raise ValueError(f"corner_probability must be in [0, 1], got {self.corner_probability}")
         for name in ("dirichlet", "corner_probability"):
-            value = getattr(self, name)
-            if self.weight_draws != "dirichlet" and value != getattr(type(self), name):
+            if self.weight_draws != "dirichlet" and values[name] != getattr(type(self), name):
                 raise ValueError(
                     f"{name} must be left out with weight_draws={self.weight_draws!r}, which does "
-                    f"not use it, got {value}"
+                    f"not use it, got {values[name]}"
                 )
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay must be finite and >= 0, got {self.weight_decay}")
@@ -280,11 +278,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             raise ValueError(f"{name} must be one of {options}, got {value!r}")
     elif origin is list:
         may_be_empty = name == "exclude_modules"
-        if not (
-            isinstance(value, list)
-            and (value or may_be_empty)
-            and all(isinstance(v, str) for v in value)
-        ):
+        texts = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        if not texts or not (value or may_be_empty):
             expected = "list" if may_be_empty else "non-empty list"
             raise ValueError(f"{name} must be a {expected} of strings, got {value!r}")
     elif hint is float:

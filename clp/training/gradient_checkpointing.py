@@ -20,9 +20,8 @@ def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
 
     Raises: ValueError if the model has none.
     """
-    layers: list[nn.Module] = [
-        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
-    ]
+    kind = GradientCheckpointingLayer
+    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, kind)]
     if not layers:
         raise ValueError(
             f"gradient_checkpointing: {type(model).__name__} has no layers that transformers can "

@@ -27,9 +27,6 @@ def fitting_rows(
     """The rows whose prompts fit the model's context together with a completion.
 
     Args:
-        rows: The prompts and their columns.
-        policy, sampler: What will sample from them.
-        max_completion_length: Tokens of a completion at most.
         max_prompt_length: Leaves out prompts of more tokens and says on standard error how many;
             None: a prompt that is too long is an error.
         path: The file that the rows are from, for messages; None for rows given in Python.
@@ -82,11 +79,9 @@ def fitting_rows(
 
 def _try(policy: Policy, sampler: Sampler, row: Any, max_tokens: int, place: str) -> None:
     """Submits the longest prompt, to see that its keys and values fit the cache."""
-    count = len(policy.objectives)
+    count, params = len(policy.objectives), SamplingParams(max_tokens=max_tokens)
     try:
-        request = sampler.submit(
-            row["prompt"], [1 / count] * count, SamplingParams(max_tokens=max_tokens)
-        )
+        request = sampler.submit(row["prompt"], [1 / count] * count, params)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     sampler.cancel(request)

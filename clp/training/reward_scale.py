@@ -54,14 +54,11 @@ def measure_reward_scale(
     chosen = [rows[order[i % len(rows)]] for i in range(COMPLETIONS)]
     ids = [encode_prompt(row["prompt"], policy.tokenizer) for row in chosen]
     seeds = torch.randint(2**62, (COMPLETIONS,), generator=generator).tolist()
-    tqdm.write(
-        f"measuring the reward scale on {COMPLETIONS} completions of the base model",
-        file=sys.stderr,
-    )
+    text = f"measuring the reward scale on {COMPLETIONS} completions of the base model"
+    tqdm.write(text, file=sys.stderr)
     # Weights of zero give the base model.
-    done = sampler.generate(
-        ids, [0.0] * len(reward_funcs), with_seeds(params, seeds), simplex=False, progress=True
-    )
+    nothing, each = [0.0] * len(reward_funcs), with_seeds(params, seeds)
+    done = sampler.generate(ids, nothing, each, simplex=False, progress=True)
     rewards = score(
         reward_funcs, [row["prompt"] for row in chosen], [c.text for c in done], columns(chosen),
         completion_ids=[c.token_ids for c in done], trainer_state=trainer_state,

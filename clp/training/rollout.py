@@ -101,9 +101,8 @@ def roll_out(
         columns(repeated), completion_ids=[done.token_ids for done in completions],
         trainer_state=trainer_state, log=log,
     )  # fmt: skip
-    batch = make_batch(
-        prompt_ids, completions, repeated_weights, policy.tokenizer.pad_token_id or 0, policy.device
-    )
+    pad = policy.tokenizer.pad_token_id or 0
+    batch = make_batch(prompt_ids, completions, repeated_weights, pad, policy.device)
     sampled = [torch.tensor(done.logprobs, dtype=torch.float32) for done in completions]
     logprobs = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True).to(policy.device)
     shape = (len(rows), num_generations, len(reward_funcs))

@@ -2,8 +2,7 @@
 
 config.yaml has the run's settings. run.json has what they do not say and what must not change
 either: the order of the objectives, what each reward is and what it is divided by, and the content
-of the prompts. .lock is
-locked while a training uses the folder, and says which one that is.
+of the prompts. .lock is locked while a training uses the folder, and says which one that is.
 """
 
 import hashlib
@@ -29,7 +28,7 @@ from clp.training.checkpoint import checkpoints
 from clp.training.config import CLPConfig, load_config, located
 
 _FORMAT = 1
-FUNCTION = "function:"  # begins what a reward is that was given in Python
+_FUNCTION = "function:"  # begins what a reward is that was given in Python
 # What a resumed run may change: its folder, how often it saves, and what does not change a bit of
 # the result.
 _MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device", "eval_prompts",
@@ -72,10 +71,9 @@ class RunLock:
             raise ValueError(f"output_dir {self.run} is in use by another training ({holder})")
         self._handle, self._close = handle, weakref.finalize(self, os.close, handle)
         since = datetime.now().astimezone().isoformat(" ", "seconds")
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {since}\n"
         os.ftruncate(handle, 0)
-        os.write(
-            handle, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode()
-        )
+        os.write(handle, holder.encode())
 
     def release(self) -> None:
         """Gives the lock back, if this object has it."""
@@ -116,6 +114,11 @@ class Inputs:
     reward_scale: dict[str, float] | None = None
     base: str | None = None
 
+    @property
+    def functions(self) -> list[str]:
+        """The objectives whose rewards were given in Python."""
+        return [n for n, r in self.rewards.items() if (r or _FUNCTION).startswith(_FUNCTION)]
+
     @classmethod
     def of(
         cls,
@@ -132,7 +135,7 @@ class Inputs:
         if specs is None:
             for name, function in reward_funcs.items():
                 found = (known for known, builtin in BUILTIN.items() if builtin is function)
-                rewards[name] = next(found, None) or FUNCTION + _described(function)
+                rewards[name] = next(found, None) or _FUNCTION + _described(function)
         else:
             rewards |= _rewards_of(specs)
         digest = hashlib.sha256()
@@ -240,9 +243,8 @@ def _check_reward_scale(
             "rewards were divided by (scale_rewards='reference') the run cannot be continued"
         )
     if card is not None and card["reward_scale"] != scale:
-        raise ValueError(
-            f"{path} has the reward_scale {scale}; {checkpoint}/clp.json has {card['reward_scale']}"
-        )
+        other = f"{checkpoint}/clp.json has {card['reward_scale']}"
+        raise ValueError(f"{path} has the reward_scale {scale}; {other}")
 
 
 def _plain(value: Any) -> Any:

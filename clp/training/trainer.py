@@ -37,6 +37,7 @@ from clp.engine.sampler import Sampler
 from clp.policies.lora import Policy
 from clp.policies.token_stats import TokenStats, token_stats
 from clp.rewards import RewardFunc, load_rewards
+from clp.training import run_folder
 from clp.training.checkpoint import (
     Progress,
     checkpoints,
@@ -55,16 +56,6 @@ from clp.training.rollout import (
     metric_names,
     roll_out,
     rollout_metrics,
-)
-from clp.training.run_folder import (
-    FUNCTION,
-    Inputs,
-    RunLock,
-    check_free,
-    check_resumed,
-    claim,
-    cut_lines,
-    lines_until,
 )
 from clp.training.weight_draws import DrawWeights, weight_draws
 
@@ -126,22 +117,22 @@ class CLPTrainer:
             train_dataset = load_prompts(path)
         self.rows = check_prompts(train_dataset)
         specs = args.rewards if reward_funcs is None else None
-        inputs = Inputs.of(named, specs, self.rows)
+        inputs = run_folder.Inputs.of(named, specs, self.rows)
         # Functions given in Python have no name in a file, built-in ones aside: clp eval then asks.
-        nameless = [n for n, r in inputs.rewards.items() if (r or FUNCTION).startswith(FUNCTION)]
+        nameless = inputs.functions
         if reward_funcs is not None:
             own = [n if n in nameless else f"{n}={r}" for n, r in inputs.rewards.items()]
             args = replace(args, rewards=own)
         self.run = Path(args.output_dir)
-        self.lock, checkpoint = RunLock(self.run), None
+        self.lock, checkpoint = run_folder.RunLock(self.run), None
         new = not (args.resume and (self.run / "config.yaml").is_file())
         with ExitStack() as undo:
             undo.callback(self.lock.release)
             if new:
-                check_free(self.run, resume=args.resume)
+                run_folder.check_free(self.run, resume=args.resume)
             else:
                 self.lock.acquire()
-                args, inputs, checkpoint = check_resumed(self.run, args, inputs)
+                args, inputs, checkpoint = run_folder.check_resumed(self.run, args, inputs)
             if args.resume:
                 start = "holds no checkpoint: training begins at step 1"
                 if checkpoint is not None:
@@ -156,7 +147,7 @@ class CLPTrainer:
                 raise ValueError(f"{self.run} was run with another {args.model}: it has changed")
             inputs = replace(inputs, reward_scale=self.policy.reward_scale, base=base)
             # Last, so that a start that fails leaves the folder as it was.
-            claim(self.lock, args, inputs, new=new)
+            run_folder.claim(self.lock, args, inputs, new=new)
             undo.pop_all()
 
     def prepare(
@@ -194,7 +185,7 @@ class CLPTrainer:
         self.head = self.policy.head()
         # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
         self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
-        lines = lines_until(self.run / "metrics.jsonl", self.step)
+        lines = run_folder.lines_until(self.run / "metrics.jsonl", self.step)
         self.log_history: list[dict[str, Any]] = [parse_json(line) for line in lines]
         self.rows = fitting_rows(
             self.rows, self.policy, self.sampler, args.max_completion_length,
@@ -214,9 +205,8 @@ class CLPTrainer:
                     metric_names(self.policy.objectives),
                 )  # fmt: skip
             self.policy.reward_scale = reward_scale
-            self.reward_scale = torch.tensor(
-                list(reward_scale.values()), dtype=torch.float32, device=self.policy.device
-            )
+            scale = torch.tensor(list(reward_scale.values()), dtype=torch.float32)
+            self.reward_scale = scale.to(self.policy.device)
 
     def train(self) -> Policy:
         """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy.
@@ -237,7 +227,7 @@ class CLPTrainer:
         if found and load_progress(found[-1]).step > self.step:
             raise ValueError(f"{self.run} has been trained further, to {found[-1].name}: resume it")
         for name in ("metrics.jsonl", "completions.jsonl"):
-            cut_lines(self.run / name, self.step)
+            run_folder.cut_lines(self.run / name, self.step)
         interval = 0.5 if sys.stderr.isatty() else 10
         bar = tqdm(
             total=args.max_steps, initial=self.step, desc="training", unit="step",
@@ -265,9 +255,8 @@ class CLPTrainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
-        return save_checkpoint(
-            self.run, self.progress, self.policy, self.optimizer, self.args.save_total_limit
-        )
+        keep = self.args.save_total_limit
+        return save_checkpoint(self.run, self.progress, self.policy, self.optimizer, keep)
 
     @property
     def sampling_params(self) -> SamplingParams:

@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from processes import python
 from tiny_runs import records
 
 from clp import cli
@@ -21,10 +23,6 @@ SMALL = [
     "--num-prompts", "2", "--num-generations", "2", "--max-completion-length", "6",
     "--max-steps", "1", "--r", "2",
 ]  # fmt: skip
-
-
-def not_reached(*args, **kwargs):
-    raise AssertionError("a model was loaded")
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +69,7 @@ def test_resume_needs_the_folder_alone(clp, tmp_path):
 
 
 def test_a_training_that_diverges_ends_with_one_line(clp, monkeypatch, tmp_path):
-    def diverge(self):
-        raise FloatingPointError("the last checkpoint is x")
-
+    diverge = Mock(side_effect=FloatingPointError("the last checkpoint is x"))
     monkeypatch.setattr("clp.training.trainer.CLPTrainer.train", diverge)
     said = clp("train", "--output-dir", tmp_path / "r", *SMALL, code=2)
     assert said.err.splitlines()[-1] == "clp train: error: the last checkpoint is x"
@@ -154,10 +150,7 @@ def test_bad_options_of_a_file_run_write_nothing(clp, trained, tmp_path, options
 
 
 def test_ctrl_c_in_a_file_run_says_how_to_go_on(clp, monkeypatch, trained, tmp_path):
-    def interrupted(self):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("clp.engine.sampler.Sampler.step", interrupted)
+    monkeypatch.setattr("clp.engine.sampler.Sampler.step", Mock(side_effect=KeyboardInterrupt))
     argv = ["sample", trained, "Tom", "--weights", "joy=1", "--output", tmp_path / "out.jsonl"]
     assert "the same command goes on from here" in clp(*argv, code=130).err
 
@@ -322,10 +315,7 @@ def test_help_lists_the_commands(clp):
         (["fly"], "unknown command 'fly'"),
         (["train", "--config"], "--config needs the path"),
         (["train", "--config", "none.yaml"], "none.yaml cannot be read"),
-        (
-            ["train", "--prompts", "none.jsonl", "--output-dir", "{tmp}"],
-            "none.jsonl cannot be read",
-        ),
+        (["train", "--prompts", "no.jsonl", "--output-dir", "{tmp}"], "no.jsonl cannot be read"),
         (["train", "--rewards", "sentimant", "--output-dir", "{tmp}"], "sentiment"),
         (["train", "--output-dir", "{run}"], "holds another run"),
         (["train", "--alpha", "2", "--output-dir", "{tmp}"], "alpha"),
@@ -365,7 +355,7 @@ def test_help_lists_the_commands(clp):
 def test_bad_input_is_said_and_ends_with_code_2(
     refused, monkeypatch, trained, tmp_path, argv, message
 ):
-    monkeypatch.setattr("clp.policies.lora.load_base", not_reached)
+    monkeypatch.setattr("clp.policies.lora.load_base", pytest.fail)
     before = sorted(trained.iterdir())
     filled = [a.format(run=trained, tmp=tmp_path / "t") for a in argv]
     assert message in refused(*filled)
@@ -402,11 +392,7 @@ def test_a_device_that_is_not_among_those_here(refused, monkeypatch, trained):
     ("name", "value", "message"),
     [
         ("config.json", {"quantization_config": {"quant_method": "hqq"}}, "HQQ version"),
-        (
-            "config.json",
-            {"quantization_config": {"quant_method": "new"}},
-            "quantised by 'new', which",
-        ),
+        ("config.json", {"quantization_config": {"quant_method": "x"}}, "quantised by 'x', which"),
         ("config.json", {"hidden_size": "x"}, "Field 'hidden_size' expected int"),
         ("config.json", {"num_attention_heads": 0}, "modulo by zero"),
         ("config.json", {"pad_token_id": 10**9}, "Padding_idx"),
@@ -436,11 +422,8 @@ def test_a_column_of_another_kind(refused, trained, tmp_path, command):
 
 @pytest.mark.parametrize("command", ["train", "eval", "export", "sample"])
 def test_ctrl_c_is_one_line_and_code_130(clp, monkeypatch, trained, tmp_path, command):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("clp.engine.sampler.Sampler.step", interrupted)
-    monkeypatch.setattr("clp_kernels.export_adapter", interrupted)
+    for name in ("clp.engine.sampler.Sampler.step", "clp_kernels.export_adapter"):
+        monkeypatch.setattr(name, Mock(side_effect=KeyboardInterrupt))
     argv = {
         "train": ["--output-dir", tmp_path / "t", "--scale-rewards", "none"],
         "eval": [trained],
@@ -452,25 +435,16 @@ def test_ctrl_c_is_one_line_and_code_130(clp, monkeypatch, trained, tmp_path, co
 
 
 def test_ctrl_c_before_the_first_step_leaves_no_run(clp, monkeypatch, tmp_path):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("clp.engine.sampler.Sampler.step", interrupted)
+    monkeypatch.setattr("clp.engine.sampler.Sampler.step", Mock(side_effect=KeyboardInterrupt))
     printed = clp("train", "--output-dir", tmp_path / "t", code=130).err
     assert printed.splitlines()[-1] == "clp train: stopped"
     assert list(tmp_path.iterdir()) == []
 
 
-def _allocate(argv):
-    torch.empty(2**50)
-
-
-def _allocate_on_a_gpu(argv):
-    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-
-
-@pytest.mark.parametrize("ask", [_allocate, _allocate_on_a_gpu])
-def test_too_little_memory_is_one_line(clp, monkeypatch, ask):
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+def test_too_little_memory_is_one_line(clp, monkeypatch, on_a_gpu):
+    error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+    ask = Mock(side_effect=error) if on_a_gpu else lambda argv: torch.empty(2**50)
     monkeypatch.setitem(cli.COMMANDS, "info", ask)
     (line,) = clp("info", code=2).err.splitlines()
     assert line.startswith("clp info: error: not enough memory: ") and " to allocate " in line
@@ -483,21 +457,19 @@ def test_another_error_of_pytorch_is_raised(clp, monkeypatch):
 
 
 def info_prints(what):
-    """A process whose `clp info` prints this."""
+    """Arguments of a Python whose `clp info` prints this."""
     code = f"cli.COMMANDS['info'] = lambda argv: {what}; sys.argv = ['clp', 'info']; cli.main()"
-    return [sys.executable, "-c", f"import sys; from clp import cli; {code}"]
+    return ["-c", f"import sys; from clp import cli; {code}"]
 
 
-def test_a_terminal_without_the_characters(monkeypatch):
-    argv = info_prints("print('“é”')")
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = subprocess.run(argv, capture_output=True, text=True)
+def test_a_terminal_without_the_characters():
+    done = python(*info_prints("print('“é”')"), PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout) == (0, "\\u201c\\xe9\\u201d\n")
 
 
 def test_a_reader_that_goes_is_no_error():
     """`| head`: the command ends as others do, without a word."""
-    argv = info_prints("[print('x' * 99) for _ in range(9999)]")
+    argv = [sys.executable, *info_prints("[print('x' * 99) for _ in range(9999)]")]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
         done.stdout.readline()
         done.stdout.close()
@@ -514,17 +486,15 @@ def test_unknown_option_is_refused(clp, tmp_path):
 def test_help_is_immediate():
     """Importing the command line imports neither torch nor transformers."""
     code = "import sys, clp.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert python("-c", code).stdout.strip() == "[]"
 
 
 def test_version_is_immediate():
     import clp_kernels
 
     code = "import sys; from clp import cli; cli.main(); print('torch' in sys.modules)"
-    command = [sys.executable, "-c", code, "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [f"clp {clp_kernels.__version__}", "False"]
+    shown = python("-c", code, "--version").stdout.splitlines()
+    assert shown == [f"clp {clp_kernels.__version__}", "False"]
 
 
 @pytest.fixture(scope="module")
@@ -572,7 +542,7 @@ def test_an_output_folder_that_cannot_be_is_refused_first(
     refused, monkeypatch, trained, tmp_path, command, kind
 ):
     """Before a model is loaded, or 512 completions are sampled for the reward scale."""
-    monkeypatch.setattr("clp.policies.lora.load_base", not_reached)
+    monkeypatch.setattr("clp.policies.lora.load_base", pytest.fail)
     if kind == "a file":
         (tmp_path / "x").write_text("mine")
     else:
@@ -666,6 +636,6 @@ def test_numbers_that_begin_with_a_minus_sign(clp, trained):
 
 def test_resume_of_a_checkpoint_names_the_run(refused, monkeypatch, trained):
     """As other trainers take it; to give --resume is no advice to one who has."""
-    monkeypatch.setattr("clp.policies.lora.load_base", not_reached)
+    monkeypatch.setattr("clp.policies.lora.load_base", pytest.fail)
     error = refused("train", "--resume", "--output-dir", trained / "checkpoint-000001")
     assert "to continue it" not in error and "config.yaml" in error

@@ -24,9 +24,8 @@ from clp.rewards import (
 )
 
 SAMPLE_WORDS = ["Wow!", "the", "cat's", "good", "not", "but", "BAD", "walked", "idea?", "e.g.", "'"]
-TEXTS = st.one_of(
-    st.text(max_size=60), st.lists(st.sampled_from(SAMPLE_WORDS), max_size=40).map(" ".join)
-)
+SENTENCES = st.lists(st.sampled_from(SAMPLE_WORDS), max_size=40).map(" ".join)
+TEXTS = st.one_of(st.text(max_size=60), SENTENCES)
 EXAMPLES = st.lists(st.tuples(TEXTS, TEXTS), max_size=6)
 
 
@@ -195,9 +194,8 @@ def tokenizer():
     ids = {token: index for index, token in enumerate(vocabulary)}
     core = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    core.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=special)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
@@ -205,24 +203,18 @@ def tokenizer():
 @pytest.fixture
 def save(tmp_path, tokenizer):
     """save(kind=..., **config) -> (folder, model): random weights, large enough to matter."""
-    from transformers import (
-        BertConfig,
-        BertForSequenceClassification,
-        BertModel,
-        DistilBertConfig,
-        DistilBertForSequenceClassification,
-    )
+    import transformers as hf
 
     def make(kind="bert", name="model", with_tokenizer=True, **config):
         torch.manual_seed(0)
         config = {"vocab_size": 20, "max_position_embeddings": 16, "num_labels": 3} | config
         if kind == "distilbert":
-            config = DistilBertConfig(dim=8, n_layers=1, n_heads=2, hidden_dim=8, **config)
-            model = DistilBertForSequenceClassification(config)
+            config = hf.DistilBertConfig(dim=8, n_layers=1, n_heads=2, hidden_dim=8, **config)
+            model = hf.DistilBertForSequenceClassification(config)
         else:
             sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-            config = BertConfig(**sizes, intermediate_size=8, **config)
-            model = (BertModel if kind == "bare" else BertForSequenceClassification)(config)
+            config = hf.BertConfig(**sizes, intermediate_size=8, **config)
+            model = (hf.BertModel if kind == "bare" else hf.BertForSequenceClassification)(config)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
         model.eval().save_pretrained(tmp_path / name)

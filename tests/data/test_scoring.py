@@ -468,14 +468,10 @@ def test_logs():
 @pytest.mark.parametrize(
     ("use", "error", "message"),
     [
-        (
-            lambda log_extra, log_metric: log_extra("c", [1]),
-            ValueError,
-            r"log_extra\('c', values\) needs",
-        ),
-        (lambda log_extra, log_metric: log_extra(3, [1, 2]), TypeError, "column must be a string"),
-        (lambda log_extra, log_metric: log_metric("loss", 1), ValueError, "'loss' is a metric of"),
-        (lambda log_extra, log_metric: log_metric(3, 1), TypeError, "name must be a string"),
+        (lambda extra, metric: extra("c", [1]), ValueError, r"log_extra\('c', values\) needs"),
+        (lambda extra, metric: extra(3, [1, 2]), TypeError, "column must be a string"),
+        (lambda extra, metric: metric("loss", 1), ValueError, "'loss' is a metric of"),
+        (lambda extra, metric: metric(3, 1), TypeError, "name must be a string"),
     ],
 )
 def test_bad_logs(use, error, message):

@@ -68,9 +68,8 @@ def test_faces_are_drawn_in_their_shares_and_uniformly_on_each():
 def test_faces_of_few_objectives(m):
     rows = draw_on_faces(4000, m, torch.Generator().manual_seed(0))
     torch.testing.assert_close(rows.sum(1), torch.ones(4000))
-    assert float((rows.max(1).values == 1).float().mean()) == pytest.approx(
-        {1: 1.0, 2: FACES[0], 3: FACES[0]}[m], abs=0.03
-    )
+    share = float((rows.max(1).values == 1).float().mean())
+    assert share == pytest.approx({1: 1.0, 2: FACES[0], 3: FACES[0]}[m], abs=0.03)
 
 
 def test_draws_from_the_grid_are_all_its_weights():
@@ -110,9 +109,8 @@ def test_parse_accepts_every_way_of_saying_a_row(spec):
 )  # fmt: skip
 def test_a_row_is_on_the_simplex_within_the_rounding_of_its_dtype(spec):
     # bfloat16 has 0.8984 + 0.1001.
-    torch.testing.assert_close(
-        parse_weights(spec, NAMES), torch.tensor([0.9, 0.1]), atol=2e-3, rtol=0
-    )
+    wanted = torch.tensor([0.9, 0.1])
+    torch.testing.assert_close(parse_weights(spec, NAMES), wanted, atol=2e-3, rtol=0)
     with pytest.raises(ValueError, match="sum to 1"):
         parse_weights([0.8984, 0.1001], NAMES)
 

@@ -27,19 +27,16 @@ def tokenizer(template=None, metaspace=False, extra=()):
     merges = [("a", "b"), ("c", "d"), ("b", "cd")]
     made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
     if metaspace:  # as Llama's: a space in front, and none of it in the text
-        made.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-        )
-        made.decoder = decoders.Sequence(
-            [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        )
+        marks = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        made.normalizer = normalizers.Sequence(marks)
+        spaces = [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        made.decoder = decoders.Sequence(spaces)
     else:
         made.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
         made.decoder = decoders.Fuse()
     if template:
-        made.post_processor = processors.TemplateProcessing(
-            template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
-        )
+        special = [("<s>", BOS), ("</s>", EOS)]
+        made.post_processor = processors.TemplateProcessing(template, special_tokens=special)
     whole = PreTrainedTokenizerFast(tokenizer_object=made, **SPECIAL)
     if extra:
         whole.add_special_tokens({"additional_special_tokens": list(extra)})

@@ -103,11 +103,7 @@ REFUSED = {
         | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
         "layer 0 does not pass its window of 6 tokens",
     ),
-    "phimoe, a window in its masks alone": (
-        "phimoe",
-        EXPERTS | WINDOWED,
-        "its window of 6 tokens",
-    ),
+    "phimoe, a window in its masks alone": ("phimoe", EXPERTS | WINDOWED, "its window of 6 tokens"),
     "rwkv": ("rwkv", {"attention_hidden_size": 32}, "RwkvFor"),
 }
 # Its routers have a forward of their own: the attention alone is steered.

@@ -8,6 +8,7 @@ import types
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -147,12 +148,9 @@ def test_a_patched_class_and_hooks_of_all_modules(policy, monkeypatch, one_threa
     def half(module, args, out):
         return out * 0.5 if isinstance(module, kind) else None
 
-    handle = nn.modules.module.register_module_forward_hook(half)
-    try:
+    with nn.modules.module.register_module_forward_hook(half):
         after = ask(sampler)
         assert after != before and after == ask(Sampler(policy))
-    finally:
-        handle.remove()
     assert ask(sampler) == before
 
 
@@ -257,9 +255,8 @@ def test_a_number_of_the_file_that_has_the_modules_class(policy, monkeypatch, on
 def test_what_a_hook_reads_is_read_at_every_step(policy, one_thread):
     """A hook that was there when the sampler was made, and a number that it reads."""
     policy, factor, calls = copied(policy), [1.0], []
-    layer(policy.model).mlp.register_forward_hook(
-        lambda module, args, out: calls.append(1) or out * factor[0]
-    )
+    mlp = layer(policy.model).mlp
+    mlp.register_forward_hook(lambda module, args, out: calls.append(1) or out * factor[0])
     sampler = Sampler(policy)
     calls.clear()
     before = ask(sampler)
@@ -270,17 +267,17 @@ def test_what_a_hook_reads_is_read_at_every_step(policy, one_thread):
 
 
 def test_an_unchanged_model_is_cached_and_recorded(policy, count_runs, monkeypatch, one_thread):
-    sampler, runs, prefilled = Sampler(policy), count_runs(), []
-    prefill = sampler.runner.prefill
-    monkeypatch.setattr(sampler.runner, "prefill", lambda p: prefilled.append(p) or prefill(p))
+    sampler, runs = Sampler(policy), count_runs()
+    prefill = Mock(wraps=sampler.runner.prefill)
+    monkeypatch.setattr(sampler.runner, "prefill", prefill)
     ask(sampler)
     runs.clear()
-    prefilled.clear()
+    prefill.reset_mock()
     with policy.steer(torch.tensor([[1.0, 0.0]])), torch.no_grad():
         policy.model(torch.tensor([PROMPT]))
     policy.head()
     ask(sampler)
-    assert runs and not prefilled
+    assert runs and not prefill.called
 
 
 def test_equal_plain_values_are_equal_and_others_not():

@@ -60,9 +60,7 @@ def differences(policy, temperature):
 def test_the_trainers_logprobs_are_the_samplers(base, temperature):
     """In float64 they are one function; in float32 each rounds in its own order.
 
-    Measured on 32 prompts, adapters of size 0, 0.02, 0.05, 0.15: 4.1e-6 to 6.8e-6 apart on the
-    embedded model; on stories260k, whose logits reach 20, 1.0e-5 without adapters and up to 2.8e-5
-    with them, the sampler then up to 3.5e-5 from float64 and the trainer 3.4e-5.
+    docs/log.md (2026-11-28) has the differences of more prompts and sizes of adapters.
     """
     found = differences(made(base, dtype=torch.float64), temperature)
     # Each answers in float32: half a unit in the last place of up to 16, twice.

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -172,9 +173,8 @@ def whole_and_right(*requests):
 
 def test_logits_that_are_not_finite_fail_one_sequence_and_leave_nothing_behind(sampler):
     first, *rest = good_ones(sampler, 3, max_tokens=20)
-    wild = sampler.submit(
-        IDS[:20], [1e30, 1e30], SamplingParams(n=1, logprobs=2, stop=["a"]), simplex=False
-    )
+    params = SamplingParams(n=1, logprobs=2, stop=["a"])
+    wild = sampler.submit(IDS[:20], [1e30, 1e30], params, simplex=False)
     for _ in range(3):
         sampler.step()
     assert [c.finish_reason for c in wild.completions] == ["error"]
@@ -237,7 +237,7 @@ def test_a_slot_that_was_cut_is_not_copied_when_it_has_grown_again(one_thread):
 @contextmanager
 def failing(owner, name, at, error):
     """The `at`-th call of a function from now on raises; gives the list of its calls so far."""
-    original, calls, own = getattr(owner, name), [], name in vars(owner)
+    original, calls = getattr(owner, name), []
 
     def wrapped(*args, **kwargs):
         calls.append(args)
@@ -245,14 +245,8 @@ def failing(owner, name, at, error):
             raise error
         return original(*args, **kwargs)
 
-    setattr(owner, name, wrapped)
-    try:
+    with patch.object(owner, name, wrapped):
         yield calls
-    finally:
-        if own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
 
 
 ERRORS = [RuntimeError("no kernel"), MemoryError(), torch.OutOfMemoryError("2 GiB"), IndexError(3)]

@@ -54,9 +54,8 @@ def holes():
     words = {{0: "<unk>", 2: "</s>"}.get(i, f"w{i}"): i for i in ids}
     backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<unk>"
-    )
+    special = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def padded(seed=0, rows=TOKENS + 64):

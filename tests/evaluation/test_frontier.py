@@ -20,8 +20,6 @@ from clp.rewards import distinct_2, load_rewards
 
 ROWS = [{"prompt": p} for p in ("Tom had a red kite.", "Mia was sad.", "Sam was at the lake.")]
 REWARDS = {"joy": "sentiment", "brief": "brevity", "clear": "readability"}
-
-
 NAMES = ["joy", "brief"]
 
 

@@ -6,10 +6,11 @@ The judge is an ordinary model that runs with the weighted sum of the m models' 
 import copy
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
-from small_models import small_model
+from small_models import logits_of, plain_logits, small_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -78,9 +79,8 @@ def conditioned(model: nn.Module, conditioning: str) -> list[str]:
         return [n for n in names if ".self_attn." in n or ".attn." in n]
     if conditioning == "head":
         # A tied head goes by the name of the input embedding.
-        return [n for n in names if n == "lm_head.weight"] or [
-            n for n in names if n in ("model.embed_tokens.weight", "transformer.wte.weight")
-        ]
+        tied = ("model.embed_tokens.weight", "transformer.wte.weight")
+        return [n for n in names if n == "lm_head.weight"] or [n for n in names if n in tied]
     return names
 
 
@@ -114,16 +114,6 @@ def merged(models: list, row: Tensor, conditioning: str) -> nn.Module:
 
 def simplex(count: int, m: int = 3) -> Tensor:
     return torch.distributions.Dirichlet(torch.ones(m, dtype=torch.float64)).sample((count,))
-
-
-def logits_of(model: nn.Module, ids: Tensor, rows: Tensor) -> Tensor:
-    with torch.no_grad(), steer(model, rows):
-        return model(ids).logits
-
-
-def plain_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def close(got: Tensor, wanted: Tensor) -> None:
@@ -503,20 +493,16 @@ def test_steer_walks_the_modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = mix_models(family(llama), NAMES)
     steering = steer(mixed, simplex(11))
 
-    def walk(self: nn.Module, *_: object, **__: object) -> None:
-        raise AssertionError("walked")
-
-    monkeypatch.setattr(nn.Module, "modules", walk)
-    monkeypatch.setattr(nn.Module, "named_modules", walk)
+    for name in ("modules", "named_modules"):
+        monkeypatch.setattr(nn.Module, name, Mock(side_effect=AssertionError("walked")))
     with torch.no_grad(), steering:
         mixed(IDS)
 
 
 def test_there_is_no_base_model_and_bad_rows_are_refused() -> None:
     mixed = mix_models(family(llama), NAMES)
-    with pytest.raises(
-        ValueError, match=r"got None.*whole models \(joy, brief, safe\) has no base"
-    ):
+    refused = r"got None.*whole models \(joy, brief, safe\) has no base"
+    with pytest.raises(ValueError, match=refused):
         steer(mixed, None)
     with pytest.raises(ValueError, match=r"weights must be finite, got nan"):
         steer(mixed, [[0.0, float("nan"), 1.0]])
@@ -532,33 +518,25 @@ def test_rows_take_the_accumulator_of_the_models() -> None:
 
 def test_generate_runs_each_example_with_its_row() -> None:
     models, rows = family(qwen2), simplex(2)
-    wanted = [
-        merged(models, row, "full").generate(
-            ids[None], attention_mask=torch.ones_like(ids[None]), do_sample=False, max_new_tokens=5
-        )
-        for row, ids in zip(rows, IDS, strict=False)
-    ]
+
+    def greedy(model: nn.Module, ids: Tensor) -> Tensor:
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=5)
+
+    wanted = [greedy(merged(models, rows[b], "full"), IDS[b : b + 1]) for b in range(2)]
     mixed = mix_models(models, NAMES)
     with steer(mixed, rows):
-        got = mixed.generate(
-            IDS[:2], attention_mask=torch.ones_like(IDS[:2]), do_sample=False, max_new_tokens=5
-        )
-    assert torch.equal(got, torch.cat(wanted))
+        assert torch.equal(greedy(mixed, IDS[:2]), torch.cat(wanted))
 
 
 def test_compiled_mixture_does_not_recompile_for_other_rows() -> None:
     mixed = mix_models(family(llama), NAMES)
     compiled = torch.compile(mixed, fullgraph=True, backend="eager")
-    wanted, rows = [], [simplex(11), simplex(11)]
-    for row in rows:
-        wanted.append(logits_of(mixed, IDS, row))
+    rows = [simplex(11), simplex(11)]
+    wanted = [logits_of(mixed, IDS, row) for row in rows]
     with torch.no_grad(), steer(compiled, rows[0]):
         close(compiled(IDS, use_cache=False).logits, wanted[0])
-    with (
-        torch.compiler.set_stance("fail_on_recompile"),
-        torch.no_grad(),
-        steer(compiled, rows[1]),
-    ):
+    with torch.compiler.set_stance("fail_on_recompile"), torch.no_grad(), steer(compiled, rows[1]):
         close(compiled(IDS, use_cache=False).logits, wanted[1])
 
 
@@ -579,50 +557,43 @@ class Strange(nn.Module):
         self.gate = nn.Parameter(torch.ones(3))
 
 
+AB = ["a", "b"]
 BAD = {
     "no models": (lambda: [], [], {}, "names must be distinct names.*got \\[\\]"),
     "duplicate names": (lambda: family(llama), ["a", "b", "a"], {}, r"distinct names.*'b', 'a'\]"),
     "bad name": (lambda: family(llama), ["a", "b", "c/d"], {}, "distinct names of letters"),
     "a number as a name": (lambda: family(llama), ["a", "b", 3], {}, "distinct names of letters"),
-    "too few names": (lambda: family(llama), ["a", "b"], {}, "must be 2 as the names, got 3"),
+    "too few names": (lambda: family(llama), AB, {}, "must be 2 as the names, got 3"),
     "one model": (lambda: llama(), NAMES, {}, "must be a list of models, got LlamaFor"),
     "conditioning": (lambda: family(llama), NAMES, {"conditioning": "mlp"}, "got 'mlp'"),
     "architecture": (
-        lambda: [llama(), qwen2()], ["a", "b"], {},
+        lambda: [llama(), qwen2()], AB, {},
         "the model itself of a and b is LlamaForCausalLM and Qwen2ForCausalLM",
     ),
     "activation": (
-        lambda: [llama(), llama(hidden_act="gelu")], ["a", "b"], {},
+        lambda: [llama(), llama(hidden_act="gelu")], AB, {},
         r"model.layers.0.mlp.act_fn of a and b is SiLU\w* and GELU",
     ),
-    "more layers": (
-        lambda: [llama(), llama(num_hidden_layers=3)], ["a", "b"], {}, "no model.layers.2",
-    ),
-    "fewer layers": (
-        lambda: [llama(), llama(num_hidden_layers=1)], ["a", "b"], {}, "no model.layers.1",
-    ),
+    "more layers": (lambda: [llama(), llama(num_hidden_layers=3)], AB, {}, "no model.layers.2"),
+    "fewer layers": (lambda: [llama(), llama(num_hidden_layers=1)], AB, {}, "no model.layers.1"),
     "shape": (
         lambda: [llama(), llama(), llama(vocab_size=41)], NAMES, {},
         r"shape of model.embed_tokens.weight of joy and safe is \[40, 16\] and \[41, 16\]",
     ),
     "dtype": (
-        lambda: [llama(), llama().double()], ["a", "b"], {},
+        lambda: [llama(), llama().double()], AB, {},
         "dtype of model.embed_tokens.weight of a and b is torch.float32 and torch.float64",
     ),
     "bias": (
-        lambda: [llama(), llama(attention_bias=True)], ["a", "b"], {},
+        lambda: [llama(), llama(attention_bias=True)], AB, {},
         "no model.layers.0.self_attn.q_proj.bias",
     ),
-    "tie": (
-        lambda: [llama(), llama_tied()], ["a", "b"], {}, "lm_head.weight of a and b is tied to",
-    ),
+    "tie": (lambda: [llama(), llama_tied()], AB, {}, "lm_head.weight of a and b is tied to"),
     "heads": (
-        lambda: [gpt2(), gpt2(num_attention_heads=4)], ["a", "b"], {},
+        lambda: [gpt2(), gpt2(num_attention_heads=4)], AB, {},
         r"num_heads of a and b is 2 and 4",
     ),
-    "epsilon": (
-        lambda: [llama(), llama(rms_norm_eps=0.1)], ["a", "b"], {}, "variance_epsilon of a and b",
-    ),
+    "epsilon": (lambda: [llama(), llama(rms_norm_eps=0.1)], AB, {}, "variance_epsilon of a and b"),
     "buffer": (
         lambda: changed(llama, "model.rotary_emb.inv_freq", "full"), NAMES, {},
         "does not mix model.rotary_emb.inv_freq.*differs between joy and safe",
@@ -643,9 +614,7 @@ BAD = {
     "mixed already": (
         lambda: [mix_models([llama()], ["z"])], ["a"], {}, "plain, a has steered layers",
     ),
-    "injected": (
-        lambda: [llama(), injected(llama())], ["a", "b"], {}, "plain, b has steered layers",
-    ),
+    "injected": (lambda: [llama(), injected(llama())], AB, {}, "plain, b has steered layers"),
     "no head": (lambda: [nn.Sequential(nn.Linear(2, 2))], ["a"], {"conditioning": "head"},
                 "linear output head, got NoneType"),
     "no attention": (lambda: [nn.Sequential(nn.Linear(2, 2))], ["a"],
@@ -676,6 +645,10 @@ def test_bad_models_are_refused_and_left_as_they_are(case: str) -> None:
             assert torch.equal(tensor, before[1][name])
 
 
+def made(*layers: nn.Module, m: int = 2) -> MixedLinear:
+    return MixedLinear.from_layers(layers, ["a", "b"][:m])
+
+
 @pytest.mark.parametrize(
     "build, message",
     [
@@ -683,21 +656,10 @@ def test_bad_models_are_refused_and_left_as_they_are(case: str) -> None:
         (lambda: MixedLinear(torch.ones(3, 4), None, NAMES), r"\[3, out, in\], got \[3, 4\]"),
         (lambda: MixedLinear(torch.ones(3, 5, 4), torch.ones(3, 4), NAMES), r"\[3, 5\], got \[3,"),
         (lambda: MixedLinear(torch.ones(0, 5, 4), None, []), r"adapter_names must be distinct"),
-        (lambda: MixedLinear.from_layers([nn.Linear(2, 2)], ["a", "b"]), "must be 2 as the names"),
-        (
-            lambda: MixedLinear.from_layers([nn.Linear(2, 2), nn.Linear(2, 3)], ["a", "b"]),
-            r"one shape.*got \[\[2, 2\], \[3, 2\]\]",
-        ),
-        (
-            lambda: MixedLinear.from_layers(
-                [nn.Linear(2, 2), nn.Linear(2, 2, bias=False)], ["a", "b"]
-            ),
-            r"bias: \[True, False\]",
-        ),
-        (
-            lambda: MixedLinear.from_layers([nn.LayerNorm(2)], ["a"]),
-            "linear layers, got one that is a LayerNorm",
-        ),
+        (lambda: made(nn.Linear(2, 2), m=2), "must be 2 as the names"),
+        (lambda: made(nn.Linear(2, 2), nn.Linear(2, 3)), r"one shape.*got \[\[2, 2\], \[3, 2\]\]"),
+        (lambda: made(nn.Linear(2, 2), nn.Linear(2, 2, bias=False)), r"bias: \[True, False\]"),
+        (lambda: made(nn.LayerNorm(2), m=1), "linear layers, got one that is a LayerNorm"),
         (lambda: MixedEmbedding(torch.ones(2, 5, 4), NAMES), r"\[3, V, d\], got \[2, 5, 4\]"),
         (lambda: MixedModule([nn.LayerNorm(2)], NAMES), "must be 3 modules, got 1"),
         (lambda: MixedModule([nn.Tanh()], ["a"]), "parameters, Tanh has none"),
@@ -769,9 +731,8 @@ def test_a_policy_of_models_has_no_base_no_head_and_no_adapters(folders, tmp_pat
 
 
 def test_from_models_takes_a_conditioning_and_a_dtype(folders: dict[str, str]) -> None:
-    policy = Policy.from_models(
-        {"a": "tiny", "b": "tiny"}, conditioning="attention", dtype=torch.bfloat16
-    )
+    options = {"conditioning": "attention", "dtype": torch.bfloat16}
+    policy = Policy.from_models({"a": "tiny", "b": "tiny"}, **options)
     assert {type(m) for m in all_steered(policy.model)} == {MixedLinear}
     assert policy.model.dtype == torch.bfloat16
     with pytest.raises(ValueError, match='"attention" does not mix'):

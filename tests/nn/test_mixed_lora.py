@@ -5,10 +5,11 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from small_models import small_model
+from small_models import logits_of, plain_logits, small_model, state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,19 +45,12 @@ def merged(model: nn.Module, row: Tensor) -> nn.Module:
     """A plain copy of a steered model with W + sum_i w_i scaling_i B_i A_i in every layer."""
     model = copy.deepcopy(model)
     for name, layer in steered_layers(model).items():
-        base = layer.base_layer
-        delta = sum(
-            w * (6 / 3) * layer.lora_B[i] @ layer.lora_A[i] for i, w in enumerate(row.tolist())
-        )
+        base, pairs = layer.base_layer, zip(layer.lora_B, layer.lora_A, strict=True)
+        delta = sum(w * (6 / 3) * B @ A for w, (B, A) in zip(row.tolist(), pairs, strict=True))
         base.weight.data += delta.t() if is_transposed(base) else delta
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
     return model
-
-
-def logits_of(model: nn.Module, ids: Tensor, rows: Tensor) -> Tensor:
-    with torch.no_grad(), steer(model, rows):
-        return model(ids).logits
 
 
 # Correct rows.
@@ -65,8 +59,7 @@ def logits_of(model: nn.Module, ids: Tensor, rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_at_the_start_every_row_gives_the_base_model(name: str) -> None:
     model = MODELS[name]()
-    with torch.no_grad():
-        base = model(IDS).logits
+    base = plain_logits(model, IDS)
     replaced = inject(model, NAMES)
     assert len(replaced) == {"llama": 14, "gpt2": 8, "opt": 12}[name]
     for kind in WEIGHT_KINDS:
@@ -77,8 +70,7 @@ def test_at_the_start_every_row_gives_the_base_model(name: str) -> None:
 def test_zero_rows_are_the_base_model_to_the_bit(name: str) -> None:
     """Also beside rows that are not zero."""
     model = MODELS[name]()
-    with torch.no_grad():
-        base = model(IDS).logits
+    base = plain_logits(model, IDS)
     rows = weight_rows("zero", 11, 2)
     got = logits_of(steered(model), IDS, rows)
     assert torch.equal(got[::2].view(torch.int32), base[::2].view(torch.int32))
@@ -89,8 +81,7 @@ def test_zero_rows_are_the_base_model_to_the_bit(name: str) -> None:
 def test_steer_to_none_is_the_base_model_to_the_bit(name: str) -> None:
     """For any batch size, inside other rows too, and the outer rows hold again afterwards."""
     model = MODELS[name]()
-    with torch.no_grad():
-        base = model(IDS).logits
+    base = plain_logits(model, IDS)
     steered(model)
     rows = torch.ones(11, 2)
     wanted = logits_of(model, IDS, rows)
@@ -108,8 +99,7 @@ def test_each_row_is_the_merged_model(name: str) -> None:
     rows = weight_rows("negative", 11, 2)
     got = logits_of(model, IDS, rows)
     for b in (0, 4, 10):
-        with torch.no_grad():
-            wanted = merged(model, rows[b])(IDS[b : b + 1]).logits[0]
+        wanted = plain_logits(merged(model, rows[b]), IDS[b : b + 1])[0]
         torch.testing.assert_close(got[b], wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -213,9 +203,8 @@ def test_steer_refuses(weights: object, error: str) -> None:
 
 @pytest.mark.parametrize("weights", [{"joy": 1.0}, [{"joy": 1.0}], [["joy", "brief"]], object()])
 def test_steer_names_what_weights_must_be(weights: object) -> None:
-    with pytest.raises(
-        (TypeError, ValueError), match=r"weights must be numbers \[B, 2\], .* of joy, brief, got "
-    ):
+    wanted = r"weights must be numbers \[B, 2\], .* of joy, brief, got "
+    with pytest.raises((TypeError, ValueError), match=wanted):
         steer(steered(stack()), weights)
 
 
@@ -322,9 +311,8 @@ def test_gradients_are_those_of_the_merged_model(name: str) -> None:
         plain = {k: p.detach() for k, p in base.named_parameters()}
         for key, layer in steered_layers(model).items():
             delta = torch.einsum("i,ior,irk->ok", 2.0 * rows[b], layer.lora_B, layer.lora_A)
-            plain[f"{key}.weight"] = plain[f"{key}.weight"] + (
-                delta.t() if is_transposed(layer.base_layer) else delta
-            )
+            delta = delta.t() if is_transposed(layer.base_layer) else delta
+            plain[f"{key}.weight"] = plain[f"{key}.weight"] + delta
         logits = torch.func.functional_call(base, plain, (IDS[b : b + 1],)).logits
         loss = loss + (logits * direction[b]).sum()
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -427,16 +415,12 @@ def test_plain_checkpoint_with_the_documented_context(recomputed: list[int]) -> 
     rows = torch.randn(5, 2, requires_grad=True)
     wanted = gradients(model, lambda: model(x), rows)
     recomputed.clear()
-    got = gradients(
-        model,
-        lambda: checkpoint(
-            model,
-            x,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), steer(model, rows)),
-        ),
-        rows,
-    )
+
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), steer(model, rows)
+
+    run = partial(checkpoint, model, x, use_reentrant=False, context_fn=contexts)
+    got = gradients(model, run, rows)
     assert len(recomputed) == 6
     assert got.keys() == wanted.keys()
     for key in wanted:
@@ -467,9 +451,8 @@ def test_autocast(adapters: torch.dtype) -> None:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
@@ -526,14 +509,6 @@ def test_compiled_model_does_not_recompile_for_other_weights() -> None:
 
 
 # inject.
-
-
-def state(model: nn.Module) -> dict[str, object]:
-    """What a refused inject must leave alone."""
-    return {
-        "modules": {n: id(m) for n, m in model.named_modules()},
-        "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters()},
-    }
 
 
 class Integers(nn.Module):
@@ -662,9 +637,8 @@ def test_dtype_of_the_adapters(base: torch.dtype, asked: torch.dtype, wanted: to
 def test_adapters_of_different_rank() -> None:
     """Ranks are zero-padded to the largest; rank 0 stands for an adapter without this module."""
     base, x = nn.Linear(6, 5), torch.randn(3, 6)
-    layer = MixedLoRALinear(
-        base, ["a", "b", "c"], ranks=[1, 4, 0], lora_alpha=[2.0, 2.0, 2.0], steering=Steering()
-    )
+    sizes = {"ranks": [1, 4, 0], "lora_alpha": [2.0, 2.0, 2.0]}
+    layer = MixedLoRALinear(base, ["a", "b", "c"], **sizes, steering=Steering())
     layer.reset_parameters()
     assert (layer.lora_A[0, 1:] == 0).all()
     assert (layer.lora_A[2] == 0).all()

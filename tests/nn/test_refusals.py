@@ -8,7 +8,7 @@ from functools import partial
 import peft
 import pytest
 import torch
-from small_models import small_model
+from small_models import logits_of, small_model, state
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from transformers.integrations.bitnet import AutoBitLinear
@@ -25,16 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 llama, gpt2, opt = (partial(small_model, name) for name in ("llama", "gpt2", "opt"))
-
-
-def state(model: nn.Module) -> dict[str, object]:
-    """What a refusal must leave alone."""
-    return {
-        "modules": {n: (id(m), m.training) for n, m in model.named_modules()},
-        "hooks": {n: len(m._forward_pre_hooks) for n, m in model.named_modules()},
-        "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters()},
-        "random": torch.get_rng_state().tolist(),
-    }
 
 
 # A computation of its own.
@@ -238,14 +228,6 @@ def test_to_look_at_the_kind_of_a_weight_is_not_to_read_it(tied: bool) -> None:
     assert len(inject(model, NAMES, target_modules=["down_proj", "lm_head"])) == 3
 
 
-def _norm_of_weight(y: Tensor, layer: nn.Linear) -> Tensor:
-    return y + layer.weight.norm()
-
-
-def _weight_in_a_list(y: Tensor, layer: nn.Linear) -> Tensor:
-    return y + torch.cat([layer.weight, layer.weight]).amax()
-
-
 def test_a_layer_that_dora_reads_is_refused() -> None:
     """PEFT's DoRA takes the norm of the weight that its adapter changes."""
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])
@@ -254,8 +236,11 @@ def test_a_layer_that_dora_reads_is_refused() -> None:
         inject(model, NAMES)
 
 
-@pytest.mark.parametrize("look", [_norm_of_weight, _weight_in_a_list])
-def test_a_layer_that_is_called_and_read_is_refused(look: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("read", [Tensor.norm, lambda w: torch.cat([w, w]).amax()])
+def test_a_layer_that_is_called_and_read_is_refused(read: Callable[[Tensor], Tensor]) -> None:
+    def look(y: Tensor, layer: nn.Linear) -> Tensor:
+        return y + read(layer.weight)
+
     model = llama()
     model.model.layers[1].mlp = Reads(model.model.layers[1].mlp, look)
     with pytest.raises(ValueError, match=r"layers.1.mlp.mlp.down_proj is read without a call"):
@@ -386,9 +371,8 @@ def test_layers_that_get_no_entry_per_example_are_refused_by_name(
     excluded = eval(str(caught.value).rpartition("exclude_modules=")[2])
     replaced = inject(model, NAMES, exclude_modules=excluded)
     assert not any(odd.split(".")[0] in name for name in replaced)
-    assert [n for n in replaced if "gate" in n] == [
-        n for n in steered_layers(model) if "gate" in n and steered_layers(model)[n].flattened
-    ]
+    flattened = [n for n, layer in steered_layers(model).items() if layer.flattened]
+    assert [n for n in replaced if "gate" in n] == [n for n in flattened if "gate" in n]
 
 
 @pytest.mark.parametrize(
@@ -429,11 +413,10 @@ def test_which_layers_see_flattened_tokens(
     for layer in layers.values():
         nn.init.normal_(layer.lora_B, std=0.3)
     rows = torch.randn(4, 2, dtype=torch.float64)
-    with torch.no_grad(), steer(model, rows):
-        together = model(IDS).logits
+    together = logits_of(model, IDS, rows)
     for b in range(4):
-        with torch.no_grad(), steer(model, rows[b : b + 1]):
-            torch.testing.assert_close(model(IDS[b : b + 1]).logits[0], together[b])
+        alone = logits_of(model, IDS[b : b + 1], rows[b : b + 1])
+        torch.testing.assert_close(alone[0], together[b])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 12])
@@ -519,9 +502,8 @@ def test_a_start_that_is_not_the_base_is_named() -> None:
 
 def test_a_model_that_is_not_deterministic_is_named() -> None:
     model = llama()
-    model.model.layers[1].input_layernorm.register_forward_hook(
-        lambda _, args, y: y + torch.rand_like(y)
-    )
+    norm = model.model.layers[1].input_layernorm
+    norm.register_forward_hook(lambda _, args, y: y + torch.rand_like(y))
     inject(model, NAMES)
     wanted = "deterministic, the outputs of model.layers.1.self_attn.q_proj differ between two"
     with pytest.raises(ValueError, match=wanted):

@@ -6,16 +6,8 @@ import shutil
 import peft
 import pytest
 import torch
+import transformers
 from tiny_runs import randomised
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-)
 
 import clp_kernels
 from clp import cli
@@ -67,10 +59,9 @@ def test_a_new_policy_is_its_base_for_every_row_bit_for_bit(wanted):
 
 def test_a_base_that_a_new_policy_does_not_equal_is_refused(monkeypatch):
     """Here because of a kernel that adds one unit in the last place where B is zero."""
-    op = clp_kernels.nn.mixed_lora.mixed_lora
-    monkeypatch.setattr(
-        "clp_kernels.nn.mixed_lora.mixed_lora", lambda *a, **k: op(*a, **k) * (1 + 2e-7)
-    )
+    module = clp_kernels.nn.mixed_lora
+    op = module.mixed_lora
+    monkeypatch.setattr(module, "mixed_lora", lambda *a, **k: op(*a, **k) * (1 + 2e-7))
     with pytest.raises(ValueError, match=r"the outputs of model\.layers\.0\..*q_proj differ"):
         Policy.create("tiny", ["a", "b"])
 
@@ -151,11 +142,11 @@ def test_load_names_the_missing_card_and_adapter(tmp_path):
 
 
 def test_models_that_are_no_causal_lm_are_refused(tmp_path):
-    config = BertConfig(
+    config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=16,
     )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="not a causal LM: it holds BertForSequenceClassification"):
         load_base(str(tmp_path / "bert"))
     with pytest.raises(ValueError, match="neither a folder nor a hub name"):
@@ -176,7 +167,7 @@ def test_a_model_without_tokenizer_or_weights_is_refused(tmp_path):
 
 
 def test_a_model_whose_head_is_missing_is_refused(tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY)
     model.config.tie_word_embeddings = False
     with_tiny_tokenizer(model.model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -193,14 +184,15 @@ def test_head_of_a_plain_model_has_temperature_one():
 
 def test_head_of_a_model_that_scales_its_logits(tmp_path):
     torch.manual_seed(0)
-    model = GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0))
+    model = transformers.GraniteForCausalLM(transformers.GraniteConfig(**SMALL, logits_scaling=4.0))
     policy = Policy.create(with_tiny_tokenizer(model, tmp_path), ["a"])
     assert policy.head()[2] == pytest.approx(4.0, rel=1e-3)
 
 
 def test_head_refuses_a_soft_cap(tmp_path):
     torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=0.1))
+    config = transformers.Gemma2Config(**SMALL, final_logit_softcapping=0.1)
+    model = transformers.Gemma2ForCausalLM(config)
     policy = Policy.create(with_tiny_tokenizer(model, tmp_path), ["a"])
     with pytest.raises(ValueError, match="not a linear function"):
         policy.head()
@@ -236,12 +228,8 @@ def test_damaged_weights_are_refused(tmp_path):
 @pytest.mark.parametrize("device", ["nope", "", "cuda:x", "meta"])
 def test_devices_are_checked_before_a_model_is_loaded(device, tmp_path, monkeypatch):
     trained().save(tmp_path)
-
-    def load(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
     for place in ("clp.policies.lora.load_base", "clp.policies.logit_mixture.load_base"):
-        monkeypatch.setattr(place, load)
+        monkeypatch.setattr(place, pytest.fail)
     for make in (
         lambda: Policy.create("tiny", ["joy"], device=device),
         lambda: Policy.load(tmp_path, device=device),

@@ -103,12 +103,12 @@ def test_mod_over_the_adapters_of_one_model(tokenizer):
 def test_rows_share_prompts_because_no_cache_depends_on_the_weights(models, tokenizer):
     sampler = Sampler(LogitMixture(models, tokenizer))
     counted = []
-    body = models["joy"].model
-    handle = body.register_forward_pre_hook(
-        lambda module, args, kwargs: counted.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    sampler.generate([PROMPTS[2]] * 4, ROWS, SamplingParams(max_tokens=2, seed=1))
-    handle.remove()
+
+    def count(module, args, kwargs):
+        counted.append(kwargs["input_ids"].numel())
+
+    with models["joy"].model.register_forward_pre_hook(count, with_kwargs=True):
+        sampler.generate([PROMPTS[2]] * 4, ROWS, SamplingParams(max_tokens=2, seed=1))
     tokens = len(tokenizer(PROMPTS[2])["input_ids"])
     assert counted == [tokens - 1, 4, 4]  # one prefill for all, then two steps
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from itertools import product
+from unittest.mock import Mock
 
 import pytest
 from tiny_runs import randomised, records
@@ -240,10 +241,6 @@ def run(policy, source, output, defaults=LONGER, batch=4):
     return sample_file(source, output, defaults, lambda: Sampler(policy, max_batch_size=batch))
 
 
-def no_sampler():
-    raise AssertionError("there is nothing to sample")
-
-
 def assert_same(resumed, whole):
     """Equal but for the rounding of log-probabilities, which depends on the batch."""
     assert len(resumed) == len(whole)
@@ -277,7 +274,7 @@ def test_stopped_anywhere_it_goes_on_with_the_seeds_of_the_first_run(policy, sou
 def test_a_complete_output_loads_no_model(policy, source, out, capsys):
     run(policy, source, out)
     before = out.read_bytes()
-    assert sample_file(source, out, LONGER, no_sampler) == 2
+    assert sample_file(source, out, LONGER, pytest.fail) == 2
     assert out.read_bytes() == before
     assert "is complete: nothing to do" in capsys.readouterr().err
 
@@ -287,20 +284,17 @@ def test_a_refused_output_loads_no_model_and_is_kept(policy, source, out):
     before = out.read_bytes()
     other = LONGER._replace(params=SamplingParams(max_tokens=13))
     with pytest.raises(ValueError, match="max_tokens was 12 and is 13"):
-        sample_file(source, out, other, no_sampler)
+        sample_file(source, out, other, pytest.fail)
     with source.path.open("a") as handle:
         handle.write('{"prompt": "more"}\n')
     with pytest.raises(ValueError, match="the input has other content"):
-        sample_file(source, out, LONGER, no_sampler)
+        sample_file(source, out, LONGER, pytest.fail)
     assert out.read_bytes() == before
 
 
 def test_a_sampler_that_cannot_be_made_leaves_nothing(source, out, tmp_path):
-    def broken():
-        raise ValueError("no such policy")
-
     with pytest.raises(ValueError, match="no such policy"):
-        sample_file(source, out, LONGER, broken)
+        sample_file(source, out, LONGER, Mock(side_effect=ValueError("no such policy")))
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -328,7 +322,7 @@ def test_an_input_without_lines(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text("\n \n")
     with pytest.raises(ValueError, match=r"in\.jsonl holds no prompt"):
-        sample_file(Source.of_file(path), None, LONGER, no_sampler)
+        sample_file(Source.of_file(path), None, LONGER, pytest.fail)
 
 
 def test_killed_with_9_and_run_again_it_is_the_uninterrupted_run(

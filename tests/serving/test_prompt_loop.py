@@ -13,6 +13,7 @@ from clp.policies.lora import Policy
 from clp.serving.prompt_loop import HELP, prompt_loop
 
 PARAMS = SamplingParams(max_tokens=8, seed=1)
+LONG = SamplingParams(max_tokens=100, seed=1, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -139,36 +140,29 @@ def test_ends(sampler):
 
 
 class Interrupting(io.StringIO):
-    """Ctrl-C while the n-th piece is shown."""
+    """Ctrl-C, once or more, while the n-th piece is shown."""
 
-    def __init__(self, pieces, act):
+    def __init__(self, pieces, times=1):
         super().__init__()
-        self.left, self.act = pieces, act
+        self.left, self.times = pieces, times
 
     def write(self, text):
         self.left -= 1
-        if self.left == 0:
-            self.act()
+        for _ in range(self.times if self.left == 0 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
         return super().write(text)
 
 
 def test_ctrl_c_stops_the_completion_and_the_loop_goes_on(sampler):
-    out = Interrupting(5, lambda: os.kill(os.getpid(), signal.SIGINT))
-    long = SamplingParams(max_tokens=100, seed=1, ignore_eos=True)
     begin, before = sampler.tokens_drawn, signal.getsignal(signal.SIGINT)
-    shown = typed(sampler, "Tom had a red kite.", "/w", params=long, out=out)
+    shown = typed(sampler, "Tom had a red kite.", "/w", params=LONG, out=Interrupting(5))
     assert sampler.tokens_drawn - begin < 20
     assert shown[1].endswith(" [stopped]") and shown[2] == "weights joy=0.5,brief=0.5"
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(sampler):
-    def twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    long = SamplingParams(max_tokens=100, seed=1, ignore_eos=True)
-    shown = typed(sampler, "Tom", "/w", params=long, out=Interrupting(4, twice))
+    shown = typed(sampler, "Tom", "/w", params=LONG, out=Interrupting(4, 2))
     assert shown[1].endswith(" [stopped]") and shown[2].startswith("weights")
 
 

@@ -1,6 +1,7 @@
 """Gradient checkpointing: layers recompute in eval mode, with the bits of the plain gradients."""
 
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,50 +18,33 @@ from clp.training.gradient_checkpointing import checkpointing
 from clp.training.trainer import CLPTrainer
 
 LAYERS = 3
-COMMON = {"vocab_size": 64, "max_position_embeddings": 64}
-WIDE = COMMON | {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+SIZES = {
+    "vocab_size": 64, "max_position_embeddings": 64, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
 }  # fmt: skip
-# Dropouts are set where the architecture has them: they must stay off.
-CONFIGS = {
-    "llama": transformers.LlamaConfig(**WIDE, attention_dropout=0.5),
-    "qwen3": transformers.Qwen3Config(**WIDE, attention_dropout=0.5),
-    "gemma3": transformers.Gemma3TextConfig(**WIDE, attention_dropout=0.5, sliding_window=4),
-    "gpt2": transformers.GPT2Config(
-        vocab_size=64, n_positions=64, n_embd=32, n_layer=LAYERS, n_head=2, attn_pdrop=0.5,
-        resid_pdrop=0.5, embd_pdrop=0.5,
-    ),
-    "gpt_neox": transformers.GPTNeoXConfig(
-        **COMMON, hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS,
-        num_attention_heads=2, attention_dropout=0.5, hidden_dropout=0.5,
-    ),
-    "phi3": transformers.Phi3Config(
-        **WIDE, resid_pdrop=0.5, embd_pdrop=0.5, attention_dropout=0.5, pad_token_id=0,
-    ),
-    "opt": transformers.OPTConfig(
-        **COMMON, hidden_size=32, ffn_dim=64, num_hidden_layers=LAYERS, num_attention_heads=2,
-        dropout=0.5, attention_dropout=0.5, layerdrop=0.5,
-    ),
-    "biogpt": transformers.BioGptConfig(
-        **COMMON, hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS,
-        num_attention_heads=2, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5,
-        activation_dropout=0.5, layerdrop=0.5,
-    ),
-    "mixtral": transformers.MixtralConfig(
-        **WIDE, attention_dropout=0.5, num_local_experts=4, num_experts_per_tok=2,
-        router_jitter_noise=0.5,
-    ),
-    "bloom": transformers.BloomConfig(
-        vocab_size=64, hidden_size=32, n_layer=LAYERS, n_head=2, hidden_dropout=0.5,
-        attention_dropout=0.5,
-    ),
-}  # fmt: skip
+# Dropouts under the names of all architectures: they must stay off.
+DROPOUTS = dict.fromkeys([
+    "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout",
+    "layerdrop", "hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout",
+], 0.5)  # fmt: skip
+MODELS = {
+    "llama": {},
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": 4},
+    "gpt2": {},
+    "gpt_neox": {},
+    "phi3": {"pad_token_id": 0},
+    "opt": {"ffn_dim": 64},
+    "biogpt": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.5},
+    "bloom": {"n_layer": LAYERS, "n_head": 2},
+}
 
 
 def make_policy(name):
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
+    config = transformers.AutoConfig.for_model(name, **SIZES, **DROPOUTS, **MODELS[name])
+    model = transformers.AutoModelForCausalLM.from_config(config)
     model.requires_grad_(False).eval()
     targets = ["q_proj", "v_proj"] if name == "opt" else "all-linear"
     generator = torch.Generator().manual_seed(0)
@@ -105,14 +89,12 @@ def gradients(policy, recompute):
 @pytest.fixture
 def calls(monkeypatch):
     """An entry for each call of PyTorch's checkpoint."""
-    seen, real = [], torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(
-        torch.utils.checkpoint, "checkpoint", lambda *a, **k: seen.append(1) or real(*a, **k)
-    )
-    return seen
+    spy = Mock(wraps=torch.utils.checkpoint.checkpoint)
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", spy)
+    return spy.call_args_list
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_the_plain_ones_to_the_bit_and_less_is_saved(name, calls):
     policy = make_policy(name)
     before = [(set(vars(m)), m.training) for m in policy.model.modules()]

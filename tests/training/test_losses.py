@@ -43,20 +43,14 @@ def test_policy_loss_has_the_gradient_of_the_objective():
     ref = torch.log_softmax(torch.randn(1 + vocab, vocab, dtype=torch.float64), -1)
     reward = torch.rand(vocab, vocab, dtype=torch.float64)
     theta = torch.randn(1 + vocab, vocab, dtype=torch.float64, requires_grad=True)
-
-    def parts():
-        logp = torch.log_softmax(theta, -1)
-        kl = (logp.exp() * (logp - ref)).sum(-1)
-        pairs = [(a, b) for a in range(vocab) for b in range(vocab)]
-        logprob = torch.stack([logp[0, a] + logp[1 + a, b] for a, b in pairs])
-        sequence_kl = torch.stack([kl[0] + kl[1 + a] for a, _ in pairs])
-        return logprob, sequence_kl, reward.flatten()
-
-    logprob, kl, r = parts()
-    exact = (logprob.exp() * ((1 - alpha) * r - alpha * kl)).sum()
-    (wanted,) = torch.autograd.grad(-exact, theta)
-    logprob, kl, r = parts()
-    advantages = ((1 - alpha) * r - alpha * kl).detach()
+    logp = torch.log_softmax(theta, -1)
+    token_kl = (logp.exp() * (logp - ref)).sum(-1)
+    pairs = list(itertools.product(range(vocab), repeat=2))
+    logprob = torch.stack([logp[0, a] + logp[1 + a, b] for a, b in pairs])
+    kl = torch.stack([token_kl[0] + token_kl[1 + a] for a, _ in pairs])
+    returns = (1 - alpha) * reward.flatten() - alpha * kl
+    (wanted,) = torch.autograd.grad(-(logprob.exp() * returns).sum(), theta, retain_graph=True)
+    advantages = returns.detach()
     # policy_loss averages over samples; weighting each by its probability gives the expectation.
     probability = logprob.exp().detach()
     each = zip(probability, logprob[:, None], kl[:, None], advantages[:, None], strict=True)

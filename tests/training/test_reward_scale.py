@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,9 +30,8 @@ def characters(completions, **kwargs):
 
 
 def measured(policy, functions, seed=0):
-    return measure_reward_scale(
-        Sampler(policy), functions, ROWS, PARAMS, seed, untrained_state(), frozenset()
-    )
+    state = untrained_state()
+    return measure_reward_scale(Sampler(policy), functions, ROWS, PARAMS, seed, state, frozenset())
 
 
 def test_it_is_the_standard_deviation_under_the_base_model():
@@ -163,12 +163,8 @@ def test_units_do_not_matter(tmp_path):
 
 
 def test_it_is_measured_with_the_lengths_and_temperature_of_training(tmp_path, monkeypatch):
-    seen = []
-    real = reward_scale.with_seeds
-    monkeypatch.setattr(
-        reward_scale,
-        "with_seeds",
-        lambda params, seeds: (seen.append(params), real(params, seeds))[1],
-    )
+    spy = Mock(wraps=reward_scale.with_seeds)
+    monkeypatch.setattr(reward_scale, "with_seeds", spy)
     run(tmp_path / "r", [brevity], temperature=0.7, max_completion_length=5)
+    seen = [call.args[0] for call in spy.call_args_list]
     assert [(p.max_tokens, p.temperature) for p in seen] == [(5, 0.7)]

@@ -339,9 +339,8 @@ lock.acquire()
 print("locked", flush=True)
 input()
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", script], **pipes)
     assert process.stdout.readline() == "locked\n"
     lock = RunLock(tmp_path)
     with pytest.raises(ValueError, match=f"process {process.pid} on"):

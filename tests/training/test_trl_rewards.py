@@ -3,23 +3,16 @@
 import torch
 from tiny_runs import config, metrics, records
 from transformers import TrainerState
-from trl.rewards import (
-    accuracy_reward,
-    get_cosine_scaled_reward,
-    get_repetition_penalty_reward,
-    get_soft_overlong_punishment,
-    reasoning_accuracy_reward,
-    think_format_reward,
-)
+from trl import rewards as trl
 
 from clp.data import scoring
 from clp.data.scoring import RewardLog
 from clp.training.trainer import CLPTrainer
 
 FUNCTIONS = [
-    think_format_reward, accuracy_reward, reasoning_accuracy_reward,
-    get_soft_overlong_punishment(max_completion_len=8, soft_punish_cache=4),
-    get_repetition_penalty_reward(ngram_size=2), get_cosine_scaled_reward(max_len=10),
+    trl.think_format_reward, trl.accuracy_reward, trl.reasoning_accuracy_reward,
+    trl.get_soft_overlong_punishment(max_completion_len=8, soft_punish_cache=4),
+    trl.get_repetition_penalty_reward(ngram_size=2), trl.get_cosine_scaled_reward(max_len=10),
 ]  # fmt: skip
 PROMPT = [{"role": "user", "content": "What is 1 + 1?"}]
 TEXTS = [
