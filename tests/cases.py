@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clp_kernels import native, testing
+from clp_kernels import mixed_linear, mixed_lora, native, testing
 from clp_kernels.ops.linear_logprob.head import Inputs as HeadInputs
 from clp_kernels.ops.sample import reference as sample_reference
 from clp_kernels.testing import assert_within_budget
@@ -23,6 +23,7 @@ MODES = ("geometric", "probability")
 # x's dtype and that of the adapters.
 LORA_DTYPES = [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F32, F32)]
 Results = dict[str, Tensor]
+Runs = tuple[Results, Results, Results]  # got, in float64, in the inputs' dtypes
 
 # Marks of the tests of compiled kernels, and the instruction sets of this processor.
 CPU_KERNELS = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
@@ -75,6 +76,18 @@ def gradients(
     return {k: t.detach() for k, t in out.items()} | named
 
 
+def three_runs(
+    function: Callable[..., Results],
+    plain: Callable[..., Results],
+    inputs: dict[str, Any],
+    upstream: Results,
+) -> Runs:
+    """A function and all gradients, and the plain form in float64 and in the inputs' dtypes."""
+    got = gradients(function, inputs, upstream)
+    wide, same = (gradients(plain, inputs, upstream, dtype) for dtype in (F64, None))
+    return got, wide, same
+
+
 def assert_graph_replays(
     run: Callable[[dict[str, Any]], tuple[Tensor, ...]], fresh: Callable[[], dict[str, Any]]
 ) -> None:
@@ -94,7 +107,12 @@ def assert_graph_replays(
         assert all(map(same_bits, captured, run(new)))
 
 
-def judge(runs: list[tuple[Results, Results, Results]], what: str = "") -> None:
+def close(a: Tensor, b: Tensor) -> None:
+    """Of numbers in float64."""
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def judge(runs: list[Runs], what: str = "") -> None:
     """Holds every result to the error budget, over all runs (got, reference64, same_dtype).
 
     Together, because plain PyTorch may be right by chance where a result has few numbers.
@@ -308,6 +326,43 @@ def rows_alone_and_together(
         alone = linear_results(backend, part, invariant, needs)
         pairs += [(y[rows], alone[0]), (dx[rows], alone[1]), (d_weights[rows], alone[3])]
     return pairs
+
+
+# mixed_lora and mixed_linear through the public functions.
+
+
+def mixed_tensors(op: str, case: Any, draw: Callable[..., Tensor]) -> Results:
+    """The matrices and the bias of a case; draw(*shape, scale=1, dtype=that of x) makes each."""
+    n_in, n_out, m, r = case.in_features, case.out_features, case.m, case.r
+    if op == "mixed_linear":
+        found = {"expert_weight": draw(m, n_out, n_in, scale=n_in**-0.5)}
+        return found | ({"bias": draw(m, n_out)} if case.bias else {})
+    found = {
+        "base_weight": draw(n_out, n_in, scale=n_in**-0.5),
+        "lora_A": draw(m, r, n_in, scale=n_in**-0.5, dtype=case.lora_dtype),
+        "lora_B": draw(m, n_out, r, scale=r**-0.5, dtype=case.lora_dtype),
+    }
+    return found | ({"bias": draw(n_out)} if case.bias else {})
+
+
+def mixed_runs(
+    op: str, inputs: Results, dy: Tensor, rows: Tensor, scaling: str, **options: Any
+) -> Runs:
+    """By the public op with these options, and by the plain form with the row of each token."""
+    public = {"mixed_lora": mixed_lora, "mixed_linear": mixed_linear}[op]
+    number = 1.75 if op == "mixed_lora" and scaling == "number" else 1.0
+    if number != 1:
+        options["scaling"] = number
+
+    def plain(x, weights, scaling=number, **rest):  # type: ignore[no-untyped-def]
+        flat, weights = x.reshape(-1, x.shape[-1]), (weights * scaling)[rows]
+        if op == "mixed_lora":
+            y, _ = lora_plain(flat, weights=weights, **rest)
+        else:
+            y = linear_plain(flat, weights=weights, **rest)
+        return {"y": y.view(dy.shape)}
+
+    return three_runs(lambda **t: {"y": public(**t, **options)}, plain, inputs, {"y": dy})
 
 
 # mix_logits.
