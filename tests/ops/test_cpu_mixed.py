@@ -19,10 +19,11 @@ from cases import (
     F64,
     ISAS,
     Results,
-    gradients,
+    Runs,
+    cast,
     judge,
-    linear_plain,
-    lora_plain,
+    mixed_runs,
+    mixed_tensors,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -131,11 +132,10 @@ def cases(op: str) -> list[Case]:
     return found
 
 
-def make(case: Case, op: str, draw: int) -> tuple[Results, Tensor | None, Tensor, Tensor]:
-    """Inputs, example_ids, the row of each token, and the upstream gradient of one draw."""
+def run(op: str, case: Case, draw: int = 0) -> tuple[Results, Runs]:
+    """The inputs of one draw, and its results."""
     # torch.manual_seed also queues the seed for devices that are not there, with a formatted stack.
     torch.default_generator.manual_seed(1000 * case.seed + draw)
-    n_in, n_out, m, r = case.in_features, case.out_features, case.m, case.r
 
     def tensor(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
         t = (torch.randn(*shape) * scale).to(dtype)
@@ -151,60 +151,22 @@ def make(case: Case, op: str, draw: int) -> tuple[Results, Tensor | None, Tensor
         # Unsorted, unequal lengths, some examples without a token.
         token_rows = torch.randint(0, case.batch, (case.tokens,))
         ids = token_rows.int() if case.seed % 2 else token_rows
-    weights = weight_rows(case.kind, case.batch, m)
-    inputs = {"x": tensor(*case.leading, n_in), "weights": weights}
-    if op == "mixed_lora":
-        inputs["base_weight"] = tensor(n_out, n_in, scale=n_in**-0.5)
-        inputs["lora_A"] = tensor(m, r, n_in, scale=n_in**-0.5, dtype=case.lora_dtype)
-        inputs["lora_B"] = tensor(m, n_out, r, scale=r**-0.5, dtype=case.lora_dtype)
-        if case.bias:
-            inputs["bias"] = tensor(n_out)
-        if case.scaling == "tensor":
-            inputs["scaling"] = torch.rand(m) + 0.5
-    else:
-        inputs["expert_weight"] = tensor(m, n_out, n_in, scale=n_in**-0.5)
-        if case.bias:
-            inputs["bias"] = tensor(m, n_out)
-    return inputs, ids, token_rows, tensor(*case.leading, n_out)
-
-
-def definition(op: str, case: Case, token_rows: Tensor) -> Callable[..., Results]:
-    """The formula with the weights of each token, in the dtype of its inputs; the low-rank part in
-    the adapters' dtype, as concatenated matrices: the strongest plain form."""
-    number = 1.75 if case.scaling == "number" else 1.0
-
-    def plain(x, weights, scaling=number, **rest):  # type: ignore[no-untyped-def]
-        flat = x.reshape(-1, case.in_features)
-        if op == "mixed_lora":
-            y, _ = lora_plain(flat, weights=(weights * scaling)[token_rows], **rest)
-        else:
-            y = linear_plain(flat, weights=weights[token_rows], **rest)
-        return {"y": y.view(*x.shape[:-1], case.out_features)}
-
-    return plain
-
-
-def public_results(
-    op: str, case: Case, ids: Tensor | None, inputs: Results, dy: Results
-) -> Results:
-    """The output of the public function and the gradient of every input."""
-    extra: dict[str, Any] = {"example_ids": ids, "backend": "cpu"}
-    if op == "mixed_lora" and case.scaling == "number":
-        extra["scaling"] = 1.75
-    public = mixed_lora if op == "mixed_lora" else mixed_linear
-    return gradients(lambda **t: {"y": public(**t, **extra)}, inputs, dy)
+    weights = weight_rows(case.kind, case.batch, case.m)
+    inputs = {"x": tensor(*case.leading, case.in_features), "weights": weights}
+    inputs |= mixed_tensors(op, case, tensor)
+    if op == "mixed_lora" and case.scaling == "tensor":
+        inputs["scaling"] = torch.rand(case.m) + 0.5
+    dy, options = tensor(*case.leading, case.out_features), {"example_ids": ids, "backend": "cpu"}
+    return inputs, mixed_runs(op, inputs, dy, token_rows, case.scaling, **options)
 
 
 def check(op: str, case: Case) -> None:
     runs = []
     for draw in range(case.draws):
-        inputs, ids, token_rows, dy = make(case, op, draw)
-        got = public_results(op, case, ids, inputs, {"y": dy})
-        plain = definition(op, case, token_rows)
-        both = (gradients(plain, inputs, {"y": dy}, dtype) for dtype in (F64, None))
-        runs.append((got, *both))
+        inputs, results = run(op, case, draw)
+        runs.append(results)
         for name, tensor in inputs.items():
-            assert got[f"d_{name}"].dtype == tensor.dtype
+            assert results[0][f"d_{name}"].dtype == tensor.dtype
     judge(runs, f" of {case}")
 
 
@@ -238,32 +200,41 @@ def low_rank_inputs(
     return x, A, B, torch.randn(T, m), y
 
 
-def low_rank(
-    t: torch.dtype, x: Tensor, A: Tensor, B: Tensor, w: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """u and y + z B^T in the dtype t."""
-    u = x.to(t) @ A.to(t).flatten(0, 1).t()
-    z = u * w.to(t).repeat_interleave(A.shape[1], 1)
-    return u, y.to(t) + z @ B.to(t).transpose(0, 1).flatten(1).t()
+def judge_low_rank(
+    u: Tensor, y: Tensor, base: Callable[[torch.dtype], Tensor], inputs: Any, what: str
+) -> None:
+    """u, and y = base(dtype) + z B^T, of the inputs (x, A, B, w)."""
+
+    def plain(t: torch.dtype) -> tuple[Tensor, Tensor]:
+        x, A, B, w = cast(inputs, t)
+        u = x @ A.flatten(0, 1).t()
+        z = u * w.repeat_interleave(A.shape[1], 1)
+        return u, base(t) + z @ B.transpose(0, 1).flatten(1).t()
+
+    (u64, y64), (u32, y32) = plain(F64), plain(F32)
+    assert_within_budget(u, u64, u32, name=f"u of {what}")
+    assert_within_budget(y, y64, y32.to(y.dtype), name=f"y of {what}")
+
+
+each_kernel = pytest.mark.parametrize(
+    "dtype, lora_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)]
+)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype, lora_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)])
+@each_kernel
 def test_low_rank_kernel_on_each_instruction_set(
     isa: str, dtype: torch.dtype, lora_dtype: torch.dtype
 ) -> None:
     for shape in SHAPES:
-        x, A, B, w, y = low_rank_inputs(shape, dtype, lora_dtype)
-
+        *inputs, y = low_rank_inputs(shape, dtype, lora_dtype)
         got = y.clone()
-        u = cpu_mixed_lora.run_native(x, A, B, w, None, got, isa=isa)
-        (u64, y64), (u32, y32) = (low_rank(t, x, A, B, w, y) for t in (F64, F32))
-        assert_within_budget(u, u64, u32, name=f"u of {shape} on {isa}")
-        assert_within_budget(got, y64, y32.to(dtype), name=f"y of {shape} on {isa}")
+        u = cpu_mixed_lora.run_native(*inputs, None, got, isa=isa)
+        judge_low_rank(u, got, y.to, inputs, f"{shape} on {isa}")
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype, lora_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)])
+@each_kernel
 def test_whole_kernel_on_each_instruction_set(
     isa: str, dtype: torch.dtype, lora_dtype: torch.dtype
 ) -> None:
@@ -278,11 +249,10 @@ def test_whole_kernel_on_each_instruction_set(
         u = cpu_mixed_lora.run_native(x, A, B, w, None, y, *base, isa=isa)
         assert int(wide.isnan().sum()) == 9 * T
 
-        (u64, y64), (u32, y32) = (
-            low_rank(t, x, A, B, w, F.linear(x.to(t), W.to(t), c.to(t))) for t in (F64, F32)
+        product = (x, W, c)
+        judge_low_rank(
+            u, y, lambda t, p=product: F.linear(*cast(p, t)), (x, A, B, w), f"{shape} on {isa}"
         )
-        assert_within_budget(u, u64, u32, name=f"u of {shape} on {isa}")
-        assert_within_budget(y, y64, y32.to(dtype), name=f"y of {shape} on {isa}")
         again = torch.full((T, n_out), torch.nan).to(dtype)
         cpu_mixed_lora.run_native(x, None, B, w, None, again, *base, u=u, isa=isa)
         assert torch.equal(again, y)
@@ -461,9 +431,7 @@ def test_the_gradient_of_weights_is_exact_beside_products(
     monkeypatch.setattr(cpu_mixed_linear, "SMALL_WORK", 0)
     case = Case(BF16, BF16, "padded", 64, 172, out_features, 3, 4, "all_different", "contiguous",
                 True, "one", 5)  # fmt: skip
-    inputs, ids, token_rows, dy = make(case, op, 0)
-    got = public_results(op, case, ids, inputs, {"y": dy})["d_weights"]
-    exact = gradients(definition(op, case, token_rows), inputs, {"y": dy}, F64)["d_weights"]
+    got, exact, _ = (results["d_weights"] for results in run(op, case)[1])
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-6 * float(exact.abs().max()))
 
 
