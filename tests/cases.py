@@ -3,6 +3,7 @@
 Imports no hypothesis, so that tests/gpu runs without it.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,6 +56,22 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def case_id(case: tuple[Any, ...]) -> str:
     return "-".join(str(v).removeprefix("torch.").replace(" ", "+") for v in case)
+
+
+def sampled(
+    make: Callable[..., Any],
+    axes: tuple[tuple[Any, ...], ...],
+    count: int,
+    seed: int,
+    allowed: Callable[[Any], bool] = lambda case: True,
+) -> list[Any]:
+    """Different cases, a value of each axis drawn for each; the same in every run."""
+    rng, found = random.Random(seed), list[Any]()
+    while len(found) < count:
+        case = make(*map(rng.choice, axes))
+        if case not in found and allowed(case):
+            found.append(case)
+    return found
 
 
 def gradients(

@@ -5,19 +5,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    INF,
-    NAN,
-    LoraInputs,
-    assert_graph_replays,
-    judge_lora,
-    lora_inputs,
-    not_finite,
-    run_lora,
-)
+from cases import INF, NAN, LoraInputs
 from cases import LORA_DTYPES as DTYPES
 from launches import TRITON_GPU
 from torch import Tensor
@@ -29,11 +21,11 @@ from clp_kernels.testing import WEIGHT_KINDS, noncontiguous
 pytestmark = TRITON_GPU
 
 
-draw, run = partial(lora_inputs, device="cuda"), partial(run_lora, backend)
+draw, run = partial(cases.lora_inputs, device="cuda"), partial(cases.run_lora, backend)
 
 
-def judge(cases: list[LoraInputs], **mode: Any) -> None:
-    judge_lora(cases, [run(inputs, **mode) for inputs in cases])
+def judge(draws: list[LoraInputs], **mode: Any) -> None:
+    cases.judge_lora(draws, [run(inputs, **mode) for inputs in draws])
 
 
 MODES: list[dict[str, Any]] = [{"path": "fused"}, {"path": "split"}, {"invariant": True}]
@@ -103,7 +95,7 @@ def test_zero_rows_are_the_base_product_bit_for_bit(
     if mode.get("path") == "split":
         base = F.linear(inputs.x, inputs.base_weight, inputs.bias)
         assert torch.equal(bare["y"], base)
-    got = run(replace(inputs, **not_finite(inputs, value)), **mode)
+    got = run(replace(inputs, **cases.not_finite(inputs, value)), **mode)
     for name in ("y", "d_x"):
         assert torch.equal(got[name][::2], bare[name][::2]), name
         assert not got[name][1::2].isfinite().all(), name
@@ -149,7 +141,7 @@ def test_graph_replays_with_changed_weights(tokens: int, path: str | None) -> No
         return tuple(run(LoraInputs(**args), path=path).values())
 
     sizes = (4, tokens // 4), 512, 512, 4, 16
-    assert_graph_replays(results, lambda: vars(draw(DTYPES[0], *sizes, next(kinds))))
+    cases.assert_graph_replays(results, lambda: vars(draw(DTYPES[0], *sizes, next(kinds))))
 
 
 def test_no_compile_when_sizes_change_inside_a_bucket() -> None:

@@ -6,31 +6,10 @@ Needs a GPU. Draws are compared with the reference on the CPU.
 from collections.abc import Callable
 from functools import partial
 
+import cases
 import pytest
 import torch
-from cases import (
-    BF16,
-    F16,
-    F32,
-    FINITE_ROWS,
-    GOOD_ROWS,
-    INF,
-    MODES,
-    NAN,
-    Draw,
-    MixtureInputs,
-    assert_close_draws,
-    assert_graph_replays,
-    bad_draws,
-    draw_inputs,
-    draw_on,
-    draw_rows,
-    huge_draws,
-    infinite_draws,
-    judge_mixture,
-    largest_noise_draw,
-    mixture_results,
-)
+from cases import BF16, F16, F32, FINITE_ROWS, GOOD_ROWS, INF, MODES, NAN, Draw, MixtureInputs
 from launches import TRITON_GPU
 
 from clp_kernels.ops.mix_logits import reference as mix_reference
@@ -46,11 +25,11 @@ FILTERS = ("", "top_k", "top_p", "min_p", "top_k top_p", EVERY)
 
 
 def on_gpu(args: Draw) -> Draw:
-    return draw_on(args, "cuda")
+    return cases.draw_on(args, "cuda")
 
 
 def assert_equals_reference(args: Draw) -> None:
-    assert_close_draws(backend.sample(**on_gpu(args)), reference.sample(**args))
+    cases.assert_close_draws(backend.sample(**on_gpu(args)), reference.sample(**args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,21 +38,23 @@ def test_small_equals_reference(dtype: torch.dtype, filters: str) -> None:
     for vocab_size in (1, 2, 7, 31, 64, 513, 1024, 1025, 4099):
         for m in (1, 2, 5):
             for batch in (0, 1, 9):
-                assert_equals_reference(draw_inputs(m, batch, vocab_size, dtype, filters=filters))
+                assert_equals_reference(
+                    cases.draw_inputs(m, batch, vocab_size, dtype, filters=filters)
+                )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("filters", ["", EVERY])
 def test_small_probability(dtype: torch.dtype, filters: str) -> None:
     for vocab_size in (1, 31, 513, 4099):
-        assert_equals_reference(draw_inputs(3, 5, vocab_size, dtype, "probability", filters))
+        assert_equals_reference(cases.draw_inputs(3, 5, vocab_size, dtype, "probability", filters))
 
 
 @pytest.mark.parametrize("vocab_size", [50_257, 151_936, 262_144])
 @pytest.mark.parametrize("filters", FILTERS)
 def test_large_vocabulary(vocab_size: int, filters: str) -> None:
     for dtype in (BF16, F32):
-        assert_equals_reference(draw_inputs(2, 10, vocab_size, dtype, filters=filters))
+        assert_equals_reference(cases.draw_inputs(2, 10, vocab_size, dtype, filters=filters))
 
 
 @pytest.mark.parametrize("vocab_size", [700, 20_011])
@@ -101,15 +82,15 @@ def test_small_kept_sets_are_exactly_the_references(vocab_size: int, ties: bool)
 @pytest.mark.parametrize("scale", [1e4, 1e17, 3e38])
 def test_small_huge_logits(scale: float) -> None:
     for filters in ("", "top_p"):
-        assert_equals_reference(huge_draws(scale, filters=filters))
+        assert_equals_reference(cases.huge_draws(scale, filters=filters))
 
 
 @pytest.mark.parametrize("margin", [1e-3, -1e-3])
 def test_small_largest_noise(margin: float) -> None:
-    assert_equals_reference(largest_noise_draw(margin))
+    assert_equals_reference(cases.largest_noise_draw(margin))
 
 
-@pytest.mark.parametrize("make", [partial(bad_draws, 5000), infinite_draws])
+@pytest.mark.parametrize("make", [partial(cases.bad_draws, 5000), cases.infinite_draws])
 @pytest.mark.parametrize("filters", ["", EVERY])
 def test_small_bad_rows_and_infinities(filters: str, make: Callable[..., Draw]) -> None:
     args = make(filters=filters)
@@ -121,7 +102,7 @@ def test_small_bad_rows_and_infinities(filters: str, make: Callable[..., Draw]) 
 def test_small_mix_is_rounded_like_the_references() -> None:
     """One fused multiply-add would show."""
     for dtype in DTYPES:
-        args = draw_inputs(5, 64, 3000, dtype)
+        args = cases.draw_inputs(5, 64, 3000, dtype)
         logits, weights = args["logits"], args["weights"]
         got = mixing.mixture(logits.cuda(), weights.cuda(), "geometric", F32)
         assert torch.equal(
@@ -134,21 +115,25 @@ def test_small_mix_is_rounded_like_the_references() -> None:
 @pytest.mark.parametrize("filters", ["", EVERY])
 @pytest.mark.parametrize("mode", MODES)
 def test_small_row_bits_are_its_own(filters: str, mode: str) -> None:
-    args = on_gpu(draw_inputs(3, 5, 20_011, filters=filters, mode=mode))
+    args = on_gpu(cases.draw_inputs(3, 5, 20_011, filters=filters, mode=mode))
     together = backend.sample(**args)
     assert all(map(torch.equal, together, backend.sample(**args)))
     padded = torch.full((5, 3, 20_017), NAN, device="cuda")[:, :, 3:20_014].transpose(0, 1)
     padded.copy_(args["logits"])
     assert all(map(torch.equal, together, backend.sample(**{**args, "logits": padded})))
     order = torch.tensor([4, 0, 3], device="cuda")
-    for alone, all_rows in zip(backend.sample(**draw_rows(args, order)), together, strict=True):
+    for alone, all_rows in zip(
+        backend.sample(**cases.draw_rows(args, order)), together, strict=True
+    ):
         assert torch.equal(alone, all_rows[order])
 
 
 @pytest.mark.parametrize("filters", ["", EVERY])
 def test_cuda_graph_replay(filters: str) -> None:
     sizes = (4, 8, 32_000, BF16, "geometric", filters)
-    assert_graph_replays(lambda args: backend.sample(**args), lambda: on_gpu(draw_inputs(*sizes)))
+    cases.assert_graph_replays(
+        lambda args: backend.sample(**args), lambda: on_gpu(cases.draw_inputs(*sizes))
+    )
 
 
 @pytest.mark.parametrize("filters", ["", "top_k", "top_p", "min_p"])
@@ -164,7 +149,7 @@ def test_distribution_of_a_million_draws(filters: str) -> None:
         kept = reference.top_p_mask(logp, given["top_p"])
     elif filters == "min_p":
         kept = logp >= logp.amax() + given["min_p"].double().log()
-    args = on_gpu(draw_inputs(1, 1, 12))
+    args = on_gpu(cases.draw_inputs(1, 1, 12))
     args["logits"] = logits.cuda().expand(1, draws, 12)
     args["temperature"] = torch.ones(draws, device="cuda")
     args["seed"] = torch.arange(draws, device="cuda")
@@ -186,10 +171,10 @@ def test_more_than_two_to_the_31_logits() -> None:
         pytest.skip("needs 24 GB of GPU memory")
     logits = torch.randn(1, batch, vocab_size, device="cuda", dtype=BF16)
     for filters in ("", "top_p"):
-        args = on_gpu(draw_inputs(1, batch, 1, filters=filters))
+        args = on_gpu(cases.draw_inputs(1, batch, 1, filters=filters))
         args["logits"] = logits
         got = backend.sample(**args)
-        tail = draw_on(draw_rows(args, slice(-4, None)), "cpu")
+        tail = cases.draw_on(cases.draw_rows(args, slice(-4, None)), "cpu")
         assert torch.equal(got[0][-4:].cpu(), reference.sample(**tail)[0])
 
 
@@ -197,16 +182,16 @@ def test_more_than_two_to_the_31_logits() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_small_mix_logits_within_budget(dtype: torch.dtype, mode: str) -> None:
     for m, batch, vocab_size in ((1, 3, 7), (2, 1, 1025), (5, 4, 4099), (3, 2, 151_936)):
-        args = draw_inputs(m, batch, vocab_size, dtype, mode=mode)
+        args = cases.draw_inputs(m, batch, vocab_size, dtype, mode=mode)
         logits, weights = args["logits"].cuda(), torch.rand(batch, m, device="cuda")
         if mode == "geometric":
             weights = weights - 0.5
         logits[:, :, 0] = -INF
         dz = torch.randn(batch, vocab_size, device="cuda").to(dtype)
         args = MixtureInputs(dz, logits, weights)
-        got, _ = judge_mixture(mixing, mix_reference, args, mode)
-        again = mixture_results(mixing, args, mode)
+        got, _ = cases.judge_mixture(mixing, mix_reference, args, mode)
+        again = cases.mixture_results(mixing, args, mode)
         assert all(map(torch.equal, got, again))
-        alone = mixture_results(mixing, args.rows([-1]), mode)
+        alone = cases.mixture_results(mixing, args.rows([-1]), mode)
         assert torch.equal(alone[1], got[1][:, -1:])
         assert torch.equal(alone[2], got[2][-1:])

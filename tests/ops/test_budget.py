@@ -10,22 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    MODES,
-    Runs,
-    judge,
-    linear_plain,
-    mixed_runs,
-    mixed_tensors,
-    three_runs,
-)
+from cases import BF16, F16, F32, F64, MODES, Runs
 from torch import Tensor
 
 from clp_kernels import linear_logprob, mix_logits, sample
@@ -112,24 +101,24 @@ def grid(op: str, count: int) -> list[Any]:
         "extras": (False, True),
     }
     rng = random.Random(op)
-    cases: list[Any] = []
-    while len(cases) < count:
+    found: list[Any] = []
+    while len(found) < count:
         case = Case(op, **{name: rng.choice(values) for name, values in axes.items()})
         if case.layout == "flat" and case.batch == 0 < case.tokens:
             continue
-        cases.append(pytest.param(case, id=f"{len(cases)}-{case}"))
-    return cases
+        found.append(pytest.param(case, id=f"{len(found)}-{case}"))
+    return found
 
 
 def mixed_case(case: Case) -> Runs:
     """Of mixed_lora or mixed_linear."""
     weights, ids, token_rows = case.rows_and_ids()
     inputs = {"x": case.draw(*case.leading, case.in_features, dim=0), "weights": weights}
-    inputs |= mixed_tensors(case.op, case, case.draw)
+    inputs |= cases.mixed_tensors(case.op, case, case.draw)
     if case.op == "mixed_lora" and case.scaling == "tensor":
         inputs["scaling"] = case.strided(torch.rand(case.m) + 0.5)
     dy = case.draw(*case.leading, case.out_features)
-    return mixed_runs(case.op, inputs, dy, token_rows, case.scaling, example_ids=ids)
+    return cases.mixed_runs(case.op, inputs, dy, token_rows, case.scaling, example_ids=ids)
 
 
 def logits_of(case: Case) -> Tensor:
@@ -151,7 +140,7 @@ def mix_logits_case(case: Case) -> Runs:
     def plain(logits: Tensor, weights: Tensor) -> dict[str, Tensor]:
         return {"z": plain_mixture(logits, weights, case.mode)}
 
-    return three_runs(public, plain, inputs, dz)
+    return cases.three_runs(public, plain, inputs, dz)
 
 
 def plain_mixture(logits: Tensor, weights: Tensor, mode: str) -> Tensor:
@@ -192,7 +181,7 @@ def linear_logprob_case(case: Case) -> Runs:
             if weights is None:
                 z = F.linear(rows, head_weight, bias)
             else:
-                z = linear_plain(rows, head_weight, weights[token_rows], bias)
+                z = cases.linear_plain(rows, head_weight, weights[token_rows], bias)
             tau = torch.as_tensor(temperature).expand(case.leading).reshape(-1, 1)
             return (z / tau.to(z.dtype)).log_softmax(-1)
 
@@ -204,7 +193,7 @@ def linear_logprob_case(case: Case) -> Runs:
             columns["kl"] = (p * (logp - log_softmax(ref_hidden))).sum(-1)
         return {k: (v * used).view(case.leading) for k, v in columns.items()}
 
-    return three_runs(public, plain, inputs, upstream)
+    return cases.three_runs(public, plain, inputs, upstream)
 
 
 def sample_case(case: Case) -> Runs:
@@ -247,4 +236,4 @@ CASES: dict[str, tuple[Callable[[Case], Runs], int]] = {
 @pytest.mark.parametrize("case", [c for op, (_, count) in CASES.items() for c in grid(op, count)])
 def test_budget(case: Case) -> None:
     make, _ = CASES[case.op]
-    judge([make(case) for _ in range(case.draws)])
+    cases.judge([make(case) for _ in range(case.draws)])

@@ -8,23 +8,11 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    BF16,
-    CPU_KERNELS,
-    F16,
-    F32,
-    F64,
-    ISAS,
-    Results,
-    Runs,
-    cast,
-    judge,
-    mixed_runs,
-    mixed_tensors,
-)
+from cases import BF16, CPU_KERNELS, F16, F32, F64, ISAS, Results, Runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -95,7 +83,7 @@ class Case:
 
 
 @cache
-def cases(op: str) -> list[Case]:
+def sampled(op: str) -> list[Case]:
     """CASES cases sampled from the product of all axes; 1 in 100 may be large."""
     rng = random.Random(op)
     sizes = (1, 8, 64, 172, 896, 2049, 4096)
@@ -153,11 +141,11 @@ def run(op: str, case: Case, draw: int = 0) -> tuple[Results, Runs]:
         ids = token_rows.int() if case.seed % 2 else token_rows
     weights = weight_rows(case.kind, case.batch, case.m)
     inputs = {"x": tensor(*case.leading, case.in_features), "weights": weights}
-    inputs |= mixed_tensors(op, case, tensor)
+    inputs |= cases.mixed_tensors(op, case, tensor)
     if op == "mixed_lora" and case.scaling == "tensor":
         inputs["scaling"] = torch.rand(case.m) + 0.5
     dy, options = tensor(*case.leading, case.out_features), {"example_ids": ids, "backend": "cpu"}
-    return inputs, mixed_runs(op, inputs, dy, token_rows, case.scaling, **options)
+    return inputs, cases.mixed_runs(op, inputs, dy, token_rows, case.scaling, **options)
 
 
 def check(op: str, case: Case) -> None:
@@ -167,14 +155,14 @@ def check(op: str, case: Case) -> None:
         runs.append(results)
         for name, tensor in inputs.items():
             assert results[0][f"d_{name}"].dtype == tensor.dtype
-    judge(runs, f" of {case}")
+    cases.judge(runs, f" of {case}")
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("chunk", range(CASES // CHUNK))
 @pytest.mark.parametrize("op", OPS)
 def test_budget(op: str, chunk: int) -> None:
-    for case in cases(op)[chunk * CHUNK : (chunk + 1) * CHUNK]:
+    for case in sampled(op)[chunk * CHUNK : (chunk + 1) * CHUNK]:
         check(op, case)
 
 
@@ -206,7 +194,7 @@ def judge_low_rank(
     """u, and y = base(dtype) + z B^T, of the inputs (x, A, B, w)."""
 
     def plain(t: torch.dtype) -> tuple[Tensor, Tensor]:
-        x, A, B, w = cast(inputs, t)
+        x, A, B, w = cases.cast(inputs, t)
         u = x @ A.flatten(0, 1).t()
         z = u * w.repeat_interleave(A.shape[1], 1)
         return u, base(t) + z @ B.transpose(0, 1).flatten(1).t()
@@ -214,6 +202,10 @@ def judge_low_rank(
     (u64, y64), (u32, y32) = plain(F64), plain(F32)
     assert_within_budget(u, u64, u32, name=f"u of {what}")
     assert_within_budget(y, y64, y32.to(y.dtype), name=f"y of {what}")
+
+
+def product(inputs: Any, dtype: torch.dtype) -> Tensor:
+    return F.linear(*cases.cast(inputs, dtype))
 
 
 each_kernel = pytest.mark.parametrize(
@@ -249,10 +241,7 @@ def test_whole_kernel_on_each_instruction_set(
         u = cpu_mixed_lora.run_native(x, A, B, w, None, y, *base, isa=isa)
         assert int(wide.isnan().sum()) == 9 * T
 
-        product = (x, W, c)
-        judge_low_rank(
-            u, y, lambda t, p=product: F.linear(*cast(p, t)), (x, A, B, w), f"{shape} on {isa}"
-        )
+        judge_low_rank(u, y, partial(product, (x, W, c)), (x, A, B, w), f"{shape} on {isa}")
         again = torch.full((T, n_out), torch.nan).to(dtype)
         cpu_mixed_lora.run_native(x, None, B, w, None, again, *base, u=u, isa=isa)
         assert torch.equal(again, y)
@@ -395,7 +384,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_path(op: str, path: str) -> None:
-    wanted = [c for c in cases(op) if 17 <= c.tokens <= 129 and c.dtype != F16]
+    wanted = [c for c in sampled(op) if 17 <= c.tokens <= 129 and c.dtype != F16]
     for case in wanted[:30]:
         check(op, case)
 

@@ -4,9 +4,9 @@ It shows indexing, masks and the order of sums, not what a GPU does with them.
 """
 
 import itertools
-import random
 from typing import Any, NamedTuple
 
+import cases
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, HEAD_NAMES, INF, NAN, case_id, cast, head_plain
@@ -99,8 +99,7 @@ def check(*draws: Inputs) -> None:
 
 
 def sampled(count: int) -> list[Case]:
-    rng = random.Random(13)
-    axes: tuple[tuple[Any, ...], ...] = (
+    axes = (
         (F32, F16),
         (3, 4, 9),
         (31, 64, 127, 128, 129, 400, 600),
@@ -108,12 +107,7 @@ def sampled(count: int) -> list[Case]:
         ("none", "random", "rising", "masked"),
         (False, True),
     )
-    cases: list[Case] = []
-    while len(cases) < count:
-        case = Case(*(rng.choice(axis) for axis in axes))
-        if case not in cases:
-            cases.append(case)
-    return cases
+    return cases.sampled(Case, axes, count, 13)
 
 
 def test_sample_covers_every_value() -> None:

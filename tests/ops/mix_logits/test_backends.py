@@ -4,21 +4,10 @@ import importlib
 import itertools
 from typing import Any
 
+import cases
 import pytest
 import torch
-from cases import (
-    CPU_KERNELS,
-    F64,
-    INF,
-    ISAS,
-    MODES,
-    NAN,
-    MixtureInputs,
-    cast,
-    mixture_inputs,
-    mixture_results,
-    same_bits,
-)
+from cases import CPU_KERNELS, F64, INF, ISAS, MODES, NAN, MixtureInputs
 
 from clp_kernels.ops.mix_logits import cpu, reference
 
@@ -48,8 +37,8 @@ def test_probabilities_below_the_smallest_float(way: tuple[Any, ...]) -> None:
         *(MixtureInputs(torch.rand(4, 333), logits, rows) for logits in spread),
         MixtureInputs(torch.ones(1, 3), far, rows[:1, :2]),
     ):
-        z, d_logits, d_weights = mixture_results(backend, args, "probability", *isa)
-        wide = mixture_results(reference, cast(args, F64), "probability")
+        z, d_logits, d_weights = cases.mixture_results(backend, args, "probability", *isa)
+        wide = cases.mixture_results(reference, cases.cast(args, F64), "probability")
         torch.testing.assert_close(z.double(), wide[0], rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(d_logits.double(), wide[1], rtol=1e-4, atol=2e-6)
         # Of a term without weight the sum may leave float32, as the reference's does.
@@ -59,17 +48,17 @@ def test_probabilities_below_the_smallest_float(way: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_nan_stays_in_its_row(mode: str, way: tuple[Any, ...]) -> None:
     backend, *isa = way
-    args = mixture_inputs(3, 4, 5000)
-    clean = mixture_results(backend, args, mode, *isa)
+    args = cases.mixture_inputs(3, 4, 5000)
+    clean = cases.mixture_results(backend, args, mode, *isa)
     args.logits[1, 2, 4321] = NAN
     args.dz[1, 3] = NAN
-    z, d_logits, d_weights = mixture_results(backend, args, mode, *isa)
+    z, d_logits, d_weights = cases.mixture_results(backend, args, mode, *isa)
     others = [0, 3]
     assert torch.equal(z[others], clean[0][others])
     assert torch.equal(d_logits[:, others], clean[1][:, others])
     assert torch.equal(d_weights[others], clean[2][others])
     assert z[2].isnan().sum() == (1 if mode == "geometric" else 5000)
-    wanted = mixture_results(reference, args, mode)
+    wanted = cases.mixture_results(reference, args, mode)
     for got, want in zip((z, d_logits, d_weights), wanted, strict=True):
         assert torch.equal(got.isnan(), want.isnan())
     assert d_weights[1].isnan().all()
@@ -109,7 +98,7 @@ def test_infinities_and_nan_are_where_the_reference_has_them(
     z, want = backend.mix_logits(*args[1:], mode, *isa), reference.mix_logits(*args[1:], mode)
     close = torch.testing.assert_close
     if mode == "geometric":
-        assert same_bits(*(torch.where(t.isnan(), NAN, t) for t in (z, want)))
+        assert cases.same_bits(*(torch.where(t.isnan(), NAN, t) for t in (z, want)))
     close(z, want, rtol=1e-6, atol=2e-6, equal_nan=True)
     # Where z is -inf, dz may be anything.
     args = args._replace(dz=torch.where(want == -INF, NAN, args.dz))

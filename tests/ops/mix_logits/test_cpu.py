@@ -9,20 +9,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import (
-    BF16,
-    CPU_KERNELS,
-    F16,
-    F32,
-    INF,
-    ISAS,
-    MODES,
-    NAN,
-    MixtureInputs,
-    judge_mixture,
-    mixture_inputs,
-    mixture_results,
-)
+from cases import BF16, CPU_KERNELS, F16, F32, INF, ISAS, MODES, NAN, MixtureInputs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -39,12 +26,15 @@ BOTH = [True, True]
 KINDS = [isa for isa in ISAS if isa != "avx512_bf16"]
 
 
-outputs, expected = partial(mixture_results, backend), partial(mixture_results, reference)
+outputs, expected = (
+    partial(cases.mixture_results, backend),
+    partial(cases.mixture_results, reference),
+)
 
 
 def check(args: MixtureInputs, mode: str, isa: str = "") -> None:
     """Every output within its budget of float64."""
-    got, same = judge_mixture(backend, reference, args, mode, isa)
+    got, same = cases.judge_mixture(backend, reference, args, mode, isa)
     if mode == "geometric":
         assert torch.equal(got[0], same[0])
         assert torch.equal(got[1], same[1])
@@ -72,7 +62,7 @@ def test_within_budget(mode: str, dtype: torch.dtype, isa: str) -> None:
     for m, batch, vocab_size in sizes:
         masked = next(kinds) in ("uniform", "negative") and vocab_size > 1
         check(
-            mixture_inputs(
+            cases.mixture_inputs(
                 m, batch, vocab_size, dtype, next(kinds),
                 mode=mode, masked=masked, strides=next(strides),
             ),
@@ -92,7 +82,7 @@ def test_within_budget(mode: str, dtype: torch.dtype, isa: str) -> None:
 def test_any_shape_and_scale(
     mode: str, dtype: torch.dtype, m: int, batch: int, vocab_size: int, kind: str, scale: float
 ) -> None:
-    check(mixture_inputs(m, batch, vocab_size, dtype, kind, mode=mode, scale=scale), mode)
+    check(cases.mixture_inputs(m, batch, vocab_size, dtype, kind, mode=mode, scale=scale), mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -106,7 +96,7 @@ def test_large_offsets_and_extreme_weights(mode: str) -> None:
         (0.0, [3e4, 1e-20, 7.0]),
         (1e4, [1e-38, 1.0, 1e-38]),
     ):
-        args = mixture_inputs(3, 2, 5000, kind="uniform")
+        args = cases.mixture_inputs(3, 2, 5000, kind="uniform")
         args.logits.add_(torch.tensor([offset, offset / 2, 0.0])[:, None, None])
         check(args._replace(weights=torch.tensor([weights, weights[::-1]])), mode)
 
@@ -117,7 +107,7 @@ def test_the_same_bits_on_every_instruction_set_and_number_of_threads(
 ) -> None:
     torch.manual_seed(7)
     for dtype, batch, vocab_size in ((F32, 5, 20_011), (BF16, 1, 151_936), (F16, 3, 9000)):
-        args = mixture_inputs(
+        args = cases.mixture_inputs(
             3, batch, vocab_size, dtype, "dirichlet", mode="probability", masked=True
         )
         torch.set_num_threads(1)
@@ -130,7 +120,7 @@ def test_the_same_bits_on_every_instruction_set_and_number_of_threads(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("vocab_size", [1, 40, 4100, 70_000])
 def test_a_row_has_the_same_bits_in_any_batch(mode: str, vocab_size: int, threads: int) -> None:
-    args = mixture_inputs(3, 7, vocab_size)
+    args = cases.mixture_inputs(3, 7, vocab_size)
     z, d_logits, d_weights = outputs(args, mode)
     for rows in ([3], [6, 0, 6], [5, 4, 3, 2, 1, 0]):
         alone = outputs(args.rows(rows), mode)
@@ -141,13 +131,13 @@ def test_a_row_has_the_same_bits_in_any_batch(mode: str, vocab_size: int, thread
 
 def test_the_longest_row() -> None:
     for mode in MODES:
-        check(mixture_inputs(2, 1, 262_144), mode)
+        check(cases.mixture_inputs(2, 1, 262_144), mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("weight", [INF, -INF, NAN, -1.0])
 def test_weights_that_the_op_refuses_end_as_in_the_reference(mode: str, weight: float) -> None:
-    args = mixture_inputs(2, 1, 50)
+    args = cases.mixture_inputs(2, 1, 50)
     args.weights[0, 1] = weight
     for got, want in zip(outputs(args, mode), expected(args, mode), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -156,7 +146,7 @@ def test_weights_that_the_op_refuses_end_as_in_the_reference(mode: str, weight: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_not_asked_for_are_empty(mode: str, dtype: torch.dtype) -> None:
-    args = mixture_inputs(3, 2, 5000, dtype, masked=True)
+    args = cases.mixture_inputs(3, 2, 5000, dtype, masked=True)
     full = backend.mix_logits_backward(*args, mode, BOTH)
     for needs in itertools.product((False, True), repeat=2):
         grads = backend.mix_logits_backward(*args, mode, list(needs))
@@ -169,7 +159,7 @@ def test_gradients_not_asked_for_are_empty(mode: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("mode", MODES)
 def test_more_terms_than_threads_or_slices(mode: str, threads: int) -> None:
-    check(mixture_inputs(67, 2, 100), mode)
+    check(cases.mixture_inputs(67, 2, 100), mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -184,7 +174,7 @@ def test_auto_uses_it(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
         spied = registry.Backend("cpu", spy, entry.why_not)
         monkeypatch.setitem(registry.BACKENDS, op, (spied, *registry.BACKENDS[op][1:]))
-    args = mixture_inputs(2, 3, 40)
+    args = cases.mixture_inputs(2, 3, 40)
     logits, weights = args.logits.requires_grad_(), args.weights.requires_grad_()
     mix_logits(logits, weights, mode=mode).backward(args.dz)
     assert called == ["mix_logits", "mix_logits_backward"]

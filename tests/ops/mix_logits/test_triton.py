@@ -4,24 +4,13 @@ It shows indexing, masks and the order of sums, not what a GPU does with them.
 """
 
 import itertools
-import random
 from functools import partial
 from typing import Any, NamedTuple
 
+import cases
 import pytest
 import torch
-from cases import (
-    BF16,
-    F16,
-    F32,
-    MODES,
-    MixtureInputs,
-    case_id,
-    cast,
-    judge_mixture,
-    mixture_inputs,
-    mixture_results,
-)
+from cases import BF16, F16, F32, MODES, MixtureInputs
 from launches import INTERPRETER, Recorder, Witness, listed_keys, replace_kernels
 
 from clp_kernels import testing
@@ -51,12 +40,11 @@ def inputs(case: Case) -> MixtureInputs:
     dtype, mode, m, batch, vocab_size, kind, masked, strides = case
     g = torch.Generator().manual_seed(hash(case[2:5]) % 2**31)
     options = {"mode": mode, "masked": masked, "strides": strides, "generator": g}
-    return mixture_inputs(m, batch, vocab_size, dtype, kind, **options)
+    return cases.mixture_inputs(m, batch, vocab_size, dtype, kind, **options)
 
 
 def sampled(count: int) -> list[Case]:
-    rng = random.Random(5)
-    axes: tuple[tuple[Any, ...], ...] = (
+    axes = (
         EXACT,
         MODES,
         (1, 2, 3, 5),
@@ -66,12 +54,7 @@ def sampled(count: int) -> list[Case]:
         (False, True),
         ("dense", "gaps", "expanded", "sliced"),
     )
-    cases: list[Case] = []
-    while len(cases) < count:
-        case = Case(*(rng.choice(axis) for axis in axes))
-        if case not in cases and case.m * case.batch * case.vocab_size <= 10_000:
-            cases.append(case)
-    return cases
+    return cases.sampled(Case, axes, count, 5, lambda c: c.m * c.batch * c.vocab_size <= 10_000)
 
 
 def test_sample_covers_every_value() -> None:
@@ -79,9 +62,9 @@ def test_sample_covers_every_value() -> None:
     assert [len(set(column)) for column in columns] == [2, 2, 4, 3, 7, 7, 2, 4]
 
 
-@pytest.mark.parametrize("case", sampled(50), ids=case_id)
+@pytest.mark.parametrize("case", sampled(50), ids=cases.case_id)
 def test_within_budget(case: Case) -> None:
-    got, plain = judge_mixture(backend, reference, inputs(case), case.mode)
+    got, plain = cases.judge_mixture(backend, reference, inputs(case), case.mode)
     if case.mode == "geometric":
         assert torch.equal(got[0], plain[0])
 
@@ -96,7 +79,7 @@ def test_bfloat16_before_and_after_the_last_rounding(mode: str) -> None:
     assert rounded.dtype == BF16
     torch.testing.assert_close(rounded.float(), want, rtol=2**-7, atol=0)
     grads = backend.mix_logits_backward(*args, mode, BOTH)
-    wanted = reference.mix_logits_backward(*cast(args, F32), mode, BOTH)
+    wanted = reference.mix_logits_backward(*cases.cast(args, F32), mode, BOTH)
     torch.testing.assert_close(grads[0].float(), wanted[0], rtol=2**-7, atol=1e-6)
     torch.testing.assert_close(grads[1], wanted[1], rtol=1e-5, atol=1e-4)
 
@@ -116,7 +99,7 @@ def small(mode: str = "geometric", vocab_size: int = 1100) -> MixtureInputs:
     return inputs(case)
 
 
-outputs = partial(mixture_results, backend)
+outputs = partial(cases.mixture_results, backend)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,24 +6,13 @@ what a GPU does with them.
 """
 
 import itertools
-import random
 from typing import Any, NamedTuple
 
+import cases
 import numpy as np
 import pytest
 import torch
-from cases import (
-    BF16,
-    F16,
-    F32,
-    NAN,
-    LinearInputs,
-    case_id,
-    check_unused_experts,
-    judge_linear,
-    linear_results,
-    rows_alone_and_together,
-)
+from cases import BF16, F16, F32, NAN, LinearInputs
 from launches import INTERPRETER, Recorder, Witness, listed_keys, replace_kernels
 from torch import Tensor
 
@@ -95,8 +84,7 @@ def cost(case: Case) -> int:
 
 
 def sampled(count: int) -> list[Case]:
-    rng = random.Random(3)
-    axes: tuple[tuple[Any, ...], ...] = (
+    axes = (
         DTYPES,
         ("rows", "padded", "flat"),
         (0, 1, 2, 7, 17, 64, 129),
@@ -108,12 +96,7 @@ def sampled(count: int) -> list[Case]:
         (True, False),
         (True, False, False, False),
     )
-    cases: list[Case] = []
-    while len(cases) < count:
-        case = Case(*(rng.choice(axis) for axis in axes))
-        if cost(case) <= 36 and case not in cases:
-            cases.append(case)
-    return cases
+    return cases.sampled(Case, axes, count, 3, lambda case: cost(case) <= 36)
 
 
 LARGE = [
@@ -131,9 +114,9 @@ def test_sample_covers_every_value() -> None:
     assert [len(set(column)) for column in columns] == [2, 3, 7, 5, 5, 5, 7, 4, 2, 2]
 
 
-@pytest.mark.parametrize("case", [*sampled(120), *LARGE], ids=case_id)
+@pytest.mark.parametrize("case", [*sampled(120), *LARGE], ids=cases.case_id)
 def test_within_budget(case: Case) -> None:
-    judge_linear(backend, reference, inputs(case), case.invariant)
+    cases.judge_linear(backend, reference, inputs(case), case.invariant)
 
 
 def small(dtype: torch.dtype = F32, layout: str = "flat", tokens: int = 40) -> LinearInputs:
@@ -142,7 +125,7 @@ def small(dtype: torch.dtype = F32, layout: str = "flat", tokens: int = 40) -> L
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unused_experts_may_hold_anything(dtype: torch.dtype) -> None:
-    check_unused_experts(backend, small(dtype, "rows", 5))
+    cases.check_unused_experts(backend, small(dtype, "rows", 5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -169,7 +152,7 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     tokens = 520 if dtype == F16 else 130
     args = inputs(Case(dtype, "flat", tokens, 16, 8, 1, "negative", "dense", True, False))
     assert backend.plan(tokens, 16, 8, 1, dtype, (8, 0), False).token_splits > 1
-    for first, second in zip(*(linear_results(backend, args) for _ in range(2)), strict=True):
+    for first, second in zip(*(cases.linear_results(backend, args) for _ in range(2)), strict=True):
         assert torch.equal(first, second)
 
 
@@ -189,7 +172,7 @@ def test_the_mode_gives_a_row_the_same_bits_in_any_batch_and_is_needed(
     # test do not choose. tests/gpu compares the same rows on the hardware's own product.
     monkeypatch.setattr(np, "matmul", matmul_by_column)
     args = inputs(Case(F32, "rows", 260, 300, 8, 1, "negative", "dense", True, invariant))
-    pairs = rows_alone_and_together(backend, args, [(0, 1), (259, 260), (3, 20)], invariant)
+    pairs = cases.rows_alone_and_together(backend, args, [(0, 1), (259, 260), (3, 20)], invariant)
     assert all(torch.equal(a, b) for a, b in pairs) == invariant
 
 
@@ -203,7 +186,7 @@ def test_nan_stays_in_its_example(broken: str, layout: str) -> None:
     needs = [True, False, True, False]
 
     def outputs(args: LinearInputs) -> tuple[Tensor, Tensor, Tensor]:
-        y, dx, _, d_weights, _ = linear_results(backend, args, needs=needs)
+        y, dx, _, d_weights, _ = cases.linear_results(backend, args, needs=needs)
         return y.reshape(42, -1), dx.reshape(42, -1), d_weights
 
     clean = outputs(args)
@@ -330,7 +313,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
     args = LinearInputs(dy, x, expert, torch.randn(2, 2), None, None)
     dense = LinearInputs(*(t if t is None else t.contiguous() for t in args))
     needs = [True, True, True, False]
-    both = (linear_results(backend, one, needs=needs) for one in (args, dense))
+    both = (cases.linear_results(backend, one, needs=needs) for one in (args, dense))
     assert all(map(torch.equal, *both))
 
 

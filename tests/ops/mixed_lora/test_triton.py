@@ -10,23 +10,11 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    INF,
-    NAN,
-    LoraInputs,
-    judge_lora,
-    lora_inputs,
-    lora_results,
-    not_finite,
-    run_lora,
-)
+from cases import BF16, F16, F32, F64, INF, NAN, LoraInputs
 from torch import Tensor
 
 from clp_kernels.testing import WEIGHT_KINDS, expanded, noncontiguous
@@ -83,20 +71,20 @@ def draw(case: Case) -> LoraInputs:
         return expanded(t) if case.strides == "expanded" and expandable else t
 
     leading = (case.batch, case.tokens) if case.layout == "padded" else (case.tokens,)
-    return lora_inputs(
+    return cases.lora_inputs(
         (case.dtype, case.lora_dtype), leading, case.in_features, case.out_features, case.m, case.r,
         case.kind, case.batch if case.layout == "flat" else None, bias=case.bias,
         ids_dtype=torch.int32 if case.m % 2 else torch.int64, strided=strided,
     )  # fmt: skip
 
 
-run = partial(run_lora, backend)
+run = partial(cases.run_lora, backend)
 
 
 def sampled(count: int) -> list[Any]:
     """Every axis sampled; few cases of the largest sizes, a program takes milliseconds here."""
     rng = random.Random(0)
-    cases = []
+    found = []
     for i in range(count):
         dtype = rng.choice((F32, F16))
         mode = ("fused", "split", "invariant", "fused")[i % 4]
@@ -128,8 +116,8 @@ def sampled(count: int) -> list[Any]:
             invariant=mode == "invariant",
             path=None if mode == "invariant" else mode,
         )
-        cases.append(pytest.param(case, id=f"{i}-{case}"))
-    return cases
+        found.append(pytest.param(case, id=f"{i}-{case}"))
+    return found
 
 
 @interpreted
@@ -138,7 +126,7 @@ def test_sampled_case_within_budget(case: Case, one_thread: None) -> None:
     # A result of few distinct numbers is not judged by one of them: plain PyTorch can be lucky.
     few = case.tokens and (case.tokens <= 2 or case.strides == "expanded")
     draws = [draw(case) for _ in range(2 if few else 1)]
-    judge_lora(draws, [run(inputs, case.invariant, case.path) for inputs in draws])
+    cases.judge_lora(draws, [run(inputs, case.invariant, case.path) for inputs in draws])
 
 
 @interpreted
@@ -168,7 +156,7 @@ def test_zero_rows_are_the_base_product_bit_for_bit(
     if mode == "split":
         assert torch.equal(bare["y"], F.linear(inputs.x, inputs.base_weight, inputs.bias))
         assert torch.equal(bare["d_x"], F.linear(inputs.dy, inputs.base_weight.t()))
-    got = run(replace(inputs, **not_finite(inputs, value)), mode == "invariant", path)
+    got = run(replace(inputs, **cases.not_finite(inputs, value)), mode == "invariant", path)
     for name in ("y", "d_x"):
         assert torch.equal(got[name][::2], bare[name][::2]), name
         assert not got[name][1::2].isfinite().all(), name
@@ -196,7 +184,7 @@ def test_infinity_in_used_adapters_stands_where_the_definition_has_it(
         changed = getattr(inputs, name).clone()
         changed[0, 2, 3] = INF
         case = replace(inputs, **{name: changed})
-        exact = lora_results(case, F64)
+        exact = cases.lora_results(case, F64)
         got = run(case, path=path)
         for key in ("y", "u", "d_x"):
             finite = exact[key].isfinite()
@@ -238,7 +226,7 @@ def test_gradients_of_split_tokens_add_up(
     inputs = draw(Case(dtype=F16, lora_dtype=F32, layout="flat", tokens=150, batch=3))
     monkeypatch.setattr(backend, "_TOKENS_PER_PLANE", 40)
     assert backend.gradient_splits(150, 64, 64, 16) == 3
-    judge_lora([inputs], [run(inputs)])
+    cases.judge_lora([inputs], [run(inputs)])
 
 
 @pytest.fixture

@@ -3,30 +3,11 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
-from cases import (
-    BF16,
-    CPU_KERNELS,
-    F16,
-    F32,
-    FINITE_ROWS,
-    GOOD_ROWS,
-    INF,
-    ISAS,
-    NAN,
-    PHILOX_ANSWERS,
-    Draw,
-    assert_close_draws,
-    bad_draws,
-    draw_inputs,
-    draw_rows,
-    huge_draws,
-    infinite_draws,
-    largest_noise_draw,
-    same_bits,
-)
+from cases import BF16, CPU_KERNELS, F16, F32, FINITE_ROWS, GOOD_ROWS, INF, ISAS, NAN, Draw
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -59,16 +40,16 @@ def assert_equals_reference(args: Draw, atol: float = 1e-6, rtol: float = 1e-6) 
     atol, rtol: of filtered_logprobs; logprobs are held to 1e-6.
     """
     wanted, first = reference.sample(**args), draw(args, ISAS[0])
-    assert_close_draws((*first[:2], wanted[2]), wanted, atol=1e-6)
-    assert_close_draws(first, wanted, atol, rtol)
+    cases.assert_close_draws((*first[:2], wanted[2]), wanted, atol=1e-6)
+    cases.assert_close_draws(first, wanted, atol, rtol)
     for isa in ISAS[1:]:
-        assert all(map(same_bits, draw(args, isa), first)), isa
+        assert all(map(cases.same_bits, draw(args, isa), first)), isa
 
 
-@pytest.mark.parametrize(("counter", "key"), PHILOX_ANSWERS)
+@pytest.mark.parametrize(("counter", "key"), cases.PHILOX_ANSWERS)
 def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...]) -> None:
     found = _cpu.philox(list(counter), list(key))
-    assert " ".join(f"{word:08x}" for word in found) == PHILOX_ANSWERS[counter, key]
+    assert " ".join(f"{word:08x}" for word in found) == cases.PHILOX_ANSWERS[counter, key]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -104,12 +85,12 @@ def test_error_of_exponentials(
 def test_sample_equals_reference(vocab_size: int, dtype: torch.dtype) -> None:
     for m in range(1, 6):
         for batch in (0, 1, 2, 4, 9):
-            assert_equals_reference(draw_inputs(m, batch, vocab_size, dtype))
+            assert_equals_reference(cases.draw_inputs(m, batch, vocab_size, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sample_large_vocabulary(dtype: torch.dtype) -> None:
-    assert_equals_reference(draw_inputs(4, 4, 151_936, dtype))
+    assert_equals_reference(cases.draw_inputs(4, 4, 151_936, dtype))
 
 
 @given(
@@ -132,7 +113,7 @@ def test_sample_property(
 ) -> None:
     """Any shape, any share of -inf, flat and steep rows, some weights zero."""
     torch.manual_seed(seed)
-    args = draw_inputs(m, batch, vocab_size, dtype)
+    args = cases.draw_inputs(m, batch, vocab_size, dtype)
     hidden = torch.rand(batch, vocab_size) < masked
     args["logits"] = (args["logits"] * spread).masked_fill(hidden, -INF)
     if m > 1:
@@ -149,26 +130,26 @@ def wide(args: Draw) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("vocab_size", [1, 31, 4099, 20_000])
 def test_probability_mode(isa: str, vocab_size: int) -> None:
     for m in (1, 2, 5):
-        args = draw_inputs(m, 8, vocab_size, mode="probability")
+        args = cases.draw_inputs(m, 8, vocab_size, mode="probability")
         args["weights"] = torch.rand(8, m) * (torch.rand(8, m) < 0.8)
         args["weights"][:, 0] += 0.1
         args["logits"][:, :, vocab_size // 2 :][..., 1:] = -INF
-        assert_close_draws(draw(args, isa), wide(args), atol=1e-6)
+        cases.assert_close_draws(draw(args, isa), wide(args), atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_probability_mode_far_apart(isa: str) -> None:
     """Probabilities below float32's range keep their logarithm, large logits their differences."""
-    args = draw_inputs(2, 1, 3, mode="probability")
+    args = cases.draw_inputs(2, 1, 3, mode="probability")
     args["logits"] = torch.tensor([[[1000.0, 800.0, 799.0]], [[-500.0, -900.0, -900.5]]])
     args["weights"][:], args["temperature"][:] = 0.5, 40.0
-    assert_close_draws(draw(args, isa), wide(args), atol=1e-6)
+    cases.assert_close_draws(draw(args, isa), wide(args), atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_probability_mode_keeps_close_logits_apart(isa: str) -> None:
     """A normaliser of log(100,000) = 11.5 must not round away a difference of one ulp at 1."""
-    args = draw_inputs(1, 1, 100_000, mode="probability")
+    args = cases.draw_inputs(1, 1, 100_000, mode="probability")
     args["logits"][:], args["weights"], args["temperature"][:] = 0.0, torch.ones(1, 1), 0.0
     args["logits"][..., 7], args["logits"][..., 9] = 1.0, 1.0 + 2.0**-23
     assert draw(args, isa)[0].item() == 9
@@ -176,13 +157,13 @@ def test_probability_mode_keeps_close_logits_apart(isa: str) -> None:
 
 @pytest.mark.parametrize("scale", [1e4, 1e9, 1e17, 3e38])
 def test_huge_logits(scale: float) -> None:
-    assert_equals_reference(huge_draws(scale))
+    assert_equals_reference(cases.huge_draws(scale))
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("margin", "wins"), [(1e-3, 510), (-1e-3, 0)])
 def test_largest_noise_is_not_pruned(isa: str, margin: float, wins: int) -> None:
-    args = largest_noise_draw(margin)
+    args = cases.largest_noise_draw(margin)
     assert reference.sample(**args)[0].item() == wins
     assert draw(args, isa)[0].item() == wins
     # With a filter that keeps them all, because they tie.
@@ -193,7 +174,7 @@ def test_largest_noise_is_not_pruned(isa: str, margin: float, wins: int) -> None
 @pytest.mark.parametrize("mode", ["geometric", "probability"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_bad_rows(isa: str, mode: str) -> None:
-    args = bad_draws(9000, batch=7, mode=mode)
+    args = cases.bad_draws(9000, batch=7, mode=mode)
     args["logits"][0, 5, 4096:] = -INF
     args["logits"][0, 5, 8999] = NAN  # the only entry of its slice that is not -inf
     for temperature in (1.0, 0.0):
@@ -206,7 +187,7 @@ def test_bad_rows(isa: str, mode: str) -> None:
 
 
 def test_weights_and_infinities() -> None:
-    args = infinite_draws()
+    args = cases.infinite_draws()
     assert (reference.sample(**args)[0] >= 0).tolist() == FINITE_ROWS
     assert_equals_reference(args)
 
@@ -214,7 +195,7 @@ def test_weights_and_infinities() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_ties_take_the_lowest_index(isa: str, temperature: float) -> None:
-    args = draw_inputs(2, 1, 9000, BF16)
+    args = cases.draw_inputs(2, 1, 9000, BF16)
     args["logits"][:, :, [8100, 4097, 8999]] = 100.0
     args["weights"][:], args["temperature"][:] = 1.0, temperature
     tokens = reference.sample(**args)[0]
@@ -233,7 +214,7 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize("isa", ISAS)
 def test_row_bits_are_its_own(isa: str, mode: str, set_threads: Callable[[int], None]) -> None:
     """Neither the batch, nor the threads, nor padding between rows changes a row."""
-    args = draw_inputs(3, 5, 20_011, mode=mode)
+    args = cases.draw_inputs(3, 5, 20_011, mode=mode)
     set_threads(1)
     whole = draw(args, isa)
     for threads in (2, 3, 7):
@@ -243,18 +224,18 @@ def test_row_bits_are_its_own(isa: str, mode: str, set_threads: Callable[[int], 
     padded.copy_(args["logits"])
     assert all(map(torch.equal, draw({**args, "logits": padded}, isa), whole))
     for rows in (torch.tensor([4, 0, 3]), slice(2, 3)):
-        for again, all_rows in zip(draw(draw_rows(args, rows), isa), whole, strict=True):
+        for again, all_rows in zip(draw(cases.draw_rows(args, rows), isa), whole, strict=True):
             assert torch.equal(again, all_rows[rows])
 
 
 def test_layouts_that_are_copied() -> None:
     """A last axis that is not contiguous, and expanded or strided rows."""
-    args = draw_inputs(2, 3, 50)
+    args = cases.draw_inputs(2, 3, 50)
     wanted = reference.sample(**args)
     args["logits"] = args["logits"].transpose(1, 2).contiguous().transpose(1, 2)
     args["weights"] = args["weights"].t().contiguous().t()
     args["seed"] = torch.stack([args["seed"], args["seed"]], 1)[:, 0]
-    assert_close_draws(draw(args), wanted, atol=1e-6)
+    cases.assert_close_draws(draw(args), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -265,7 +246,7 @@ def test_draws_follow_the_softmax(isa: str, mode: str) -> None:
     one = 1.5 * torch.randn(2, 1, 130)
     z = mix_logits(one.double(), weights.double(), mode=mode)[0]
     probabilities = torch.softmax(z / 0.8, -1).numpy()
-    counter, args = torch.arange(count), draw_inputs(2, count, 1, mode=mode)
+    counter, args = torch.arange(count), cases.draw_inputs(2, count, 1, mode=mode)
     args |= {"logits": one.expand(2, count, 130), "weights": weights.expand(count, 2)}
     args["temperature"][:] = 0.8
     for seed, position in ((torch.full((count,), 3), counter), (counter, torch.full((count,), 9))):
@@ -340,7 +321,7 @@ def test_filters_at_a_large_vocabulary(isa: str) -> None:
     """Few and many ids kept, so both ways of drawing; the reference's tokens from its uniforms."""
     torch.manual_seed(5)
     logits = torch.randn(1, 6, 151_936) * torch.tensor([1.0, 2.0, 4.0])[:, None].repeat(2, 1)
-    args = draw_inputs(1, 6, 1) | {
+    args = cases.draw_inputs(1, 6, 1) | {
         "logits": logits,
         "temperature": torch.ones(6),
         "top_k": torch.tensor([0, 0, 0, 100_000, 7, 5000]),
@@ -348,7 +329,7 @@ def test_filters_at_a_large_vocabulary(isa: str) -> None:
         "seed": torch.arange(6),
         "position": torch.arange(6) + 2**33,
     }
-    assert_close_draws(draw(args, isa), reference.sample(**args), atol=1e-5, rtol=1e-5)
+    cases.assert_close_draws(draw(args, isa), reference.sample(**args), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["none", "top_k", "top_p", "min_p", "all"])
@@ -358,7 +339,7 @@ def test_a_million_filtered_draws(name: str) -> None:
     one = {"top_k": torch.tensor([7]), "top_p": torch.tensor([0.8]), "min_p": torch.tensor([0.15])}
     chosen = [one[key] if name in (key, "all") else None for key in one]
     draws = 10**6
-    args = draw_inputs(1, draws, 1) | {
+    args = cases.draw_inputs(1, draws, 1) | {
         "logits": logits.expand(1, draws, -1),
         "temperature": torch.tensor([0.9]).expand(draws),
         **{key: t if t is None else t.expand(draws) for key, t in zip(one, chosen, strict=True)},
@@ -393,13 +374,13 @@ def test_filtered_row_bits_are_its_own(
     for threads in (1, 2, 3, 5):
         set_threads(threads)
         for rows in (list(range(7)), [4, 0, 3], [6], [5, 1]):
-            for again, all_rows in zip(draw(draw_rows(args, rows), isa), whole, strict=True):
+            for again, all_rows in zip(draw(cases.draw_rows(args, rows), isa), whole, strict=True):
                 assert torch.equal(again, all_rows[rows])
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_bad_rows_with_filters(isa: str) -> None:
-    args = bad_draws(9000)
+    args = cases.bad_draws(9000)
     args["logits"][0, 3, 1:], args["logits"][0, 3, 0] = -INF, 1.0
     args["logits"][0, 4, :-1] = 1.0
     args["temperature"][:], args["top_k"] = 1.0, torch.full((6,), 3)
@@ -412,7 +393,7 @@ def test_bad_rows_with_filters(isa: str) -> None:
 
 def test_an_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="isa must be one of"):
-        draw(draw_inputs(2, 3, 5), "mmx")
+        draw(cases.draw_inputs(2, 3, 5), "mmx")
 
 
 # The fast path: it takes plain inputs, and returns None for all others.

@@ -4,27 +4,12 @@ It shows indexing, masks, thresholds and the order of sums, not what a GPU does 
 """
 
 import itertools
-import random
 from typing import Any, NamedTuple
 
+import cases
 import pytest
 import torch
-from cases import (
-    BF16,
-    F16,
-    F32,
-    GOOD_ROWS,
-    INF,
-    MODES,
-    NAN,
-    Draw,
-    assert_close_draws,
-    bad_draws,
-    case_id,
-    draw_rows,
-    huge_draws,
-    infinite_draws,
-)
+from cases import BF16, F16, F32, GOOD_ROWS, INF, MODES, NAN, Draw
 from launches import INTERPRETER, Witness, listed_keys, replace_kernels
 from torch import Tensor
 
@@ -99,8 +84,7 @@ def arguments(case: Case) -> Draw:
 
 
 def sampled(count: int) -> list[Case]:
-    rng = random.Random(11)
-    axes: tuple[tuple[Any, ...], ...] = (
+    axes = (
         DTYPES,
         ("geometric", "geometric", "probability"),
         (1, 2, 3, 5),
@@ -111,18 +95,17 @@ def sampled(count: int) -> list[Case]:
         (0.0, 0.3, 1.0, 3.0),
         ("plain", "ties", "masked", "gaps", "sliced"),
     )
-    cases: list[Case] = []
-    while len(cases) < count:
-        case = Case(*(rng.choice(axis) for axis in axes))
+
+    def allowed(case: Case) -> bool:
         # The interpreter takes its time by the number of programs: eight a row and threshold.
         large = case.batch * max(case.vocab_size / 1000, 1) * case.filters.count("top") > 3
-        if case not in cases and not large and (case.kind == "none") == (case.m == 1):
-            cases.append(case)
-    return cases
+        return not large and (case.kind == "none") == (case.m == 1)
+
+    return cases.sampled(Case, axes, count, 11, allowed)
 
 
 def assert_equals_reference(args: Draw) -> None:
-    assert_close_draws(backend.sample(**args), reference.sample(**args))
+    cases.assert_close_draws(backend.sample(**args), reference.sample(**args))
 
 
 def test_sample_covers_every_value() -> None:
@@ -130,7 +113,7 @@ def test_sample_covers_every_value() -> None:
     assert [len(set(column)) for column in columns] == [3, 2, 4, 3, 7, 8, 7, 4, 5]
 
 
-@pytest.mark.parametrize("case", sampled(125), ids=case_id)
+@pytest.mark.parametrize("case", sampled(125), ids=cases.case_id)
 def test_equals_reference(case: Case) -> None:
     assert_equals_reference(arguments(case))
 
@@ -272,13 +255,13 @@ def test_rows_and_runs_have_the_same_bits(filtered: bool) -> None:
     together = backend.sample(**args)
     assert all(map(torch.equal, together, backend.sample(**args)))
     for rows in ([0], [3, 1]):
-        alone = backend.sample(**draw_rows(args, rows))
+        alone = backend.sample(**cases.draw_rows(args, rows))
         assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("filtered", [False, True])
 def test_bad_rows(filtered: bool) -> None:
-    args = bad_draws(1500, filters="top_p" if filtered else "")
+    args = cases.bad_draws(1500, filters="top_p" if filtered else "")
     args["temperature"] = torch.tensor([1.0, 0.0, 1.0, 1.0, 2.0, 0.0])
     assert (backend.sample(**args)[0] >= 0).tolist() == GOOD_ROWS[:6]
     assert_equals_reference(args)
@@ -298,13 +281,13 @@ def test_huge_logits(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the noise is lost in the sum, the lowest of the largest ids wins."""
     # One slice at a time, as where there are more than COMBINE_BLOCK.
     monkeypatch.setattr(backend, "COMBINE_BLOCK", 1)
-    args = huge_draws(scale, 1100)
+    args = cases.huge_draws(scale, 1100)
     assert_equals_reference(args)
     assert_equals_reference({**args, "top_p": torch.tensor([0.5, 0.5, 0.5, 1.0])})
 
 
 def test_weights_of_zero_and_infinities() -> None:
-    assert_equals_reference(infinite_draws())
+    assert_equals_reference(cases.infinite_draws())
 
 
 def test_no_rows() -> None:
