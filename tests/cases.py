@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from clp_kernels import mixed_linear, mixed_lora, native, testing
 from clp_kernels.ops.linear_logprob.head import Inputs as HeadInputs
@@ -138,6 +139,42 @@ def judge(runs: list[Runs], what: str = "") -> None:
         columns = list(zip(*((run[name] for run in triple) for triple in runs), strict=True))
         assert {g.shape for g in columns[0]} == {t.shape for t in columns[1]}, name
         assert_within_budget(*(torch.stack(column) for column in columns), name=f"{name}{what}")
+
+
+# The fast paths of mixed_lora and sample on the CPU.
+
+
+def changed(arguments: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, some replaced by a value or by a function of the old one."""
+    return arguments | {k: v(arguments[k]) if callable(v) else v for k, v in changes.items()}
+
+
+def taken(backend: Any, arguments: dict[str, Any]) -> Any:
+    """The result of the fast path of a backend, None if it refuses the arguments."""
+    run = backend.fast_path()
+    assert run is not None
+    return run(*arguments.values())
+
+
+def check_modes(
+    backend: Any, make: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls under a mode, and those that the environment sends elsewhere, are refused."""
+
+    def quick(**changes: Any) -> Any:
+        return taken(backend, make(**changes))
+
+    assert quick() is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quick() is None
+    with FlopCounterMode(display=False):
+        assert quick() is None
+    arguments = make()
+    none = torch.func.vmap(lambda s: (taken(backend, arguments) is None) * s)(torch.ones(2))
+    assert none.all()
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
+    assert quick() is None
+    assert quick(backend="cpu") is not None
 
 
 # mixed_lora.
@@ -575,6 +612,42 @@ def infinite_draws(filters: str = "") -> Draw:
     logits[1, 6, 400] = NAN
     logits[:, 7] = -INF
     return args
+
+
+def order_key(z: Tensor) -> Tensor:
+    """Integers in the order of the float32 numbers; both zeros are one."""
+    pattern = bits(z + 0.0).long()
+    return torch.where(pattern < 0, -1 - pattern, pattern + 2**31)
+
+
+def check_kept_sets(
+    backend: Any,
+    vocab_size: int,
+    ties: bool,
+    temperature: float,
+    device: str = "cpu",
+    top_p_alone: bool = True,
+) -> None:
+    """The thresholds of Triton's kernels, which a draw shows only by chance."""
+    z = 2 * torch.randn(5, vocab_size)
+    z = z.round() if ties else z
+    z[2, 100:] = -INF
+    top_k = torch.tensor([1, 17, 650, 0, 10**15])
+    top_p = torch.tensor([0.9, 0.05, 0.999, 0.5, 1.0])
+    logp = torch.log_softmax(z.double() / temperature, -1)
+    call = backend.Rows(z[None].to(device), None, torch.full((5,), temperature, device=device))
+    rows = torch.empty(2, 5, dtype=F64, device=device)
+    call.combine(call.partials(None), rows, None)
+    assert torch.equal(rows[0].cpu(), z.double().amax(-1))
+
+    least = call.threshold(rows, None, top_k=top_k.to(device))
+    first = sample_reference.top_k_mask(logp, top_k)
+    assert torch.equal(order_key(z) >= least.cpu()[:, None], first)
+    everything = [(None, torch.ones_like(first))] if top_p_alone else []
+    for chosen, mask in (*everything, (least, first)):
+        found = call.threshold(rows, chosen, top_p=top_p.to(device)).cpu()
+        wanted = mask & sample_reference.top_p_mask(logp.masked_fill(~mask, -INF), top_p)
+        assert torch.equal(order_key(z) >= found[:, None], wanted)
 
 
 # linear_logprob.

@@ -60,23 +60,7 @@ def test_large_vocabulary(vocab_size: int, filters: str) -> None:
 @pytest.mark.parametrize("vocab_size", [700, 20_011])
 @pytest.mark.parametrize("ties", [False, True])
 def test_small_kept_sets_are_exactly_the_references(vocab_size: int, ties: bool) -> None:
-    z = 2 * torch.randn(5, vocab_size)
-    z = z.round() if ties else z
-    z[2, 100:] = -INF
-    top_k = torch.tensor([1, 17, 650, 0, 10**15])
-    top_p = torch.tensor([0.9, 0.05, 0.999, 0.5, 1.0])
-    logp = torch.log_softmax(z.double(), -1)
-    bits = (z + 0.0).view(torch.int32).long()
-    key = torch.where(bits < 0, -1 - bits, bits + 2**31)
-    call = backend.Rows(z[None].cuda(), None, torch.ones(5, device="cuda"))
-    stats = torch.empty(2, 5, dtype=torch.float64, device="cuda")
-    call.combine(call.partials(None), stats, None)
-    least = call.threshold(stats, None, top_k=top_k.cuda())
-    first = reference.top_k_mask(logp, top_k)
-    assert torch.equal(key >= least.cpu()[:, None], first)
-    found = call.threshold(stats, least, top_p=top_p.cuda()).cpu()
-    wanted = first & reference.top_p_mask(logp.masked_fill(~first, -INF), top_p)
-    assert torch.equal(key >= found[:, None], wanted)
+    cases.check_kept_sets(backend, vocab_size, ties, 1.0, "cuda", top_p_alone=False)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e17, 3e38])

@@ -16,7 +16,6 @@ from cases import BF16, CPU_KERNELS, F16, F32, F64, ISAS, Results, Runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.ops import mixed_lora as bench_mixed_lora
 from bench.timing import peak_bytes_cpu
@@ -540,12 +539,10 @@ def test_mixed_linear_algebra(size: tuple[int, ...]) -> None:
 
 def quick(**changed: Any) -> Tensor | None:
     """cpu_mixed_lora.fast_path on plain inputs of five examples with two tokens, some changed."""
-    run = cpu_mixed_lora.fast_path()
-    assert run is not None
-    return run(*quick_arguments(**changed))
+    return cases.taken(cpu_mixed_lora, quick_arguments(**changed))
 
 
-def quick_arguments(**changed: Any) -> tuple[Any, ...]:
+def quick_arguments(**changed: Any) -> dict[str, Any]:
     g = torch.Generator().manual_seed(3)
     arguments: dict[str, Any] = {
         "x": torch.randn(5, 2, 24, generator=g),
@@ -559,8 +556,7 @@ def quick_arguments(**changed: Any) -> tuple[Any, ...]:
         "backend": "auto",
         "invariant": 0,
     }
-    arguments |= {k: v(arguments[k]) if callable(v) else v for k, v in changed.items()}
-    return tuple(arguments.values())
+    return cases.changed(arguments, changed)
 
 
 def to_dtype(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -654,19 +650,9 @@ def test_fast_path_refuses(case: str) -> None:
 
 
 def test_fast_path_leaves_calls_under_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert quick() is not None
     with torch.no_grad():
         assert quick(lora_A=lambda t: t.requires_grad_()) is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert quick() is None
-    with FlopCounterMode(display=False):
-        assert quick() is None
-    arguments, run = quick_arguments(), cpu_mixed_lora.fast_path()
-    assert run is not None
-    assert torch.func.vmap(lambda s: (run(*arguments) is None) * s)(torch.ones(2)).all()
-    monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
-    assert quick() is None
-    assert quick(backend="cpu") is not None
+    cases.check_modes(cpu_mixed_lora, quick_arguments, monkeypatch)
     monkeypatch.setenv("CLP_KERNELS_BACKEND", "cpu")
     assert quick() is not None
 

@@ -7,15 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from cases import PHILOX_ANSWERS
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 import clp_kernels
 from clp_kernels import linear_logprob, mix_logits, mixed_linear, mixed_lora
@@ -74,12 +68,8 @@ def philox4x32(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
     c, k = list(counter), list(key)
     for _ in range(10):
         low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [
-            (high >> 32) ^ c[1] ^ k[0],
-            high & 0xFFFFFFFF,
-            (low >> 32) ^ c[3] ^ k[1],
-            low & 0xFFFFFFFF,
-        ]
+        words = (high >> 32) ^ c[1] ^ k[0], high, (low >> 32) ^ c[3] ^ k[1], low
+        c = [word & 0xFFFFFFFF for word in words]
         k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
     return c
 
@@ -101,12 +91,11 @@ def test_mixed_lora(with_bias: bool, invariant: bool) -> None:
 
 def test_mixed_lora_padded_layout_and_scaling() -> None:
     x, base, A, B = rand(2, 2, 3, 4), rand(3, 4), rand(2, 1, 4), rand(2, 3, 1)
-    weights, scaling = rand(2, 2), torch.tensor([0.5, -3.0], dtype=F64)
-    y = mixed_lora(x, base, A, B, weights, scaling=scaling)
-    wanted = lora_loop(x.view(12, 4), base, A, B, weights * scaling, None, [0] * 6 + [1] * 6)
-    close(y.view(12, 3), wanted)
-    wanted = lora_loop(x.view(12, 4), base, A, B, weights * 2, None, [0] * 6 + [1] * 6)
-    close(mixed_lora(x, base, A, B, weights, scaling=2).view(12, 3), wanted)
+    weights = rand(2, 2)
+    for scaling in (torch.tensor([0.5, -3.0], dtype=F64), 2):
+        y = mixed_lora(x, base, A, B, weights, scaling=scaling)
+        wanted = lora_loop(x.view(12, 4), base, A, B, weights * scaling, None, [0] * 6 + [1] * 6)
+        close(y.view(12, 3), wanted)
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -170,14 +159,9 @@ def test_linear_logprob(mixed: bool) -> None:
             W = sum(weights[b, i] * head[i] for i in range(2))
             c = sum(weights[b, i] * bias[i] for i in range(2))
         for t in range(3):
-            z, zq = (
-                [(v + e) / tau[b, t].item() for v, e in zip(product, c.tolist(), strict=True)]
-                for product in (
-                    linear_loop(hidden[b, t].tolist(), W.tolist()),
-                    linear_loop(ref_hidden[b, t].tolist(), W.tolist()),
-                )
-            )
-            p, q = softmax_loop(z), softmax_loop(zq)
+            products = (linear_loop(s[b, t].tolist(), W.tolist()) for s in (hidden, ref_hidden))
+            added = [zip(product, c.tolist(), strict=True) for product in products]
+            p, q = (softmax_loop([(v + e) / tau[b, t].item() for v, e in z]) for z in added)
             y = int(targets[b, t])
             wanted = [0.0, 0.0, 0.0]
             if y != -100:
@@ -192,10 +176,8 @@ def test_linear_logprob_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run() -> list[Tensor]:
         torch.manual_seed(1)
-        inputs = [
-            t.requires_grad_() for t in (rand(3, 4, 5), rand(2, 9, 5), rand(2, 9), rand(3, 2))
-        ]
-        hidden, head, bias, weights = inputs
+        shapes = ((3, 4, 5), (2, 9, 5), (2, 9), (3, 2))
+        hidden, head, bias, weights = inputs = [rand(*s).requires_grad_() for s in shapes]
         targets = torch.randint(0, 9, (3, 4))
         extras = {"return_entropy": True, "ref_hidden": rand(3, 4, 5)}
         out = linear_logprob(hidden, head, targets, bias=bias, weights=weights, **extras)
@@ -291,9 +273,8 @@ def test_gradcheck_mixed_lora(layout: str) -> None:
     def run(x, W, A, B, weights, scaling, bias):  # type: ignore[no-untyped-def]
         return mixed_lora(x, W, A, B, weights, scaling=scaling, bias=bias, example_ids=ids)
 
-    gradcheck(
-        run, rand(*shape), rand(3, 4), rand(2, 2, 4), rand(2, 3, 2), rand(3, 2), rand(2), rand(3)
-    )
+    shapes = (shape, (3, 4), (2, 2, 4), (2, 3, 2), (3, 2), (2,), (3,))
+    gradcheck(run, *(rand(*s) for s in shapes))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -369,8 +350,7 @@ def test_linear_logprob_ignored_targets_pass_no_gradient() -> None:
     hidden, ref = rand(4, 3).requires_grad_(), rand(4, 3).requires_grad_()
     targets = torch.tensor([1, -100, 0, -100])
     out = linear_logprob(hidden, rand(5, 3), targets, return_entropy=True, ref_hidden=ref)
-    assert out.entropy is not None
-    assert out.kl is not None
+    assert out.entropy is not None and out.kl is not None
     (out.logprobs + out.entropy + out.kl).sum().backward()
     assert hidden.grad is not None
     assert (hidden.grad[targets == -100] == 0).all()
@@ -411,9 +391,8 @@ def test_philox_oracle_meets_the_known_answers(counter: tuple, key: tuple) -> No
 
 def test_philox_known_answer() -> None:
     """Counter 0, key 0 is seed 0, position 0, tokens 0 to 3 (the others need a last word > 0)."""
-    assert (
-        " ".join(f"{w:08x}" for w in uniform_words(0, 0, 4)) == PHILOX_ANSWERS[(0,) * 4, (0,) * 2]
-    )
+    words = " ".join(f"{w:08x}" for w in uniform_words(0, 0, 4))
+    assert words == PHILOX_ANSWERS[(0,) * 4, (0,) * 2]
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, -(2**31) - 5, 2**63 - 1, -(2**63)])
@@ -445,9 +424,8 @@ def test_gumbel_at_both_ends() -> None:
         exact = [-(-((Decimal(w) + Decimal("0.5")) / 2**32).ln()).ln() for w in words]
     got = sample_reference.gumbel(u)
     assert got.isfinite().all()
-    torch.testing.assert_close(
-        got, torch.tensor([float(e) for e in exact], dtype=F64), rtol=4e-15, atol=4e-15
-    )
+    wanted = torch.tensor([float(e) for e in exact], dtype=F64)
+    torch.testing.assert_close(got, wanted, rtol=4e-15, atol=4e-15)
 
 
 def p_value(counts: Tensor, expected: Tensor) -> float:
@@ -464,9 +442,8 @@ DRAWS = 20_000
 def test_sample_draws_from_the_softmax(vary: str) -> None:
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, -0.5, 1.0])
     numbers = torch.arange(DRAWS)
-    out = sample(
-        logits.expand(DRAWS, 6), temperature=1.5, **{"seed": 3, "position": 4, vary: numbers}
-    )
+    given = {"seed": 3, "position": 4, vary: numbers}
+    out = sample(logits.expand(DRAWS, 6), temperature=1.5, **given)
     counts = torch.bincount(out.tokens, minlength=6).double()
     expected = DRAWS * torch.softmax(logits.double() / 1.5, -1)
     assert p_value(counts, expected) > 1e-3
@@ -524,12 +501,13 @@ def test_sample_filters_keep_what_transformers_keeps(filters: dict) -> None:
     # Tie-free, and no probability so small that 4,000 draws could miss it.
     logits = torch.stack([torch.randperm(9) * 0.37 - 1.5 for _ in range(4)])
     warpers = {
-        "temperature": TemperatureLogitsWarper,
-        "top_k": TopKLogitsWarper,
-        "top_p": TopPLogitsWarper,
-        "min_p": MinPLogitsWarper,
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
     }
-    chain = LogitsProcessorList([make(filters[k]) for k, make in warpers.items() if k in filters])
+    chosen = [make(filters[name]) for name, make in warpers.items() if name in filters]
+    chain = transformers.LogitsProcessorList(chosen)
     wanted = chain(torch.zeros(4, 1, dtype=torch.long), logits.clone()) > -math.inf
     assert torch.equal(kept_sets(logits, **filters), wanted)
 

@@ -250,11 +250,7 @@ def test_every_launch_is_a_listed_variant(
     monkeypatch.setattr(backend, "capability_of", lambda x: capability)
     layouts, only = ("padded", "flat"), [[i == j for j in range(4)] for i in range(4)]
     for dtype, layout, tokens, size, invariant in itertools.product(
-        (F32, BF16, F16),
-        layouts,
-        (16, 64, 256, 3000),
-        (64, 700),
-        (False, True),
+        (F32, BF16, F16), layouts, (16, 64, 256, 3000), (64, 700), (False, True)
     ):
         case = Case(dtype, layout, tokens, size, size, 1, "uniform", "dense", True, invariant)
         args = inputs(case)
@@ -318,39 +314,31 @@ def test_offsets_beyond_two_to_the_31() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "size", "dtype", "capability", "invariant", "forward", "splits", "token_splits"),
+    ("given", "tile", "splits"),
     [
-        (1, 4096, BF16, (9, 0), False, (16, 32, 128), 2, 1),
-        (16, 4096, BF16, (9, 0), False, (16, 32, 128), 2, 1),
-        (16, 2048, BF16, (9, 0), False, (16, 32, 128), 4, 1),
-        (16, 128, BF16, (9, 0), False, (16, 32, 128), 1, 1),
-        (16, 151_936, BF16, (9, 0), False, (16, 32, 128), 1, 1),
-        (17, 4096, BF16, (9, 0), False, (64, 32, 64), 2, 1),
-        (256, 4096, BF16, (9, 0), False, (128, 64, 64), 2, 1),
-        (257, 4096, BF16, (9, 0), False, (128, 128, 64), 1, 1),
-        (8192, 4096, BF16, (9, 0), False, (128, 128, 64), 1, 1),
-        (8192, 4096, BF16, (8, 0), False, (128, 64, 64), 1, 1),
-        (8192, 4096, BF16, (10, 0), False, (128, 64, 64), 1, 1),
-        (8192, 256, BF16, (8, 0), False, (128, 64, 64), 1, 8),
-        (8192, 256, BF16, (8, 0), True, (64, 64, 64), 1, 1),
-        (1, 4096, F32, (8, 0), False, (16, 32, 32), 2, 1),
-        (8192, 4096, F32, (8, 0), False, (32, 32, 32), 1, 1),
+        ((1, 4096, BF16, (9, 0), False), (16, 32, 128), (2, 1)),
+        ((16, 4096, BF16, (9, 0), False), (16, 32, 128), (2, 1)),
+        ((16, 2048, BF16, (9, 0), False), (16, 32, 128), (4, 1)),
+        ((16, 128, BF16, (9, 0), False), (16, 32, 128), (1, 1)),
+        ((16, 151_936, BF16, (9, 0), False), (16, 32, 128), (1, 1)),
+        ((17, 4096, BF16, (9, 0), False), (64, 32, 64), (2, 1)),
+        ((256, 4096, BF16, (9, 0), False), (128, 64, 64), (2, 1)),
+        ((257, 4096, BF16, (9, 0), False), (128, 128, 64), (1, 1)),
+        ((8192, 4096, BF16, (9, 0), False), (128, 128, 64), (1, 1)),
+        ((8192, 4096, BF16, (8, 0), False), (128, 64, 64), (1, 1)),
+        ((8192, 4096, BF16, (10, 0), False), (128, 64, 64), (1, 1)),
+        ((8192, 256, BF16, (8, 0), False), (128, 64, 64), (1, 8)),
+        ((8192, 256, BF16, (8, 0), True), (64, 64, 64), (1, 1)),
+        ((1, 4096, F32, (8, 0), False), (16, 32, 32), (2, 1)),
+        ((8192, 4096, F32, (8, 0), False), (32, 32, 32), (1, 1)),
     ],
 )
-def test_plan(
-    tokens: int,
-    size: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    invariant: bool,
-    forward: tuple[int, int, int],
-    splits: int,
-    token_splits: int,
-) -> None:
-    plan = backend.plan(tokens, size, size, 4, dtype, capability, invariant)
-    tile = plan.forward
-    assert (tile.block_t, tile.block_out, tile.block_in) == forward
-    assert (plan.forward_splits, plan.token_splits) == (splits, token_splits)
+def test_plan(given: tuple[Any, ...], tile: tuple[int, ...], splits: tuple[int, int]) -> None:
+    tokens, size, *rest = given  # the dtype, the capability, whether it is invariant
+    plan = backend.plan(tokens, size, size, 4, *rest)
+    forward = plan.forward
+    assert (forward.block_t, forward.block_out, forward.block_in) == tile
+    assert (plan.forward_splits, plan.token_splits) == splits
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)

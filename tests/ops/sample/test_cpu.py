@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import clp_kernels
 from clp_kernels import mix_logits, native, registry
@@ -103,13 +102,7 @@ def test_sample_large_vocabulary(dtype: torch.dtype) -> None:
     seed=st.integers(0, 2**32),
 )
 def test_sample_property(
-    m: int,
-    batch: int,
-    vocab_size: int,
-    dtype: torch.dtype,
-    masked: float,
-    spread: float,
-    seed: int,
+    m: int, batch: int, vocab_size: int, dtype: torch.dtype, masked: float, spread: float, seed: int
 ) -> None:
     """Any shape, any share of -inf, flat and steep rows, some weights zero."""
     torch.manual_seed(seed)
@@ -358,8 +351,8 @@ def test_a_million_filtered_draws(name: str) -> None:
         kept &= logp >= logp.amax() + chosen[2].double().log()
     assert torch.equal(counts > 0, kept[0])
     p = torch.softmax(logp.masked_fill(~kept, -INF), -1)[0]
-    expected_counts = p[kept[0]].numpy() * 10**6
-    assert stats.chisquare(counts[kept[0]].numpy(), expected_counts).pvalue > 1e-4
+    wanted = p[kept[0]].numpy() * 10**6
+    assert stats.chisquare(counts[kept[0]].numpy(), wanted).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -401,9 +394,7 @@ def test_an_unknown_instruction_set() -> None:
 
 def quick(**changed: Any) -> tuple[Tensor, ...] | None:
     """cpu_sample.fast_path on plain inputs of three rows, some changed."""
-    run = cpu_sample.fast_path()
-    assert run is not None
-    return run(*quick_arguments(**changed).values())
+    return cases.taken(cpu_sample, quick_arguments(**changed))
 
 
 def quick_arguments(**changed: Any) -> dict[str, Any]:
@@ -420,7 +411,7 @@ def quick_arguments(**changed: Any) -> dict[str, Any]:
         "position": torch.tensor([1, 2, 3]),
         "backend": "auto",
     }
-    return arguments | {k: v(arguments[k]) if callable(v) else v for k, v in changed.items()}
+    return cases.changed(arguments, changed)
 
 
 OFF = {"top_k": 0, "top_p": 1, "min_p": 0.0}
@@ -492,15 +483,12 @@ def test_fast_path_gives_what_the_checked_call_gives(
     arguments = quick_arguments(**TAKEN[case])
     drawn = quick(**TAKEN[case])
     assert drawn is not None
-    monkeypatch.setitem(registry.BACKENDS, "sample", (checked_call(),))
+    checked_call = registry.Backend("cpu", cpu_sample.sample, cpu_sample.why_not)
+    monkeypatch.setitem(registry.BACKENDS, "sample", (checked_call,))
     wanted = clp_kernels.sample(arguments.pop("logits"), **arguments)
     for a, b in zip(drawn, wanted, strict=True):
         assert a.dtype == b.dtype and not a.requires_grad
         assert torch.equal(a, b)
-
-
-def checked_call() -> registry.Backend:
-    return registry.Backend("cpu", cpu_sample.sample, cpu_sample.why_not)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -509,17 +497,7 @@ def test_fast_path_refuses(case: str) -> None:
 
 
 def test_fast_path_leaves_calls_under_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert quick() is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert quick() is None
-    with FlopCounterMode(display=False):
-        assert quick() is None
-    arguments, run = tuple(quick_arguments().values()), cpu_sample.fast_path()
-    assert run is not None
-    assert torch.func.vmap(lambda s: (run(*arguments) is None) * s)(torch.ones(2)).all()
-    monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
-    assert quick() is None
-    assert quick(backend="cpu") is not None
+    cases.check_modes(cpu_sample, quick_arguments, monkeypatch)
 
 
 def test_fast_path_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,15 +156,10 @@ def test_noise_is_the_references(seed: int, position: int) -> None:
     torch.testing.assert_close(out, reference.gumbel(uniform), rtol=1e-14, atol=1e-14)
 
 
-def order_key(z: Tensor) -> Tensor:
-    bits = (z + 0.0).view(torch.int32).long()
-    return torch.where(bits < 0, -1 - bits, bits + 2**31)
-
-
 def test_order_key_orders_float32() -> None:
     values = torch.cat([torch.randn(200), 10 ** (80 * torch.rand(100) - 42), torch.tensor([0.0])])
     values = torch.cat([values, -values, torch.tensor([-INF, INF, -3e38, 3e38])]).sort().values
-    keys = order_key(values)
+    keys = cases.order_key(values)
     assert torch.equal(keys[1:] > keys[:-1], values[1:] > values[:-1])
     assert keys[0] >= 0 and keys[-1] < 2**32
 
@@ -172,26 +167,7 @@ def test_order_key_orders_float32() -> None:
 @pytest.mark.parametrize("temperature", [0.3, 3.0])
 @pytest.mark.parametrize("ties", [False, True])
 def test_kept_sets_are_exactly_the_references(ties: bool, temperature: float) -> None:
-    """The thresholds themselves, which a draw shows only by chance."""
-    z = 2 * torch.randn(5, 700)
-    z = z.round() if ties else z
-    z[2, 100:] = -INF
-    tau = torch.full((5,), temperature)
-    top_k = torch.tensor([1, 17, 650, 0, 10**15])
-    top_p = torch.tensor([0.9, 0.05, 0.999, 0.5, 1.0])
-    logp = torch.log_softmax(z.double() / temperature, -1)
-    row = backend.Rows(z[None], None, tau)
-    rows = torch.empty(2, 5, dtype=torch.float64)
-    row.combine(row.partials(None), rows, None)
-    assert torch.equal(rows[0], z.double().amax(-1))
-
-    least = row.threshold(rows, None, top_k=top_k)
-    first = reference.top_k_mask(logp, top_k)
-    assert torch.equal(order_key(z) >= least[:, None], first)
-    for chosen, mask in ((None, torch.ones_like(first)), (least, first)):
-        found = row.threshold(rows, chosen, top_p=top_p)
-        wanted = mask & reference.top_p_mask(logp.masked_fill(~mask, -INF), top_p)
-        assert torch.equal(order_key(z) >= found[:, None], wanted)
+    cases.check_kept_sets(backend, 700, ties, temperature)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +195,7 @@ def test_ties_at_a_threshold_are_kept(filters: dict[str, float], kept: int) -> N
     for name, value in filters.items():
         dtype = torch.int64 if name == "top_k" else torch.float32
         least = row.threshold(rows, least, **{name: torch.tensor([value], dtype=dtype)})
-    assert (order_key(z) >= least).sum() == kept
+    assert (cases.order_key(z) >= least).sum() == kept
 
 
 @pytest.mark.parametrize("filters", [{"top_p": 0.0}, {"top_p": NAN}, {"min_p": 1.0}], ids=str)
