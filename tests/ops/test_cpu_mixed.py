@@ -19,17 +19,10 @@ from torch import Tensor
 
 from bench.ops import mixed_lora as bench_mixed_lora
 from bench.timing import peak_bytes_cpu
-from clp_kernels import batch_invariant, mixed_linear, mixed_lora, native, registry
+from clp_kernels import batch_invariant, mixed_linear, mixed_lora, native, registry, testing
 from clp_kernels.ops.mixed_linear import cpu as cpu_mixed_linear
 from clp_kernels.ops.mixed_linear import reference
 from clp_kernels.ops.mixed_lora import cpu as cpu_mixed_lora
-from clp_kernels.testing import (
-    WEIGHT_KINDS,
-    assert_within_budget,
-    expanded,
-    noncontiguous,
-    weight_rows,
-)
 
 pytestmark = CPU_KERNELS
 
@@ -99,7 +92,7 @@ def sampled(op: str) -> list[Case]:
             rng.choice(sizes),
             rng.choice((1, 2, 3, 5, 8)),
             rng.choice((1, 4, 8, 12, 16, 64)),
-            rng.choice(WEIGHT_KINDS),
+            rng.choice(testing.WEIGHT_KINDS),
             rng.choice(("contiguous", "noncontiguous", "expanded")),
             rng.random() < 0.5,
             rng.choice(("one", "number", "tensor")),
@@ -127,10 +120,10 @@ def run(op: str, case: Case, draw: int = 0) -> tuple[Results, Runs]:
     def tensor(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
         t = (torch.randn(*shape) * scale).to(dtype)
         if case.strides == "noncontiguous":
-            return noncontiguous(t)
+            return testing.noncontiguous(t)
         # Along the first axis: constant terms along a sum would all round in the same direction,
         # and judge the order of a sum instead of its result.
-        return expanded(t, 0) if case.strides == "expanded" and t.dim() > 1 else t
+        return testing.expanded(t, 0) if case.strides == "expanded" and t.dim() > 1 else t
 
     ids = None
     token_rows = torch.arange(case.tokens) // max(1, case.tokens // max(1, case.batch))
@@ -138,7 +131,7 @@ def run(op: str, case: Case, draw: int = 0) -> tuple[Results, Runs]:
         # Unsorted, unequal lengths, some examples without a token.
         token_rows = torch.randint(0, case.batch, (case.tokens,))
         ids = token_rows.int() if case.seed % 2 else token_rows
-    weights = weight_rows(case.kind, case.batch, case.m)
+    weights = testing.weight_rows(case.kind, case.batch, case.m)
     inputs = {"x": tensor(*case.leading, case.in_features), "weights": weights}
     inputs |= cases.mixed_tensors(op, case, tensor)
     if op == "mixed_lora" and case.scaling == "tensor":
@@ -199,8 +192,8 @@ def judge_low_rank(
         return u, base(t) + z @ B.transpose(0, 1).flatten(1).t()
 
     (u64, y64), (u32, y32) = plain(F64), plain(F32)
-    assert_within_budget(u, u64, u32, name=f"u of {what}")
-    assert_within_budget(y, y64, y32.to(y.dtype), name=f"y of {what}")
+    testing.assert_within_budget(u, u64, u32, name=f"u of {what}")
+    testing.assert_within_budget(y, y64, y32.to(y.dtype), name=f"y of {what}")
 
 
 def product(inputs: Any, dtype: torch.dtype) -> Tensor:
@@ -236,7 +229,7 @@ def test_whole_kernel_on_each_instruction_set(
         W, c = (torch.randn(n_out, n_in) * n_in**-0.5).to(dtype), torch.randn(n_out).to(dtype)
         w[1::3] = 0
         wide = torch.full((T, n_out + 9), torch.nan).to(dtype)
-        y, base = wide[:, 4:-5], (noncontiguous(W), c)
+        y, base = wide[:, 4:-5], (testing.noncontiguous(W), c)
         u = cpu_mixed_lora.run_native(x, A, B, w, None, y, *base, isa=isa)
         assert int(wide.isnan().sum()) == 9 * T
 
@@ -257,7 +250,7 @@ def test_mixed_product_kernel_on_each_instruction_set(isa: str, dtype: torch.dty
         got = cpu_mixed_linear.mix_products(x, E, w, c, None, isa)
         wide = reference.mixed_linear(x.double(), E.double(), w.double(), c.double(), None, False)
         same = reference.mixed_linear(x, E, w, c, None, False)
-        assert_within_budget(got, wide, same, name=f"y of {(T, n_in, n_out, m)} on {isa}")
+        testing.assert_within_budget(got, wide, same, name=f"y of {(T, n_in, n_out, m)} on {isa}")
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -453,7 +446,7 @@ def test_equal_rows_are_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     got = mixed_linear(x, E, rows, bias=c, backend="cpu")
     assert merged == [F32]
     wide = reference.mixed_linear(x.double(), E.double(), rows.double(), c.double(), None, False)
-    assert_within_budget(got, wide, reference.mixed_linear(x, E, rows, c, None, False))
+    testing.assert_within_budget(got, wide, reference.mixed_linear(x, E, rows, c, None, False))
     with batch_invariant():
         mixed_linear(x, E, rows, bias=c, backend="cpu")
     different = rows.clone()
@@ -592,8 +585,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a gradient of the weights": {"weights": lambda t: t.requires_grad_()},
     "a gradient of the base": {"base_weight": lambda t: t.requires_grad_()},
     "a gradient of the scaling": {"scaling": torch.ones(2, requires_grad=True)},
-    "strides of x": {"x": noncontiguous},
-    "strides of A": {"lora_A": noncontiguous},
+    "strides of x": {"x": testing.noncontiguous},
+    "strides of A": {"lora_A": testing.noncontiguous},
     "expanded weights": {"weights": torch.ones(1, 2).expand(5, 2)},
     "float64": {"x": to_dtype(F64)},
     "mixed dtypes": {"x": to_dtype(BF16)},

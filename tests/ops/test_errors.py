@@ -102,72 +102,55 @@ def per_row_cases(op: str, name: str, outside: tuple, integer: bool = False) -> 
             yield case(op, ValueError, **{name: tampered(torch.ones(3, dtype=dtype), value)})
 
 
+# (op, exception, argument, values that raise it).
+VALUES: list[tuple[str, type[Exception], str, tuple[Any, ...]]] = [
+    ("mixed_lora", ValueError, "x", (torch.randn(4), [[1.0] * 4] * 3)),
+    ("mixed_lora", TypeError, "x", (torch.ones(3, 4, dtype=torch.int64),)),
+    ("mixed_linear", ValueError, "x", (torch.randn(4),)),
+    ("mixed_linear", TypeError, "x", (torch.ones(3, 4, dtype=torch.bool),)),
+    ("mixed_lora", ValueError, "scaling", (NAN, INF, T3([1.0, NAN]), torch.ones(3))),
+    ("mixed_lora", ValueError, "scaling", (torch.ones(2, device="meta"),)),
+    ("mixed_lora", TypeError, "scaling", ("x", None, T3([1, 2]))),
+    ("mix_logits", ValueError, "logits", (torch.randn(3, 6), [[1.0]])),
+    ("mix_logits", TypeError, "logits", (torch.ones(2, 3, 6, dtype=torch.int64),)),
+    ("sample", ValueError, "logits", (torch.randn(6), torch.randn(2, 3, 6), torch.randn(3, 0))),
+    ("sample", ValueError, "logits", ([[0.0]], torch.full((3, 6), -INF))),
+    ("sample", ValueError, "logits", tuple(tampered(torch.randn(3, 6), bad) for bad in (NAN, INF))),
+    ("sample", TypeError, "logits", (torch.ones(3, 6, dtype=torch.int64),)),
+    ("sample_mixed", ValueError, "logits", (torch.randn(3, 6),)),
+    ("linear_logprob", ValueError, "hidden", (torch.tensor(1.0), [1.0])),
+    ("linear_logprob", TypeError, "hidden", (torch.ones(3, 4, dtype=torch.int64),)),
+    ("linear_logprob", ValueError, "targets", tuple(T3([0, 1, y]) for y in (6, -1, -99, -101))),
+    ("linear_logprob", TypeError, "targets", (T3([0, 1, 2], dtype=torch.int32),)),
+    ("linear_logprob", ValueError, "temperature", (0.0, -1, NAN, INF, T3([1.0, 1.0, 0.0]))),
+    ("linear_logprob", ValueError, "temperature", (torch.ones(2), torch.ones(3, 3))),
+    ("linear_logprob", ValueError, "temperature", (torch.ones(3, device="meta"),)),
+    ("linear_logprob", TypeError, "temperature", ("x", None)),
+    *((op, ValueError, "backend", ("numpy", "")) for op in OPS),
+]
+for op in ("mix_logits", "sample_mixed"):
+    VALUES.append((op, ValueError, "mode", ("max", None, 1)))
+for op in ("mixed_lora", "mixed_linear"):
+    other = torch.zeros(3), torch.zeros(3, dtype=torch.int16)
+    wrong = T3([0, 1]), T3([[0, 1, 2]]), T3([0, 1, 3]), T3([0, -1, 2])
+    meta = torch.zeros(3, dtype=torch.int64, device="meta")
+    VALUES.append((op, TypeError, "example_ids", ([0, 1, 2], *other)))
+    VALUES.append((op, ValueError, "example_ids", (*wrong, meta)))
 BAD = [
     *wrong_tensors(),
-    case("mixed_lora", ValueError, x=torch.randn(4)),
-    case("mixed_lora", TypeError, x=torch.ones(3, 4, dtype=torch.int64)),
-    case("mixed_lora", ValueError, x=[[1.0] * 4] * 3),
-    case("mixed_linear", ValueError, x=torch.randn(4)),
-    case("mixed_linear", TypeError, x=torch.ones(3, 4, dtype=torch.bool)),
-    *(case("mixed_lora", ValueError, scaling=s) for s in (NAN, INF, T3([1.0, NAN]), torch.ones(3))),
-    *(case("mixed_lora", TypeError, scaling=s) for s in ("x", None, T3([1, 2]))),
-    case("mixed_lora", ValueError, scaling=torch.ones(2, device="meta")),
-    *(
-        case(op, error, example_ids=ids)
-        for op in ("mixed_lora", "mixed_linear")
-        for error, ids in (
-            (TypeError, [0, 1, 2]),
-            (TypeError, torch.zeros(3)),
-            (TypeError, torch.zeros(3, dtype=torch.int16)),
-            (ValueError, T3([0, 1])),
-            (ValueError, T3([[0, 1, 2]])),
-            (ValueError, T3([0, 1, 3])),
-            (ValueError, T3([0, -1, 2])),
-            (ValueError, torch.zeros(3, dtype=torch.int64, device="meta")),
-        )
-    ),
+    *(case(op, error, **{name: value}) for op, error, name, bad in VALUES for value in bad),
     case("mixed_lora", ValueError, example_ids=T3([0, 1, 2]), x=torch.randn(3, 2, 4)),
-    *(case("mix_logits", ValueError, logits=z) for z in (torch.randn(3, 6), [[1.0]])),
-    case("mix_logits", TypeError, logits=torch.ones(2, 3, 6, dtype=torch.int64)),
+    case("linear_logprob_mixed", ValueError, targets=T3(0), hidden=torch.randn(4)),
     *(
-        case(op, ValueError, **changed)
+        case(op, ValueError, mode="probability", weights=tampered(torch.rand(3, 2), -0.1))
         for op in ("mix_logits", "sample_mixed")
-        for changed in (
-            *({"mode": mode} for mode in ("max", None, 1)),
-            {"mode": "probability", "weights": tampered(torch.rand(3, 2), -0.1)},
-        )
     ),
-    *(
-        case("sample", ValueError, logits=z)
-        for z in (torch.randn(6), torch.randn(2, 3, 6), torch.randn(3, 0), [[0.0]])
-    ),
-    case("sample_mixed", ValueError, logits=torch.randn(3, 6)),
-    case("sample", TypeError, logits=torch.ones(3, 6, dtype=torch.int64)),
-    *(case("sample", ValueError, logits=tampered(torch.randn(3, 6), bad)) for bad in (NAN, INF)),
-    case("sample", ValueError, logits=torch.full((3, 6), -INF)),
     *per_row_cases("sample", "temperature", (-0.5, NAN, INF)),
     *per_row_cases("sample", "top_k", (-1,), integer=True),
     *per_row_cases("sample", "top_p", (0.0, -0.1, 1.01, NAN)),
     *per_row_cases("sample", "min_p", (-0.1, 1.01, NAN)),
     *per_row_cases("sample", "seed", (2**63, -(2**63) - 1), integer=True),
     *per_row_cases("sample", "position", (2**63,), integer=True),
-    *(case("linear_logprob", ValueError, hidden=h) for h in (torch.tensor(1.0), [1.0])),
-    case("linear_logprob", TypeError, hidden=torch.ones(3, 4, dtype=torch.int64)),
-    case("linear_logprob_mixed", ValueError, targets=T3(0), hidden=torch.randn(4)),
-    *(case("linear_logprob", ValueError, targets=T3([0, 1, y])) for y in (6, -1, -99, -101)),
-    case("linear_logprob", TypeError, targets=T3([0, 1, 2], dtype=torch.int32)),
-    *(case("linear_logprob", ValueError, temperature=t) for t in (0.0, -1, NAN, INF)),
-    *(
-        case("linear_logprob", ValueError, temperature=t)
-        for t in (
-            torch.ones(2),
-            torch.ones(3, device="meta"),
-            torch.ones(3, 3),
-            T3([1.0, 1.0, 0.0]),
-        )
-    ),
-    *(case("linear_logprob", TypeError, temperature=t) for t in ("x", None)),
-    *(case(op, ValueError, backend=b) for op in OPS for b in ("numpy", "")),
 ]
 
 

@@ -1,7 +1,4 @@
-"""The Triton backend of linear_logprob in Triton's interpreter, held to float64.
-
-It shows indexing, masks and the order of sums, not what a GPU does with them.
-"""
+"""The Triton backend of linear_logprob in Triton's interpreter, held to float64."""
 
 import itertools
 from typing import Any, NamedTuple

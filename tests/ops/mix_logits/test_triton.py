@@ -1,7 +1,4 @@
-"""The Triton kernels of mix_logits in Triton's interpreter, held to the reference.
-
-It shows indexing, masks and the order of sums, not what a GPU does with them.
-"""
+"""The Triton kernels of mix_logits in Triton's interpreter, held to the reference."""
 
 import itertools
 from functools import partial

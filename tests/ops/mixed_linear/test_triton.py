@@ -1,8 +1,7 @@
 """The Triton kernels of mixed_linear in Triton's interpreter, held to the reference.
 
 The interpreter runs float32 and float16; its bfloat16 dot product is wrong, so bfloat16 is compiled
-(test_compile_gate.py) and runs in tests/gpu. It shows indexing, masks and the order of sums, not
-what a GPU does with them.
+(test_compile_gate.py) and runs in tests/gpu.
 """
 
 import itertools

@@ -1,7 +1,4 @@
-"""The Triton kernels of sample in Triton's interpreter, held to the reference.
-
-It shows indexing, masks, thresholds and the order of sums, not what a GPU does with them.
-"""
+"""The Triton kernels of sample in Triton's interpreter, held to the reference."""
 
 import itertools
 from typing import Any, NamedTuple
