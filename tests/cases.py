@@ -3,6 +3,7 @@
 Imports no hypothesis, so that tests/gpu runs without it.
 """
 
+import importlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from clp_kernels.testing import assert_within_budget
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 INF, NAN = float("inf"), float("nan")
+DTYPES = (F32, BF16, F16)
 MODES = ("geometric", "probability")
 # x's dtype and that of the adapters.
 LORA_DTYPES = [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F32, F32)]
@@ -34,6 +36,14 @@ CUDA_KERNELS = [
     pytest.mark.skipif(native.cuda_missing() is not None, reason=str(native.cuda_missing())),
 ]
 ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
+
+
+def interpreted(op: str) -> Any:
+    """The Triton backend of an op; skips the test if its kernels are not interpreted here."""
+    launch = pytest.importorskip("clp_kernels.ops.triton_launch", reason="triton is not installed")
+    if not launch.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 was not set at import")
+    return importlib.import_module(f"clp_kernels.ops.{op}.triton")
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
@@ -444,18 +454,17 @@ def mixture_inputs(
     masked: bool = False,
     strides: str = "dense",
     scale: float = 3.0,
-    generator: torch.Generator | None = None,
 ) -> MixtureInputs:
     """strides: "dense", "gaps", "expanded", or "sliced": the last axis dense, the others not."""
     shape = (m, batch, vocab_size)
-    logits = scale * torch.randn(shape, generator=generator)
+    logits = scale * torch.randn(shape)
     if masked:
         # A third of the ids of each source, another third each, and one of all; the last is left.
-        logits = logits.masked_fill(torch.rand(shape, generator=generator) < 0.3, -INF)
+        logits = logits.masked_fill(torch.rand(shape) < 0.3, -INF)
         logits[:, :, :1] = -INF
         logits[:, :, -1:] = 1
-    logits, dz = logits.to(dtype), torch.randn(shape[1:], generator=generator).to(dtype)
-    weights = testing.weight_rows(kind, batch, m, generator=generator)
+    logits, dz = logits.to(dtype), torch.randn(shape[1:]).to(dtype)
+    weights = testing.weight_rows(kind, batch, m)
     if mode == "probability" and kind in ("negative", "zero"):
         # Weights of zero give -inf everywhere, which a budget cannot judge.
         weights = weights.abs() + (weights.sum(-1, keepdim=True) == 0)

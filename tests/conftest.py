@@ -63,14 +63,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def interpreter() -> None:
-    """For tests of Triton's kernels in modules that do not import launches."""
-    launch = pytest.importorskip("clp_kernels.ops.triton_launch", reason="triton is not installed")
-    if not launch.INTERPRETED:
-        pytest.skip("TRITON_INTERPRET=1 was not set at import")
-
-
-@pytest.fixture
 def failing() -> Callable[[torch.nn.Module], AbstractContextManager[None]]:
     """failing(model): a context in which the model's forward raises RuntimeError("no memory")."""
 

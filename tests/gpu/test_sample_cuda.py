@@ -5,7 +5,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import BF16, CUDA_KERNELS, F16, F32, GOOD_ROWS, INF, MODES, NAN, Draw
+from cases import BF16, CUDA_KERNELS, DTYPES, F16, F32, GOOD_ROWS, INF, MODES, NAN, Draw
 from torch import Tensor
 
 from clp_kernels import sample
@@ -16,7 +16,6 @@ from clp_kernels.ops.sample import reference
 pytestmark = CUDA_KERNELS
 
 DEVICE = "cuda"
-DTYPES = (F32, BF16, F16)
 EVERY = "top_k top_p min_p"
 
 

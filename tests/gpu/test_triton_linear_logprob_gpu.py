@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import BF16, F16, F32, F64, HEAD_NAMES, cast, head_inputs, head_plain
+from cases import BF16, DTYPES, F32, F64, HEAD_NAMES, cast, head_inputs, head_plain
 from launches import TRITON_GPU
 
 from clp_kernels.ops.linear_logprob import triton as backend
@@ -12,8 +12,6 @@ from clp_kernels.ops.linear_logprob.head import Inputs
 from clp_kernels.testing import assert_within_budget
 
 pytestmark = TRITON_GPU
-
-DTYPES = (BF16, F16, F32)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import BF16, F16, F32, LinearInputs
+from cases import BF16, DTYPES, LinearInputs
 from launches import TRITON_GPU
 
 from clp_kernels.ops.mixed_linear import reference
@@ -13,8 +13,6 @@ from clp_kernels.ops.mixed_linear import triton as backend
 from clp_kernels.testing import expanded, noncontiguous
 
 pytestmark = TRITON_GPU
-
-DTYPES = (BF16, F16, F32)
 
 
 def inputs(

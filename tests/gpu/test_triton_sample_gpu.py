@@ -9,7 +9,7 @@ from functools import partial
 import cases
 import pytest
 import torch
-from cases import BF16, F16, F32, FINITE_ROWS, GOOD_ROWS, INF, MODES, NAN, Draw, MixtureInputs
+from cases import BF16, DTYPES, F32, FINITE_ROWS, GOOD_ROWS, INF, MODES, NAN, Draw, MixtureInputs
 from launches import TRITON_GPU
 
 from clp_kernels.ops.mix_logits import reference as mix_reference
@@ -19,7 +19,6 @@ from clp_kernels.ops.sample import triton as backend
 
 pytestmark = TRITON_GPU
 
-DTYPES = (BF16, F16, F32)
 EVERY = "top_k top_p min_p"
 FILTERS = ("", "top_k", "top_p", "min_p", "top_k top_p", EVERY)
 

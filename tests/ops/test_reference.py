@@ -373,9 +373,6 @@ def test_second_derivatives_raise(name: str) -> None:
         first.sum().backward()
 
 
-# Random numbers.
-
-
 def uniform_words(seed: int, position: int, vocab: int) -> list[int]:
     """The 32-bit words behind philox_uniform."""
     u = sample_reference.philox_uniform(torch.tensor([seed]), torch.tensor([position]), vocab)[0]
@@ -458,9 +455,6 @@ def test_p_value_sees_a_wrong_distribution() -> None:
     counts = torch.tensor([5300.0, 4700.0], dtype=F64)
     assert p_value(counts, torch.full((2,), 5000.0, dtype=F64)) < 1e-6
     assert p_value(counts - torch.tensor([290, -290]), torch.full((2,), 5000.0, dtype=F64)) > 0.1
-
-
-# Filters.
 
 
 def kept_sets(logits: Tensor, **filters: float | Tensor) -> Tensor:

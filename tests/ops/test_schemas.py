@@ -176,9 +176,6 @@ def test_fake_is_like_the_real_output(name: str, args: tuple[Any, ...]) -> None:
             assert got.stride() == promised.stride()
 
 
-# torch.compile.
-
-
 def compiled_cases() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
     """Each public function with the tensors that get gradients."""
     x, flat, W = torch.randn(3, 2, 4), torch.randn(5, 4), torch.randn(6, 4)

@@ -1,6 +1,5 @@
 """mix_logits in C++ on each instruction set, and in Triton's interpreter: special numbers."""
 
-import importlib
 import itertools
 from typing import Any
 
@@ -21,10 +20,9 @@ BOTH = [True, True]
 @pytest.fixture(params=[*(pytest.param(isa, marks=CPU_KERNELS) for isa in ISAS), "triton"])
 def way(request: pytest.FixtureRequest) -> tuple[Any, ...]:
     """The module, and the instruction set if its functions take one."""
-    if request.param != "triton":
-        return cpu, request.param
-    request.getfixturevalue("interpreter")
-    return (importlib.import_module("clp_kernels.ops.mix_logits.triton"),)
+    if request.param == "triton":
+        return (cases.interpreted("mix_logits"),)
+    return cpu, request.param
 
 
 def test_probabilities_below_the_smallest_float(way: tuple[Any, ...]) -> None:

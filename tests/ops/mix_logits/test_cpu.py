@@ -9,7 +9,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import BF16, CPU_KERNELS, F16, F32, INF, ISAS, MODES, NAN, MixtureInputs
+from cases import BF16, CPU_KERNELS, DTYPES, F16, F32, INF, ISAS, MODES, NAN, MixtureInputs
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,7 +20,6 @@ from clp_kernels.ops.mix_logits import reference
 
 pytestmark = CPU_KERNELS
 
-DTYPES = (F32, BF16, F16)
 BOTH = [True, True]
 # Instruction sets of which the last only differs in products that this op has none of.
 KINDS = [isa for isa in ISAS if isa != "avx512_bf16"]

@@ -2,14 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from cases import BF16, F16, F32, F64, close, same_bits
+from cases import DTYPES, F64, close, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clp_kernels import linear_logprob, mix_logits, sample
 from clp_kernels.testing import weight_rows
-
-DTYPES = (F32, BF16, F16)
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.sampled_from([F64, *DTYPES]))

@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BF16, F16, F32, F64, INF, close, lora_plain, same_bits
+from cases import DTYPES, F64, INF, close, lora_plain, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from clp_kernels import batch_invariant, mixed_linear, mixed_lora
-
-DTYPES = (F32, BF16, F16)
 
 
 @dataclass

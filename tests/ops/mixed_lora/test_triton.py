@@ -367,9 +367,6 @@ def test_path_errors() -> None:
         backend.mixed_lora(*inputs.args, None, True, path="split")
 
 
-# The plan.
-
-
 @pytest.mark.parametrize(
     ("tokens", "sizes", "dtype", "capability", "invariant", "expected"),
     [

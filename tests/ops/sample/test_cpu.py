@@ -7,7 +7,7 @@ import cases
 import numpy as np
 import pytest
 import torch
-from cases import BF16, CPU_KERNELS, F16, F32, FINITE_ROWS, GOOD_ROWS, INF, ISAS, NAN, Draw
+from cases import BF16, CPU_KERNELS, DTYPES, F32, FINITE_ROWS, GOOD_ROWS, INF, ISAS, NAN, Draw
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -21,7 +21,6 @@ from clp_kernels.ops.sample import reference
 pytestmark = CPU_KERNELS
 
 _cpu: Any = native._load("_cpu")[0]
-DTYPES = (F32, BF16, F16)
 
 
 def draw(args: Draw, isa: str = "") -> tuple[Tensor, Tensor, Tensor]:
@@ -248,19 +247,13 @@ def test_draws_follow_the_softmax(isa: str, mode: str) -> None:
         assert stats.chisquare(seen, probabilities * count).pvalue > 1e-3
 
 
-def filtered(
-    generator: torch.Generator, m: int, batch: int, vocab_size: int, kind: str, dtype: torch.dtype
-) -> Draw:
+def filtered(m: int, batch: int, vocab_size: int, kind: str, dtype: torch.dtype) -> Draw:
     """Arguments of a draw with random filters, some of them off, some rows greedy."""
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
-
-    logits = 3 * torch.randn(m, batch, vocab_size, generator=generator)
+    logits = 3 * torch.randn(m, batch, vocab_size)
     if kind == "ties":
         logits = logits.round()
     if kind == "masked":
-        logits[..., uniform(vocab_size) < 0.6] = -INF
+        logits[..., torch.rand(vocab_size) < 0.6] = -INF
         logits[..., vocab_size // 2] = 1.0
     if kind == "flat":
         logits *= 0.01
@@ -268,24 +261,24 @@ def filtered(
         logits *= 100
     if kind == "edges":  # between two of its bins at temperature 1, where it rounds
         logits = (8 * logits).floor() / 16 + 1 / 32
-    off = uniform(3, batch) < 0.25
-    top_k = torch.randint(1, vocab_size + 3, (batch,), generator=generator)
-    top_k = torch.where(uniform(batch) < 0.7, top_k.clamp(max=40), top_k)
-    top_p, min_p = uniform(batch).clamp(min=1e-4), uniform(batch) ** 3
+    off = torch.rand(3, batch) < 0.25
+    top_k = torch.randint(1, vocab_size + 3, (batch,))
+    top_k = torch.where(torch.rand(batch) < 0.7, top_k.clamp(max=40), top_k)
+    top_p, min_p = torch.rand(batch).clamp(min=1e-4), torch.rand(batch) ** 3
     filters = {
         "top_k": top_k.masked_fill(off[0], 0),
         "top_p": top_p.masked_fill(off[1], 1.0),
         "min_p": min_p.masked_fill(off[2], 0.0),
     }
-    given = dict(zip(filters, (uniform(3) < 0.7).tolist(), strict=True))
+    given = dict(zip(filters, (torch.rand(3) < 0.7).tolist(), strict=True))
     return {
         "logits": logits.to(dtype),
-        "weights": None if m == 1 else torch.randn(batch, m, generator=generator),
+        "weights": None if m == 1 else torch.randn(batch, m),
         "mode": "geometric",
         "temperature": torch.tensor([0.7, 1.0, 0.0, 3.0]).repeat(batch)[:batch],
         **{name: values if given[name] else None for name, values in filters.items()},
-        "seed": torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator),
-        "position": torch.randint(2**40, (batch,), generator=generator),
+        "seed": torch.randint(-(2**63), 2**63 - 1, (batch,)),
+        "position": torch.randint(2**40, (batch,)),
     }
 
 
@@ -295,17 +288,17 @@ KINDS = ("spread", "ties", "masked", "flat", "far", "edges")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab_size", [1, 2, 7, 64, 65, 1000, 4096, 4097, 13_001])
 def test_filters(vocab_size: int, kind: str) -> None:
-    generator = torch.Generator().manual_seed(vocab_size)
+    torch.manual_seed(vocab_size)
     for m in (1, 2, 5):
         for dtype in DTYPES:
-            args = filtered(generator, m, 5, vocab_size, kind, dtype)
+            args = filtered(m, 5, vocab_size, kind, dtype)
             assert_equals_reference(args, atol=2e-6, rtol=1e-5)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 700), st.sampled_from(KINDS))
 def test_filters_of_drawn_sizes(seed: int, vocab_size: int, kind: str) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    args = filtered(generator, 1 + seed % 3, 1 + seed % 4, vocab_size, kind, torch.float32)
+    torch.manual_seed(seed)
+    args = filtered(1 + seed % 3, 1 + seed % 4, vocab_size, kind, F32)
     assert_equals_reference(args, atol=2e-6, rtol=1e-5)
 
 
@@ -360,7 +353,8 @@ def test_a_million_filtered_draws(name: str) -> None:
 def test_filtered_row_bits_are_its_own(
     isa: str, mode: str, set_threads: Callable[[int], None]
 ) -> None:
-    args = filtered(torch.Generator().manual_seed(1), 3, 7, 20_011, "spread", torch.float32)
+    torch.manual_seed(1)
+    args = filtered(3, 7, 20_011, "spread", F32)
     args |= {"weights": args["weights"].abs(), "mode": mode}
     set_threads(1)
     whole = draw(args, isa)

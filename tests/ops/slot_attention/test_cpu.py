@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BF16, CPU_KERNELS, F16, F32, F64, INF, ISAS, NAN, cast, same_bits
+from cases import BF16, CPU_KERNELS, DTYPES, F16, F32, F64, INF, ISAS, NAN, cast, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,8 +17,6 @@ from clp_kernels import testing
 from clp_kernels.ops.slot_attention.cpu import slot_attention, why_not
 
 pytestmark = CPU_KERNELS
-
-DTYPES = (F32, BF16, F16)
 
 
 class Inputs(NamedTuple):
