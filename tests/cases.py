@@ -6,7 +6,7 @@ Imports no hypothesis, so that tests/gpu runs without it.
 import importlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -318,6 +318,32 @@ def not_finite(inputs: LoraInputs, value: float) -> dict[str, Tensor]:
     lora_A, lora_B = inputs.lora_A.clone(), inputs.lora_B.clone()
     lora_A[0, 0, 3] = lora_B[0, 5, 0] = value
     return {"lora_A": lora_A, "lora_B": lora_B}
+
+
+def check_invariant_rows(
+    run: Callable[..., Results], inputs: LoraInputs, orders: list[Tensor]
+) -> None:
+    """Examples have the same bits in any order and batch."""
+    got = run(inputs, invariant=True)
+    for rows in orders:
+        part = {name: getattr(inputs, name)[rows] for name in ("x", "weights", "dy")}
+        other = run(replace(inputs, **part), invariant=True)
+        for name in ("y", "u", "d_x", "d_weights"):
+            assert torch.equal(other[name], got[name][rows]), name
+
+
+def check_nan_stays_in_its_example(run: Callable[..., Results], inputs: LoraInputs) -> None:
+    """Of four examples, the third gets NaN in the gradient of one token."""
+    expected, dy, others = run(inputs)["d_weights"], inputs.dy.clone(), [0, 1, 3]
+    dy.view(-1, dy.shape[-1])[(inputs.examples == 2).nonzero()[0, 0]] = NAN
+    got = run(replace(inputs, dy=dy))["d_weights"]
+    assert got[2].isnan().all() and torch.equal(got[others], expected[others])
+
+
+def check_same_bits_twice(run: Callable[..., Results], inputs: LoraInputs, path: str) -> None:
+    first, second = run(inputs, path=path), run(inputs, path=path)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
 
 
 # mixed_linear.
@@ -710,6 +736,33 @@ def head_outputs(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
     kl = torch.where(p > 0, p * (logp - logq), 0).sum(-1) * used
     entropy = -torch.where(p > 0, p * logp.clamp(min=-1e4), 0).sum(-1) * used
     return picked, entropy, kl
+
+
+def judge_head(
+    got: list[tuple[Tensor, ...]],
+    draws: list[HeadInputs],
+    plain: Callable[[HeadInputs], list[Tensor]] | None = None,
+) -> None:
+    """The error budget of all outputs, over all draws together; plain: head_plain by default."""
+    plain = plain or head_plain
+    for results in got:
+        for i, (name, result) in enumerate(zip(HEAD_NAMES, results, strict=True)):
+            assert result.dtype == (F32 if i < 3 else draws[0].hidden.dtype), name
+            assert result.is_contiguous() and result.device == draws[0].hidden.device, name
+    wide, same = [plain(cast(args, F64)) for args in draws], [plain(args) for args in draws]
+    trios = (map(torch.cat, zip(*runs, strict=True)) for runs in (got, wide, same))
+    for name, *three in zip(HEAD_NAMES, *trios, strict=True):
+        assert_within_budget(*three, name=name)
+
+
+def check_one_id_is_left(backend: Any, inputs: HeadInputs, id: int) -> None:
+    """All other ids have a bias of -inf."""
+    inputs.bias[:] = -INF
+    inputs.bias[id] = 0.0
+    inputs.targets[:] = id
+    logprobs, entropy, kl, d_logprobs, d_kl = backend.linear_logprob(inputs, True, True)
+    assert not logprobs.any() and not kl.any() and entropy.abs().max() < 1e-6
+    assert d_logprobs.abs().max() < 1e-6 and d_kl.abs().max() < 1e-6
 
 
 def head_plain(inputs: HeadInputs) -> list[Tensor]:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from cases import PHILOX_ANSWERS
+from cases import PHILOX_ANSWERS, linear_plain, lora_plain
 from torch import Tensor
 
 import clp_kernels
@@ -205,48 +205,38 @@ def test_linear_logprob_chunks_bound_the_logits() -> None:
         assert all((c.stop - c.start) * vocab <= max(2**22, vocab) for c in chunks)
 
 
-def backward_case(name: str) -> tuple[Callable[..., Tensor], Callable[..., tuple], list[Tensor]]:
-    """(differentiable per-example formula, backward op given dy, inputs) of one op."""
-    ids = torch.tensor(IDS)
-    if name == "mixed_lora":
-        inputs = [rand(5, 4), rand(3, 4), rand(2, 2, 4), rand(2, 3, 2), rand(3, 2), rand(3)]
-
-        def formula(x, W, A, B, w, c):  # type: ignore[no-untyped-def]
-            deltas = [sum(w[b, i] * B[i] @ A[i] for i in range(2)) for b in IDS]
-            return torch.stack([(W + d) @ x_t + c for x_t, d in zip(x, deltas, strict=True)])
-
-        def backward(dy, x, W, A, B, w, c, invariant, needs):  # type: ignore[no-untyped-def]
-            u = torch.cat([x @ a.t() for a in A], -1)
-            return lora_reference.mixed_lora_backward(dy, x, W, A, B, w, ids, u, invariant, needs)
-
-        return formula, backward, inputs
-    inputs = [rand(5, 4), rand(2, 3, 4), rand(3, 2), rand(2, 3)]
-
-    def mixture(x, W, w, c):  # type: ignore[no-untyped-def]
-        rows = [sum(w[b, i] * (W[i] @ x_t + c[i]) for i in range(2)) for x_t, b in zip(x, IDS)]  # noqa: B905
-        return torch.stack(rows)
-
-    def mixture_backward(dy, x, W, w, c, invariant, needs):  # type: ignore[no-untyped-def]
-        return linear_reference.mixed_linear_backward(dy, x, W, w, c, ids, invariant, needs)
-
-    return mixture, mixture_backward, inputs
+SHAPES = {
+    "mixed_lora": ((5, 4), (3, 4), (2, 2, 4), (2, 3, 2), (3, 2), (3,)),
+    "mixed_linear": ((5, 4), (2, 3, 4), (3, 2), (2, 3)),
+}
 
 
 @pytest.mark.parametrize("invariant", [False, True])
-@pytest.mark.parametrize("name", ["mixed_lora", "mixed_linear"])
+@pytest.mark.parametrize("name", SHAPES)
 def test_backward_op(name: str, invariant: bool) -> None:
-    formula, backward, inputs = backward_case(name)
-    for t in inputs:
-        t.requires_grad_()
-    y = formula(*inputs)
+    inputs, ids = [rand(*shape).requires_grad_() for shape in SHAPES[name]], torch.tensor(IDS)
+    *matrices, weights, bias = inputs
+    if name == "mixed_lora":
+        y, u = lora_plain(*matrices, weights[ids], bias)
+    else:
+        y, u = linear_plain(*matrices, weights[ids], bias), None
+
+    def backward(needs: list[bool]) -> tuple[Tensor, ...]:
+        if name == "mixed_lora":
+            x, W, A, B, w, _ = inputs
+            return lora_reference.mixed_lora_backward(dy, x, W, A, B, w, ids, u, invariant, needs)
+        x, W, w, c = inputs
+        return linear_reference.mixed_linear_backward(dy, x, W, w, c, ids, invariant, needs)
+
     dy, every = torch.randn_like(y), [True] * len(inputs)
     wanted = torch.autograd.grad(y, inputs, dy)
     with torch.no_grad():
-        for got, grad in zip(backward(dy, *inputs, invariant, every), wanted, strict=True):
+        for got, grad in zip(backward(every), wanted, strict=True):
             close(got, grad)
         for i in range(len(inputs)):
-            only = backward(dy, *inputs, invariant, [j == i for j in range(len(inputs))])
-            assert [g.numel() > 0 for g in only] == [j == i for j in range(len(inputs))]
+            chosen = [j == i for j in range(len(inputs))]
+            only = backward(chosen)
+            assert [g.numel() > 0 for g in only] == chosen
             close(only[i], wanted[i])
 
 

@@ -59,16 +59,15 @@ def inputs(case: Case) -> LinearInputs:
     expert = normal(case.m, case.out_features, case.in_features)
     bias = normal(case.m, case.out_features) if case.bias else None
     weights = testing.weight_rows(case.kind, batch, case.m, generator=g)
+    args = LinearInputs(dy, x, expert, weights, bias, ids)
     if case.strides == "gaps":
-        x, dy, expert, weights = map(testing.noncontiguous, (x, dy, expert, weights))
-        bias = None if bias is None else testing.noncontiguous(bias)
-        ids = None if ids is None else testing.noncontiguous(ids)
-    elif case.strides == "expanded":
+        return LinearInputs(*(t if t is None else testing.noncontiguous(t) for t in args))
+    if case.strides == "expanded":
         x, dy, weights = map(testing.expanded, (x, dy, weights))
     elif case.strides == "sliced":
         # The last axis is dense and the others are not: read in place.
-        x, dy, expert = (torch.nn.functional.pad(t, (0, 3), value=NAN) for t in (x, dy, expert))
-        x, dy, expert = x[..., :-3], dy[..., :-3], expert[..., :-3]
+        padded = (torch.nn.functional.pad(t, (0, 3), value=NAN) for t in (x, dy, expert))
+        x, dy, expert = (t[..., :-3] for t in padded)
     return LinearInputs(dy, x, expert, weights, bias, ids)
 
 

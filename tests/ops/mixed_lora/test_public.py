@@ -4,7 +4,7 @@ Sizes are drawn; float64 where numbers are compared, all dtypes where bits are.
 """
 
 import random
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,16 +19,8 @@ from torch.autograd import forward_ad
 from clp_kernels import batch_invariant, mixed_linear, mixed_lora
 
 
-@dataclass
-class Lora:
+class Lora(SimpleNamespace):
     """Inputs of mixed_lora for hypothesis: drawn sizes, values from a drawn seed."""
-
-    x: Tensor
-    base_weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    weights: Tensor
-    bias: Tensor
 
     def __call__(self, **changed: Tensor) -> Tensor:
         return mixed_lora(**{**vars(self), **changed})
@@ -47,8 +39,8 @@ def loras(draw: Any, dtypes: tuple[torch.dtype, ...] = (F64,)) -> Lora:
         return torch.randn(*shape, generator=rng, dtype=F64).to(dtype)
 
     weights = rand(B, m).to(F64 if dtype == F64 else torch.float32)
-    x, base_weight, lora_A = rand(B, T, n_in), rand(n_out, n_in), rand(m, r, n_in)
-    return Lora(x, base_weight, lora_A, rand(m, n_out, r), weights, rand(n_out))
+    base = {"x": rand(B, T, n_in), "base_weight": rand(n_out, n_in), "bias": rand(n_out)}
+    return Lora(**base, lora_A=rand(m, r, n_in), lora_B=rand(m, n_out, r), weights=weights)
 
 
 @given(loras(), st.data())

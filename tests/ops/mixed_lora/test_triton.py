@@ -215,9 +215,7 @@ def test_one_hot_rows_equal_the_single_adapter() -> None:
 @pytest.mark.parametrize("path", ["fused", "split"])
 def test_two_runs_give_the_same_bits(path: str) -> None:
     inputs = draw(Case(dtype=F16, lora_dtype=F16, layout="flat", tokens=70, batch=5))
-    first, second = run(inputs, path=path), run(inputs, path=path)
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    cases.check_same_bits_twice(run, inputs, path)
 
 
 @interpreted
@@ -254,12 +252,7 @@ PER_ROW = ("y", "u", "d_x")
 def test_invariant_rows_do_not_depend_on_the_batch(dtype: torch.dtype, rowwise_dot: None) -> None:
     case = Case(dtype=dtype, lora_dtype=dtype, batch=6, tokens=11, in_features=72)
     inputs = draw(case)
-    got = run(inputs, invariant=True)
-    for rows in (torch.tensor([4, 0, 5, 2, 1, 3]), torch.tensor([3])):
-        part = {name: getattr(inputs, name)[rows] for name in ("x", "dy", "weights")}
-        other = run(replace(inputs, **part), invariant=True)
-        for name in (*PER_ROW, "d_weights"):
-            assert torch.equal(other[name], got[name][rows]), name
+    cases.check_invariant_rows(run, inputs, [torch.tensor([4, 0, 5, 2, 1, 3]), torch.tensor([3])])
 
 
 @interpreted
@@ -284,14 +277,7 @@ def test_nan_in_one_example_does_not_reach_another_row(layout: str) -> None:
     inputs = draw(Case(layout=layout, batch=4, tokens=9, m=3))
     if layout == "flat":
         inputs.ids = torch.tensor([3, 0, 2, 1, 2, 0, 0, 3, 2])
-    expected = run(inputs)
-    rows = inputs.examples
-    dy = inputs.dy.clone()
-    dy.view(-1, 64)[(rows == 2).nonzero()[0, 0]] = NAN
-    got = run(replace(inputs, dy=dy))
-    others = [0, 1, 3]
-    assert got["d_weights"][2].isnan().all()
-    assert torch.equal(got["d_weights"][others], expected["d_weights"][others])
+    cases.check_nan_stays_in_its_example(run, inputs)
 
 
 @interpreted
