@@ -3,7 +3,6 @@ instruction sets, both sides of the crossover, zero rows, bits, and the choice o
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -269,7 +268,7 @@ def test_rounding_on_each_instruction_set(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_a_row_keeps_its_bits(isa: str, dtype: torch.dtype) -> None:
+def test_a_row_keeps_its_bits(isa: str, dtype: torch.dtype, set_threads: Any) -> None:
     """Alone, in any batch, on any number of threads."""
     x, A, B, w, y = low_rank_inputs((41, 1100, 75, 3, 12), dtype, dtype)
     E = A.mT.reshape(3, -1, 1100)[:, :11].contiguous()
@@ -280,25 +279,16 @@ def test_a_row_keeps_its_bits(isa: str, dtype: torch.dtype) -> None:
     cpu_mixed_lora.run_native(x, A, B, w, None, based, W, c, isa=isa)
     whole = cpu_mixed_linear.mix_products(x, E, w, None, None, isa)
     for threads in (1, 2, 3):
-        with thread_count(threads):
-            for rows in ([7], [0, 40], [3, 1, 2], list(range(19)), list(range(40, 6, -1))):
-                part = y[rows].clone()
-                u = cpu_mixed_lora.run_native(x[rows], A, B, w[rows], None, part, isa=isa)
-                assert torch.equal(u, whole_u[rows])
-                assert torch.equal(part, whole_y[rows])
-                cpu_mixed_lora.run_native(x[rows], A, B, w[rows], None, part, W, c, isa=isa)
-                assert torch.equal(part, based[rows])
-                got = cpu_mixed_linear.mix_products(x[rows], E, w[rows], None, None, isa)
-                assert torch.equal(got, whole[rows])
-
-
-@contextmanager
-def thread_count(n: int) -> Iterator[None]:
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(2)
+        set_threads(threads)
+        for rows in ([7], [0, 40], [3, 1, 2], list(range(19)), list(range(40, 6, -1))):
+            part = y[rows].clone()
+            u = cpu_mixed_lora.run_native(x[rows], A, B, w[rows], None, part, isa=isa)
+            assert torch.equal(u, whole_u[rows])
+            assert torch.equal(part, whole_y[rows])
+            cpu_mixed_lora.run_native(x[rows], A, B, w[rows], None, part, W, c, isa=isa)
+            assert torch.equal(part, based[rows])
+            got = cpu_mixed_linear.mix_products(x[rows], E, w[rows], None, None, isa)
+            assert torch.equal(got, whole[rows])
 
 
 @pytest.mark.slow

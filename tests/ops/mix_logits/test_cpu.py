@@ -2,7 +2,6 @@
 the same bits on each instruction set, in any batch and on any number of threads."""
 
 import itertools
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -40,10 +39,9 @@ def check(args: MixtureInputs, mode: str, isa: str = "") -> None:
 
 
 @pytest.fixture(params=(1, 2, 3))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(2)
+def threads(request: pytest.FixtureRequest, set_threads: Any) -> Any:
+    set_threads(request.param)
+    return request.param
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """`sample` in C++ against the reference, on every instruction set this machine has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import cases
@@ -193,13 +193,6 @@ def test_ties_take_the_lowest_index(isa: str, temperature: float) -> None:
     tokens = reference.sample(**args)[0]
     assert torch.equal(draw(args, isa)[0], tokens)
     assert temperature > 0 or tokens.item() == 4097
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("mode", ["geometric", "probability"])
