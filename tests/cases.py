@@ -27,6 +27,7 @@ MODES = ("geometric", "probability")
 # x's dtype and that of the adapters.
 LORA_DTYPES = [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F32, F32)]
 Results = dict[str, Tensor]
+Form = Callable[..., Results]
 Runs = tuple[Results, Results, Results]  # got, in float64, in the inputs' dtypes
 
 # Marks of the tests of compiled kernels, and the instruction sets of this processor.
@@ -70,11 +71,7 @@ def case_id(case: tuple[Any, ...]) -> str:
 
 
 def sampled(
-    make: Callable[..., Any],
-    axes: tuple[tuple[Any, ...], ...],
-    count: int,
-    seed: int,
-    allowed: Callable[[Any], bool] = lambda case: True,
+    make: Any, axes: tuple[Any, ...], count: int, seed: int, allowed: Any = lambda case: True
 ) -> list[Any]:
     """Different cases, a value of each axis drawn for each; the same in every run."""
     rng, found = random.Random(seed), list[Any]()
@@ -86,7 +83,7 @@ def sampled(
 
 
 def gradients(
-    function: Callable[..., Results], inputs: dict[str, Any], upstream: Results, dtype: Any = None
+    function: Form, inputs: dict[str, Any], upstream: Results, dtype: Any = None
 ) -> Results:
     """The outputs of function(**inputs) and the gradients of the inputs that are not None.
 
@@ -104,12 +101,7 @@ def gradients(
     return {k: t.detach() for k, t in out.items()} | named
 
 
-def three_runs(
-    function: Callable[..., Results],
-    plain: Callable[..., Results],
-    inputs: dict[str, Any],
-    upstream: Results,
-) -> Runs:
+def three_runs(function: Form, plain: Form, inputs: dict[str, Any], upstream: Results) -> Runs:
     """A function and all gradients, and the plain form in float64 and in the inputs' dtypes."""
     got = gradients(function, inputs, upstream)
     wide, same = (gradients(plain, inputs, upstream, dtype) for dtype in (F64, None))
@@ -320,9 +312,7 @@ def not_finite(inputs: LoraInputs, value: float) -> dict[str, Tensor]:
     return {"lora_A": lora_A, "lora_B": lora_B}
 
 
-def check_invariant_rows(
-    run: Callable[..., Results], inputs: LoraInputs, orders: list[Tensor]
-) -> None:
+def check_invariant_rows(run: Form, inputs: LoraInputs, orders: list[Tensor]) -> None:
     """Examples have the same bits in any order and batch."""
     got = run(inputs, invariant=True)
     for rows in orders:
@@ -332,7 +322,7 @@ def check_invariant_rows(
             assert torch.equal(other[name], got[name][rows]), name
 
 
-def check_nan_stays_in_its_example(run: Callable[..., Results], inputs: LoraInputs) -> None:
+def check_nan_stays_in_its_example(run: Form, inputs: LoraInputs) -> None:
     """Of four examples, the third gets NaN in the gradient of one token."""
     expected, dy, others = run(inputs)["d_weights"], inputs.dy.clone(), [0, 1, 3]
     dy.view(-1, dy.shape[-1])[(inputs.examples == 2).nonzero()[0, 0]] = NAN
@@ -340,7 +330,7 @@ def check_nan_stays_in_its_example(run: Callable[..., Results], inputs: LoraInpu
     assert got[2].isnan().all() and torch.equal(got[others], expected[others])
 
 
-def check_same_bits_twice(run: Callable[..., Results], inputs: LoraInputs, path: str) -> None:
+def check_same_bits_twice(run: Form, inputs: LoraInputs, path: str) -> None:
     first, second = run(inputs, path=path), run(inputs, path=path)
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -656,14 +646,9 @@ def order_key(z: Tensor) -> Tensor:
 
 
 def check_kept_sets(
-    backend: Any,
-    vocab_size: int,
-    ties: bool,
-    temperature: float,
-    device: str = "cpu",
-    top_p_alone: bool = True,
+    backend: Any, vocab_size: int, ties: bool, temperature: float, device: str, *, alone: bool
 ) -> None:
-    """The thresholds of Triton's kernels, which a draw shows only by chance."""
+    """The thresholds of Triton's kernels, which a draw shows only by chance; top_p's also alone."""
     z = 2 * torch.randn(5, vocab_size)
     z = z.round() if ties else z
     z[2, 100:] = -INF
@@ -678,7 +663,7 @@ def check_kept_sets(
     least = call.threshold(rows, None, top_k=top_k.to(device))
     first = sample_reference.top_k_mask(logp, top_k)
     assert torch.equal(order_key(z) >= least.cpu()[:, None], first)
-    everything = [(None, torch.ones_like(first))] if top_p_alone else []
+    everything = [(None, torch.ones_like(first))] if alone else []
     for chosen, mask in (*everything, (least, first)):
         found = call.threshold(rows, chosen, top_p=top_p.to(device)).cpu()
         wanted = mask & sample_reference.top_p_mask(logp.masked_fill(~mask, -INF), top_p)
@@ -738,23 +723,6 @@ def head_outputs(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
     return picked, entropy, kl
 
 
-def judge_head(
-    got: list[tuple[Tensor, ...]],
-    draws: list[HeadInputs],
-    plain: Callable[[HeadInputs], list[Tensor]] | None = None,
-) -> None:
-    """The error budget of all outputs, over all draws together; plain: head_plain by default."""
-    plain = plain or head_plain
-    for results in got:
-        for i, (name, result) in enumerate(zip(HEAD_NAMES, results, strict=True)):
-            assert result.dtype == (F32 if i < 3 else draws[0].hidden.dtype), name
-            assert result.is_contiguous() and result.device == draws[0].hidden.device, name
-    wide, same = [plain(cast(args, F64)) for args in draws], [plain(args) for args in draws]
-    trios = (map(torch.cat, zip(*runs, strict=True)) for runs in (got, wide, same))
-    for name, *three in zip(HEAD_NAMES, *trios, strict=True):
-        assert_within_budget(*three, name=name)
-
-
 def check_one_id_is_left(backend: Any, inputs: HeadInputs, id: int) -> None:
     """All other ids have a bias of -inf."""
     inputs.bias[:] = -INF
@@ -771,3 +739,17 @@ def head_plain(inputs: HeadInputs) -> list[Tensor]:
     picked, entropy, kl = head_outputs(inputs._replace(hidden=hidden))
     grads = [torch.autograd.grad(o.sum(), hidden, retain_graph=True)[0] for o in (picked, kl)]
     return [t.detach() for t in (picked, entropy, kl, *grads)]
+
+
+def judge_head(
+    got: list[tuple[Tensor, ...]], draws: list[HeadInputs], plain: Any = head_plain
+) -> None:
+    """The error budget of all outputs, over all draws together."""
+    for results in got:
+        for i, (name, result) in enumerate(zip(HEAD_NAMES, results, strict=True)):
+            assert result.dtype == (F32 if i < 3 else draws[0].hidden.dtype), name
+            assert result.is_contiguous() and result.device == draws[0].hidden.device, name
+    wide, same = [plain(cast(args, F64)) for args in draws], [plain(args) for args in draws]
+    trios = (map(torch.cat, zip(*runs, strict=True)) for runs in (got, wide, same))
+    for name, *three in zip(HEAD_NAMES, *trios, strict=True):
+        assert_within_budget(*three, name=name)

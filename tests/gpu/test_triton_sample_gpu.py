@@ -59,7 +59,7 @@ def test_large_vocabulary(vocab_size: int, filters: str) -> None:
 @pytest.mark.parametrize("vocab_size", [700, 20_011])
 @pytest.mark.parametrize("ties", [False, True])
 def test_small_kept_sets_are_exactly_the_references(vocab_size: int, ties: bool) -> None:
-    cases.check_kept_sets(backend, vocab_size, ties, 1.0, "cuda", top_p_alone=False)
+    cases.check_kept_sets(backend, vocab_size, ties, 1.0, "cuda", alone=False)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e17, 3e38])

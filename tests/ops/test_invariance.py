@@ -5,6 +5,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import cases
 import pytest
 import torch
 from cases import BF16, F16, F32, MODES, same_bits
@@ -152,25 +153,22 @@ def test_mix_logits_rows_keep_their_bits(mode: str, m: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("filtered", [False, True])
 def test_sample_rows_keep_their_bits(mode: str, filtered: bool, backend: str) -> None:
     for m, vocab in ((1, 7), (3, 33), (5, 1000), (5, 40_000)):
-        logits, weights = 4 * torch.randn(m, 33, vocab), torch.rand(33, m)
-        rows = {
-            "temperature": torch.rand(33) + 0.3,
-            "seed": torch.randint(-(2**62), 2**62, (33,)),
-            "position": torch.arange(33),
-        }
+        args: cases.Draw = {"logits": 4 * torch.randn(m, 33, vocab)}
+        mixture = {"weights": torch.rand(33, m), "mode": mode}
+        args |= {} if mode == "none" else mixture
+        args |= {"temperature": torch.rand(33) + 0.3, "position": torch.arange(33)}
+        args["seed"] = torch.randint(-(2**62), 2**62, (33,))
         if filtered:
-            rows |= {
-                "top_k": torch.randint(0, 9, (33,)),
-                "top_p": torch.rand(33) / 2 + 0.5,
-                "min_p": torch.rand(33) / 5,
-            }
+            args["top_k"] = torch.randint(0, 9, (33,))
+            args |= {"top_p": torch.rand(33) / 2 + 0.5, "min_p": torch.rand(33) / 5}
 
-        def run(b: Tensor, logits: Tensor = logits, w: Tensor = weights, rows: Any = rows) -> tuple:
-            mixture = {} if mode == "none" else {"weights": w[b], "mode": mode}
-            z = logits[0, b] if mode == "none" else logits[:, b]
-            return sample(z, **mixture, **{k: v[b] for k, v in rows.items()}, backend=backend)
+        def run(rows: Any, args: cases.Draw = args) -> tuple[Tensor, ...]:
+            given = cases.draw_rows(args, rows)
+            if mode == "none":
+                given["logits"] = given["logits"][0]
+            return sample(**given, backend=backend)
 
-        whole = run(torch.arange(33))
+        whole = run(slice(None))
         for n in (1, 2, 16, 17):
             b = torch.randperm(33)[:n]
             for part, wanted in zip(run(b), whole, strict=True):
