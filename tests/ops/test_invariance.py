@@ -11,15 +11,8 @@ import torch
 from cases import BF16, F16, F32, MODES, same_bits
 from torch import Tensor
 
-from clp_kernels import (
-    batch_invariant,
-    linear_logprob,
-    mix_logits,
-    mixed_linear,
-    mixed_lora,
-    sample,
-)
-from clp_kernels.invariant import is_batch_invariant
+from clp_kernels import linear_logprob, mix_logits, mixed_linear, mixed_lora, sample
+from clp_kernels.invariant import batch_invariant, is_batch_invariant
 
 SIZES = (2, 3, 5, 8, 15, 16, 17, 31, 32, 33)
 Rows = dict[str, Tensor]

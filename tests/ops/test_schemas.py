@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clp_kernels import (
-    batch_invariant,
-    linear_logprob,
-    mix_logits,
-    mixed_linear,
-    mixed_lora,
-    sample,
-)
+from clp_kernels import linear_logprob, mix_logits, mixed_linear, mixed_lora, sample
+from clp_kernels.invariant import batch_invariant
 from clp_kernels.testing import expanded, noncontiguous
 
 op = torch.ops.clp_kernels
