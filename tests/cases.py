@@ -567,6 +567,17 @@ def draw_on(args: Draw, device: str) -> Draw:
     return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in args.items()}
 
 
+def check_row_bits(draw: Callable[..., tuple[Tensor, ...]], args: Draw, orders: list[Any]) -> None:
+    """A row's bits are the same in two runs, with padding between rows, and in any batch."""
+    logits, whole = args["logits"], draw(args)
+    assert all(map(same_bits, draw(args), whole))
+    padded = F.pad(logits.transpose(0, 1), (3, 3), value=NAN)[:, :, 3:-3]
+    assert all(map(same_bits, draw({**args, "logits": padded.transpose(0, 1)}), whole))
+    for rows in orders:
+        part = draw(draw_rows(args, rows))
+        assert all(same_bits(a, b[rows]) for a, b in zip(part, whole, strict=True))
+
+
 def assert_close_draws(got: Any, wanted: Any, atol: float = 1e-5, rtol: float = 1e-6) -> None:
     """The same tokens, and close log-probabilities, NaN where they are NaN."""
     assert [t.dtype for t in got] == [torch.int64, F32, F32]

@@ -170,14 +170,8 @@ def test_small_mix_has_the_bits_of_the_cpu() -> None:
 def test_small_row_bits_are_its_own(filters: str, mode: str) -> None:
     """Whatever the alignment, the order, the batch, and how many blocks a row's filters take."""
     args = on_gpu(cases.draw_inputs(3, 5, 20_011, mode=mode, filters=filters))
-    drawn = draw(args)
-    assert_same_bits(draw(args), drawn)
-    padded = torch.full((5, 3, 20_017), NAN, device=DEVICE)[:, :, 3:20_014].transpose(0, 1)
-    padded.copy_(args["logits"])
-    assert_same_bits(draw({**args, "logits": padded}), drawn)
-    for order in ([4, 0, 3], [2] * 150):
-        which = torch.tensor(order, device=DEVICE)
-        assert_same_bits(draw(cases.draw_rows(args, which)), tuple(t[which] for t in drawn))
+    orders = [torch.tensor(order, device=DEVICE) for order in ([4, 0, 3], [2] * 150)]
+    cases.check_row_bits(draw, args, orders)
 
 
 def test_small_filters_of_others_do_not_show() -> None:

@@ -225,11 +225,7 @@ def test_rows_and_runs_have_the_same_bits(filtered: bool) -> None:
     )
     if filtered:
         args["top_p"] = torch.tensor([0.5, 0.9, 1.0, 0.2])
-    together = backend.sample(**args)
-    assert all(map(torch.equal, together, backend.sample(**args)))
-    for rows in ([0], [3, 1]):
-        alone = backend.sample(**cases.draw_rows(args, rows))
-        assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
+    cases.check_row_bits(lambda args: backend.sample(**args), args, [[0], [3, 1]])
 
 
 @pytest.mark.parametrize("filtered", [False, True])
