@@ -3,16 +3,19 @@
 Imports no hypothesis, so that tests/gpu runs without it.
 """
 
+import importlib
+import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from clp_kernels import native, testing
+from clp_kernels import mixed_linear, mixed_lora, native, testing
 from clp_kernels.ops.linear_logprob.head import Inputs as HeadInputs
 from clp_kernels.ops.mixed_linear import reference as linear_reference
 from clp_kernels.ops.mixed_lora import reference as lora_reference
@@ -21,10 +24,13 @@ from clp_kernels.testing import assert_within_budget
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 INF, NAN = float("inf"), float("nan")
+DTYPES = (F32, BF16, F16)
 MODES = ("geometric", "probability")
 # x's dtype and that of the adapters.
 LORA_DTYPES = [(BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F32, F32)]
 Results = dict[str, Tensor]
+Form = Callable[..., Results]
+Runs = tuple[Results, Results, Results]  # got, in float64, in the inputs' dtypes
 
 # Marks of the tests of compiled kernels, and the instruction sets of this processor.
 CPU_KERNELS = pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
@@ -33,6 +39,14 @@ CUDA_KERNELS = [
     pytest.mark.skipif(native.cuda_missing() is not None, reason=str(native.cuda_missing())),
 ]
 ISAS: list[str] = native.cpu().isas() if native.cpu_missing() is None else ["scalar"]
+
+
+def interpreted(op: str) -> Any:
+    """The Triton backend of an op; skips the test if its kernels are not interpreted here."""
+    launch = pytest.importorskip("clp_kernels.ops.triton_launch", reason="triton is not installed")
+    if not launch.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET=1 was not set at import")
+    return importlib.import_module(f"clp_kernels.ops.{op}.triton")
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
@@ -58,8 +72,20 @@ def case_id(case: tuple[Any, ...]) -> str:
     return "-".join(str(v).removeprefix("torch.").replace(" ", "+") for v in case)
 
 
+def sampled(
+    make: Any, axes: tuple[Any, ...], count: int, seed: int, allowed: Any = lambda case: True
+) -> list[Any]:
+    """Different cases, a value of each axis drawn for each; the same in every run."""
+    rng, found = random.Random(seed), list[Any]()
+    while len(found) < count:
+        case = make(*map(rng.choice, axes))
+        if case not in found and allowed(case):
+            found.append(case)
+    return found
+
+
 def gradients(
-    function: Callable[..., Results], inputs: dict[str, Any], upstream: Results, dtype: Any = None
+    function: Form, inputs: dict[str, Any], upstream: Results, dtype: Any = None
 ) -> Results:
     """The outputs of function(**inputs) and the gradients of the inputs that are not None.
 
@@ -75,6 +101,13 @@ def gradients(
     )
     named = {f"d_{k}": g for k, g in zip(leaves, grads, strict=True)}
     return {k: t.detach() for k, t in out.items()} | named
+
+
+def three_runs(function: Form, plain: Form, inputs: dict[str, Any], upstream: Results) -> Runs:
+    """A function and all gradients, and the plain form in float64 and in the inputs' dtypes."""
+    got = gradients(function, inputs, upstream)
+    wide, same = (gradients(plain, inputs, upstream, dtype) for dtype in (F64, None))
+    return got, wide, same
 
 
 def assert_graph_replays(
@@ -96,7 +129,12 @@ def assert_graph_replays(
         assert all(map(same_bits, captured, run(new)))
 
 
-def judge(runs: list[tuple[Results, Results, Results]], what: str = "") -> None:
+def close(a: Tensor, b: Tensor) -> None:
+    """Of numbers in float64."""
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def judge(runs: list[Runs], what: str = "") -> None:
     """Holds every result to the error budget, over all runs (got, reference64, same_dtype).
 
     Together, because plain PyTorch may be right by chance where a result has few numbers.
@@ -105,6 +143,42 @@ def judge(runs: list[tuple[Results, Results, Results]], what: str = "") -> None:
         columns = list(zip(*((run[name] for run in triple) for triple in runs), strict=True))
         assert {g.shape for g in columns[0]} == {t.shape for t in columns[1]}, name
         assert_within_budget(*(torch.stack(column) for column in columns), name=f"{name}{what}")
+
+
+# The fast paths of mixed_lora and sample on the CPU.
+
+
+def changed(arguments: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, some replaced by a value or by a function of the old one."""
+    return arguments | {k: v(arguments[k]) if callable(v) else v for k, v in changes.items()}
+
+
+def taken(backend: Any, arguments: dict[str, Any]) -> Any:
+    """The result of the fast path of a backend, None if it refuses the arguments."""
+    run = backend.fast_path()
+    assert run is not None
+    return run(*arguments.values())
+
+
+def check_modes(
+    backend: Any, make: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls under a mode, and those that the environment sends elsewhere, are refused."""
+
+    def quick(**changes: Any) -> Any:
+        return taken(backend, make(**changes))
+
+    assert quick() is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quick() is None
+    with FlopCounterMode(display=False):
+        assert quick() is None
+    arguments = make()
+    none = torch.func.vmap(lambda s: (taken(backend, arguments) is None) * s)(torch.ones(2))
+    assert none.all()
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
+    assert quick() is None
+    assert quick(backend="cpu") is not None
 
 
 # mixed_lora.
@@ -244,6 +318,30 @@ def not_finite(inputs: LoraInputs, value: float) -> dict[str, Tensor]:
     return {"lora_A": lora_A, "lora_B": lora_B}
 
 
+def check_invariant_rows(run: Form, inputs: LoraInputs, orders: list[Tensor]) -> None:
+    """Examples have the same bits in any order and batch."""
+    got = run(inputs, invariant=True)
+    for rows in orders:
+        part = {name: getattr(inputs, name)[rows] for name in ("x", "weights", "dy")}
+        other = run(replace(inputs, **part), invariant=True)
+        for name in ("y", "u", "d_x", "d_weights"):
+            assert torch.equal(other[name], got[name][rows]), name
+
+
+def check_nan_stays_in_its_example(run: Form, inputs: LoraInputs) -> None:
+    """Of four examples, the third gets NaN in the gradient of one token."""
+    expected, dy, others = run(inputs)["d_weights"], inputs.dy.clone(), [0, 1, 3]
+    dy.view(-1, dy.shape[-1])[(inputs.examples == 2).nonzero()[0, 0]] = NAN
+    got = run(replace(inputs, dy=dy))["d_weights"]
+    assert got[2].isnan().all() and torch.equal(got[others], expected[others])
+
+
+def check_same_bits_twice(run: Form, inputs: LoraInputs, path: str) -> None:
+    first, second = run(inputs, path=path), run(inputs, path=path)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
 # mixed_linear.
 
 
@@ -320,6 +418,43 @@ def rows_alone_and_together(
     return pairs
 
 
+# mixed_lora and mixed_linear through the public functions.
+
+
+def mixed_tensors(op: str, case: Any, draw: Callable[..., Tensor]) -> Results:
+    """The matrices and the bias of a case; draw(*shape, scale=1, dtype=that of x) makes each."""
+    n_in, n_out, m, r = case.in_features, case.out_features, case.m, case.r
+    if op == "mixed_linear":
+        found = {"expert_weight": draw(m, n_out, n_in, scale=n_in**-0.5)}
+        return found | ({"bias": draw(m, n_out)} if case.bias else {})
+    found = {
+        "base_weight": draw(n_out, n_in, scale=n_in**-0.5),
+        "lora_A": draw(m, r, n_in, scale=n_in**-0.5, dtype=case.lora_dtype),
+        "lora_B": draw(m, n_out, r, scale=r**-0.5, dtype=case.lora_dtype),
+    }
+    return found | ({"bias": draw(n_out)} if case.bias else {})
+
+
+def mixed_runs(
+    op: str, inputs: Results, dy: Tensor, rows: Tensor, scaling: str, **options: Any
+) -> Runs:
+    """By the public op with these options, and by the plain form with the row of each token."""
+    public = {"mixed_lora": mixed_lora, "mixed_linear": mixed_linear}[op]
+    number = 1.75 if op == "mixed_lora" and scaling == "number" else 1.0
+    if number != 1:
+        options["scaling"] = number
+
+    def plain(x, weights, scaling=number, **rest):  # type: ignore[no-untyped-def]
+        flat, weights = x.reshape(-1, x.shape[-1]), (weights * scaling)[rows]
+        if op == "mixed_lora":
+            y, _ = lora_plain(flat, weights=weights, **rest)
+        else:
+            y = linear_plain(flat, weights=weights, **rest)
+        return {"y": y.view(dy.shape)}
+
+    return three_runs(lambda **t: {"y": public(**t, **options)}, plain, inputs, {"y": dy})
+
+
 # mix_logits.
 
 
@@ -345,18 +480,17 @@ def mixture_inputs(
     masked: bool = False,
     strides: str = "dense",
     scale: float = 3.0,
-    generator: torch.Generator | None = None,
 ) -> MixtureInputs:
     """strides: "dense", "gaps", "expanded", or "sliced": the last axis dense, the others not."""
     shape = (m, batch, vocab_size)
-    logits = scale * torch.randn(shape, generator=generator)
+    logits = scale * torch.randn(shape)
     if masked:
         # A third of the ids of each source, another third each, and one of all; the last is left.
-        logits = logits.masked_fill(torch.rand(shape, generator=generator) < 0.3, -INF)
+        logits = logits.masked_fill(torch.rand(shape) < 0.3, -INF)
         logits[:, :, :1] = -INF
         logits[:, :, -1:] = 1
-    logits, dz = logits.to(dtype), torch.randn(shape[1:], generator=generator).to(dtype)
-    weights = testing.weight_rows(kind, batch, m, generator=generator)
+    logits, dz = logits.to(dtype), torch.randn(shape[1:]).to(dtype)
+    weights = testing.weight_rows(kind, batch, m)
     if mode == "probability" and kind in ("negative", "zero"):
         # Weights of zero give -inf everywhere, which a budget cannot judge.
         weights = weights.abs() + (weights.sum(-1, keepdim=True) == 0)
@@ -443,6 +577,17 @@ def draw_on(args: Draw, device: str) -> Draw:
     return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in args.items()}
 
 
+def check_row_bits(draw: Callable[..., tuple[Tensor, ...]], args: Draw, orders: list[Any]) -> None:
+    """A row's bits are the same in two runs, with padding between rows, and in any batch."""
+    logits, whole = args["logits"], draw(args)
+    assert all(map(same_bits, draw(args), whole))
+    padded = F.pad(logits.transpose(0, 1), (3, 3), value=NAN)[:, :, 3:-3]
+    assert all(map(same_bits, draw({**args, "logits": padded.transpose(0, 1)}), whole))
+    for rows in orders:
+        part = draw(draw_rows(args, rows))
+        assert all(same_bits(a, b[rows]) for a, b in zip(part, whole, strict=True))
+
+
 def assert_close_draws(got: Any, wanted: Any, atol: float = 1e-5, rtol: float = 1e-6) -> None:
     """The same tokens, and close log-probabilities, NaN where they are NaN."""
     assert [t.dtype for t in got] == [torch.int64, F32, F32]
@@ -515,6 +660,37 @@ def infinite_draws(filters: str = "") -> Draw:
     return args
 
 
+def order_key(z: Tensor) -> Tensor:
+    """Integers in the order of the float32 numbers; both zeros are one."""
+    pattern = bits(z + 0.0).long()
+    return torch.where(pattern < 0, -1 - pattern, pattern + 2**31)
+
+
+def check_kept_sets(
+    backend: Any, vocab_size: int, ties: bool, temperature: float, device: str, *, alone: bool
+) -> None:
+    """The thresholds of Triton's kernels, which a draw shows only by chance; top_p's also alone."""
+    z = 2 * torch.randn(5, vocab_size)
+    z = z.round() if ties else z
+    z[2, 100:] = -INF
+    top_k = torch.tensor([1, 17, 650, 0, 10**15])
+    top_p = torch.tensor([0.9, 0.05, 0.999, 0.5, 1.0])
+    logp = torch.log_softmax(z.double() / temperature, -1)
+    call = backend.Rows(z[None].to(device), None, torch.full((5,), temperature, device=device))
+    rows = torch.empty(2, 5, dtype=F64, device=device)
+    call.combine(call.partials(None), rows, None)
+    assert torch.equal(rows[0].cpu(), z.double().amax(-1))
+
+    least = call.threshold(rows, None, top_k=top_k.to(device))
+    first = sample_reference.top_k_mask(logp, top_k)
+    assert torch.equal(order_key(z) >= least.cpu()[:, None], first)
+    everything = [(None, torch.ones_like(first))] if alone else []
+    for chosen, mask in (*everything, (least, first)):
+        found = call.threshold(rows, chosen, top_p=top_p.to(device)).cpu()
+        wanted = mask & sample_reference.top_p_mask(logp.masked_fill(~mask, -INF), top_p)
+        assert torch.equal(order_key(z) >= found[:, None], wanted)
+
+
 # linear_logprob.
 
 HEAD_NAMES = ("logprobs", "entropy", "kl", "d_logprobs", "d_kl")
@@ -568,9 +744,33 @@ def head_outputs(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
     return picked, entropy, kl
 
 
+def check_one_id_is_left(backend: Any, inputs: HeadInputs, id: int) -> None:
+    """All other ids have a bias of -inf."""
+    inputs.bias[:] = -INF
+    inputs.bias[id] = 0.0
+    inputs.targets[:] = id
+    logprobs, entropy, kl, d_logprobs, d_kl = backend.linear_logprob(inputs, True, True)
+    assert not logprobs.any() and not kl.any() and entropy.abs().max() < 1e-6
+    assert d_logprobs.abs().max() < 1e-6 and d_kl.abs().max() < 1e-6
+
+
 def head_plain(inputs: HeadInputs) -> list[Tensor]:
     """The outputs, and by autograd the gradients of logprobs and kl with respect to hidden."""
     hidden = inputs.hidden.detach().requires_grad_()
     picked, entropy, kl = head_outputs(inputs._replace(hidden=hidden))
     grads = [torch.autograd.grad(o.sum(), hidden, retain_graph=True)[0] for o in (picked, kl)]
     return [t.detach() for t in (picked, entropy, kl, *grads)]
+
+
+def judge_head(
+    got: list[tuple[Tensor, ...]], draws: list[HeadInputs], plain: Any = head_plain
+) -> None:
+    """The error budget of all outputs, over all draws together."""
+    for results in got:
+        for i, (name, result) in enumerate(zip(HEAD_NAMES, results, strict=True)):
+            assert result.dtype == (F32 if i < 3 else draws[0].hidden.dtype), name
+            assert result.is_contiguous() and result.device == draws[0].hidden.device, name
+    wide, same = [plain(cast(args, F64)) for args in draws], [plain(args) for args in draws]
+    trios = (map(torch.cat, zip(*runs, strict=True)) for runs in (got, wide, same))
+    for name, *three in zip(HEAD_NAMES, *trios, strict=True):
+        assert_within_budget(*three, name=name)

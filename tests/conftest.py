@@ -55,11 +55,16 @@ def _poison_uninitialised_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """For tests of many ops on a few elements each, where waking a second thread costs most."""
-    torch.set_num_threads(1)
-    yield
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads; what it sets ends with the test."""
+    yield torch.set_num_threads
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def one_thread(set_threads: Callable[[int], None]) -> None:
+    """For tests of many ops on a few elements each, where waking a second thread costs most."""
+    set_threads(1)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What the sampler must give: each request alone on a fresh sampler, and float64 for ties."""
 
 import math
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -46,10 +47,7 @@ class Alone:
         if key not in self._known:
             alone = Sampler(spread_policy(), max_batch_size=1, max_prefill_tokens=self._tokens)
             own = alone.submit(request.prompt_ids, request.weights, request.params, simplex=False)
-            if self._invariant:
-                with clp_kernels.batch_invariant():
-                    alone.finish([own])
-            else:
+            with clp_kernels.batch_invariant() if self._invariant else nullcontext():
                 alone.finish([own])
             self._known[key] = own.completions
         return self._known[key]
@@ -70,9 +68,8 @@ class Alone:
                 assert abs(mine - other) <= bound, (request.params, got, alone)
             if request.params.logprobs:
                 assert len(got.top_logprobs) == count
-                for mine, other in zip(
-                    got.top_logprobs[:same], alone.top_logprobs[:same], strict=True
-                ):
+                tops = (c.top_logprobs[:same] for c in (got, alone))
+                for mine, other in zip(*tops, strict=True):
                     pairs = zip(mine.values(), other.values(), strict=True)
                     assert all(abs(a - b) <= bound for a, b in pairs), (got, alone)
             if same < min(count, len(alone.token_ids)):

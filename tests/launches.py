@@ -1,6 +1,7 @@
 """Marks of the tests of Triton kernels, stand-ins that note their launches, and the variants.
 
-A test module that imports this one is skipped if triton is not installed.
+A test module that imports this one is skipped if triton is not installed. The interpreter shows
+indexing, masks, thresholds and the order of sums, not what a GPU does with them.
 """
 
 from collections.abc import Callable

@@ -158,4 +158,6 @@ def drawable_ids(tokenizer: Any, rows: int) -> slice | Tensor:
     An id that it does not have, beyond its last or between two others, would vanish from the text.
     """
     ids = sorted(i for i in set(tokenizer.get_vocab().values()) if i < rows)
-    return slice(len(ids)) if ids and ids[-1] < len(ids) else torch.tensor(ids, dtype=torch.long)
+    if not ids:  # a tokenizer that only counts them
+        return slice(min(rows, len(tokenizer)))
+    return slice(len(ids)) if ids[-1] < len(ids) else torch.tensor(ids, dtype=torch.long)

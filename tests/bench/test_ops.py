@@ -162,6 +162,10 @@ def test_a_baseline_that_leaves_the_vocabulary_is_refused(token: int) -> None:
         baseline.check((torch.tensor([0, token, 1]), torch.zeros(3)))
 
 
+def provider(name: str, run, share: float = 0.0) -> timing.Provider:
+    return timing.Provider(name, run, lambda _: share)
+
+
 @pytest.fixture
 def seconds_are_given(monkeypatch) -> None:
     """A provider's run gives the time that it is said to have taken."""
@@ -170,11 +174,8 @@ def seconds_are_given(monkeypatch) -> None:
 
 def test_providers_take_turns_and_a_slow_one_leaves_early(seconds_are_given) -> None:
     calls: list[str] = []
-
-    def provider(name: str, seconds: float) -> timing.Provider:
-        return timing.Provider(name, lambda: calls.append(name) or seconds, lambda _: 0.25)
-
-    both = [provider("slow", 0.2), provider("fast", 1e-6)]
+    seconds = {"slow": 0.2, "fast": 1e-6}
+    both = [provider(n, lambda n=n: calls.append(n) or seconds[n], 0.25) for n in seconds]
     times, refused = timing.measure(both, CPU, timing.Protocol(1, repeats=10, least=2, seconds=0.5))
     assert not refused
     assert [set(calls[i : i + 2]) for i in range(0, 10, 2)] == [{"slow", "fast"}] * 5
@@ -294,25 +295,17 @@ def test_torch_compile_of_a_baseline(monkeypatch, grad: bool, dtype: str) -> Non
     assert compiled.check(compiled.run()) <= 1
 
 
-def wrong_outputs(case: mixed_lora.Case):
-    """(name of the output that is wrong, outputs) of the reference, one wrong at a time."""
-    data = mixed_lora.inputs(case, CPU)
-    provider = next(p for p in mixed_lora.providers(data) if p.name == "reference")
-    right = tuple(t.detach() for t in provider.run())
-    for i, name in enumerate(mixed_lora.NAMES[: len(right)]):
-        for change in (lambda t: t * 1.05, lambda t: t.flip(0), lambda t: t * torch.nan):
-            wrong = (*right[:i], change(right[i]), *right[i + 1 :])
-            yield name, provider.check, wrong
-
-
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_mixed_lora_gate_refuses_each_wrong_output(grad: bool) -> None:
-    seen = set()
-    for name, check, output in wrong_outputs(dataclasses.replace(LORA, grad=grad)):
-        with pytest.raises(AssertionError, match=f"^{name} "):
-            check(output)
-        seen.add(name)
-    assert seen == set(mixed_lora.NAMES if grad else ["y"])
+    """Those of the reference, one wrong at a time."""
+    data = mixed_lora.inputs(dataclasses.replace(LORA, grad=grad), CPU)
+    reference = next(p for p in mixed_lora.providers(data) if p.name == "reference")
+    right = tuple(t.detach() for t in reference.run())
+    names = mixed_lora.NAMES if grad else ("y",)
+    for i, name in zip(range(len(right)), names, strict=True):
+        for change in (lambda t: t * 1.05, lambda t: t.flip(0), lambda t: t * torch.nan):
+            with pytest.raises(AssertionError, match=f"^{name} "):
+                reference.check((*right[:i], change(right[i]), *right[i + 1 :]))
 
 
 def test_the_gate_refuses_an_adapter_left_out_or_the_rows_of_another_example() -> None:
@@ -365,7 +358,7 @@ def test_differences_are_taken_round_by_round(seconds_are_given) -> None:
     """Times whose medians say 7.2 and 4.6; the pairs say 0.2 and 1.1."""
     seconds = {"base": [0.0, 1.0, 2.0, 9.0], "torch_cat": [0.0, 1.1, 10.0, 9.2]}  # gate, 3 rounds
     left = {name: iter(times) for name, times in seconds.items()}
-    both = [timing.Provider(n, lambda n=n: next(left[n]), lambda _: 0.0) for n in seconds]
+    both = [provider(name, lambda n=name: next(left[n])) for name in seconds]
     times, _ = timing.measure(both, CPU, timing.Protocol(warmup=0, repeats=3, least=3, seconds=99))
     assert times["torch_cat"].extra_us == pytest.approx(0.2e6)
     assert times["torch_cat"].over_base == pytest.approx(1.1)
@@ -374,10 +367,8 @@ def test_differences_are_taken_round_by_round(seconds_are_given) -> None:
 
 def test_the_base_stays_as_long_as_the_slowest(seconds_are_given) -> None:
     calls: list[str] = []
-    both = [
-        timing.Provider(name, lambda n=name, s=s: calls.append(n) or s, lambda _: 0.0)
-        for name, s in (("base", 1.0), ("torch_cat", 0.01))
-    ]
+    seconds = {"base": 1.0, "torch_cat": 0.01}
+    both = [provider(n, lambda n=n: calls.append(n) or seconds[n]) for n in seconds]
     timing.measure(both, CPU, timing.Protocol(warmup=0, repeats=20, least=2, seconds=0.5))
     assert calls.count("base") == calls.count("torch_cat") == 21  # the gate and every round
 
@@ -386,8 +377,7 @@ def test_a_provider_that_cannot_run_is_refused() -> None:
     def fail() -> None:
         raise RuntimeError("no kernel image is available")
 
-    runs = {"triton": fail, "torch_cat": lambda: 1}
-    providers = [timing.Provider(name, run, lambda _: 0.0) for name, run in runs.items()]
+    providers = [provider("triton", fail), provider("torch_cat", lambda: 1)]
     times, refused = timing.measure(providers, CPU, timing.Protocol(warmup=1, repeats=2, least=1))
     assert set(times) == {"torch_cat"}
     assert refused == {"triton": "RuntimeError: no kernel image is available"}

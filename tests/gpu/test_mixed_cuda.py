@@ -8,18 +8,11 @@ import torch.nn.functional as F
 from cases import BF16, CUDA_KERNELS, F16, F32, F64, INF, NAN, assert_graph_replays, cast
 from torch import Tensor
 
-from clp_kernels import mixed_linear, mixed_lora
+from clp_kernels import mixed_linear, mixed_lora, testing
 from clp_kernels.ops.mixed_linear import cuda as cuda_mixed_linear
 from clp_kernels.ops.mixed_linear import reference as linear_reference
 from clp_kernels.ops.mixed_lora import cuda as cuda_mixed_lora
 from clp_kernels.ops.mixed_lora import reference as lora_reference
-from clp_kernels.testing import (
-    WEIGHT_KINDS,
-    assert_within_budget,
-    expanded,
-    noncontiguous,
-    weight_rows,
-)
 
 pytestmark = CUDA_KERNELS
 
@@ -66,7 +59,7 @@ def inputs(
     else:
         args["expert_weight"] = normal(m, out_features, in_features, scale=scale)
         bias_shape = (m, out_features)
-    args["weights"] = weight_rows(kind, tokens, m, device=DEVICE)
+    args["weights"] = testing.weight_rows(kind, tokens, m, device=DEVICE)
     args["bias"] = normal(*bias_shape) if bias else None
     return {**args, "example_ids": None, "invariant": False}
 
@@ -99,7 +92,7 @@ def definitions(op: str, args: Args) -> tuple[tuple[Tensor, ...], tuple[Tensor, 
 def assert_equals_reference(op: str, args: Args) -> None:
     for name, *three in zip("yu", run(op, args), *definitions(op, args), strict=False):
         assert three[0].is_contiguous() and three[0].dtype == three[2].dtype
-        assert_within_budget(*three, name=name)
+        testing.assert_within_budget(*three, name=name)
 
 
 def assert_same_bits(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
@@ -117,7 +110,7 @@ def test_small_equals_reference(tokens: int, op: str, dtypes: Dtypes) -> None:
 
 
 @each_op
-@pytest.mark.parametrize("kind", WEIGHT_KINDS)
+@pytest.mark.parametrize("kind", testing.WEIGHT_KINDS)
 def test_small_weight_kinds(kind: str, op: str) -> None:
     for dtypes in PAIRS[op]:
         for bias in (True, False):
@@ -220,7 +213,7 @@ def test_small_one_hot_is_the_single_expert(op: str) -> None:
 def test_small_example_ids(ids_dtype: torch.dtype, op: str) -> None:
     args = inputs(op, 11, 72, 33, 3, 4)
     ids = torch.tensor([2, 0, 1, 1, 2, 2, 0, 3, 0, 1, 3], device=DEVICE)
-    table = weight_rows("negative", 4, 3, device=DEVICE)
+    table = testing.weight_rows("negative", 4, 3, device=DEVICE)
     got = run(op, {**args, "weights": table, "example_ids": ids.to(ids_dtype)})
     assert_same_bits(got, run(op, {**args, "weights": table[ids]}))
 
@@ -228,7 +221,7 @@ def test_small_example_ids(ids_dtype: torch.dtype, op: str) -> None:
 @each_op
 def test_small_tokens_of_an_example_share_its_weights(op: str) -> None:
     args = inputs(op, 12, 72, 33, 3, 4)
-    table = weight_rows("negative", 4, 3, device=DEVICE)
+    table = testing.weight_rows("negative", 4, 3, device=DEVICE)
     got = run(op, {**args, "x": args["x"].view(4, 3, 72), "weights": table})
     assert [t.shape for t in got] == [(4, 3, 33), (4, 3, 12)][: len(got)]
     flat = run(op, {**args, "weights": table.repeat_interleave(3, 0)})
@@ -241,11 +234,11 @@ def test_small_any_strides(op: str, dtypes: Dtypes) -> None:
     args["example_ids"] = torch.arange(9, dtype=torch.int32, device=DEVICE)
     wanted = run(op, args)
     tensors = {name: t for name, t in args.items() if isinstance(t, Tensor)}
-    gaps = {name: noncontiguous(t) for name, t in tensors.items()}
+    gaps = {name: testing.noncontiguous(t) for name, t in tensors.items()}
     assert_same_bits(run(op, {**args, **gaps}), wanted)
     del tensors["example_ids"]
     for name, tensor in tensors.items():
-        spread = expanded(tensor)
+        spread = testing.expanded(tensor)
         dense = run(op, {**args, name: spread.contiguous()})
         assert_same_bits(run(op, {**args, name: spread}), dense)
 
@@ -331,7 +324,7 @@ def test_more_than_two_to_the_31_elements(op: str) -> None:
     y = run(op, args)[0]
     assert op == "mixed_lora" or not y[:, :-64].any()
     wide, same = definitions(op, small)
-    assert_within_budget(y[:, -64:], wide[0], same[0], name="y")
+    testing.assert_within_budget(y[:, -64:], wide[0], same[0], name="y")
 
 
 @each_op

@@ -2,29 +2,10 @@
 
 from typing import Any
 
+import cases
 import pytest
 import torch
-from cases import (
-    BF16,
-    CUDA_KERNELS,
-    F16,
-    F32,
-    GOOD_ROWS,
-    INF,
-    MODES,
-    NAN,
-    Draw,
-    assert_close_draws,
-    assert_graph_replays,
-    bad_draws,
-    draw_inputs,
-    draw_on,
-    draw_rows,
-    huge_draws,
-    infinite_draws,
-    largest_noise_draw,
-    same_bits,
-)
+from cases import BF16, CUDA_KERNELS, DTYPES, F16, F32, GOOD_ROWS, INF, MODES, NAN, Draw
 from torch import Tensor
 
 from clp_kernels import sample
@@ -36,12 +17,11 @@ from clp_kernels.ops.sample.reference import Inputs
 pytestmark = CUDA_KERNELS
 
 DEVICE = "cuda"
-DTYPES = (F32, BF16, F16)
 EVERY = "top_k top_p min_p"
 
 
 def on_gpu(args: Draw) -> Draw:
-    return draw_on(args, DEVICE)
+    return cases.draw_on(args, DEVICE)
 
 
 def draw(args: Draw) -> tuple[Tensor, ...]:
@@ -49,7 +29,7 @@ def draw(args: Draw) -> tuple[Tensor, ...]:
 
 
 def assert_same_bits(actual: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
-    assert all(map(same_bits, actual, wanted))
+    assert all(map(cases.same_bits, actual, wanted))
 
 
 def assert_equals_reference(args: Draw) -> None:
@@ -61,7 +41,7 @@ def assert_equals_reference(args: Draw) -> None:
     if args["mode"] == "probability":
         wanted = reference.sample(Inputs(**{**args, "logits": args["logits"].double()}))[1:]
     tolerance = 1e-5 if args["mode"] == "probability" else 1e-6
-    assert_close_draws(draw(on_gpu(args)), (tokens, *wanted), atol=tolerance, rtol=tolerance)
+    cases.assert_close_draws(draw(on_gpu(args)), (tokens, *wanted), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,7 +49,7 @@ def assert_equals_reference(args: Draw) -> None:
 def test_small_equals_reference(vocab_size: int, dtype: torch.dtype) -> None:
     for m in range(1, 7):
         for batch in (0, 1, 2, 9):
-            assert_equals_reference(draw_inputs(m, batch, vocab_size, dtype))
+            assert_equals_reference(cases.draw_inputs(m, batch, vocab_size, dtype))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -78,27 +58,29 @@ def test_small_filters_and_modes(filters: str, mode: str) -> None:
     for vocab_size in (1, 2, 7, 2048, 2049, 5000):
         for m, dtype in ((1, F32), (2, F32), (5, BF16)):
             for batch in (0, 1, 9):
-                assert_equals_reference(draw_inputs(m, batch, vocab_size, dtype, mode, filters))
+                assert_equals_reference(
+                    cases.draw_inputs(m, batch, vocab_size, dtype, mode, filters)
+                )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("filters", ["", "top_p", EVERY])
 def test_large_vocabulary(filters: str, mode: str) -> None:
     for m, dtype in ((1, F32), (4, BF16), (4, F16)):
-        assert_equals_reference(draw_inputs(m, 8, 151_936, dtype, mode, filters))
+        assert_equals_reference(cases.draw_inputs(m, 8, 151_936, dtype, mode, filters))
 
 
 def test_small_ties_share_their_fate() -> None:
     """Whole logits: hundreds of ids tie with the last one kept, and both zeros are one."""
     for filters in ("top_k", "top_p", "top_k top_p"):
-        args = draw_inputs(1, 24, 5000, filters=filters)
+        args = cases.draw_inputs(1, 24, 5000, filters=filters)
         args["logits"] = (args["logits"] / 3).round()
         assert args["logits"].signbit().logical_and(args["logits"] == 0).any()
         assert_equals_reference(args)
 
 
 def test_small_zeros_of_both_signs_tie() -> None:
-    args = draw_inputs(1, 8, 600, filters="top_k top_p")
+    args = cases.draw_inputs(1, 8, 600, filters="top_k top_p")
     args["logits"][:] = -1.0
     args["logits"][:, :, 100:110:2], args["logits"][:, :, 101:110:2] = -0.0, 0.0
     args["temperature"][:], args["top_k"][:], args["top_p"][:] = 1.0, 3, 0.1
@@ -109,7 +91,7 @@ def test_small_zeros_of_both_signs_tie() -> None:
 
 def test_flat_row_is_cut_at_the_exact_id() -> None:
     """One id too many or too few shows in the 7th digit: no mass may be lost in the adding up."""
-    args = draw_inputs(1, 2, 151_936, filters="top_p")
+    args = cases.draw_inputs(1, 2, 151_936, filters="top_p")
     args["logits"] *= 0.01
     args["temperature"][:] = 1.0
     args["top_p"][:] = torch.tensor([0.5, 0.03])
@@ -117,7 +99,7 @@ def test_flat_row_is_cut_at_the_exact_id() -> None:
 
 
 def test_small_one_filtered_token_is_certain() -> None:
-    args = draw_inputs(2, 4, 3000, filters="top_k")
+    args = cases.draw_inputs(2, 4, 3000, filters="top_k")
     args["top_k"][:] = 1
     args["temperature"][:] = 1
     tokens, logprobs, filtered = draw(on_gpu(args))
@@ -130,13 +112,13 @@ def test_small_one_filtered_token_is_certain() -> None:
 @pytest.mark.parametrize("filters", ["", EVERY])
 @pytest.mark.parametrize("scale", [1e4, 1e9, 1e17, 3e38])
 def test_small_huge_logits(scale: float, filters: str) -> None:
-    assert_equals_reference(huge_draws(scale, filters=filters))
+    assert_equals_reference(cases.huge_draws(scale, filters=filters))
 
 
 @pytest.mark.parametrize("filters", ["", "min_p"])
 @pytest.mark.parametrize("margin", [1e-3, -1e-3])
 def test_small_largest_noise_is_not_pruned(margin: float, filters: str) -> None:
-    args = largest_noise_draw(margin, filters)
+    args = cases.largest_noise_draw(margin, filters)
     if filters:
         args["min_p"][:] = 1e-15
     assert_equals_reference(args)
@@ -145,7 +127,7 @@ def test_small_largest_noise_is_not_pruned(margin: float, filters: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("filters", ["", EVERY])
 def test_small_bad_rows(filters: str, mode: str) -> None:
-    args = bad_draws(5000, mode=mode, filters=filters)
+    args = cases.bad_draws(5000, mode=mode, filters=filters)
     if mode == "probability":
         args["weights"] = torch.ones(6, 1)
     for temperature in (0.0, 0.3, 1.0, 3.0):
@@ -156,14 +138,14 @@ def test_small_bad_rows(filters: str, mode: str) -> None:
 
 @pytest.mark.parametrize("filters", ["", "top_p"])
 def test_small_weights_and_infinities(filters: str) -> None:
-    assert_equals_reference(infinite_draws(filters))
+    assert_equals_reference(cases.infinite_draws(filters))
 
 
 @pytest.mark.parametrize("filters", ["", "top_p"])
 def test_small_probability_weights_and_infinities(filters: str) -> None:
     """A term of weight 0 is not looked at; an id that one source rules out may come from another;
     an active source without a finite logit, or with NaN, makes the row bad, as do no weights."""
-    args = draw_inputs(3, 6, 3000, mode="probability", filters=filters)
+    args = cases.draw_inputs(3, 6, 3000, mode="probability", filters=filters)
     logits, weights = args["logits"], args["weights"]
     weights[0] = torch.tensor([0.0, 0.5, 2.0])
     logits[0, 0] = NAN
@@ -179,7 +161,7 @@ def test_small_probability_weights_and_infinities(filters: str) -> None:
 
 def test_small_mix_has_the_bits_of_the_cpu() -> None:
     """Greedy over sums that differ in the last bit: one fused multiply-add would show."""
-    args = draw_inputs(5, 64, 3000, BF16)
+    args = cases.draw_inputs(5, 64, 3000, BF16)
     args["temperature"][:] = 0
     assert torch.equal(draw(on_gpu(args))[0].cpu(), cpu_sample.sample(Inputs(**args))[0])
 
@@ -188,20 +170,14 @@ def test_small_mix_has_the_bits_of_the_cpu() -> None:
 @pytest.mark.parametrize("filters", ["", EVERY])
 def test_small_row_bits_are_its_own(filters: str, mode: str) -> None:
     """Whatever the alignment, the order, the batch, and how many blocks a row's filters take."""
-    args = on_gpu(draw_inputs(3, 5, 20_011, mode=mode, filters=filters))
-    drawn = draw(args)
-    assert_same_bits(draw(args), drawn)
-    padded = torch.full((5, 3, 20_017), NAN, device=DEVICE)[:, :, 3:20_014].transpose(0, 1)
-    padded.copy_(args["logits"])
-    assert_same_bits(draw({**args, "logits": padded}), drawn)
-    for order in ([4, 0, 3], [2] * 150):
-        which = torch.tensor(order, device=DEVICE)
-        assert_same_bits(draw(draw_rows(args, which)), tuple(t[which] for t in drawn))
+    args = on_gpu(cases.draw_inputs(3, 5, 20_011, mode=mode, filters=filters))
+    orders = [torch.tensor(order, device=DEVICE) for order in ([4, 0, 3], [2] * 150)]
+    cases.check_row_bits(draw, args, orders)
 
 
 def test_small_filters_of_others_do_not_show() -> None:
     """A row whose filters are off has the bits of a call without filters."""
-    args = on_gpu(draw_inputs(2, 6, 7000, filters=EVERY))
+    args = on_gpu(cases.draw_inputs(2, 6, 7000, filters=EVERY))
     args["top_k"][::2], args["top_p"][::2], args["min_p"][::2] = 0, 1.0, 0.0
     args["top_k"][1::2] = 7
     bare = draw({**args, "top_k": None, "top_p": None, "min_p": None})
@@ -213,14 +189,14 @@ def test_small_filters_of_others_do_not_show() -> None:
 def test_cuda_graph_replay(filters: str, mode: str) -> None:
     """The filters are replayed with other values too."""
     sizes = (4, 8, 32_000, BF16, mode, filters)
-    assert_graph_replays(draw, lambda: on_gpu(draw_inputs(*sizes)))
+    cases.assert_graph_replays(draw, lambda: on_gpu(cases.draw_inputs(*sizes)))
 
 
 @pytest.mark.parametrize("filters", ["", "top_k"])
 def test_more_rows_than_a_grid_axis(filters: str) -> None:
-    args = on_gpu(draw_inputs(1, 70_001, 130, filters=filters))
+    args = on_gpu(cases.draw_inputs(1, 70_001, 130, filters=filters))
     drawn = draw(args)
-    last = draw(draw_rows(args, slice(-1, None)))
+    last = draw(cases.draw_rows(args, slice(-1, None)))
     assert_same_bits(tuple(t[-1:] for t in drawn), last)
 
 
@@ -230,15 +206,15 @@ def test_more_than_two_to_the_31_logits(filters: str) -> None:
     batch, vocab_size = 14_200, 151_936
     if torch.cuda.mem_get_info()[0] < (16 if filters else 8) * 2**30:
         pytest.skip("needs 8 GB of GPU memory, with filters 16 GB")
-    args = on_gpu(draw_inputs(1, batch, 1, filters=filters))
+    args = on_gpu(cases.draw_inputs(1, batch, 1, filters=filters))
     args["logits"] = torch.randn(1, batch, vocab_size, device=DEVICE, dtype=BF16)
     drawn = draw(args)
-    tail = draw_on(draw_rows(args, slice(-4, None)), "cpu")
-    assert_close_draws([t[-4:] for t in drawn], reference.sample(Inputs(**tail)), atol=1e-6)
+    tail = cases.draw_on(cases.draw_rows(args, slice(-4, None)), "cpu")
+    cases.assert_close_draws([t[-4:] for t in drawn], reference.sample(Inputs(**tail)), atol=1e-6)
 
 
 def test_errors() -> None:
-    args = on_gpu(draw_inputs(2, 3, 5, filters="top_k"))
+    args = on_gpu(cases.draw_inputs(2, 3, 5, filters="top_k"))
 
     def public(**changed: Any) -> None:
         given = {name: args[name] for name in ("logits", "weights", "top_k", "seed", "position")}

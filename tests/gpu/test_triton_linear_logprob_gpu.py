@@ -2,18 +2,16 @@
 
 from functools import partial
 
+import cases
 import pytest
 import torch
-from cases import BF16, F16, F32, F64, HEAD_NAMES, cast, head_inputs, head_plain
+from cases import BF16, DTYPES, F32, HEAD_NAMES, head_inputs
 from launches import TRITON_GPU
 
 from clp_kernels.ops.linear_logprob import triton as backend
 from clp_kernels.ops.linear_logprob.head import Inputs
-from clp_kernels.testing import assert_within_budget
 
 pytestmark = TRITON_GPU
-
-DTYPES = (BF16, F16, F32)
 
 
 @pytest.fixture
@@ -27,12 +25,7 @@ arguments = partial(head_inputs, device="cuda")
 
 
 def check(inputs: Inputs) -> None:
-    got = backend.linear_logprob(inputs, True, True)
-    wide, same = head_plain(cast(inputs, F64)), head_plain(inputs)
-    for i, (name, *three) in enumerate(zip(HEAD_NAMES, got, wide, same, strict=True)):
-        assert got[i].dtype == (F32 if i < 3 else inputs.hidden.dtype), name
-        assert got[i].is_cuda, name
-        assert_within_budget(*three, name=name)
+    cases.judge_head([backend.linear_logprob(inputs, True, True)], [inputs])
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -70,13 +63,7 @@ def test_small_largest_logit_comes_last_or_first(order: int) -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 def test_small_one_id_is_left() -> None:
-    inputs = arguments(41, 4099, 24, F32, bias=True)
-    inputs.bias[:] = -torch.inf
-    inputs.bias[3000] = 0.0
-    inputs.targets[:] = 3000
-    logprobs, entropy, kl, d_logprobs, d_kl = backend.linear_logprob(inputs, True, True)
-    assert not logprobs.any() and not kl.any() and entropy.abs().max() < 1e-6
-    assert d_logprobs.abs().max() < 1e-6 and d_kl.abs().max() < 1e-6
+    cases.check_one_id_is_left(backend, arguments(41, 4099, 24, F32, bias=True), 3000)
 
 
 @pytest.mark.parametrize("m", [0, 3])

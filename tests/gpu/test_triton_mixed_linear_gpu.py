@@ -2,19 +2,10 @@
 
 from typing import Any
 
+import cases
 import pytest
 import torch
-from cases import (
-    BF16,
-    F16,
-    F32,
-    LinearInputs,
-    assert_graph_replays,
-    check_unused_experts,
-    judge_linear,
-    linear_results,
-    rows_alone_and_together,
-)
+from cases import BF16, DTYPES, LinearInputs
 from launches import TRITON_GPU
 
 from clp_kernels.ops.mixed_linear import reference
@@ -23,8 +14,6 @@ from clp_kernels.ops.mixed_linear.reference import Inputs
 from clp_kernels.testing import expanded, noncontiguous
 
 pytestmark = TRITON_GPU
-
-DTYPES = (BF16, F16, F32)
 
 
 def inputs(
@@ -52,30 +41,30 @@ def test_small_within_budget(dtype: torch.dtype, m: int, invariant: bool) -> Non
         for in_features, out_features in ((1, 8), (64, 172), (300, 1), (172, 300)):
             for flat in (False, True):
                 args = inputs((tokens, in_features), out_features, m, dtype, flat=flat)
-                judge_linear(backend, reference, args, invariant)
+                cases.judge_linear(backend, reference, args, invariant)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 4096), (16, 4096), (64, 2049), (256, 4096), (2, 1000, 896)])
 def test_large_within_budget(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    judge_linear(backend, reference, inputs(shape, 4096, 3, dtype), False)
+    cases.judge_linear(backend, reference, inputs(shape, 4096, 3, dtype), False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_strides(dtype: torch.dtype) -> None:
     args = inputs((3, 7, 40), 24, 2, dtype)
     gaps = LinearInputs(*(None if t is None else noncontiguous(t) for t in args))
-    judge_linear(backend, reference, gaps, False)
+    cases.judge_linear(backend, reference, gaps, False)
     args = inputs((3, 7, 40), 24, 2, dtype)
     args = args._replace(dy=expanded(args.dy), x=expanded(args.x))
-    judge_linear(backend, reference, args, False)
+    cases.judge_linear(backend, reference, args, False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     for shape in ((16, 4096), (3000, 512)):
         args = inputs(shape, 512, 3, dtype, flat=True)
-        first, second = (linear_results(backend, args) for _ in range(2))
+        first, second = (cases.linear_results(backend, args) for _ in range(2))
         assert all(map(torch.equal, first, second))
 
 
@@ -84,20 +73,20 @@ def test_invariant_mode_gives_a_row_the_same_bits_in_any_batch(dtype: torch.dtyp
     args = inputs((700, 2049), 172, 3, dtype)
     ranges = [(0, 1), (699, 700), (5, 22), (1, 130)]
     for invariant in (True, False):
-        pairs = rows_alone_and_together(backend, args, ranges, invariant)
+        pairs = cases.rows_alone_and_together(backend, args, ranges, invariant)
         assert all(torch.equal(a, b) for a, b in pairs) == invariant, "the mode is not needed"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unused_experts_may_hold_anything(dtype: torch.dtype) -> None:
-    check_unused_experts(backend, inputs((5, 200), 100, 3, dtype))
+    cases.check_unused_experts(backend, inputs((5, 200), 100, 3, dtype))
 
 
 def test_cuda_graph_replays_with_new_inputs() -> None:
     def fresh() -> dict[str, Any]:
         return inputs((16, 2048), 2048, 4, BF16).call()._asdict()
 
-    assert_graph_replays(lambda args: (backend.mixed_linear(Inputs(**args)),), fresh)
+    cases.assert_graph_replays(lambda args: (backend.mixed_linear(Inputs(**args)),), fresh)
 
 
 def test_more_than_two_to_the_31_elements() -> None:

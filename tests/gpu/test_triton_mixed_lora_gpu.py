@@ -5,19 +5,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    INF,
-    NAN,
-    LoraInputs,
-    assert_graph_replays,
-    judge_lora,
-    lora_inputs,
-    not_finite,
-    run_lora,
-)
+from cases import INF, NAN, LoraInputs
 from cases import LORA_DTYPES as DTYPES
 from launches import TRITON_GPU
 from torch import Tensor
@@ -29,11 +21,11 @@ from clp_kernels.testing import WEIGHT_KINDS, noncontiguous
 pytestmark = TRITON_GPU
 
 
-draw, run = partial(lora_inputs, device="cuda"), partial(run_lora, backend)
+draw, run = partial(cases.lora_inputs, device="cuda"), partial(cases.run_lora, backend)
 
 
-def judge(cases: list[LoraInputs], **mode: Any) -> None:
-    judge_lora(cases, [run(inputs, **mode) for inputs in cases])
+def judge(draws: list[LoraInputs], **mode: Any) -> None:
+    cases.judge_lora(draws, [run(inputs, **mode) for inputs in draws])
 
 
 MODES: list[dict[str, Any]] = [{"path": "fused"}, {"path": "split"}, {"invariant": True}]
@@ -103,7 +95,7 @@ def test_zero_rows_are_the_base_product_bit_for_bit(
     if mode.get("path") == "split":
         base = F.linear(inputs.x, inputs.base_weight, inputs.bias)
         assert torch.equal(bare["y"], base)
-    got = run(replace(inputs, **not_finite(inputs, value)), **mode)
+    got = run(replace(inputs, **cases.not_finite(inputs, value)), **mode)
     for name in ("y", "d_x"):
         assert torch.equal(got[name][::2], bare[name][::2]), name
         assert not got[name][1::2].isfinite().all(), name
@@ -113,32 +105,21 @@ def test_zero_rows_are_the_base_product_bit_for_bit(
 @pytest.mark.parametrize("path", ["fused", "split"])
 def test_two_runs_give_the_same_bits(path: str, dtypes: Any) -> None:
     inputs = draw(dtypes, (1500,), 512, 384, 4, 16, examples=9)
-    first, second = run(inputs, path=path), run(inputs, path=path)
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    cases.check_same_bits_twice(run, inputs, path)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_invariant_rows_do_not_depend_on_the_batch(dtypes: Any) -> None:
     inputs = draw(dtypes, (37, 11), 512, 384, 4, 16)
-    got = run(inputs, invariant=True)
     order = torch.randperm(37, device="cuda")
-    for rows in (order, order[:1], order[:20]):
-        part = {k: getattr(inputs, k)[rows] for k in ("x", "weights", "dy")}
-        other = run(replace(inputs, **part), invariant=True)
-        for name in ("y", "u", "d_x", "d_weights"):
-            assert torch.equal(other[name], got[name][rows]), name
+    cases.check_invariant_rows(run, inputs, [order, order[:1], order[:20]])
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_nan_in_one_example_does_not_reach_another_row(flat: bool) -> None:
     leading, examples = ((60,), 4) if flat else ((4, 15), None)
     inputs = draw(DTYPES[0], leading, 64, 64, 3, 8, examples=examples)
-    expected = run(inputs)["d_weights"]
-    inputs.dy.view(-1, 64)[(inputs.examples == 2).nonzero()[0, 0]] = NAN
-    got = run(inputs)["d_weights"]
-    others = [0, 1, 3]
-    assert got[2].isnan().all() and torch.equal(got[others], expected[others])
+    cases.check_nan_stays_in_its_example(run, inputs)
 
 
 @pytest.mark.parametrize(("tokens", "path"), [(4, None), (4, "split"), (600, "fused")])
@@ -149,7 +130,7 @@ def test_graph_replays_with_changed_weights(tokens: int, path: str | None) -> No
         return tuple(run(LoraInputs(**args), path=path).values())
 
     sizes = (4, tokens // 4), 512, 512, 4, 16
-    assert_graph_replays(results, lambda: vars(draw(DTYPES[0], *sizes, next(kinds))))
+    cases.assert_graph_replays(results, lambda: vars(draw(DTYPES[0], *sizes, next(kinds))))
 
 
 def test_no_compile_when_sizes_change_inside_a_bucket() -> None:

@@ -6,31 +6,10 @@ Needs a GPU. Draws are compared with the reference on the CPU.
 from collections.abc import Callable
 from functools import partial
 
+import cases
 import pytest
 import torch
-from cases import (
-    BF16,
-    F16,
-    F32,
-    FINITE_ROWS,
-    GOOD_ROWS,
-    INF,
-    MODES,
-    NAN,
-    Draw,
-    MixtureInputs,
-    assert_close_draws,
-    assert_graph_replays,
-    bad_draws,
-    draw_inputs,
-    draw_on,
-    draw_rows,
-    huge_draws,
-    infinite_draws,
-    judge_mixture,
-    largest_noise_draw,
-    mixture_results,
-)
+from cases import BF16, DTYPES, F32, FINITE_ROWS, GOOD_ROWS, INF, MODES, Draw, MixtureInputs
 from launches import TRITON_GPU
 
 from clp_kernels.ops.mix_logits import reference as mix_reference
@@ -41,17 +20,18 @@ from clp_kernels.ops.sample.reference import Inputs
 
 pytestmark = TRITON_GPU
 
-DTYPES = (BF16, F16, F32)
 EVERY = "top_k top_p min_p"
 FILTERS = ("", "top_k", "top_p", "min_p", "top_k top_p", EVERY)
 
 
 def on_gpu(args: Draw) -> Draw:
-    return draw_on(args, "cuda")
+    return cases.draw_on(args, "cuda")
 
 
 def assert_equals_reference(args: Draw) -> None:
-    assert_close_draws(backend.sample(Inputs(**on_gpu(args))), reference.sample(Inputs(**args)))
+    cases.assert_close_draws(
+        backend.sample(Inputs(**on_gpu(args))), reference.sample(Inputs(**args))
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,57 +40,43 @@ def test_small_equals_reference(dtype: torch.dtype, filters: str) -> None:
     for vocab_size in (1, 2, 7, 31, 64, 513, 1024, 1025, 4099):
         for m in (1, 2, 5):
             for batch in (0, 1, 9):
-                assert_equals_reference(draw_inputs(m, batch, vocab_size, dtype, filters=filters))
+                assert_equals_reference(
+                    cases.draw_inputs(m, batch, vocab_size, dtype, filters=filters)
+                )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("filters", ["", EVERY])
 def test_small_probability(dtype: torch.dtype, filters: str) -> None:
     for vocab_size in (1, 31, 513, 4099):
-        assert_equals_reference(draw_inputs(3, 5, vocab_size, dtype, "probability", filters))
+        assert_equals_reference(cases.draw_inputs(3, 5, vocab_size, dtype, "probability", filters))
 
 
 @pytest.mark.parametrize("vocab_size", [50_257, 151_936, 262_144])
 @pytest.mark.parametrize("filters", FILTERS)
 def test_large_vocabulary(vocab_size: int, filters: str) -> None:
     for dtype in (BF16, F32):
-        assert_equals_reference(draw_inputs(2, 10, vocab_size, dtype, filters=filters))
+        assert_equals_reference(cases.draw_inputs(2, 10, vocab_size, dtype, filters=filters))
 
 
 @pytest.mark.parametrize("vocab_size", [700, 20_011])
 @pytest.mark.parametrize("ties", [False, True])
 def test_small_kept_sets_are_exactly_the_references(vocab_size: int, ties: bool) -> None:
-    z = 2 * torch.randn(5, vocab_size)
-    z = z.round() if ties else z
-    z[2, 100:] = -INF
-    top_k = torch.tensor([1, 17, 650, 0, 10**15])
-    top_p = torch.tensor([0.9, 0.05, 0.999, 0.5, 1.0])
-    logp = torch.log_softmax(z.double(), -1)
-    bits = (z + 0.0).view(torch.int32).long()
-    key = torch.where(bits < 0, -1 - bits, bits + 2**31)
-    call = backend.Rows(z[None].cuda(), None, torch.ones(5, device="cuda"))
-    stats = torch.empty(2, 5, dtype=torch.float64, device="cuda")
-    call.combine(call.partials(None), stats, None)
-    least = call.threshold(stats, None, top_k=top_k.cuda())
-    first = reference.top_k_mask(logp, top_k)
-    assert torch.equal(key >= least.cpu()[:, None], first)
-    found = call.threshold(stats, least, top_p=top_p.cuda()).cpu()
-    wanted = first & reference.top_p_mask(logp.masked_fill(~first, -INF), top_p)
-    assert torch.equal(key >= found[:, None], wanted)
+    cases.check_kept_sets(backend, vocab_size, ties, 1.0, "cuda", alone=False)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e17, 3e38])
 def test_small_huge_logits(scale: float) -> None:
     for filters in ("", "top_p"):
-        assert_equals_reference(huge_draws(scale, filters=filters))
+        assert_equals_reference(cases.huge_draws(scale, filters=filters))
 
 
 @pytest.mark.parametrize("margin", [1e-3, -1e-3])
 def test_small_largest_noise(margin: float) -> None:
-    assert_equals_reference(largest_noise_draw(margin))
+    assert_equals_reference(cases.largest_noise_draw(margin))
 
 
-@pytest.mark.parametrize("make", [partial(bad_draws, 5000), infinite_draws])
+@pytest.mark.parametrize("make", [partial(cases.bad_draws, 5000), cases.infinite_draws])
 @pytest.mark.parametrize("filters", ["", EVERY])
 def test_small_bad_rows_and_infinities(filters: str, make: Callable[..., Draw]) -> None:
     args = make(filters=filters)
@@ -122,7 +88,7 @@ def test_small_bad_rows_and_infinities(filters: str, make: Callable[..., Draw]) 
 def test_small_mix_is_rounded_like_the_references() -> None:
     """One fused multiply-add would show."""
     for dtype in DTYPES:
-        args = draw_inputs(5, 64, 3000, dtype)
+        args = cases.draw_inputs(5, 64, 3000, dtype)
         logits, weights = args["logits"], args["weights"]
         got = mixing.mixture(logits.cuda(), weights.cuda(), "geometric", F32)
         assert torch.equal(
@@ -135,24 +101,16 @@ def test_small_mix_is_rounded_like_the_references() -> None:
 @pytest.mark.parametrize("filters", ["", EVERY])
 @pytest.mark.parametrize("mode", MODES)
 def test_small_row_bits_are_its_own(filters: str, mode: str) -> None:
-    args = on_gpu(draw_inputs(3, 5, 20_011, filters=filters, mode=mode))
-    together = backend.sample(Inputs(**args))
-    assert all(map(torch.equal, together, backend.sample(Inputs(**args))))
-    padded = torch.full((5, 3, 20_017), NAN, device="cuda")[:, :, 3:20_014].transpose(0, 1)
-    padded.copy_(args["logits"])
-    assert all(map(torch.equal, together, backend.sample(Inputs(**{**args, "logits": padded}))))
+    args = on_gpu(cases.draw_inputs(3, 5, 20_011, filters=filters, mode=mode))
     order = torch.tensor([4, 0, 3], device="cuda")
-    for alone, all_rows in zip(
-        backend.sample(Inputs(**draw_rows(args, order))), together, strict=True
-    ):
-        assert torch.equal(alone, all_rows[order])
+    cases.check_row_bits(lambda args: backend.sample(Inputs(**args)), args, [order])
 
 
 @pytest.mark.parametrize("filters", ["", EVERY])
 def test_cuda_graph_replay(filters: str) -> None:
     sizes = (4, 8, 32_000, BF16, "geometric", filters)
-    assert_graph_replays(
-        lambda args: backend.sample(Inputs(**args)), lambda: on_gpu(draw_inputs(*sizes))
+    cases.assert_graph_replays(
+        lambda args: backend.sample(Inputs(**args)), lambda: on_gpu(cases.draw_inputs(*sizes))
     )
 
 
@@ -169,7 +127,7 @@ def test_distribution_of_a_million_draws(filters: str) -> None:
         kept = reference.top_p_mask(logp, given["top_p"])
     elif filters == "min_p":
         kept = logp >= logp.amax() + given["min_p"].double().log()
-    args = on_gpu(draw_inputs(1, 1, 12))
+    args = on_gpu(cases.draw_inputs(1, 1, 12))
     args["logits"] = logits.cuda().expand(1, draws, 12)
     args["temperature"] = torch.ones(draws, device="cuda")
     args["seed"] = torch.arange(draws, device="cuda")
@@ -191,10 +149,10 @@ def test_more_than_two_to_the_31_logits() -> None:
         pytest.skip("needs 24 GB of GPU memory")
     logits = torch.randn(1, batch, vocab_size, device="cuda", dtype=BF16)
     for filters in ("", "top_p"):
-        args = on_gpu(draw_inputs(1, batch, 1, filters=filters))
+        args = on_gpu(cases.draw_inputs(1, batch, 1, filters=filters))
         args["logits"] = logits
         got = backend.sample(Inputs(**args))
-        tail = draw_on(draw_rows(args, slice(-4, None)), "cpu")
+        tail = cases.draw_on(cases.draw_rows(args, slice(-4, None)), "cpu")
         assert torch.equal(got[0][-4:].cpu(), reference.sample(Inputs(**tail))[0])
 
 
@@ -202,16 +160,16 @@ def test_more_than_two_to_the_31_logits() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_small_mix_logits_within_budget(dtype: torch.dtype, mode: str) -> None:
     for m, batch, vocab_size in ((1, 3, 7), (2, 1, 1025), (5, 4, 4099), (3, 2, 151_936)):
-        args = draw_inputs(m, batch, vocab_size, dtype, mode=mode)
+        args = cases.draw_inputs(m, batch, vocab_size, dtype, mode=mode)
         logits, weights = args["logits"].cuda(), torch.rand(batch, m, device="cuda")
         if mode == "geometric":
             weights = weights - 0.5
         logits[:, :, 0] = -INF
         dz = torch.randn(batch, vocab_size, device="cuda").to(dtype)
         args = MixtureInputs(dz, logits, weights)
-        got, _ = judge_mixture(mixing, mix_reference, args, mode)
-        again = mixture_results(mixing, args, mode)
+        got, _ = cases.judge_mixture(mixing, mix_reference, args, mode)
+        again = cases.mixture_results(mixing, args, mode)
         assert all(map(torch.equal, got, again))
-        alone = mixture_results(mixing, args.rows([-1]), mode)
+        alone = cases.mixture_results(mixing, args.rows([-1]), mode)
         assert torch.equal(alone[1], got[1][:, -1:])
         assert torch.equal(alone[2], got[2][-1:])

@@ -112,10 +112,7 @@ def aligned(kernel: Any, signature: dict[str, str]) -> dict[tuple[int, ...], lis
 def compile_variant(variant: Variant, capability: tuple[int, int]) -> Result:
     name, kernel, signature, constexprs, options = variant
     source = triton.compiler.ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs=constexprs,
-        attrs=aligned(kernel, signature),
+        fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned(kernel, signature)
     )
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     log = io.StringIO()

@@ -3,47 +3,26 @@ instruction sets, both sides of the crossover, zero rows, bits, and the choice o
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    BF16,
-    CPU_KERNELS,
-    F16,
-    F32,
-    F64,
-    ISAS,
-    Results,
-    cast,
-    gradients,
-    judge,
-    linear_plain,
-    lora_plain,
-)
+from cases import BF16, CPU_KERNELS, F16, F32, F64, ISAS, Results, Runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.ops import mixed_lora as bench_mixed_lora
 from bench.timing import peak_bytes_cpu
-from clp_kernels import batch_invariant, mixed_linear, mixed_lora, native, registry
+from clp_kernels import batch_invariant, mixed_linear, mixed_lora, native, registry, testing
 from clp_kernels.ops.mixed_linear import cpu as cpu_mixed_linear
 from clp_kernels.ops.mixed_linear import reference
 from clp_kernels.ops.mixed_linear.reference import Inputs
 from clp_kernels.ops.mixed_lora import cpu as cpu_mixed_lora
-from clp_kernels.testing import (
-    WEIGHT_KINDS,
-    assert_within_budget,
-    expanded,
-    noncontiguous,
-    weight_rows,
-)
 
 pytestmark = CPU_KERNELS
 
@@ -96,7 +75,7 @@ class Case:
 
 
 @cache
-def cases(op: str) -> list[Case]:
+def sampled(op: str) -> list[Case]:
     """CASES cases sampled from the product of all axes; 1 in 100 may be large."""
     rng = random.Random(op)
     sizes = (1, 8, 64, 172, 896, 2049, 4096)
@@ -113,7 +92,7 @@ def cases(op: str) -> list[Case]:
             rng.choice(sizes),
             rng.choice((1, 2, 3, 5, 8)),
             rng.choice((1, 4, 8, 12, 16, 64)),
-            rng.choice(WEIGHT_KINDS),
+            rng.choice(testing.WEIGHT_KINDS),
             rng.choice(("contiguous", "noncontiguous", "expanded")),
             rng.random() < 0.5,
             rng.choice(("one", "number", "tensor")),
@@ -133,19 +112,18 @@ def cases(op: str) -> list[Case]:
     return found
 
 
-def make(case: Case, op: str, draw: int) -> tuple[Results, Tensor | None, Tensor, Tensor]:
-    """Inputs, example_ids, the row of each token, and the upstream gradient of one draw."""
+def run(op: str, case: Case, draw: int = 0) -> tuple[Results, Runs]:
+    """The inputs of one draw, and its results."""
     # torch.manual_seed also queues the seed for devices that are not there, with a formatted stack.
     torch.default_generator.manual_seed(1000 * case.seed + draw)
-    n_in, n_out, m, r = case.in_features, case.out_features, case.m, case.r
 
     def tensor(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:
         t = (torch.randn(*shape) * scale).to(dtype)
         if case.strides == "noncontiguous":
-            return noncontiguous(t)
+            return testing.noncontiguous(t)
         # Along the first axis: constant terms along a sum would all round in the same direction,
         # and judge the order of a sum instead of its result.
-        return expanded(t, 0) if case.strides == "expanded" and t.dim() > 1 else t
+        return testing.expanded(t, 0) if case.strides == "expanded" and t.dim() > 1 else t
 
     ids = None
     token_rows = torch.arange(case.tokens) // max(1, case.tokens // max(1, case.batch))
@@ -153,68 +131,30 @@ def make(case: Case, op: str, draw: int) -> tuple[Results, Tensor | None, Tensor
         # Unsorted, unequal lengths, some examples without a token.
         token_rows = torch.randint(0, case.batch, (case.tokens,))
         ids = token_rows.int() if case.seed % 2 else token_rows
-    weights = weight_rows(case.kind, case.batch, m)
-    inputs = {"x": tensor(*case.leading, n_in), "weights": weights}
-    if op == "mixed_lora":
-        inputs["base_weight"] = tensor(n_out, n_in, scale=n_in**-0.5)
-        inputs["lora_A"] = tensor(m, r, n_in, scale=n_in**-0.5, dtype=case.lora_dtype)
-        inputs["lora_B"] = tensor(m, n_out, r, scale=r**-0.5, dtype=case.lora_dtype)
-        if case.bias:
-            inputs["bias"] = tensor(n_out)
-        if case.scaling == "tensor":
-            inputs["scaling"] = torch.rand(m) + 0.5
-    else:
-        inputs["expert_weight"] = tensor(m, n_out, n_in, scale=n_in**-0.5)
-        if case.bias:
-            inputs["bias"] = tensor(m, n_out)
-    return inputs, ids, token_rows, tensor(*case.leading, n_out)
-
-
-def definition(op: str, case: Case, token_rows: Tensor) -> Callable[..., Results]:
-    """The formula with the weights of each token, in the dtype of its inputs; the low-rank part in
-    the adapters' dtype, as concatenated matrices: the strongest plain form."""
-    number = 1.75 if case.scaling == "number" else 1.0
-
-    def plain(x, weights, scaling=number, **rest):  # type: ignore[no-untyped-def]
-        flat = x.reshape(-1, case.in_features)
-        if op == "mixed_lora":
-            y, _ = lora_plain(flat, weights=(weights * scaling)[token_rows], **rest)
-        else:
-            y = linear_plain(flat, weights=weights[token_rows], **rest)
-        return {"y": y.view(*x.shape[:-1], case.out_features)}
-
-    return plain
-
-
-def public_results(
-    op: str, case: Case, ids: Tensor | None, inputs: Results, dy: Results
-) -> Results:
-    """The output of the public function and the gradient of every input."""
-    extra: dict[str, Any] = {"example_ids": ids, "backend": "cpu"}
-    if op == "mixed_lora" and case.scaling == "number":
-        extra["scaling"] = 1.75
-    public = mixed_lora if op == "mixed_lora" else mixed_linear
-    return gradients(lambda **t: {"y": public(**t, **extra)}, inputs, dy)
+    weights = testing.weight_rows(case.kind, case.batch, case.m)
+    inputs = {"x": tensor(*case.leading, case.in_features), "weights": weights}
+    inputs |= cases.mixed_tensors(op, case, tensor)
+    if op == "mixed_lora" and case.scaling == "tensor":
+        inputs["scaling"] = torch.rand(case.m) + 0.5
+    dy, options = tensor(*case.leading, case.out_features), {"example_ids": ids, "backend": "cpu"}
+    return inputs, cases.mixed_runs(op, inputs, dy, token_rows, case.scaling, **options)
 
 
 def check(op: str, case: Case) -> None:
     runs = []
     for draw in range(case.draws):
-        inputs, ids, token_rows, dy = make(case, op, draw)
-        got = public_results(op, case, ids, inputs, {"y": dy})
-        plain = definition(op, case, token_rows)
-        both = (gradients(plain, inputs, {"y": dy}, dtype) for dtype in (F64, None))
-        runs.append((got, *both))
+        inputs, results = run(op, case, draw)
+        runs.append(results)
         for name, tensor in inputs.items():
-            assert got[f"d_{name}"].dtype == tensor.dtype
-    judge(runs, f" of {case}")
+            assert results[0][f"d_{name}"].dtype == tensor.dtype
+    cases.judge(runs, f" of {case}")
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("chunk", range(CASES // CHUNK))
 @pytest.mark.parametrize("op", OPS)
 def test_budget(op: str, chunk: int) -> None:
-    for case in cases(op)[chunk * CHUNK : (chunk + 1) * CHUNK]:
+    for case in sampled(op)[chunk * CHUNK : (chunk + 1) * CHUNK]:
         check(op, case)
 
 
@@ -240,32 +180,45 @@ def low_rank_inputs(
     return x, A, B, torch.randn(T, m), y
 
 
-def low_rank(
-    t: torch.dtype, x: Tensor, A: Tensor, B: Tensor, w: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """u and y + z B^T in the dtype t."""
-    u = x.to(t) @ A.to(t).flatten(0, 1).t()
-    z = u * w.to(t).repeat_interleave(A.shape[1], 1)
-    return u, y.to(t) + z @ B.to(t).transpose(0, 1).flatten(1).t()
+def judge_low_rank(
+    u: Tensor, y: Tensor, base: Callable[[torch.dtype], Tensor], inputs: Any, what: str
+) -> None:
+    """u, and y = base(dtype) + z B^T, of the inputs (x, A, B, w)."""
+
+    def plain(t: torch.dtype) -> tuple[Tensor, Tensor]:
+        x, A, B, w = cases.cast(inputs, t)
+        u = x @ A.flatten(0, 1).t()
+        z = u * w.repeat_interleave(A.shape[1], 1)
+        return u, base(t) + z @ B.transpose(0, 1).flatten(1).t()
+
+    (u64, y64), (u32, y32) = plain(F64), plain(F32)
+    testing.assert_within_budget(u, u64, u32, name=f"u of {what}")
+    testing.assert_within_budget(y, y64, y32.to(y.dtype), name=f"y of {what}")
+
+
+def product(inputs: Any, dtype: torch.dtype) -> Tensor:
+    return F.linear(*cases.cast(inputs, dtype))
+
+
+each_kernel = pytest.mark.parametrize(
+    "dtype, lora_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)]
+)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype, lora_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)])
+@each_kernel
 def test_low_rank_kernel_on_each_instruction_set(
     isa: str, dtype: torch.dtype, lora_dtype: torch.dtype
 ) -> None:
     for shape in SHAPES:
-        x, A, B, w, y = low_rank_inputs(shape, dtype, lora_dtype)
-
+        *inputs, y = low_rank_inputs(shape, dtype, lora_dtype)
         got = y.clone()
-        u = cpu_mixed_lora.run_native(x, A, B, w, None, got, isa=isa)
-        (u64, y64), (u32, y32) = (low_rank(t, x, A, B, w, y) for t in (F64, F32))
-        assert_within_budget(u, u64, u32, name=f"u of {shape} on {isa}")
-        assert_within_budget(got, y64, y32.to(dtype), name=f"y of {shape} on {isa}")
+        u = cpu_mixed_lora.run_native(*inputs, None, got, isa=isa)
+        judge_low_rank(u, got, y.to, inputs, f"{shape} on {isa}")
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype, lora_dtype", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16)])
+@each_kernel
 def test_whole_kernel_on_each_instruction_set(
     isa: str, dtype: torch.dtype, lora_dtype: torch.dtype
 ) -> None:
@@ -276,15 +229,11 @@ def test_whole_kernel_on_each_instruction_set(
         W, c = (torch.randn(n_out, n_in) * n_in**-0.5).to(dtype), torch.randn(n_out).to(dtype)
         w[1::3] = 0
         wide = torch.full((T, n_out + 9), torch.nan).to(dtype)
-        y, base = wide[:, 4:-5], (noncontiguous(W), c)
+        y, base = wide[:, 4:-5], (testing.noncontiguous(W), c)
         u = cpu_mixed_lora.run_native(x, A, B, w, None, y, *base, isa=isa)
         assert int(wide.isnan().sum()) == 9 * T
 
-        (u64, y64), (u32, y32) = (
-            low_rank(t, x, A, B, w, F.linear(x.to(t), W.to(t), c.to(t))) for t in (F64, F32)
-        )
-        assert_within_budget(u, u64, u32, name=f"u of {shape} on {isa}")
-        assert_within_budget(y, y64, y32.to(dtype), name=f"y of {shape} on {isa}")
+        judge_low_rank(u, y, partial(product, (x, W, c)), (x, A, B, w), f"{shape} on {isa}")
         again = torch.full((T, n_out), torch.nan).to(dtype)
         cpu_mixed_lora.run_native(x, None, B, w, None, again, *base, u=u, isa=isa)
         assert torch.equal(again, y)
@@ -300,9 +249,9 @@ def test_mixed_product_kernel_on_each_instruction_set(isa: str, dtype: torch.dty
         c = torch.randn(m, n_out).to(dtype)
         inputs = Inputs(x, E, w, c, None, False)
         got = cpu_mixed_linear.mix_products(inputs, isa)
-        wide = reference.mixed_linear(cast(inputs, F64))
+        wide = reference.mixed_linear(cases.cast(inputs, F64))
         same = reference.mixed_linear(inputs)
-        assert_within_budget(got, wide, same, name=f"y of {(T, n_in, n_out, m)} on {isa}")
+        testing.assert_within_budget(got, wide, same, name=f"y of {(T, n_in, n_out, m)} on {isa}")
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -321,7 +270,7 @@ def test_rounding_on_each_instruction_set(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_a_row_keeps_its_bits(isa: str, dtype: torch.dtype) -> None:
+def test_a_row_keeps_its_bits(isa: str, dtype: torch.dtype, set_threads: Any) -> None:
     """Alone, in any batch, on any number of threads."""
     x, A, B, w, y = low_rank_inputs((41, 1100, 75, 3, 12), dtype, dtype)
     E = A.mT.reshape(3, -1, 1100)[:, :11].contiguous()
@@ -333,25 +282,16 @@ def test_a_row_keeps_its_bits(isa: str, dtype: torch.dtype) -> None:
     inputs = Inputs(x, E, w, None, None, False)
     whole = cpu_mixed_linear.mix_products(inputs, isa)
     for threads in (1, 2, 3):
-        with thread_count(threads):
-            for rows in ([7], [0, 40], [3, 1, 2], list(range(19)), list(range(40, 6, -1))):
-                part = y[rows].clone()
-                u = cpu_mixed_lora.run_native(x[rows], A, B, w[rows], None, part, isa=isa)
-                assert torch.equal(u, whole_u[rows])
-                assert torch.equal(part, whole_y[rows])
-                cpu_mixed_lora.run_native(x[rows], A, B, w[rows], None, part, W, c, isa=isa)
-                assert torch.equal(part, based[rows])
-                some = inputs._replace(x=x[rows], weights=w[rows])
-                assert torch.equal(cpu_mixed_linear.mix_products(some, isa), whole[rows])
-
-
-@contextmanager
-def thread_count(n: int) -> Iterator[None]:
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(2)
+        set_threads(threads)
+        for rows in ([7], [0, 40], [3, 1, 2], list(range(19)), list(range(40, 6, -1))):
+            part = y[rows].clone()
+            u = cpu_mixed_lora.run_native(x[rows], A, B, w[rows], None, part, isa=isa)
+            assert torch.equal(u, whole_u[rows])
+            assert torch.equal(part, whole_y[rows])
+            cpu_mixed_lora.run_native(x[rows], A, B, w[rows], None, part, W, c, isa=isa)
+            assert torch.equal(part, based[rows])
+            got = cpu_mixed_linear.mix_products(inputs._replace(x=x[rows], weights=w[rows]), isa)
+            assert torch.equal(got, whole[rows])
 
 
 @pytest.mark.slow
@@ -430,7 +370,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_path(op: str, path: str) -> None:
-    wanted = [c for c in cases(op) if 17 <= c.tokens <= 129 and c.dtype != F16]
+    wanted = [c for c in sampled(op) if 17 <= c.tokens <= 129 and c.dtype != F16]
     for case in wanted[:30]:
         check(op, case)
 
@@ -466,9 +406,7 @@ def test_the_gradient_of_weights_is_exact_beside_products(
     monkeypatch.setattr(cpu_mixed_linear, "SMALL_WORK", 0)
     case = Case(BF16, BF16, "padded", 64, 172, out_features, 3, 4, "all_different", "contiguous",
                 True, "one", 5)  # fmt: skip
-    inputs, ids, token_rows, dy = make(case, op, 0)
-    got = public_results(op, case, ids, inputs, {"y": dy})["d_weights"]
-    exact = gradients(definition(op, case, token_rows), inputs, {"y": dy}, F64)["d_weights"]
+    got, exact, _ = (results["d_weights"] for results in run(op, case)[1])
     torch.testing.assert_close(got.double(), exact, rtol=0, atol=2e-6 * float(exact.abs().max()))
 
 
@@ -502,8 +440,8 @@ def test_equal_rows_are_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     got = mixed_linear(x, E, rows, bias=c, backend="cpu")
     assert merged == [F32]
     inputs = Inputs(x, E, rows, c, None, False)
-    wide = reference.mixed_linear(cast(inputs, F64))
-    assert_within_budget(got, wide, reference.mixed_linear(inputs))
+    wide = reference.mixed_linear(cases.cast(inputs, F64))
+    testing.assert_within_budget(got, wide, reference.mixed_linear(inputs))
     with batch_invariant():
         mixed_linear(x, E, rows, bias=c, backend="cpu")
     different = rows.clone()
@@ -589,12 +527,10 @@ def test_mixed_linear_algebra(size: tuple[int, ...]) -> None:
 
 def quick(**changed: Any) -> Tensor | None:
     """cpu_mixed_lora.fast_path on plain inputs of five examples with two tokens, some changed."""
-    run = cpu_mixed_lora.fast_path()
-    assert run is not None
-    return run(*quick_arguments(**changed))
+    return cases.taken(cpu_mixed_lora, quick_arguments(**changed))
 
 
-def quick_arguments(**changed: Any) -> tuple[Any, ...]:
+def quick_arguments(**changed: Any) -> dict[str, Any]:
     g = torch.Generator().manual_seed(3)
     arguments: dict[str, Any] = {
         "x": torch.randn(5, 2, 24, generator=g),
@@ -608,8 +544,7 @@ def quick_arguments(**changed: Any) -> tuple[Any, ...]:
         "backend": "auto",
         "invariant": 0,
     }
-    arguments |= {k: v(arguments[k]) if callable(v) else v for k, v in changed.items()}
-    return tuple(arguments.values())
+    return cases.changed(arguments, changed)
 
 
 def to_dtype(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -645,8 +580,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "a gradient of the weights": {"weights": lambda t: t.requires_grad_()},
     "a gradient of the base": {"base_weight": lambda t: t.requires_grad_()},
     "a gradient of the scaling": {"scaling": torch.ones(2, requires_grad=True)},
-    "strides of x": {"x": noncontiguous},
-    "strides of A": {"lora_A": noncontiguous},
+    "strides of x": {"x": testing.noncontiguous},
+    "strides of A": {"lora_A": testing.noncontiguous},
     "expanded weights": {"weights": torch.ones(1, 2).expand(5, 2)},
     "float64": {"x": to_dtype(F64)},
     "mixed dtypes": {"x": to_dtype(BF16)},
@@ -703,19 +638,9 @@ def test_fast_path_refuses(case: str) -> None:
 
 
 def test_fast_path_leaves_calls_under_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert quick() is not None
     with torch.no_grad():
         assert quick(lora_A=lambda t: t.requires_grad_()) is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert quick() is None
-    with FlopCounterMode(display=False):
-        assert quick() is None
-    arguments, run = quick_arguments(), cpu_mixed_lora.fast_path()
-    assert run is not None
-    assert torch.func.vmap(lambda s: (run(*arguments) is None) * s)(torch.ones(2)).all()
-    monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
-    assert quick() is None
-    assert quick(backend="cpu") is not None
+    cases.check_modes(cpu_mixed_lora, quick_arguments, monkeypatch)
     monkeypatch.setenv("CLP_KERNELS_BACKEND", "cpu")
     assert quick() is not None
 

@@ -1,8 +1,10 @@
 """mixed_lora and mixed_linear on the backend "cuda" without a GPU: plans, reasons, errors."""
 
-from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import cases
 import pytest
 import torch
 from torch import Tensor
@@ -15,48 +17,36 @@ from clp_kernels.ops.mixed_lora import cuda as cuda_mixed_lora
 from clp_kernels.ops.mixed_lora import reference as lora_reference
 from clp_kernels.testing import noncontiguous
 
+OPS = {
+    "mixed_lora": (mixed_lora, cuda_mixed_lora, lora_reference.Inputs),
+    "mixed_linear": (mixed_linear, cuda_mixed_linear, linear_reference.Inputs),
+}
+each_op = pytest.mark.parametrize("op", OPS)
 
-def arguments_of(tokens: int, options: dict[str, Any], **shapes: tuple[int, ...]) -> dict[str, Any]:
-    """Zeros of these shapes between x and weights [tokens, 2], bfloat16 unless told otherwise."""
-    options = {"dtype": torch.bfloat16, **options}
-    made: dict[str, Any] = {name: torch.zeros(shape, **options) for name, shape in shapes.items()}
+
+def arguments(op: str, tokens: int = 3, in_features: int = 16, **options: Any) -> dict[str, Any]:
+    """Zeros for m = 2, r = 4 and 5 outputs, bfloat16 unless told otherwise."""
+    sizes = {"in_features": in_features, "out_features": 5, "m": 2, "r": 4}
+    case = SimpleNamespace(**sizes, bias=True, lora_dtype=None)
+
+    def zeros(*shape: int, **_: Any) -> Tensor:
+        return torch.zeros(shape, **{"dtype": torch.bfloat16, **options})
+
+    made = {"x": zeros(tokens, in_features), **cases.mixed_tensors(op, case, zeros)}
     made["weights"] = torch.zeros(tokens, 2, device=options.get("device"))
     return {**made, "example_ids": None, "invariant": False}
 
 
-def lora_arguments(tokens: int = 3, in_features: int = 16, **options: Any) -> dict[str, Any]:
-    """Of mixed_lora: m = 2, r = 4, 5 outputs."""
-    return arguments_of(
-        tokens, options, x=(tokens, in_features), base_weight=(5, in_features),
-        lora_A=(2, 4, in_features), lora_B=(2, 5, 4), bias=(5,),
-    )  # fmt: skip
+def why_not(op: str, given: dict[str, Any]) -> str | None:
+    _, backend, inputs = OPS[op]
+    found: str | None = backend.why_not(inputs(**given))
+    return found
 
 
-def linear_arguments(tokens: int = 3, in_features: int = 16, **options: Any) -> dict[str, Any]:
-    """Of mixed_linear: m = 2, 5 outputs."""
-    return arguments_of(
-        tokens, options, x=(tokens, in_features), expert_weight=(2, 5, in_features), bias=(2, 5)
-    )
-
-
-def public(op: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+def public(op: str, changed: dict[str, Any]) -> Any:
     """The public function on the arguments of a launcher."""
-    return op(**{k: v for k, v in arguments.items() if k != "invariant"}, backend="cuda")
-
-
-OPS: list[tuple[Callable[..., str | None], Callable[..., Any], Callable[..., dict[str, Any]]]] = [
-    (
-        lambda **args: cuda_mixed_lora.why_not(lora_reference.Inputs(**args)),
-        mixed_lora,
-        lora_arguments,
-    ),
-    (
-        lambda **args: cuda_mixed_linear.why_not(linear_reference.Inputs(**args)),
-        mixed_linear,
-        linear_arguments,
-    ),
-]
-IDS = ["mixed_lora", "mixed_linear"]
+    given = {k: v for k, v in (arguments(op) | changed).items() if k != "invariant"}
+    return OPS[op][0](**given, backend="cuda")
 
 
 @pytest.mark.parametrize(
@@ -85,46 +75,47 @@ def test_splits_are_cluster_sizes() -> None:
             assert parts == 1 or in_features >= parts * cuda_mixed_lora.MIN_FEATURES
 
 
-@pytest.mark.parametrize(("why_not", "run", "arguments"), OPS, ids=IDS)
-def test_not_on_a_gpu(why_not: Any, run: Any, arguments: Any) -> None:
-    assert why_not(**arguments()) == "the tensors are on cpu, not on a GPU"
+@each_op
+def test_not_on_a_gpu(op: str) -> None:
+    assert why_not(op, arguments(op)) == "the tensors are on cpu, not on a GPU"
     with pytest.raises(RuntimeError, match="the tensors are on cpu, not on a GPU"):
-        public(run, arguments())
+        public(op, {})
 
 
-@pytest.mark.parametrize(("why_not", "run", "arguments"), OPS, ids=IDS)
-def test_why_not(why_not: Any, run: Any, arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@each_op
+def test_why_not(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = partial(arguments, op, device="cuda")
     with FakeTensorMode():
-        ready = arguments(device="cuda")
+        ready = on_gpu()
         monkeypatch.setattr(native, "cuda_missing", lambda: "clp_kernels._cuda has not been built")
-        assert why_not(**ready) == "clp_kernels._cuda has not been built"
+        assert why_not(op, ready) == "clp_kernels._cuda has not been built"
         monkeypatch.setattr(native, "cuda_missing", lambda: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-        assert why_not(**ready) == (
+        assert why_not(op, ready) == (
             "the cuda kernels need more shared memory than compute capability (8, 9) has"
         )
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-        assert why_not(**ready) is None
-        assert why_not(**arguments(256, device="cuda")) is None
-        assert why_not(**arguments(device="cuda", dtype=torch.float16)) is None
-        assert why_not(**arguments(device="cuda", dtype=torch.float32)) == (
+        assert why_not(op, ready) is None
+        assert why_not(op, on_gpu(256)) is None
+        assert why_not(op, on_gpu(dtype=torch.float16)) is None
+        assert why_not(op, on_gpu(dtype=torch.float32)) == (
             "the cuda kernels read bfloat16 and float16, not torch.float32"
         )
-        assert why_not(**{**ready, "weights": ready["weights"].double()}) == (
+        assert why_not(op, {**ready, "weights": ready["weights"].double()}) == (
             "the cuda kernels read float32 weights, not torch.float64"
         )
-        assert why_not(**arguments(in_features=12, device="cuda")) == (
+        assert why_not(op, on_gpu(in_features=12)) == (
             "the cuda kernels need in_features to be a multiple of 8, it is 12"
         )
-        assert why_not(**arguments(257, device="cuda")) == (
+        assert why_not(op, on_gpu(257)) == (
             "the cuda kernels decode up to 256 tokens, there are 257"
         )
         stacked = {**ready, "x": torch.zeros(3, 86, 16, dtype=torch.bfloat16, device="cuda")}
-        assert why_not(**stacked) == "the cuda kernels decode up to 256 tokens, there are 258"
+        assert why_not(op, stacked) == "the cuda kernels decode up to 256 tokens, there are 258"
 
 
-BAD: dict[Callable[..., Any], list[tuple[str, Tensor, type[Exception], str]]] = {
-    mixed_lora: [
+BAD: dict[str, list[tuple[str, Tensor, type[Exception], str]]] = {
+    "mixed_lora": [
         ("weights", torch.zeros(2, 2), ValueError, r"weights must have shape \[3, 2\]"),
         ("weights", torch.zeros(3, 3), ValueError, r"weights must have shape \[3, 2\]"),
         ("lora_A", torch.zeros(8, 16).bfloat16(), ValueError, "lora_A must have shape"),
@@ -140,7 +131,7 @@ BAD: dict[Callable[..., Any], list[tuple[str, Tensor, type[Exception], str]]] = 
         ("example_ids", torch.zeros(3, dtype=torch.int16), TypeError, "example_ids must be int32"),
         ("example_ids", torch.tensor([0, 3, 1]), ValueError, r"example_ids must lie in \[0, 3\)"),
     ],
-    mixed_linear: [
+    "mixed_linear": [
         ("weights", torch.zeros(3, 3), ValueError, r"weights must have shape \[3, 2\]"),
         ("expert_weight", torch.zeros(5, 16).bfloat16(), ValueError, "expert_weight must have"),
         ("expert_weight", torch.zeros(2, 5, 8).bfloat16(), ValueError, "expert_weight must have"),
@@ -153,19 +144,18 @@ BAD: dict[Callable[..., Any], list[tuple[str, Tensor, type[Exception], str]]] = 
 
 
 @pytest.mark.parametrize(
-    ("run", "name", "value", "error", "message"),
-    [(run, *case) for run, cases in BAD.items() for case in cases],
+    ("op", "name", "value", "error", "message"),
+    [(op, *bad) for op, every in BAD.items() for bad in every],
 )
-def test_errors(run: Any, name: str, value: Any, error: type[Exception], message: str) -> None:
-    arguments = lora_arguments() if run is mixed_lora else linear_arguments()
+def test_errors(op: str, name: str, value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        public(run, {**arguments, name: value})
+        public(op, {name: value})
 
 
 def test_no_tokens_need_no_gpu() -> None:
-    y, u = cuda_mixed_lora.mixed_lora(lora_reference.Inputs(**lora_arguments(0)))
+    y, u = cuda_mixed_lora.mixed_lora(lora_reference.Inputs(**arguments("mixed_lora", 0)))
     assert y.shape == (0, 5) and u.shape == (0, 8) and u.dtype == torch.float32
-    inputs = linear_reference.Inputs(**linear_arguments(0))
+    inputs = linear_reference.Inputs(**arguments("mixed_linear", 0))
     assert cuda_mixed_linear.mixed_linear(inputs).shape == (0, 5)
 
 

@@ -7,15 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from cases import PHILOX_ANSWERS
+import transformers
+from cases import PHILOX_ANSWERS, linear_plain, lora_plain
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 import clp_kernels
 from clp_kernels import linear_logprob, mix_logits, mixed_linear, mixed_lora
@@ -74,12 +68,8 @@ def philox4x32(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
     c, k = list(counter), list(key)
     for _ in range(10):
         low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [
-            (high >> 32) ^ c[1] ^ k[0],
-            high & 0xFFFFFFFF,
-            (low >> 32) ^ c[3] ^ k[1],
-            low & 0xFFFFFFFF,
-        ]
+        words = (high >> 32) ^ c[1] ^ k[0], high, (low >> 32) ^ c[3] ^ k[1], low
+        c = [word & 0xFFFFFFFF for word in words]
         k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
     return c
 
@@ -102,12 +92,11 @@ def test_mixed_lora(with_bias: bool, invariant: bool) -> None:
 
 def test_mixed_lora_padded_layout_and_scaling() -> None:
     x, base, A, B = rand(2, 2, 3, 4), rand(3, 4), rand(2, 1, 4), rand(2, 3, 1)
-    weights, scaling = rand(2, 2), torch.tensor([0.5, -3.0], dtype=F64)
-    y = mixed_lora(x, base, A, B, weights, scaling=scaling)
-    wanted = lora_loop(x.view(12, 4), base, A, B, weights * scaling, None, [0] * 6 + [1] * 6)
-    close(y.view(12, 3), wanted)
-    wanted = lora_loop(x.view(12, 4), base, A, B, weights * 2, None, [0] * 6 + [1] * 6)
-    close(mixed_lora(x, base, A, B, weights, scaling=2).view(12, 3), wanted)
+    weights = rand(2, 2)
+    for scaling in (torch.tensor([0.5, -3.0], dtype=F64), 2):
+        y = mixed_lora(x, base, A, B, weights, scaling=scaling)
+        wanted = lora_loop(x.view(12, 4), base, A, B, weights * scaling, None, [0] * 6 + [1] * 6)
+        close(y.view(12, 3), wanted)
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -171,14 +160,9 @@ def test_linear_logprob(mixed: bool) -> None:
             W = sum(weights[b, i] * head[i] for i in range(2))
             c = sum(weights[b, i] * bias[i] for i in range(2))
         for t in range(3):
-            z, zq = (
-                [(v + e) / tau[b, t].item() for v, e in zip(product, c.tolist(), strict=True)]
-                for product in (
-                    linear_loop(hidden[b, t].tolist(), W.tolist()),
-                    linear_loop(ref_hidden[b, t].tolist(), W.tolist()),
-                )
-            )
-            p, q = softmax_loop(z), softmax_loop(zq)
+            products = (linear_loop(s[b, t].tolist(), W.tolist()) for s in (hidden, ref_hidden))
+            added = [zip(product, c.tolist(), strict=True) for product in products]
+            p, q = (softmax_loop([(v + e) / tau[b, t].item() for v, e in z]) for z in added)
             y = int(targets[b, t])
             wanted = [0.0, 0.0, 0.0]
             if y != -100:
@@ -193,10 +177,8 @@ def test_linear_logprob_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run() -> list[Tensor]:
         torch.manual_seed(1)
-        inputs = [
-            t.requires_grad_() for t in (rand(3, 4, 5), rand(2, 9, 5), rand(2, 9), rand(3, 2))
-        ]
-        hidden, head, bias, weights = inputs
+        shapes = ((3, 4, 5), (2, 9, 5), (2, 9), (3, 2))
+        hidden, head, bias, weights = inputs = [rand(*s).requires_grad_() for s in shapes]
         targets = torch.randint(0, 9, (3, 4))
         extras = {"return_entropy": True, "ref_hidden": rand(3, 4, 5)}
         out = linear_logprob(hidden, head, targets, bias=bias, weights=weights, **extras)
@@ -224,50 +206,38 @@ def test_linear_logprob_chunks_bound_the_logits() -> None:
         assert all((c.stop - c.start) * vocab <= max(2**22, vocab) for c in chunks)
 
 
-def backward_case(name: str) -> tuple[Callable[..., Tensor], Callable[..., tuple], list[Tensor]]:
-    """(differentiable per-example formula, backward op given dy, inputs) of one op."""
-    ids = torch.tensor(IDS)
-    if name == "mixed_lora":
-        inputs = [rand(5, 4), rand(3, 4), rand(2, 2, 4), rand(2, 3, 2), rand(3, 2), rand(3)]
-
-        def formula(x, W, A, B, w, c):  # type: ignore[no-untyped-def]
-            deltas = [sum(w[b, i] * B[i] @ A[i] for i in range(2)) for b in IDS]
-            return torch.stack([(W + d) @ x_t + c for x_t, d in zip(x, deltas, strict=True)])
-
-        def backward(dy, x, W, A, B, w, c, invariant, needs):  # type: ignore[no-untyped-def]
-            u = torch.cat([x @ a.t() for a in A], -1)
-            inputs = lora_reference.Inputs(x, W, A, B, w, None, ids, invariant)
-            return lora_reference.mixed_lora_backward(inputs, dy, u, needs)
-
-        return formula, backward, inputs
-    inputs = [rand(5, 4), rand(2, 3, 4), rand(3, 2), rand(2, 3)]
-
-    def mixture(x, W, w, c):  # type: ignore[no-untyped-def]
-        rows = [sum(w[b, i] * (W[i] @ x_t + c[i]) for i in range(2)) for x_t, b in zip(x, IDS)]  # noqa: B905
-        return torch.stack(rows)
-
-    def mixture_backward(dy, x, W, w, c, invariant, needs):  # type: ignore[no-untyped-def]
-        inputs = linear_reference.Inputs(x, W, w, c, ids, invariant)
-        return linear_reference.mixed_linear_backward(inputs, dy, needs)
-
-    return mixture, mixture_backward, inputs
+SHAPES = {
+    "mixed_lora": ((5, 4), (3, 4), (2, 2, 4), (2, 3, 2), (3, 2), (3,)),
+    "mixed_linear": ((5, 4), (2, 3, 4), (3, 2), (2, 3)),
+}
 
 
 @pytest.mark.parametrize("invariant", [False, True])
-@pytest.mark.parametrize("name", ["mixed_lora", "mixed_linear"])
+@pytest.mark.parametrize("name", SHAPES)
 def test_backward_op(name: str, invariant: bool) -> None:
-    formula, backward, inputs = backward_case(name)
-    for t in inputs:
-        t.requires_grad_()
-    y = formula(*inputs)
+    inputs, ids = [rand(*shape).requires_grad_() for shape in SHAPES[name]], torch.tensor(IDS)
+    *matrices, weights, bias = inputs
+    if name == "mixed_lora":
+        y, u = lora_plain(*matrices, weights[ids], bias)
+    else:
+        y, u = linear_plain(*matrices, weights[ids], bias), None
+
+    def backward(needs: list[bool]) -> tuple[Tensor, ...]:
+        if name == "mixed_lora":
+            call = lora_reference.Inputs(*inputs, ids, invariant)
+            return lora_reference.mixed_lora_backward(call, dy, u, needs)
+        call = linear_reference.Inputs(*inputs, ids, invariant)
+        return linear_reference.mixed_linear_backward(call, dy, needs)
+
     dy, every = torch.randn_like(y), [True] * len(inputs)
     wanted = torch.autograd.grad(y, inputs, dy)
     with torch.no_grad():
-        for got, grad in zip(backward(dy, *inputs, invariant, every), wanted, strict=True):
+        for got, grad in zip(backward(every), wanted, strict=True):
             close(got, grad)
         for i in range(len(inputs)):
-            only = backward(dy, *inputs, invariant, [j == i for j in range(len(inputs))])
-            assert [g.numel() > 0 for g in only] == [j == i for j in range(len(inputs))]
+            chosen = [j == i for j in range(len(inputs))]
+            only = backward(chosen)
+            assert [g.numel() > 0 for g in only] == chosen
             close(only[i], wanted[i])
 
 
@@ -294,9 +264,8 @@ def test_gradcheck_mixed_lora(layout: str) -> None:
     def run(x, W, A, B, weights, scaling, bias):  # type: ignore[no-untyped-def]
         return mixed_lora(x, W, A, B, weights, scaling=scaling, bias=bias, example_ids=ids)
 
-    gradcheck(
-        run, rand(*shape), rand(3, 4), rand(2, 2, 4), rand(2, 3, 2), rand(3, 2), rand(2), rand(3)
-    )
+    shapes = (shape, (3, 4), (2, 2, 4), (2, 3, 2), (3, 2), (2,), (3,))
+    gradcheck(run, *(rand(*s) for s in shapes))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -372,8 +341,7 @@ def test_linear_logprob_ignored_targets_pass_no_gradient() -> None:
     hidden, ref = rand(4, 3).requires_grad_(), rand(4, 3).requires_grad_()
     targets = torch.tensor([1, -100, 0, -100])
     out = linear_logprob(hidden, rand(5, 3), targets, return_entropy=True, ref_hidden=ref)
-    assert out.entropy is not None
-    assert out.kl is not None
+    assert out.entropy is not None and out.kl is not None
     (out.logprobs + out.entropy + out.kl).sum().backward()
     assert hidden.grad is not None
     assert (hidden.grad[targets == -100] == 0).all()
@@ -396,9 +364,6 @@ def test_second_derivatives_raise(name: str) -> None:
         first.sum().backward()
 
 
-# Random numbers.
-
-
 def uniform_words(seed: int, position: int, vocab: int) -> list[int]:
     """The 32-bit words behind philox_uniform."""
     u = sample_reference.philox_uniform(torch.tensor([seed]), torch.tensor([position]), vocab)[0]
@@ -414,9 +379,8 @@ def test_philox_oracle_meets_the_known_answers(counter: tuple, key: tuple) -> No
 
 def test_philox_known_answer() -> None:
     """Counter 0, key 0 is seed 0, position 0, tokens 0 to 3 (the others need a last word > 0)."""
-    assert (
-        " ".join(f"{w:08x}" for w in uniform_words(0, 0, 4)) == PHILOX_ANSWERS[(0,) * 4, (0,) * 2]
-    )
+    words = " ".join(f"{w:08x}" for w in uniform_words(0, 0, 4))
+    assert words == PHILOX_ANSWERS[(0,) * 4, (0,) * 2]
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, -(2**31) - 5, 2**63 - 1, -(2**63)])
@@ -448,9 +412,8 @@ def test_gumbel_at_both_ends() -> None:
         exact = [-(-((Decimal(w) + Decimal("0.5")) / 2**32).ln()).ln() for w in words]
     got = sample_reference.gumbel(u)
     assert got.isfinite().all()
-    torch.testing.assert_close(
-        got, torch.tensor([float(e) for e in exact], dtype=F64), rtol=4e-15, atol=4e-15
-    )
+    wanted = torch.tensor([float(e) for e in exact], dtype=F64)
+    torch.testing.assert_close(got, wanted, rtol=4e-15, atol=4e-15)
 
 
 def p_value(counts: Tensor, expected: Tensor) -> float:
@@ -467,9 +430,8 @@ DRAWS = 20_000
 def test_sample_draws_from_the_softmax(vary: str) -> None:
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0, -0.5, 1.0])
     numbers = torch.arange(DRAWS)
-    out = sample(
-        logits.expand(DRAWS, 6), temperature=1.5, **{"seed": 3, "position": 4, vary: numbers}
-    )
+    given = {"seed": 3, "position": 4, vary: numbers}
+    out = sample(logits.expand(DRAWS, 6), temperature=1.5, **given)
     counts = torch.bincount(out.tokens, minlength=6).double()
     expected = DRAWS * torch.softmax(logits.double() / 1.5, -1)
     assert p_value(counts, expected) > 1e-3
@@ -484,9 +446,6 @@ def test_p_value_sees_a_wrong_distribution() -> None:
     counts = torch.tensor([5300.0, 4700.0], dtype=F64)
     assert p_value(counts, torch.full((2,), 5000.0, dtype=F64)) < 1e-6
     assert p_value(counts - torch.tensor([290, -290]), torch.full((2,), 5000.0, dtype=F64)) > 0.1
-
-
-# Filters.
 
 
 def kept_sets(logits: Tensor, **filters: float | Tensor) -> Tensor:
@@ -527,12 +486,13 @@ def test_sample_filters_keep_what_transformers_keeps(filters: dict) -> None:
     # Tie-free, and no probability so small that 4,000 draws could miss it.
     logits = torch.stack([torch.randperm(9) * 0.37 - 1.5 for _ in range(4)])
     warpers = {
-        "temperature": TemperatureLogitsWarper,
-        "top_k": TopKLogitsWarper,
-        "top_p": TopPLogitsWarper,
-        "min_p": MinPLogitsWarper,
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
     }
-    chain = LogitsProcessorList([make(filters[k]) for k, make in warpers.items() if k in filters])
+    chosen = [make(filters[name]) for name, make in warpers.items() if name in filters]
+    chain = transformers.LogitsProcessorList(chosen)
     wanted = chain(torch.zeros(4, 1, dtype=torch.long), logits.clone()) > -math.inf
     assert torch.equal(kept_sets(logits, **filters), wanted)
 

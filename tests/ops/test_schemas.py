@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clp_kernels import (
-    batch_invariant,
-    linear_logprob,
-    mix_logits,
-    mixed_linear,
-    mixed_lora,
-    sample,
-)
+from clp_kernels import linear_logprob, mix_logits, mixed_linear, mixed_lora, sample
+from clp_kernels.invariant import batch_invariant
 from clp_kernels.testing import expanded, noncontiguous
 
 op = torch.ops.clp_kernels
@@ -46,11 +40,7 @@ def linear_cases() -> Cases:
     """mixed_lora, mixed_linear and their backwards: m = 2, r = 3, 4 to 5 features."""
     for label, (shape, dtype, lora_dtype, ids, with_bias, layout) in LAYOUTS.items():
 
-        def rand(
-            *size: int,
-            dtype: torch.dtype = dtype,
-            layout: Callable[[Tensor], Tensor] | None = layout,
-        ) -> Tensor:
+        def rand(*size: int, dtype: torch.dtype = dtype, layout: Any = layout) -> Tensor:
             t = torch.randn(*size).to(dtype)
             return t if layout is None else layout(t)
 
@@ -161,9 +151,8 @@ TRACED = [
 
 @pytest.mark.parametrize("name, args", TRACED)
 def test_opcheck_aot_dispatch_with_dynamic_shapes(name: str, args: tuple[Any, ...]) -> None:
-    torch.library.opcheck(
-        getattr(op, name).default, args, test_utils=("test_aot_dispatch_dynamic",)
-    )
+    dynamic = ("test_aot_dispatch_dynamic",)
+    torch.library.opcheck(getattr(op, name).default, args, test_utils=dynamic)
 
 
 @pytest.mark.parametrize("name, args", CASES)
@@ -179,9 +168,6 @@ def test_fake_is_like_the_real_output(name: str, args: tuple[Any, ...]) -> None:
         assert got.is_contiguous()
         if got.numel() > 0:
             assert got.stride() == promised.stride()
-
-
-# torch.compile.
 
 
 def compiled_cases() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
@@ -206,10 +192,7 @@ def compiled_cases() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
             lambda x, A, B, w: mixed_lora(x, W, A, B, w, scaling=2.0, example_ids=IDS),
             [flat, A, B, w],
         ),
-        "mixed_linear": (
-            lambda x, e, w, c: mixed_linear(x, e, w, bias=c),
-            [x, experts, w, biases],
-        ),
+        "mixed_linear": (lambda x, e, w, c: mixed_linear(x, e, w, bias=c), [x, experts, w, biases]),
         "mixed_linear flat": (
             lambda x, e, w: mixed_linear(x, e, w, example_ids=IDS),
             [flat, experts, w],

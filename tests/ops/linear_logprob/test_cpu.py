@@ -5,21 +5,10 @@ the logits again."""
 import itertools
 from typing import Any
 
+import cases
 import pytest
 import torch
-from cases import (
-    BF16,
-    CPU_KERNELS,
-    F16,
-    F32,
-    F64,
-    HEAD_NAMES,
-    ISAS,
-    cast,
-    head_inputs,
-    head_outputs,
-    head_plain,
-)
+from cases import BF16, CPU_KERNELS, F16, F32, F64, HEAD_NAMES, ISAS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,10 +24,7 @@ DIFFERENTIABLE = ("hidden", "head_weight", "bias", "weights")
 
 
 def check(inputs: Inputs, isa: str = "") -> None:
-    got = cpu.linear_logprob(inputs, True, True, isa)
-    wide, same = head_plain(cast(inputs, F64)), head_plain(inputs)
-    for name, *three in zip(HEAD_NAMES, got, wide, same, strict=True):
-        assert_within_budget(*three, name=name)
+    cases.judge_head([cpu.linear_logprob(inputs, True, True, isa)], [inputs])
 
 
 @pytest.fixture
@@ -54,7 +40,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_instruction_set(isa: str, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
     torch.manual_seed(sum(sizes))
     for bias, m in itertools.product((False, True), (0, 1, 3)):
-        check(head_inputs(*sizes, dtype, bias=bias, m=m), isa)
+        check(cases.head_inputs(*sizes, dtype, bias=bias, m=m), isa)
 
 
 @given(
@@ -70,7 +56,7 @@ def test_blocks_of_any_size(
     tokens: int, vocab_size: int, dim: int, block: int, logits: int, m: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    inputs = head_inputs(tokens, vocab_size, dim, F32, bias=bool(seed % 2), m=m)
+    inputs = cases.head_inputs(tokens, vocab_size, dim, F32, bias=bool(seed % 2), m=m)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "BLOCK_TOKENS", block)
         patch.setattr(cpu, "BLOCK_LOGITS", logits)
@@ -82,16 +68,16 @@ def test_the_largest_logit_may_come_last_or_first() -> None:
     """Scaling down by more than float32 holds, and not at all."""
     for order in (1, -1):
         bias = order * torch.linspace(-300, 300, 120)
-        inputs = head_inputs(20, 120, 4, F32, bias=True)._replace(bias=bias)
+        inputs = cases.head_inputs(20, 120, 4, F32, bias=True)._replace(bias=bias)
         check(inputs._replace(targets=torch.full((20,), 119 if order > 0 else 0)))
         inputs = inputs._replace(targets=torch.full((20,), 60))
         logprobs = cpu.linear_logprob(inputs, True, True)[0]
-        torch.testing.assert_close(logprobs.double(), head_plain(cast(inputs, F64))[0])
+        torch.testing.assert_close(logprobs.double(), cases.head_plain(cases.cast(inputs, F64))[0])
 
 
 def masked_inputs(m: int) -> Inputs:
     """A bias of -inf for the first 80 of 120 ids."""
-    inputs = head_inputs(20, 120, 8, F32, bias=True, m=m)
+    inputs = cases.head_inputs(20, 120, 8, F32, bias=True, m=m)
     inputs.bias[..., :80] = -torch.inf
     return inputs._replace(weights=torch.rand(3, m) + 0.1) if m else inputs
 
@@ -103,7 +89,7 @@ def test_masked_ids(isa: str, m: int) -> None:
     """A bias of -inf: whole blocks without an id, and one id alone."""
     inputs = masked_inputs(m)._replace(targets=torch.full((20,), 90))
     got = cpu.linear_logprob(inputs, True, True, isa)
-    wide = reference.linear_logprob(cast(inputs, F64), True, True)
+    wide = reference.linear_logprob(cases.cast(inputs, F64), True, True)
     for name, a, b in zip(HEAD_NAMES, got, wide, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5, msg=name)
     inputs.bias[:] = -torch.inf
@@ -113,7 +99,7 @@ def test_masked_ids(isa: str, m: int) -> None:
 
 
 def test_no_tokens_and_no_extras() -> None:
-    inputs = head_inputs(8, 30, 4, F32, bias=False)
+    inputs = cases.head_inputs(8, 30, 4, F32, bias=False)
     hidden, head, targets, *_, tau, ref, _ = inputs
     few = Inputs(hidden[:0], head, targets[:0], None, None, None, tau[:0], ref[:0], False)
     none = cpu.linear_logprob(few, True, True)
@@ -126,7 +112,7 @@ def test_no_tokens_and_no_extras() -> None:
 
 @pytest.mark.parametrize("m", [0, 2])
 def test_two_runs_give_the_same_bits(m: int) -> None:
-    inputs = head_inputs(70, 900, 32, F32, bias=True, m=m)
+    inputs = cases.head_inputs(70, 900, 32, F32, bias=True, m=m)
     for a, b in zip(*(cpu.linear_logprob(inputs, True, True) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
     back = backward_arguments(inputs)
@@ -137,7 +123,7 @@ def test_two_runs_give_the_same_bits(m: int) -> None:
 
 
 def test_layouts_of_no_dense_axis() -> None:
-    inputs = head_inputs(30, 200, 16, F32, bias=True, m=3)
+    inputs = cases.head_inputs(30, 200, 16, F32, bias=True, m=3)
     gaps = Inputs(*(noncontiguous(t) if isinstance(t, Tensor) else t for t in inputs))
     gaps = gaps._replace(hidden=expanded(inputs.hidden), temperature=expanded(inputs.temperature))
     check(gaps)
@@ -162,14 +148,14 @@ def plain_backward(inputs: Inputs, upstream: tuple[Tensor, ...], needs: list[boo
     inputs = inputs._replace(**leaves)
     if inputs.ref_hidden is None:
         inputs = inputs._replace(ref_hidden=inputs.hidden.detach())
-    results = head_outputs(inputs)
+    results = cases.head_outputs(inputs)
     total = sum((u * r).sum() for u, r in zip(upstream, results, strict=True) if u.numel())
     return list(torch.autograd.grad(total, list(leaves.values())))
 
 
 def check_backward(back: Backward, isa: str = "") -> None:
     got = cpu.linear_logprob_backward(*back, isa)
-    wide, same = plain_backward(*cast(back, F64)), plain_backward(*back)
+    wide, same = plain_backward(*cases.cast(back, F64)), plain_backward(*back)
     needs = back[-1]
     for grad, need in zip(got, needs, strict=True):
         assert grad.numel() > 0 if need else grad.shape == (0,)
@@ -196,7 +182,7 @@ def test_gradients_of_each_instruction_set(
 ) -> None:
     torch.manual_seed(sum(sizes))
     for bias, m, extras in itertools.product((False, True), (0, 1, 3), (False, True)):
-        inputs = head_inputs(*sizes, dtype, bias=bias, m=m)
+        inputs = cases.head_inputs(*sizes, dtype, bias=bias, m=m)
         check_backward(backward_arguments(inputs, entropy=extras, kl=extras), isa)
 
 
@@ -214,7 +200,7 @@ def test_gradients_by_blocks_of_any_size(
 ) -> None:
     """Any choice of gradients, and those not asked for are empty; the reference in float64."""
     torch.manual_seed(seed)
-    inputs = head_inputs(tokens, vocab_size, 12, F32, bias=bool(seed % 2), m=m)
+    inputs = cases.head_inputs(tokens, vocab_size, 12, F32, bias=bool(seed % 2), m=m)
     *back, possible = backward_arguments(inputs, kl=bool(seed // 2 % 2))
     asked = [a and b for a, b in zip(needs, possible, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
@@ -222,7 +208,7 @@ def test_gradients_by_blocks_of_any_size(
         patch.setattr(cpu, "KEPT_LOGITS", kept)
         patch.setattr(cpu, "KEPT_TOKENS", 2)
         got = cpu.linear_logprob_backward(*back, asked)
-    want = reference.linear_logprob_backward(*cast(back, F64), asked)
+    want = reference.linear_logprob_backward(*cases.cast(back, F64), asked)
     for a, b in zip(got, want, strict=True):
         scale = float(b.abs().max()) if b.numel() else 0.0
         torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-5 * max(scale, 1.0))
@@ -240,7 +226,7 @@ def test_gradients_of_masked_ids(isa: str, m: int) -> None:
     needs = [True, True, True, False]
     run = cpu.linear_logprob_backward
     got = run(inputs, upstream, needs, isa)
-    wide = reference.linear_logprob_backward(*cast((inputs, upstream), F64), needs)
+    wide = reference.linear_logprob_backward(*cases.cast((inputs, upstream), F64), needs)
     for a, b in zip(got, wide, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
     assert not got[1][..., :80, :].any() and not got[2][..., :80].any()
@@ -254,14 +240,14 @@ def test_gradients_of_masked_ids(isa: str, m: int) -> None:
 def test_gradients_where_the_largest_logit_comes_last_or_first() -> None:
     for order in (1, -1):
         bias = order * torch.linspace(-300, 300, 120)
-        inputs = head_inputs(20, 120, 4, F32, bias=True)._replace(bias=bias)
+        inputs = cases.head_inputs(20, 120, 4, F32, bias=True)._replace(bias=bias)
         for target in (119 if order > 0 else 0, 60):
             targets = torch.full((20,), target)
             check_backward(backward_arguments(inputs._replace(targets=targets)))
 
 
 def test_gradients_of_no_tokens() -> None:
-    inputs, upstream, needs = backward_arguments(head_inputs(8, 30, 4, F32, bias=True, m=2))
+    inputs, upstream, needs = backward_arguments(cases.head_inputs(8, 30, 4, F32, bias=True, m=2))
     of_tokens = ("hidden", "targets", "example_ids", "temperature", "ref_hidden")
     none = inputs._replace(**{name: getattr(inputs, name)[:0] for name in of_tokens})
     got = cpu.linear_logprob_backward(none, tuple(u[:0] for u in upstream), needs)
@@ -287,7 +273,7 @@ def test_gradients_with_a_frozen_and_with_a_trained_head(
     which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same, made in the forward or by computing the logits again: only where they must be."""
-    args = head_inputs(30, 200, 16, F32, bias=True)
+    args = cases.head_inputs(30, 200, 16, F32, bias=True)
     again = []
 
     def spy(inputs: Inputs, upstream: tuple[Tensor, ...], needs: list[bool]) -> Any:
@@ -312,7 +298,7 @@ def test_gradients_with_a_frozen_and_with_a_trained_head(
 
 
 def test_who_runs_it() -> None:
-    inputs = head_inputs(4, 10, 4, F32, bias=False, m=2)
+    inputs = cases.head_inputs(4, 10, 4, F32, bias=False, m=2)
     assert cpu.why_not(inputs, True, True) is None
     back = backward_arguments(inputs)
     entry = registry.select("linear_logprob_backward", "auto", *back)
@@ -320,4 +306,4 @@ def test_who_runs_it() -> None:
     invariant = inputs._replace(invariant=True)
     assert "batch_invariant" in str(entry.why_not(invariant, *back[1:]))
     assert "batch_invariant" in str(cpu.why_not(invariant, True, True))
-    assert "float64" in str(cpu.why_not(cast(inputs, F64), True, True))
+    assert "float64" in str(cpu.why_not(cases.cast(inputs, F64), True, True))

@@ -1,12 +1,9 @@
-"""The Triton backend of linear_logprob in Triton's interpreter, held to float64.
-
-It shows indexing, masks and the order of sums, not what a GPU does with them.
-"""
+"""The Triton backend of linear_logprob in Triton's interpreter, held to float64."""
 
 import itertools
-import random
 from typing import Any, NamedTuple
 
+import cases
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, HEAD_NAMES, INF, NAN, case_id, cast, head_plain
@@ -15,7 +12,7 @@ from launches import INTERPRETER, Witness, listed_keys
 from clp_kernels.ops.linear_logprob import reference
 from clp_kernels.ops.linear_logprob import triton as backend
 from clp_kernels.ops.linear_logprob.head import Inputs
-from clp_kernels.testing import assert_within_budget, noncontiguous
+from clp_kernels.testing import noncontiguous
 
 pytestmark = INTERPRETER
 
@@ -87,20 +84,11 @@ def masked_plain(inputs: Inputs) -> list[torch.Tensor]:
 
 def check(*draws: Inputs) -> None:
     got = [backend.linear_logprob(args, True, True) for args in draws]
-    for results in got:
-        for i, (name, result) in enumerate(zip(HEAD_NAMES, results, strict=True)):
-            assert result.dtype == (F32 if i < 3 else draws[0].hidden.dtype), name
-            assert result.is_contiguous(), name
-    wide = [masked_plain(cast(args, F64)) for args in draws]
-    same = [masked_plain(args) for args in draws]
-    trios = (map(torch.cat, zip(*runs, strict=True)) for runs in (got, wide, same))
-    for name, *three in zip(HEAD_NAMES, *trios, strict=True):
-        assert_within_budget(*three, name=name)
+    cases.judge_head(got, list(draws), masked_plain)
 
 
 def sampled(count: int) -> list[Case]:
-    rng = random.Random(13)
-    axes: tuple[tuple[Any, ...], ...] = (
+    axes = (
         (F32, F16),
         (3, 4, 9),
         (31, 64, 127, 128, 129, 400, 600),
@@ -108,12 +96,7 @@ def sampled(count: int) -> list[Case]:
         ("none", "random", "rising", "masked"),
         (False, True),
     )
-    cases: list[Case] = []
-    while len(cases) < count:
-        case = Case(*(rng.choice(axis) for axis in axes))
-        if case not in cases:
-            cases.append(case)
-    return cases
+    return cases.sampled(Case, axes, count, 13)
 
 
 def test_sample_covers_every_value() -> None:
@@ -123,19 +106,14 @@ def test_sample_covers_every_value() -> None:
     assert [len(set(column)) for column in columns] == [2, 3, 7, 2, 4, 2, 2]
 
 
-@pytest.mark.parametrize("case", sampled(30), ids=case_id)
-def test_within_budget(case: Case) -> None:
-    check(arguments(case))
-
-
 def mixed() -> list[Case]:
     return [case._replace(m=1 + 2 * (i % 2)) for i, case in enumerate(sampled(50)[30:])]
 
 
-@pytest.mark.parametrize("case", mixed(), ids=case_id)
-def test_mixed_head_within_budget(case: Case) -> None:
-    """Three draws are judged as one: the largest error of few large logits is chance."""
-    check(*(arguments(case, draw) for draw in range(3)))
+@pytest.mark.parametrize("case", [*sampled(30), *mixed()], ids=case_id)
+def test_within_budget(case: Case) -> None:
+    """Draws of a mixed head are judged as one: the largest error of few large logits is chance."""
+    check(*(arguments(case, draw) for draw in range(3 if case.m else 1)))
 
 
 def small(**changed: Any) -> Inputs:
@@ -151,12 +129,7 @@ def test_the_largest_logit_may_come_last_or_first(order: int) -> None:
 
 
 def test_one_id_is_left() -> None:
-    inputs = small()._replace(targets=torch.full((5,), 390))
-    inputs.bias[:] = -INF
-    inputs.bias[390] = 0.0
-    logprobs, entropy, kl, d_logprobs, d_kl = backend.linear_logprob(inputs, True, True)
-    assert not logprobs.any() and not kl.any() and entropy.abs().max() < 1e-6
-    assert d_logprobs.abs().max() < 1e-6 and d_kl.abs().max() < 1e-6
+    cases.check_one_id_is_left(backend, small(), 390)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 3])

@@ -6,30 +6,17 @@ to the dtype before the last rounding (a merged matrix, or the experts' products
 experts.
 """
 
-import importlib
-
 import pytest
 import torch
+from cases import BF16, CPU_KERNELS, F16, F32, F64, interpreted
 from torch import Tensor
 
-from clp_kernels import (
-    MixedLinear,
-    batch_invariant,
-    linear_logprob,
-    mixed_linear,
-    native,
-    steer,
-)
+from clp_kernels import MixedLinear, batch_invariant, linear_logprob, mixed_linear, steer
 from clp_kernels.nn.experts import MixedModule
 from clp_kernels.ops.mixed_linear import cpu as cpu_mixed_linear
 from clp_kernels.ops.mixed_linear import reference
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-NO_CPU = native.cpu_missing()
-BACKENDS = [
-    "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(NO_CPU is not None, reason=str(NO_CPU))),
-]
+BACKENDS = ["reference", pytest.param("cpu", marks=CPU_KERNELS)]
 # From the first expert alone to a mixture on either side of the middle.
 STEPS = [(0.7, 0.3), (0.4, 0.6)]
 
@@ -87,9 +74,7 @@ def test_a_step_between_experts_arrives_whole(
 
 
 def test_a_step_between_experts_in_triton() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    if not importlib.import_module("clp_kernels.ops.triton_launch").INTERPRETED:
-        pytest.skip("TRITON_INTERPRET=1 was not set at import")
+    interpreted("mixed_linear")
     for equal, weights in ((True, STEPS[0]), (False, STEPS[1])):
         assert forward_gain("triton", F16, 32, weights, equal) == pytest.approx(1, abs=0.03)
 
@@ -111,13 +96,13 @@ def test_a_step_of_the_gradient_of_x(
         return torch.autograd.grad(y, leaf, dy.to(kind))[0].double()
 
     step = gradient(weights, dtype, backend) - gradient((1.0, 0.0), dtype, backend)
-    exact = (torch.float64, "reference")
+    exact = (F64, "reference")
     true = gradient(weights, *exact) - gradient((1.0, 0.0), *exact)
     assert gain(step[1:], true[1:]) == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.usefixtures("processor")
-@pytest.mark.skipif(NO_CPU is not None, reason=str(NO_CPU))
+@CPU_KERNELS
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_decoding_and_prefill_agree(dtype: torch.dtype) -> None:
     """A token's bits are the same alone, among equal weights, among others, and invariant."""
@@ -197,7 +182,7 @@ class ScaledNorm(torch.nn.Module):
         self.register_buffer("shift", torch.zeros(width))
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        wide = x.float() if x.dtype != torch.float64 else x
+        wide = x.float() if x.dtype != F64 else x
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True)) + self.shift
         y = self.weight * wide.to(x.dtype)
         return y if gate is None else y * gate

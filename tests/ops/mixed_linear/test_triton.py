@@ -1,29 +1,17 @@
 """The Triton kernels of mixed_linear in Triton's interpreter, held to the reference.
 
 The interpreter runs float32 and float16; its bfloat16 dot product is wrong, so bfloat16 is compiled
-(test_compile_gate.py) and runs in tests/gpu. It shows indexing, masks and the order of sums, not
-what a GPU does with them.
+(test_compile_gate.py) and runs in tests/gpu.
 """
 
 import itertools
-import random
 from typing import Any, NamedTuple
 
+import cases
 import numpy as np
 import pytest
 import torch
-from cases import (
-    BF16,
-    F16,
-    F32,
-    NAN,
-    LinearInputs,
-    case_id,
-    check_unused_experts,
-    judge_linear,
-    linear_results,
-    rows_alone_and_together,
-)
+from cases import BF16, F16, F32, NAN, LinearInputs
 from launches import INTERPRETER, Recorder, Witness, listed_keys, replace_kernels
 from torch import Tensor
 
@@ -71,16 +59,15 @@ def inputs(case: Case) -> LinearInputs:
     expert = normal(case.m, case.out_features, case.in_features)
     bias = normal(case.m, case.out_features) if case.bias else None
     weights = testing.weight_rows(case.kind, batch, case.m, generator=g)
+    args = LinearInputs(dy, x, expert, weights, bias, ids)
     if case.strides == "gaps":
-        x, dy, expert, weights = map(testing.noncontiguous, (x, dy, expert, weights))
-        bias = None if bias is None else testing.noncontiguous(bias)
-        ids = None if ids is None else testing.noncontiguous(ids)
-    elif case.strides == "expanded":
+        return LinearInputs(*(t if t is None else testing.noncontiguous(t) for t in args))
+    if case.strides == "expanded":
         x, dy, weights = map(testing.expanded, (x, dy, weights))
     elif case.strides == "sliced":
         # The last axis is dense and the others are not: read in place.
-        x, dy, expert = (torch.nn.functional.pad(t, (0, 3), value=NAN) for t in (x, dy, expert))
-        x, dy, expert = x[..., :-3], dy[..., :-3], expert[..., :-3]
+        padded = (torch.nn.functional.pad(t, (0, 3), value=NAN) for t in (x, dy, expert))
+        x, dy, expert = (t[..., :-3] for t in padded)
     return LinearInputs(dy, x, expert, weights, bias, ids)
 
 
@@ -95,8 +82,7 @@ def cost(case: Case) -> int:
 
 
 def sampled(count: int) -> list[Case]:
-    rng = random.Random(3)
-    axes: tuple[tuple[Any, ...], ...] = (
+    axes = (
         DTYPES,
         ("rows", "padded", "flat"),
         (0, 1, 2, 7, 17, 64, 129),
@@ -108,12 +94,7 @@ def sampled(count: int) -> list[Case]:
         (True, False),
         (True, False, False, False),
     )
-    cases: list[Case] = []
-    while len(cases) < count:
-        case = Case(*(rng.choice(axis) for axis in axes))
-        if cost(case) <= 36 and case not in cases:
-            cases.append(case)
-    return cases
+    return cases.sampled(Case, axes, count, 3, lambda case: cost(case) <= 36)
 
 
 LARGE = [
@@ -131,9 +112,9 @@ def test_sample_covers_every_value() -> None:
     assert [len(set(column)) for column in columns] == [2, 3, 7, 5, 5, 5, 7, 4, 2, 2]
 
 
-@pytest.mark.parametrize("case", [*sampled(120), *LARGE], ids=case_id)
+@pytest.mark.parametrize("case", [*sampled(120), *LARGE], ids=cases.case_id)
 def test_within_budget(case: Case) -> None:
-    judge_linear(backend, reference, inputs(case), case.invariant)
+    cases.judge_linear(backend, reference, inputs(case), case.invariant)
 
 
 def small(dtype: torch.dtype = F32, layout: str = "flat", tokens: int = 40) -> LinearInputs:
@@ -142,7 +123,7 @@ def small(dtype: torch.dtype = F32, layout: str = "flat", tokens: int = 40) -> L
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unused_experts_may_hold_anything(dtype: torch.dtype) -> None:
-    check_unused_experts(backend, small(dtype, "rows", 5))
+    cases.check_unused_experts(backend, small(dtype, "rows", 5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,7 +148,7 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     tokens = 520 if dtype == F16 else 130
     args = inputs(Case(dtype, "flat", tokens, 16, 8, 1, "negative", "dense", True, False))
     assert backend.plan(tokens, 16, 8, 1, dtype, (8, 0), False).token_splits > 1
-    for first, second in zip(*(linear_results(backend, args) for _ in range(2)), strict=True):
+    for first, second in zip(*(cases.linear_results(backend, args) for _ in range(2)), strict=True):
         assert torch.equal(first, second)
 
 
@@ -187,7 +168,7 @@ def test_the_mode_gives_a_row_the_same_bits_in_any_batch_and_is_needed(
     # test do not choose. tests/gpu compares the same rows on the hardware's own product.
     monkeypatch.setattr(np, "matmul", matmul_by_column)
     args = inputs(Case(F32, "rows", 260, 300, 8, 1, "negative", "dense", True, invariant))
-    pairs = rows_alone_and_together(backend, args, [(0, 1), (259, 260), (3, 20)], invariant)
+    pairs = cases.rows_alone_and_together(backend, args, [(0, 1), (259, 260), (3, 20)], invariant)
     assert all(torch.equal(a, b) for a, b in pairs) == invariant
 
 
@@ -201,7 +182,7 @@ def test_nan_stays_in_its_example(broken: str, layout: str) -> None:
     needs = [True, False, True, False]
 
     def outputs(args: LinearInputs) -> tuple[Tensor, Tensor, Tensor]:
-        y, dx, _, d_weights, _ = linear_results(backend, args, needs=needs)
+        y, dx, _, d_weights, _ = cases.linear_results(backend, args, needs=needs)
         return y.reshape(42, -1), dx.reshape(42, -1), d_weights
 
     clean = outputs(args)
@@ -265,11 +246,7 @@ def test_every_launch_is_a_listed_variant(
     monkeypatch.setattr(backend, "capability_of", lambda x: capability)
     layouts, only = ("padded", "flat"), [[i == j for j in range(4)] for i in range(4)]
     for dtype, layout, tokens, size, invariant in itertools.product(
-        (F32, BF16, F16),
-        layouts,
-        (16, 64, 256, 3000),
-        (64, 700),
-        (False, True),
+        (F32, BF16, F16), layouts, (16, 64, 256, 3000), (64, 700), (False, True)
     ):
         case = Case(dtype, layout, tokens, size, size, 1, "uniform", "dense", True, invariant)
         args = inputs(case)
@@ -330,44 +307,36 @@ def test_offsets_beyond_two_to_the_31() -> None:
     args = LinearInputs(dy, x, expert, torch.randn(2, 2), None, None)
     dense = LinearInputs(*(t if t is None else t.contiguous() for t in args))
     needs = [True, True, True, False]
-    both = (linear_results(backend, one, needs=needs) for one in (args, dense))
+    both = (cases.linear_results(backend, one, needs=needs) for one in (args, dense))
     assert all(map(torch.equal, *both))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "size", "dtype", "capability", "invariant", "forward", "splits", "token_splits"),
+    ("given", "tile", "splits"),
     [
-        (1, 4096, BF16, (9, 0), False, (16, 32, 128), 2, 1),
-        (16, 4096, BF16, (9, 0), False, (16, 32, 128), 2, 1),
-        (16, 2048, BF16, (9, 0), False, (16, 32, 128), 4, 1),
-        (16, 128, BF16, (9, 0), False, (16, 32, 128), 1, 1),
-        (16, 151_936, BF16, (9, 0), False, (16, 32, 128), 1, 1),
-        (17, 4096, BF16, (9, 0), False, (64, 32, 64), 2, 1),
-        (256, 4096, BF16, (9, 0), False, (128, 64, 64), 2, 1),
-        (257, 4096, BF16, (9, 0), False, (128, 128, 64), 1, 1),
-        (8192, 4096, BF16, (9, 0), False, (128, 128, 64), 1, 1),
-        (8192, 4096, BF16, (8, 0), False, (128, 64, 64), 1, 1),
-        (8192, 4096, BF16, (10, 0), False, (128, 64, 64), 1, 1),
-        (8192, 256, BF16, (8, 0), False, (128, 64, 64), 1, 8),
-        (8192, 256, BF16, (8, 0), True, (64, 64, 64), 1, 1),
-        (1, 4096, F32, (8, 0), False, (16, 32, 32), 2, 1),
-        (8192, 4096, F32, (8, 0), False, (32, 32, 32), 1, 1),
+        ((1, 4096, BF16, (9, 0), False), (16, 32, 128), (2, 1)),
+        ((16, 4096, BF16, (9, 0), False), (16, 32, 128), (2, 1)),
+        ((16, 2048, BF16, (9, 0), False), (16, 32, 128), (4, 1)),
+        ((16, 128, BF16, (9, 0), False), (16, 32, 128), (1, 1)),
+        ((16, 151_936, BF16, (9, 0), False), (16, 32, 128), (1, 1)),
+        ((17, 4096, BF16, (9, 0), False), (64, 32, 64), (2, 1)),
+        ((256, 4096, BF16, (9, 0), False), (128, 64, 64), (2, 1)),
+        ((257, 4096, BF16, (9, 0), False), (128, 128, 64), (1, 1)),
+        ((8192, 4096, BF16, (9, 0), False), (128, 128, 64), (1, 1)),
+        ((8192, 4096, BF16, (8, 0), False), (128, 64, 64), (1, 1)),
+        ((8192, 4096, BF16, (10, 0), False), (128, 64, 64), (1, 1)),
+        ((8192, 256, BF16, (8, 0), False), (128, 64, 64), (1, 8)),
+        ((8192, 256, BF16, (8, 0), True), (64, 64, 64), (1, 1)),
+        ((1, 4096, F32, (8, 0), False), (16, 32, 32), (2, 1)),
+        ((8192, 4096, F32, (8, 0), False), (32, 32, 32), (1, 1)),
     ],
 )
-def test_plan(
-    tokens: int,
-    size: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    invariant: bool,
-    forward: tuple[int, int, int],
-    splits: int,
-    token_splits: int,
-) -> None:
-    plan = backend.plan(tokens, size, size, 4, dtype, capability, invariant)
-    tile = plan.forward
-    assert (tile.block_t, tile.block_out, tile.block_in) == forward
-    assert (plan.forward_splits, plan.token_splits) == (splits, token_splits)
+def test_plan(given: tuple[Any, ...], tile: tuple[int, ...], splits: tuple[int, int]) -> None:
+    tokens, size, *rest = given  # the dtype, the capability, whether it is invariant
+    plan = backend.plan(tokens, size, size, 4, *rest)
+    forward = plan.forward
+    assert (forward.block_t, forward.block_out, forward.block_in) == tile
+    assert (plan.forward_splits, plan.token_splits) == splits
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)

@@ -10,23 +10,11 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    INF,
-    NAN,
-    LoraInputs,
-    judge_lora,
-    lora_inputs,
-    lora_results,
-    not_finite,
-    run_lora,
-)
+from cases import BF16, F16, F32, F64, INF, NAN, LoraInputs
 from torch import Tensor
 
 from clp_kernels.testing import WEIGHT_KINDS, expanded, noncontiguous
@@ -41,6 +29,7 @@ from clp_kernels.ops.mixed_lora.triton_plan import Plan, Tile, plan
 interpreted = pytest.mark.skipif(
     not triton_launch.INTERPRETED, reason="TRITON_INTERPRET=1 was not set at import"
 )
+pytestmark = pytest.mark.usefixtures("one_thread")
 ALL = [True] * 6
 
 
@@ -83,20 +72,20 @@ def draw(case: Case) -> LoraInputs:
         return expanded(t) if case.strides == "expanded" and expandable else t
 
     leading = (case.batch, case.tokens) if case.layout == "padded" else (case.tokens,)
-    return lora_inputs(
+    return cases.lora_inputs(
         (case.dtype, case.lora_dtype), leading, case.in_features, case.out_features, case.m, case.r,
         case.kind, case.batch if case.layout == "flat" else None, bias=case.bias,
         ids_dtype=torch.int32 if case.m % 2 else torch.int64, strided=strided,
     )  # fmt: skip
 
 
-run = partial(run_lora, backend)
+run = partial(cases.run_lora, backend)
 
 
 def sampled(count: int) -> list[Any]:
     """Every axis sampled; few cases of the largest sizes, a program takes milliseconds here."""
     rng = random.Random(0)
-    cases = []
+    found = []
     for i in range(count):
         dtype = rng.choice((F32, F16))
         mode = ("fused", "split", "invariant", "fused")[i % 4]
@@ -128,21 +117,21 @@ def sampled(count: int) -> list[Any]:
             invariant=mode == "invariant",
             path=None if mode == "invariant" else mode,
         )
-        cases.append(pytest.param(case, id=f"{i}-{case}"))
-    return cases
+        found.append(pytest.param(case, id=f"{i}-{case}"))
+    return found
 
 
 @interpreted
 @pytest.mark.parametrize("case", sampled(120))
-def test_sampled_case_within_budget(case: Case, one_thread: None) -> None:
+def test_sampled_case_within_budget(case: Case) -> None:
     # A result of few distinct numbers is not judged by one of them: plain PyTorch can be lucky.
     few = case.tokens and (case.tokens <= 2 or case.strides == "expanded")
     draws = [draw(case) for _ in range(2 if few else 1)]
-    judge_lora(draws, [run(inputs, case.invariant, case.path) for inputs in draws])
+    cases.judge_lora(draws, [run(inputs, case.invariant, case.path) for inputs in draws])
 
 
 @interpreted
-def test_empty_batch_without_examples(one_thread: None) -> None:
+def test_empty_batch_without_examples() -> None:
     inputs = draw(Case(layout="rows", tokens=0))
     assert inputs.weights.shape[0] == 0
     got = run(inputs)
@@ -155,7 +144,7 @@ def test_empty_batch_without_examples(one_thread: None) -> None:
 @pytest.mark.parametrize("value", [INF, NAN])
 @pytest.mark.parametrize("mode", ["fused", "split", "invariant", "large"])
 def test_zero_rows_are_the_base_product_bit_for_bit(
-    mode: str, value: float, one_thread: None, monkeypatch: pytest.MonkeyPatch
+    mode: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if mode == "large":
         # Starts the accumulator from the low-rank part, as large tiles do.
@@ -168,14 +157,14 @@ def test_zero_rows_are_the_base_product_bit_for_bit(
     if mode == "split":
         assert torch.equal(bare["y"], F.linear(inputs.x, inputs.base_weight, inputs.bias))
         assert torch.equal(bare["d_x"], F.linear(inputs.dy, inputs.base_weight.t()))
-    got = run(replace(inputs, **not_finite(inputs, value)), mode == "invariant", path)
+    got = run(replace(inputs, **cases.not_finite(inputs, value)), mode == "invariant", path)
     for name in ("y", "d_x"):
         assert torch.equal(got[name][::2], bare[name][::2]), name
         assert not got[name][1::2].isfinite().all(), name
 
 
 @interpreted
-def test_zero_weight_shuts_out_an_adapter_that_is_not_finite(one_thread: None) -> None:
+def test_zero_weight_shuts_out_an_adapter_that_is_not_finite() -> None:
     inputs = draw(Case(kind="one_hot", batch=4, tokens=3, m=4))
     lora_A = inputs.lora_A.clone()
     lora_A[1, 0, 3] = NAN
@@ -189,14 +178,14 @@ def test_zero_weight_shuts_out_an_adapter_that_is_not_finite(one_thread: None) -
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize("path", ["fused", "split"])
 def test_infinity_in_used_adapters_stands_where_the_definition_has_it(
-    path: str, dtype: torch.dtype, one_thread: None
+    path: str, dtype: torch.dtype
 ) -> None:
     inputs = draw(Case(dtype=dtype, lora_dtype=dtype, tokens=5, in_features=8, out_features=8))
     for name in ("lora_A", "lora_B"):
         changed = getattr(inputs, name).clone()
         changed[0, 2, 3] = INF
         case = replace(inputs, **{name: changed})
-        exact = lora_results(case, F64)
+        exact = cases.lora_results(case, F64)
         got = run(case, path=path)
         for key in ("y", "u", "d_x"):
             finite = exact[key].isfinite()
@@ -207,7 +196,7 @@ def test_infinity_in_used_adapters_stands_where_the_definition_has_it(
 
 
 @interpreted
-def test_one_hot_rows_equal_the_single_adapter(one_thread: None) -> None:
+def test_one_hot_rows_equal_the_single_adapter() -> None:
     inputs = draw(Case(dtype=F16, lora_dtype=F16, kind="one_hot", batch=3, m=3, tokens=4))
     got = run(inputs)
     for i in range(3):
@@ -224,21 +213,17 @@ def test_one_hot_rows_equal_the_single_adapter(one_thread: None) -> None:
 
 @interpreted
 @pytest.mark.parametrize("path", ["fused", "split"])
-def test_two_runs_give_the_same_bits(path: str, one_thread: None) -> None:
+def test_two_runs_give_the_same_bits(path: str) -> None:
     inputs = draw(Case(dtype=F16, lora_dtype=F16, layout="flat", tokens=70, batch=5))
-    first, second = run(inputs, path=path), run(inputs, path=path)
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    cases.check_same_bits_twice(run, inputs, path)
 
 
 @interpreted
-def test_gradients_of_split_tokens_add_up(
-    one_thread: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_of_split_tokens_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = draw(Case(dtype=F16, lora_dtype=F32, layout="flat", tokens=150, batch=3))
     monkeypatch.setattr(backend, "_TOKENS_PER_PLANE", 40)
     assert backend.gradient_splits(150, 64, 64, 16) == 3
-    judge_lora([inputs], [run(inputs)])
+    cases.judge_lora([inputs], [run(inputs)])
 
 
 @pytest.fixture
@@ -252,9 +237,8 @@ def rowwise_dot(monkeypatch: pytest.MonkeyPatch) -> None:
     def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
         total = d.data.copy()
         for k in range(a.data.shape[1]):
-            total += a.data[:, k : k + 1].astype(total.dtype) * b.data[k : k + 1].astype(
-                total.dtype
-            )
+            column, row = a.data[:, k : k + 1], b.data[k : k + 1]
+            total += column.astype(total.dtype) * row.astype(total.dtype)
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
@@ -265,25 +249,14 @@ PER_ROW = ("y", "u", "d_x")
 
 @interpreted
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-def test_invariant_rows_do_not_depend_on_the_batch(
-    dtype: torch.dtype, one_thread: None, rowwise_dot: None
-) -> None:
+def test_invariant_rows_do_not_depend_on_the_batch(dtype: torch.dtype, rowwise_dot: None) -> None:
     case = Case(dtype=dtype, lora_dtype=dtype, batch=6, tokens=11, in_features=72)
     inputs = draw(case)
-    got = run(inputs, invariant=True)
-    order = torch.tensor([4, 0, 5, 2, 1, 3])
-    shuffled = run(replace(inputs, x=inputs.x[order], dy=inputs.dy[order],
-                           weights=inputs.weights[order]), invariant=True)  # fmt: skip
-    for name in (*PER_ROW, "d_weights"):
-        assert torch.equal(shuffled[name], got[name][order]), name
-    alone = run(replace(inputs, x=inputs.x[3:4], dy=inputs.dy[3:4],
-                        weights=inputs.weights[3:4]), invariant=True)  # fmt: skip
-    for name in (*PER_ROW, "d_weights"):
-        assert torch.equal(alone[name], got[name][3:4]), name
+    cases.check_invariant_rows(run, inputs, [torch.tensor([4, 0, 5, 2, 1, 3]), torch.tensor([3])])
 
 
 @interpreted
-def test_invariant_holds_for_flat_tokens_in_any_order(one_thread: None, rowwise_dot: None) -> None:
+def test_invariant_holds_for_flat_tokens_in_any_order(rowwise_dot: None) -> None:
     """Padded examples, and the same tokens flat and interleaved: the same bits."""
     inputs = draw(Case(dtype=F16, lora_dtype=F16, batch=3, tokens=7))
     padded = run(inputs, invariant=True)
@@ -300,22 +273,15 @@ def test_invariant_holds_for_flat_tokens_in_any_order(one_thread: None, rowwise_
 
 @interpreted
 @pytest.mark.parametrize("layout", ["padded", "flat"])
-def test_nan_in_one_example_does_not_reach_another_row(layout: str, one_thread: None) -> None:
+def test_nan_in_one_example_does_not_reach_another_row(layout: str) -> None:
     inputs = draw(Case(layout=layout, batch=4, tokens=9, m=3))
     if layout == "flat":
         inputs.ids = torch.tensor([3, 0, 2, 1, 2, 0, 0, 3, 2])
-    expected = run(inputs)
-    rows = inputs.examples
-    dy = inputs.dy.clone()
-    dy.view(-1, 64)[(rows == 2).nonzero()[0, 0]] = NAN
-    got = run(replace(inputs, dy=dy))
-    others = [0, 1, 3]
-    assert got["d_weights"][2].isnan().all()
-    assert torch.equal(got["d_weights"][others], expected["d_weights"][others])
+    cases.check_nan_stays_in_its_example(run, inputs)
 
 
 @interpreted
-def test_token_of_an_example_that_does_not_exist_is_nan(one_thread: None) -> None:
+def test_token_of_an_example_that_does_not_exist_is_nan() -> None:
     inputs = draw(Case(layout="flat", tokens=6, batch=2))
     ids = torch.tensor([0, 1, 2, -1, 1, 0])
     y, _ = backend.mixed_lora(inputs.call()._replace(example_ids=ids))
@@ -330,9 +296,7 @@ class _Launch:
 
 
 @interpreted
-def test_needs_are_the_same_bits_and_nothing_more(
-    one_thread: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_needs_are_the_same_bits_and_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = draw(Case(dtype=F16, lora_dtype=F16, layout="flat", tokens=9, m=1))
     _, u = backend.mixed_lora(inputs.call())
 
@@ -340,13 +304,10 @@ def test_needs_are_the_same_bits_and_nothing_more(
         return backend.mixed_lora_backward(inputs.call(), inputs.dy, u, needs)
 
     full = gradients(ALL)
-    masks = [[i == k for i in range(6)] for k in range(6)] + [
-        [True, False, True, True, True, False]
-    ]
-    for needs in [*masks, [False] * 6]:
-        for name, need, got, expected in zip(
-            inputs.NAMES, needs, gradients(needs), full, strict=True
-        ):
+    masks = [[i == k for i in range(6)] for k in range(6)]
+    for needs in (*masks, [True, False, True, True, True, False], [False] * 6):
+        each = zip(inputs.NAMES, needs, gradients(needs), full, strict=True)
+        for name, need, got, expected in each:
             assert torch.equal(got, expected) if need else got.shape == (0,), name
     # The bias and the base matrix need no kernel, lora_B no product with dy.
     for name in ("shrink_kernel", "product_kernel", "expand_kernel"):
@@ -391,9 +352,6 @@ def test_path_errors() -> None:
         backend.mixed_lora(inputs.call(invariant=True), path="split")
 
 
-# The plan.
-
-
 @pytest.mark.parametrize(
     ("tokens", "sizes", "dtype", "capability", "invariant", "expected"),
     [
@@ -410,14 +368,7 @@ def test_path_errors() -> None:
         (8192, (4096, 4096), F32, (9, 0), True, ("fused", Tile(64, 64, 16, 8, 3), False, True)),
     ],
 )
-def test_plan_table(
-    tokens: int,
-    sizes: tuple[int, int],
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    invariant: bool,
-    expected: tuple[str, Tile, bool, bool],
-) -> None:
+def test_plan_table(tokens, sizes, dtype, capability, invariant, expected) -> None:
     chosen = plan(tokens, *sizes, 64, dtype, capability, invariant)
     assert (chosen.path, chosen.product, chosen.low_rank_first, chosen.pdl) == expected
 

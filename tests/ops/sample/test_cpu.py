@@ -1,37 +1,18 @@
 """`sample` in C++ against the reference, on every instruction set this machine has."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
-from cases import (
-    BF16,
-    CPU_KERNELS,
-    F16,
-    F32,
-    FINITE_ROWS,
-    GOOD_ROWS,
-    INF,
-    ISAS,
-    NAN,
-    PHILOX_ANSWERS,
-    Draw,
-    assert_close_draws,
-    bad_draws,
-    draw_inputs,
-    draw_rows,
-    huge_draws,
-    infinite_draws,
-    largest_noise_draw,
-    same_bits,
-)
+from cases import BF16, CPU_KERNELS, DTYPES, F32, FINITE_ROWS, GOOD_ROWS, INF, ISAS, NAN, Draw
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import clp_kernels
 from clp_kernels import mix_logits, native, registry
@@ -42,7 +23,6 @@ from clp_kernels.ops.sample.reference import Inputs
 pytestmark = CPU_KERNELS
 
 _cpu: Any = native._load("_cpu")[0]
-DTYPES = (F32, BF16, F16)
 
 
 def draw(args: Draw, isa: str = "") -> tuple[Tensor, Tensor, Tensor]:
@@ -60,16 +40,16 @@ def assert_equals_reference(args: Draw, atol: float = 1e-6, rtol: float = 1e-6) 
     atol, rtol: of filtered_logprobs; logprobs are held to 1e-6.
     """
     wanted, first = reference.sample(Inputs(**args)), draw(args, ISAS[0])
-    assert_close_draws((*first[:2], wanted[2]), wanted, atol=1e-6)
-    assert_close_draws(first, wanted, atol, rtol)
+    cases.assert_close_draws((*first[:2], wanted[2]), wanted, atol=1e-6)
+    cases.assert_close_draws(first, wanted, atol, rtol)
     for isa in ISAS[1:]:
-        assert all(map(same_bits, draw(args, isa), first)), isa
+        assert all(map(cases.same_bits, draw(args, isa), first)), isa
 
 
-@pytest.mark.parametrize(("counter", "key"), PHILOX_ANSWERS)
+@pytest.mark.parametrize(("counter", "key"), cases.PHILOX_ANSWERS)
 def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...]) -> None:
     found = _cpu.philox(list(counter), list(key))
-    assert " ".join(f"{word:08x}" for word in found) == PHILOX_ANSWERS[counter, key]
+    assert " ".join(f"{word:08x}" for word in found) == cases.PHILOX_ANSWERS[counter, key]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -105,12 +85,12 @@ def test_error_of_exponentials(
 def test_sample_equals_reference(vocab_size: int, dtype: torch.dtype) -> None:
     for m in range(1, 6):
         for batch in (0, 1, 2, 4, 9):
-            assert_equals_reference(draw_inputs(m, batch, vocab_size, dtype))
+            assert_equals_reference(cases.draw_inputs(m, batch, vocab_size, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sample_large_vocabulary(dtype: torch.dtype) -> None:
-    assert_equals_reference(draw_inputs(4, 4, 151_936, dtype))
+    assert_equals_reference(cases.draw_inputs(4, 4, 151_936, dtype))
 
 
 @given(
@@ -123,17 +103,11 @@ def test_sample_large_vocabulary(dtype: torch.dtype) -> None:
     seed=st.integers(0, 2**32),
 )
 def test_sample_property(
-    m: int,
-    batch: int,
-    vocab_size: int,
-    dtype: torch.dtype,
-    masked: float,
-    spread: float,
-    seed: int,
+    m: int, batch: int, vocab_size: int, dtype: torch.dtype, masked: float, spread: float, seed: int
 ) -> None:
     """Any shape, any share of -inf, flat and steep rows, some weights zero."""
     torch.manual_seed(seed)
-    args = draw_inputs(m, batch, vocab_size, dtype)
+    args = cases.draw_inputs(m, batch, vocab_size, dtype)
     hidden = torch.rand(batch, vocab_size) < masked
     args["logits"] = (args["logits"] * spread).masked_fill(hidden, -INF)
     if m > 1:
@@ -150,26 +124,26 @@ def wide(args: Draw) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("vocab_size", [1, 31, 4099, 20_000])
 def test_probability_mode(isa: str, vocab_size: int) -> None:
     for m in (1, 2, 5):
-        args = draw_inputs(m, 8, vocab_size, mode="probability")
+        args = cases.draw_inputs(m, 8, vocab_size, mode="probability")
         args["weights"] = torch.rand(8, m) * (torch.rand(8, m) < 0.8)
         args["weights"][:, 0] += 0.1
         args["logits"][:, :, vocab_size // 2 :][..., 1:] = -INF
-        assert_close_draws(draw(args, isa), wide(args), atol=1e-6)
+        cases.assert_close_draws(draw(args, isa), wide(args), atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_probability_mode_far_apart(isa: str) -> None:
     """Probabilities below float32's range keep their logarithm, large logits their differences."""
-    args = draw_inputs(2, 1, 3, mode="probability")
+    args = cases.draw_inputs(2, 1, 3, mode="probability")
     args["logits"] = torch.tensor([[[1000.0, 800.0, 799.0]], [[-500.0, -900.0, -900.5]]])
     args["weights"][:], args["temperature"][:] = 0.5, 40.0
-    assert_close_draws(draw(args, isa), wide(args), atol=1e-6)
+    cases.assert_close_draws(draw(args, isa), wide(args), atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_probability_mode_keeps_close_logits_apart(isa: str) -> None:
     """A normaliser of log(100,000) = 11.5 must not round away a difference of one ulp at 1."""
-    args = draw_inputs(1, 1, 100_000, mode="probability")
+    args = cases.draw_inputs(1, 1, 100_000, mode="probability")
     args["logits"][:], args["weights"], args["temperature"][:] = 0.0, torch.ones(1, 1), 0.0
     args["logits"][..., 7], args["logits"][..., 9] = 1.0, 1.0 + 2.0**-23
     assert draw(args, isa)[0].item() == 9
@@ -177,13 +151,13 @@ def test_probability_mode_keeps_close_logits_apart(isa: str) -> None:
 
 @pytest.mark.parametrize("scale", [1e4, 1e9, 1e17, 3e38])
 def test_huge_logits(scale: float) -> None:
-    assert_equals_reference(huge_draws(scale))
+    assert_equals_reference(cases.huge_draws(scale))
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("margin", "wins"), [(1e-3, 510), (-1e-3, 0)])
 def test_largest_noise_is_not_pruned(isa: str, margin: float, wins: int) -> None:
-    args = largest_noise_draw(margin)
+    args = cases.largest_noise_draw(margin)
     assert reference.sample(Inputs(**args))[0].item() == wins
     assert draw(args, isa)[0].item() == wins
     # With a filter that keeps them all, because they tie.
@@ -194,7 +168,7 @@ def test_largest_noise_is_not_pruned(isa: str, margin: float, wins: int) -> None
 @pytest.mark.parametrize("mode", ["geometric", "probability"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_bad_rows(isa: str, mode: str) -> None:
-    args = bad_draws(9000, batch=7, mode=mode)
+    args = cases.bad_draws(9000, batch=7, mode=mode)
     args["logits"][0, 5, 4096:] = -INF
     args["logits"][0, 5, 8999] = NAN  # the only entry of its slice that is not -inf
     for temperature in (1.0, 0.0):
@@ -207,7 +181,7 @@ def test_bad_rows(isa: str, mode: str) -> None:
 
 
 def test_weights_and_infinities() -> None:
-    args = infinite_draws()
+    args = cases.infinite_draws()
     assert (reference.sample(Inputs(**args))[0] >= 0).tolist() == FINITE_ROWS
     assert_equals_reference(args)
 
@@ -215,7 +189,7 @@ def test_weights_and_infinities() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_ties_take_the_lowest_index(isa: str, temperature: float) -> None:
-    args = draw_inputs(2, 1, 9000, BF16)
+    args = cases.draw_inputs(2, 1, 9000, BF16)
     args["logits"][:, :, [8100, 4097, 8999]] = 100.0
     args["weights"][:], args["temperature"][:] = 1.0, temperature
     tokens = reference.sample(Inputs(**args))[0]
@@ -223,39 +197,28 @@ def test_ties_take_the_lowest_index(isa: str, temperature: float) -> None:
     assert temperature > 0 or tokens.item() == 4097
 
 
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("mode", ["geometric", "probability"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_row_bits_are_its_own(isa: str, mode: str, set_threads: Callable[[int], None]) -> None:
     """Neither the batch, nor the threads, nor padding between rows changes a row."""
-    args = draw_inputs(3, 5, 20_011, mode=mode)
+    args = cases.draw_inputs(3, 5, 20_011, mode=mode)
     set_threads(1)
     whole = draw(args, isa)
     for threads in (2, 3, 7):
         set_threads(threads)
         assert all(map(torch.equal, draw(args, isa), whole))
-    padded = torch.full((5, 3, 20_017), NAN)[:, :, 3:20_014].transpose(0, 1)
-    padded.copy_(args["logits"])
-    assert all(map(torch.equal, draw({**args, "logits": padded}, isa), whole))
-    for rows in (torch.tensor([4, 0, 3]), slice(2, 3)):
-        for again, all_rows in zip(draw(draw_rows(args, rows), isa), whole, strict=True):
-            assert torch.equal(again, all_rows[rows])
+    orders = [torch.tensor([4, 0, 3]), slice(2, 3)]
+    cases.check_row_bits(partial(draw, isa=isa), args, orders)
 
 
 def test_layouts_that_are_copied() -> None:
     """A last axis that is not contiguous, and expanded or strided rows."""
-    args = draw_inputs(2, 3, 50)
+    args = cases.draw_inputs(2, 3, 50)
     wanted = reference.sample(Inputs(**args))
     args["logits"] = args["logits"].transpose(1, 2).contiguous().transpose(1, 2)
     args["weights"] = args["weights"].t().contiguous().t()
     args["seed"] = torch.stack([args["seed"], args["seed"]], 1)[:, 0]
-    assert_close_draws(draw(args), wanted, atol=1e-6)
+    cases.assert_close_draws(draw(args), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -266,7 +229,7 @@ def test_draws_follow_the_softmax(isa: str, mode: str) -> None:
     one = 1.5 * torch.randn(2, 1, 130)
     z = mix_logits(one.double(), weights.double(), mode=mode)[0]
     probabilities = torch.softmax(z / 0.8, -1).numpy()
-    counter, args = torch.arange(count), draw_inputs(2, count, 1, mode=mode)
+    counter, args = torch.arange(count), cases.draw_inputs(2, count, 1, mode=mode)
     args |= {"logits": one.expand(2, count, 130), "weights": weights.expand(count, 2)}
     args["temperature"][:] = 0.8
     for seed, position in ((torch.full((count,), 3), counter), (counter, torch.full((count,), 9))):
@@ -275,19 +238,13 @@ def test_draws_follow_the_softmax(isa: str, mode: str) -> None:
         assert stats.chisquare(seen, probabilities * count).pvalue > 1e-3
 
 
-def filtered(
-    generator: torch.Generator, m: int, batch: int, vocab_size: int, kind: str, dtype: torch.dtype
-) -> Draw:
+def filtered(m: int, batch: int, vocab_size: int, kind: str, dtype: torch.dtype) -> Draw:
     """Arguments of a draw with random filters, some of them off, some rows greedy."""
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
-
-    logits = 3 * torch.randn(m, batch, vocab_size, generator=generator)
+    logits = 3 * torch.randn(m, batch, vocab_size)
     if kind == "ties":
         logits = logits.round()
     if kind == "masked":
-        logits[..., uniform(vocab_size) < 0.6] = -INF
+        logits[..., torch.rand(vocab_size) < 0.6] = -INF
         logits[..., vocab_size // 2] = 1.0
     if kind == "flat":
         logits *= 0.01
@@ -295,24 +252,24 @@ def filtered(
         logits *= 100
     if kind == "edges":  # between two of its bins at temperature 1, where it rounds
         logits = (8 * logits).floor() / 16 + 1 / 32
-    off = uniform(3, batch) < 0.25
-    top_k = torch.randint(1, vocab_size + 3, (batch,), generator=generator)
-    top_k = torch.where(uniform(batch) < 0.7, top_k.clamp(max=40), top_k)
-    top_p, min_p = uniform(batch).clamp(min=1e-4), uniform(batch) ** 3
+    off = torch.rand(3, batch) < 0.25
+    top_k = torch.randint(1, vocab_size + 3, (batch,))
+    top_k = torch.where(torch.rand(batch) < 0.7, top_k.clamp(max=40), top_k)
+    top_p, min_p = torch.rand(batch).clamp(min=1e-4), torch.rand(batch) ** 3
     filters = {
         "top_k": top_k.masked_fill(off[0], 0),
         "top_p": top_p.masked_fill(off[1], 1.0),
         "min_p": min_p.masked_fill(off[2], 0.0),
     }
-    given = dict(zip(filters, (uniform(3) < 0.7).tolist(), strict=True))
+    given = dict(zip(filters, (torch.rand(3) < 0.7).tolist(), strict=True))
     return {
         "logits": logits.to(dtype),
-        "weights": None if m == 1 else torch.randn(batch, m, generator=generator),
+        "weights": None if m == 1 else torch.randn(batch, m),
         "mode": "geometric",
         "temperature": torch.tensor([0.7, 1.0, 0.0, 3.0]).repeat(batch)[:batch],
         **{name: values if given[name] else None for name, values in filters.items()},
-        "seed": torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator),
-        "position": torch.randint(2**40, (batch,), generator=generator),
+        "seed": torch.randint(-(2**63), 2**63 - 1, (batch,)),
+        "position": torch.randint(2**40, (batch,)),
     }
 
 
@@ -322,17 +279,17 @@ KINDS = ("spread", "ties", "masked", "flat", "far", "edges")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab_size", [1, 2, 7, 64, 65, 1000, 4096, 4097, 13_001])
 def test_filters(vocab_size: int, kind: str) -> None:
-    generator = torch.Generator().manual_seed(vocab_size)
+    torch.manual_seed(vocab_size)
     for m in (1, 2, 5):
         for dtype in DTYPES:
-            args = filtered(generator, m, 5, vocab_size, kind, dtype)
+            args = filtered(m, 5, vocab_size, kind, dtype)
             assert_equals_reference(args, atol=2e-6, rtol=1e-5)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 700), st.sampled_from(KINDS))
 def test_filters_of_drawn_sizes(seed: int, vocab_size: int, kind: str) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    args = filtered(generator, 1 + seed % 3, 1 + seed % 4, vocab_size, kind, torch.float32)
+    torch.manual_seed(seed)
+    args = filtered(1 + seed % 3, 1 + seed % 4, vocab_size, kind, F32)
     assert_equals_reference(args, atol=2e-6, rtol=1e-5)
 
 
@@ -341,7 +298,7 @@ def test_filters_at_a_large_vocabulary(isa: str) -> None:
     """Few and many ids kept, so both ways of drawing; the reference's tokens from its uniforms."""
     torch.manual_seed(5)
     logits = torch.randn(1, 6, 151_936) * torch.tensor([1.0, 2.0, 4.0])[:, None].repeat(2, 1)
-    args = draw_inputs(1, 6, 1) | {
+    args = cases.draw_inputs(1, 6, 1) | {
         "logits": logits,
         "temperature": torch.ones(6),
         "top_k": torch.tensor([0, 0, 0, 100_000, 7, 5000]),
@@ -349,7 +306,9 @@ def test_filters_at_a_large_vocabulary(isa: str) -> None:
         "seed": torch.arange(6),
         "position": torch.arange(6) + 2**33,
     }
-    assert_close_draws(draw(args, isa), reference.sample(Inputs(**args)), atol=1e-5, rtol=1e-5)
+    cases.assert_close_draws(
+        draw(args, isa), reference.sample(Inputs(**args)), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["none", "top_k", "top_p", "min_p", "all"])
@@ -359,7 +318,7 @@ def test_a_million_filtered_draws(name: str) -> None:
     one = {"top_k": torch.tensor([7]), "top_p": torch.tensor([0.8]), "min_p": torch.tensor([0.15])}
     chosen = [one[key] if name in (key, "all") else None for key in one]
     draws = 10**6
-    args = draw_inputs(1, draws, 1) | {
+    args = cases.draw_inputs(1, draws, 1) | {
         "logits": logits.expand(1, draws, -1),
         "temperature": torch.tensor([0.9]).expand(draws),
         **{key: t if t is None else t.expand(draws) for key, t in zip(one, chosen, strict=True)},
@@ -378,8 +337,8 @@ def test_a_million_filtered_draws(name: str) -> None:
         kept &= logp >= logp.amax() + chosen[2].double().log()
     assert torch.equal(counts > 0, kept[0])
     p = torch.softmax(logp.masked_fill(~kept, -INF), -1)[0]
-    expected_counts = p[kept[0]].numpy() * 10**6
-    assert stats.chisquare(counts[kept[0]].numpy(), expected_counts).pvalue > 1e-4
+    wanted = p[kept[0]].numpy() * 10**6
+    assert stats.chisquare(counts[kept[0]].numpy(), wanted).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -387,20 +346,21 @@ def test_a_million_filtered_draws(name: str) -> None:
 def test_filtered_row_bits_are_its_own(
     isa: str, mode: str, set_threads: Callable[[int], None]
 ) -> None:
-    args = filtered(torch.Generator().manual_seed(1), 3, 7, 20_011, "spread", torch.float32)
+    torch.manual_seed(1)
+    args = filtered(3, 7, 20_011, "spread", F32)
     args |= {"weights": args["weights"].abs(), "mode": mode}
     set_threads(1)
     whole = draw(args, isa)
     for threads in (1, 2, 3, 5):
         set_threads(threads)
         for rows in (list(range(7)), [4, 0, 3], [6], [5, 1]):
-            for again, all_rows in zip(draw(draw_rows(args, rows), isa), whole, strict=True):
+            for again, all_rows in zip(draw(cases.draw_rows(args, rows), isa), whole, strict=True):
                 assert torch.equal(again, all_rows[rows])
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_bad_rows_with_filters(isa: str) -> None:
-    args = bad_draws(9000)
+    args = cases.bad_draws(9000)
     args["logits"][0, 3, 1:], args["logits"][0, 3, 0] = -INF, 1.0
     args["logits"][0, 4, :-1] = 1.0
     args["temperature"][:], args["top_k"] = 1.0, torch.full((6,), 3)
@@ -413,7 +373,7 @@ def test_bad_rows_with_filters(isa: str) -> None:
 
 def test_an_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="isa must be one of"):
-        draw(draw_inputs(2, 3, 5), "mmx")
+        draw(cases.draw_inputs(2, 3, 5), "mmx")
 
 
 # The fast path: it takes plain inputs, and returns None for all others.
@@ -421,9 +381,7 @@ def test_an_unknown_instruction_set() -> None:
 
 def quick(**changed: Any) -> tuple[Tensor, ...] | None:
     """cpu_sample.fast_path on plain inputs of three rows, some changed."""
-    run = cpu_sample.fast_path()
-    assert run is not None
-    return run(*quick_arguments(**changed).values())
+    return cases.taken(cpu_sample, quick_arguments(**changed))
 
 
 def quick_arguments(**changed: Any) -> dict[str, Any]:
@@ -440,7 +398,7 @@ def quick_arguments(**changed: Any) -> dict[str, Any]:
         "position": torch.tensor([1, 2, 3]),
         "backend": "auto",
     }
-    return arguments | {k: v(arguments[k]) if callable(v) else v for k, v in changed.items()}
+    return cases.changed(arguments, changed)
 
 
 OFF = {"top_k": 0, "top_p": 1, "min_p": 0.0}
@@ -512,15 +470,12 @@ def test_fast_path_gives_what_the_checked_call_gives(
     arguments = quick_arguments(**TAKEN[case])
     drawn = quick(**TAKEN[case])
     assert drawn is not None
-    monkeypatch.setitem(registry.BACKENDS, "sample", (checked_call(),))
+    checked_call = registry.Backend("cpu", cpu_sample.sample, cpu_sample.why_not)
+    monkeypatch.setitem(registry.BACKENDS, "sample", (checked_call,))
     wanted = clp_kernels.sample(arguments.pop("logits"), **arguments)
     for a, b in zip(drawn, wanted, strict=True):
         assert a.dtype == b.dtype and not a.requires_grad
         assert torch.equal(a, b)
-
-
-def checked_call() -> registry.Backend:
-    return registry.Backend("cpu", cpu_sample.sample, cpu_sample.why_not)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -529,17 +484,7 @@ def test_fast_path_refuses(case: str) -> None:
 
 
 def test_fast_path_leaves_calls_under_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert quick() is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert quick() is None
-    with FlopCounterMode(display=False):
-        assert quick() is None
-    arguments, run = tuple(quick_arguments().values()), cpu_sample.fast_path()
-    assert run is not None
-    assert torch.func.vmap(lambda s: (run(*arguments) is None) * s)(torch.ones(2)).all()
-    monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
-    assert quick() is None
-    assert quick(backend="cpu") is not None
+    cases.check_modes(cpu_sample, quick_arguments, monkeypatch)
 
 
 def test_fast_path_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,31 +4,27 @@ A token's `logprobs - filtered_logprobs` is the logarithm of the mass that is ke
 shows which ids stay.
 """
 
-import importlib
 import itertools
 import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import numpy as np
 import pytest
 import torch
+from cases import CPU_KERNELS, F64, INF, ISAS
 from decoding_alone import new_spread_policy
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from clp.engine.sampler import Sampler, SamplingParams
-from clp_kernels import linear_logprob, native, sample
+from clp_kernels import linear_logprob, sample
 from clp_kernels.ops.sample import cpu as cpu_sample
 from clp_kernels.ops.sample import reference
 from clp_kernels.ops.sample.reference import Inputs
-
-NO_CPU = native.cpu_missing()
-ISAS: list[str] = [] if NO_CPU else native.cpu().isas()
-F64 = torch.float64
-INF = math.inf
 
 
 def public(backend: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -48,7 +44,8 @@ def compiled(isa: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def triton(z: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    result: tuple[Tensor, ...] = importlib.import_module("clp_kernels.ops.sample.triton").sample(
+    backend = cases.interpreted("sample")
+    result: tuple[Tensor, ...] = backend.sample(
         Inputs(z[None], None, "geometric", *by_row(z, options))
     )
     return result
@@ -68,20 +65,11 @@ def by_row(z: Tensor, options: dict[str, Any]) -> list[Tensor | None]:
     return [rows(given.get(name)) for name in names]
 
 
-def in_triton() -> bool:
-    try:
-        return bool(importlib.import_module("clp_kernels.ops.triton_launch").INTERPRETED)
-    except ModuleNotFoundError:
-        return False
-
-
 DRAWS = [
     pytest.param(public("reference"), id="reference"),
-    *([] if NO_CPU else [pytest.param(public("cpu"), id="cpu")]),
-    *(pytest.param(compiled(isa), id=isa) for isa in ISAS),
-    pytest.param(
-        triton, id="triton", marks=pytest.mark.skipif(not in_triton(), reason="no interpreter")
-    ),
+    pytest.param(public("cpu"), id="cpu", marks=CPU_KERNELS),
+    *(pytest.param(compiled(isa), id=isa, marks=CPU_KERNELS) for isa in ISAS),
+    pytest.param(triton, id="triton"),
 ]
 each_draw = pytest.mark.parametrize("draw", DRAWS)
 
@@ -169,7 +157,7 @@ def test_min_p_takes_a_bounded_number_of_steps(draw: Callable[..., tuple[Tensor,
     assert_as_defined(draw, z, **options)
 
 
-@pytest.mark.skipif(NO_CPU is not None, reason=str(NO_CPU))
+@CPU_KERNELS
 @given(
     st.lists(st.sampled_from(TINY + LARGE), min_size=1, max_size=6),
     st.sampled_from([*TINY, 2.0]),
@@ -199,9 +187,8 @@ def test_tiny_temperatures_are_finite() -> None:
     """z / temperature stays in float64; the reference says what every backend gives."""
     z = torch.tensor([[3e38, 2e38, -3e38]])
     for temperature in (5e-324, 1e-300, sys.float_info.min):
-        token, full, left = sample(
-            z, temperature=temperature, seed=1, position=2, backend="reference"
-        )
+        options = {"temperature": temperature, "seed": 1, "position": 2}
+        token, full, left = sample(z, **options, backend="reference")
         assert (token.item(), full.item(), left.item()) == (0, 0.0, 0.0)
 
 
@@ -224,9 +211,8 @@ def test_a_sampler_keeps_the_numbers_of_its_requests() -> None:
     sampler = Sampler(new_spread_policy(), max_batch_size=4)
     asked = [(0.7, 0.8, 0.1), (0.9, 0.95, 1e-300)]
     for temperature, top_p, min_p in asked:
-        params = SamplingParams(
-            max_tokens=3, ignore_eos=True, temperature=temperature, top_p=top_p, min_p=min_p
-        )
+        filters = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+        params = SamplingParams(max_tokens=3, ignore_eos=True, **filters)
         sampler.submit([5, 6, 7], [0.5, 0.5], params)
     sampler.step()
     slots = sampler.runner.state
@@ -235,7 +221,7 @@ def test_a_sampler_keeps_the_numbers_of_its_requests() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["reference"] if NO_CPU else ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", *["cpu"] * bool(ISAS)])
 def test_min_p_of_narrow_logits_about_zero(backend: str, dtype: torch.dtype) -> None:
     """Zeros of both signs are one value; the least subnormal is another."""
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -247,7 +233,7 @@ def test_min_p_of_narrow_logits_about_zero(backend: str, dtype: torch.dtype) -> 
     assert drawn[0].tolist()[1:] == [0, 0]
 
 
-@pytest.mark.parametrize("backend", ["reference"] if NO_CPU else ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", *["cpu"] * bool(ISAS)])
 def test_min_p_of_a_mixture_that_cancels(backend: str) -> None:
     """Of 50,000 tokens all tie at 0, and stay; beside a row without the filter."""
     z = torch.randn(1, 2, 50_000)
@@ -270,7 +256,7 @@ def test_top_p_at_the_mass_of_a_thousand_tokens(draw: Callable[..., tuple[Tensor
         assert kept_mass(draw(z, top_p=mass * (1 + 1e-11))) == pytest.approx([wanted], rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference"] if NO_CPU else ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", *["cpu"] * bool(ISAS)])
 def test_numpys_numbers_are_what_they_are(backend: str) -> None:
     """np.float64(0.8) is 0.8, and np.float32(0.8) is the larger number that float32 has."""
     z = torch.tensor([[0.3, 0.1, 0.1, 0.5]]).log()

@@ -1,30 +1,12 @@
-"""The Triton kernels of sample in Triton's interpreter, held to the reference.
-
-It shows indexing, masks, thresholds and the order of sums, not what a GPU does with them.
-"""
+"""The Triton kernels of sample in Triton's interpreter, held to the reference."""
 
 import itertools
-import random
 from typing import Any, NamedTuple
 
+import cases
 import pytest
 import torch
-from cases import (
-    BF16,
-    F16,
-    F32,
-    GOOD_ROWS,
-    INF,
-    MODES,
-    NAN,
-    Draw,
-    assert_close_draws,
-    bad_draws,
-    case_id,
-    draw_rows,
-    huge_draws,
-    infinite_draws,
-)
+from cases import BF16, F16, F32, GOOD_ROWS, INF, MODES, NAN, Draw
 from launches import INTERPRETER, Witness, listed_keys, replace_kernels
 from torch import Tensor
 
@@ -100,8 +82,7 @@ def arguments(case: Case) -> Draw:
 
 
 def sampled(count: int) -> list[Case]:
-    rng = random.Random(11)
-    axes: tuple[tuple[Any, ...], ...] = (
+    axes = (
         DTYPES,
         ("geometric", "geometric", "probability"),
         (1, 2, 3, 5),
@@ -112,18 +93,17 @@ def sampled(count: int) -> list[Case]:
         (0.0, 0.3, 1.0, 3.0),
         ("plain", "ties", "masked", "gaps", "sliced"),
     )
-    cases: list[Case] = []
-    while len(cases) < count:
-        case = Case(*(rng.choice(axis) for axis in axes))
+
+    def allowed(case: Case) -> bool:
         # The interpreter takes its time by the number of programs: eight a row and threshold.
         large = case.batch * max(case.vocab_size / 1000, 1) * case.filters.count("top") > 3
-        if case not in cases and not large and (case.kind == "none") == (case.m == 1):
-            cases.append(case)
-    return cases
+        return not large and (case.kind == "none") == (case.m == 1)
+
+    return cases.sampled(Case, axes, count, 11, allowed)
 
 
 def assert_equals_reference(args: Draw) -> None:
-    assert_close_draws(backend.sample(Inputs(**args)), reference.sample(Inputs(**args)))
+    cases.assert_close_draws(backend.sample(Inputs(**args)), reference.sample(Inputs(**args)))
 
 
 def test_sample_covers_every_value() -> None:
@@ -131,7 +111,7 @@ def test_sample_covers_every_value() -> None:
     assert [len(set(column)) for column in columns] == [3, 2, 4, 3, 7, 8, 7, 4, 5]
 
 
-@pytest.mark.parametrize("case", sampled(125), ids=case_id)
+@pytest.mark.parametrize("case", sampled(125), ids=cases.case_id)
 def test_equals_reference(case: Case) -> None:
     assert_equals_reference(arguments(case))
 
@@ -174,15 +154,10 @@ def test_noise_is_the_references(seed: int, position: int) -> None:
     torch.testing.assert_close(out, reference.gumbel(uniform), rtol=1e-14, atol=1e-14)
 
 
-def order_key(z: Tensor) -> Tensor:
-    bits = (z + 0.0).view(torch.int32).long()
-    return torch.where(bits < 0, -1 - bits, bits + 2**31)
-
-
 def test_order_key_orders_float32() -> None:
     values = torch.cat([torch.randn(200), 10 ** (80 * torch.rand(100) - 42), torch.tensor([0.0])])
     values = torch.cat([values, -values, torch.tensor([-INF, INF, -3e38, 3e38])]).sort().values
-    keys = order_key(values)
+    keys = cases.order_key(values)
     assert torch.equal(keys[1:] > keys[:-1], values[1:] > values[:-1])
     assert keys[0] >= 0 and keys[-1] < 2**32
 
@@ -190,26 +165,7 @@ def test_order_key_orders_float32() -> None:
 @pytest.mark.parametrize("temperature", [0.3, 3.0])
 @pytest.mark.parametrize("ties", [False, True])
 def test_kept_sets_are_exactly_the_references(ties: bool, temperature: float) -> None:
-    """The thresholds themselves, which a draw shows only by chance."""
-    z = 2 * torch.randn(5, 700)
-    z = z.round() if ties else z
-    z[2, 100:] = -INF
-    tau = torch.full((5,), temperature)
-    top_k = torch.tensor([1, 17, 650, 0, 10**15])
-    top_p = torch.tensor([0.9, 0.05, 0.999, 0.5, 1.0])
-    logp = torch.log_softmax(z.double() / temperature, -1)
-    row = backend.Rows(z[None], None, tau)
-    rows = torch.empty(2, 5, dtype=torch.float64)
-    row.combine(row.partials(None), rows, None)
-    assert torch.equal(rows[0], z.double().amax(-1))
-
-    least = row.threshold(rows, None, top_k=top_k)
-    first = reference.top_k_mask(logp, top_k)
-    assert torch.equal(order_key(z) >= least[:, None], first)
-    for chosen, mask in ((None, torch.ones_like(first)), (least, first)):
-        found = row.threshold(rows, chosen, top_p=top_p)
-        wanted = mask & reference.top_p_mask(logp.masked_fill(~mask, -INF), top_p)
-        assert torch.equal(order_key(z) >= found[:, None], wanted)
+    cases.check_kept_sets(backend, 700, ties, temperature, "cpu", alone=True)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +193,7 @@ def test_ties_at_a_threshold_are_kept(filters: dict[str, float], kept: int) -> N
     for name, value in filters.items():
         dtype = torch.int64 if name == "top_k" else torch.float32
         least = row.threshold(rows, least, **{name: torch.tensor([value], dtype=dtype)})
-    assert (order_key(z) >= least).sum() == kept
+    assert (cases.order_key(z) >= least).sum() == kept
 
 
 @pytest.mark.parametrize("filters", [{"top_p": 0.0}, {"top_p": NAN}, {"min_p": 1.0}], ids=str)
@@ -270,16 +226,12 @@ def test_rows_and_runs_have_the_same_bits(filtered: bool) -> None:
     )
     if filtered:
         args["top_p"] = torch.tensor([0.5, 0.9, 1.0, 0.2])
-    together = backend.sample(Inputs(**args))
-    assert all(map(torch.equal, together, backend.sample(Inputs(**args))))
-    for rows in ([0], [3, 1]):
-        alone = backend.sample(Inputs(**draw_rows(args, rows)))
-        assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
+    cases.check_row_bits(lambda args: backend.sample(Inputs(**args)), args, [[0], [3, 1]])
 
 
 @pytest.mark.parametrize("filtered", [False, True])
 def test_bad_rows(filtered: bool) -> None:
-    args = bad_draws(1500, filters="top_p" if filtered else "")
+    args = cases.bad_draws(1500, filters="top_p" if filtered else "")
     args["temperature"] = torch.tensor([1.0, 0.0, 1.0, 1.0, 2.0, 0.0])
     assert (backend.sample(Inputs(**args))[0] >= 0).tolist() == GOOD_ROWS[:6]
     assert_equals_reference(args)
@@ -299,13 +251,13 @@ def test_huge_logits(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the noise is lost in the sum, the lowest of the largest ids wins."""
     # One slice at a time, as where there are more than COMBINE_BLOCK.
     monkeypatch.setattr(backend, "COMBINE_BLOCK", 1)
-    args = huge_draws(scale, 1100)
+    args = cases.huge_draws(scale, 1100)
     assert_equals_reference(args)
     assert_equals_reference({**args, "top_p": torch.tensor([0.5, 0.5, 0.5, 1.0])})
 
 
 def test_weights_of_zero_and_infinities() -> None:
-    assert_equals_reference(infinite_draws())
+    assert_equals_reference(cases.infinite_draws())
 
 
 def test_no_rows() -> None:

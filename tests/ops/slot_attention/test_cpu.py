@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BF16, CPU_KERNELS, F16, F32, F64, INF, ISAS, NAN, cast, same_bits
+from cases import BF16, CPU_KERNELS, DTYPES, F16, F32, F64, INF, ISAS, NAN, cast, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,8 +17,6 @@ from clp_kernels import testing
 from clp_kernels.ops.slot_attention.cpu import slot_attention, why_not
 
 pytestmark = CPU_KERNELS
-
-DTYPES = (F32, BF16, F16)
 
 
 class Inputs(NamedTuple):
@@ -200,7 +198,7 @@ def test_nan_stays_in_its_row_and_head(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_has_the_same_bits_alone_and_on_any_number_of_threads(
-    isa: str, dtype: torch.dtype
+    isa: str, dtype: torch.dtype, set_threads: Any
 ) -> None:
     torch.manual_seed(3)
     lengths = [400, 0, 33, 1, 1500, 12, 700, 255]
@@ -208,9 +206,9 @@ def test_a_row_has_the_same_bits_alone_and_on_any_number_of_threads(
         args = inputs(lengths, heads, group, d, dtype=dtype)
         runs = []
         for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+            set_threads(threads)
             runs.append(slot_attention(*args.copy(), window=600, isa=isa))
-        torch.set_num_threads(2)
+        set_threads(2)
         assert same_bits(runs[0], runs[1]) and same_bits(runs[0], runs[2])
         for b in range(len(lengths)):
             assert same_bits(slot_attention(*args.row(b), window=600, isa=isa), runs[0][b : b + 1])
