@@ -183,7 +183,7 @@ def _flattened(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
     found = layout(model, names)
     if odd := found.bypassed:
         raise ValueError(
-            f"the weight of {odd[0]} is read without a call of the layer: an adapter would do "
+            f"the weight of {odd[0]} is used without a call of the layer, where an adapter does "
             f"nothing; {_leave_out(odd, names)}"
         )
     if odd := found.unsteerable:

@@ -106,9 +106,14 @@ REFUSED = {
     "phimoe, a window in its masks alone": ("phimoe", EXPERTS | WINDOWED, "its window of 6 tokens"),
     "rwkv": ("rwkv", {"attention_hidden_size": 32}, "RwkvFor"),
 }
-# Its routers have a forward of their own: the attention alone is steered.
-ATTENTION_ONLY = {"phimoe, a window in its masks alone"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj"]
+# Not all linear layers: routers have a forward of their own, and weights that the model itself
+# multiplies or rescales have no adapters.
+TARGETS = {
+    "phimoe, a window in its masks alone": PROJECTIONS,
+    "mamba": ["in_proj", "x_proj", "out_proj"],
+    "rwkv": ["receptance", "key"],
+}
 LENGTHS = [1, 4, 23, 50]
 WEIGHTS = [[0.0, 0.0], [0.5, 0.5], [1.0, 0.0], [-0.5, 2.0]]
 
@@ -184,8 +189,8 @@ def test_weights_of_zero_are_the_base_models_generate(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_family_is_refused_when_the_sampler_is_made(name):
     model_type, options, message = REFUSED[name]
-    targets = PROJECTIONS if name in ATTENTION_ONLY else "all-linear"
-    policy = policy_of(made(model_type, options, torch.float32), targets)
+    model = made(model_type, options, torch.float32)
+    policy = policy_of(model, TARGETS.get(name, "all-linear"))
     refusal = f"the sampler does not support {type(policy.model).__name__}: "
     with pytest.raises(ValueError, match=message) as caught:
         Sampler(policy)

@@ -199,7 +199,7 @@ def test_layers_that_the_module_around_them_does_not_call_are_refused() -> None:
 def test_layers_whose_weight_the_model_reads_by_itself_are_refused(name: str) -> None:
     model = small_model(name)
     before = state(model)
-    wanted = r"layers.0.mixer.dt_proj is read without a call.*exclude_modules=\['dt_proj'\]"
+    wanted = r"layers.0.mixer.dt_proj is used without a call.*exclude_modules=\['dt_proj'\]"
     with pytest.raises(ValueError, match=wanted):
         inject(model, NAMES)
     assert state(model) == before
@@ -232,7 +232,7 @@ def test_a_layer_that_dora_reads_is_refused() -> None:
     """PEFT's DoRA takes the norm of the weight that its adapter changes."""
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])
     model = peft.get_peft_model(llama(), config)
-    with pytest.raises(ValueError, match=r"q_proj.base_layer is read without a call"):
+    with pytest.raises(ValueError, match=r"q_proj.base_layer is used without a call"):
         inject(model, NAMES)
 
 
@@ -243,7 +243,7 @@ def test_a_layer_that_is_called_and_read_is_refused(read: Callable[[Tensor], Ten
 
     model = llama()
     model.model.layers[1].mlp = Reads(model.model.layers[1].mlp, look)
-    with pytest.raises(ValueError, match=r"layers.1.mlp.mlp.down_proj is read without a call"):
+    with pytest.raises(ValueError, match=r"layers.1.mlp.mlp.down_proj is used without a call"):
         inject(model, NAMES)
 
 
