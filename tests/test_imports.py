@@ -67,7 +67,6 @@ ALONE = {
         "clp/policies/",
         "clp/rewards.py",
         "clp/engine/attention.py",
-        "clp/engine/model_state.py",
         "clp/training/gradient_checkpointing.py",
         "clp/training/rollout.py",
         "clp/training/trainer.py",

@@ -99,6 +99,8 @@ class _Reads(TorchDispatchMode):
         handles: Hooks by which it knows which modules are being called.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         super().__init__()
         self.found: dict[str, None] = {}
@@ -124,8 +126,8 @@ class _Reads(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name.rpartition("::")[2]
-        if not name.startswith("new_") and not name.endswith("_like"):
+        name = func.__name__
+        if not name.startswith("new_") and "_like." not in name:
             for value in tree_leaves((args, kwargs)):
                 if id(value) in self._layer_of and id(value) not in self._called:
                     self.found[self._layer_of[id(value)]] = None
