@@ -17,6 +17,10 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "rewards"]
+
+
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line's help must not wait for torch and transformers.
     if name not in _MODULES:

@@ -71,6 +71,12 @@ def run(argv: Sequence[str]) -> None:
     given = config.eval_prompts if command.prompts is None else command.prompts
     prompts = absolute(HELDOUT_PROMPTS if given is None else given)
     rows = load_prompts(prompts)[: command.num_prompts]
+    if given is None and config.prompts is not None:
+        print(
+            f"clp eval: the run's prompts were {config.prompts}; these are the embedded ones, "
+            "--prompts names others",
+            file=sys.stderr,
+        )
     specs = reward_locations(card["rewards"] if command.rewards is None else command.rewards)
     form = "--rewards " + " ".join(f"{name}=REWARD" for name in card["objectives"])
     if not specs and command.rewards is None:

@@ -64,6 +64,8 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError("give one of: prompts, --input, --interactive")
     if command.interactive and command.output is not None:
         raise ValueError("--output goes with prompts or --input, not with --interactive")
+    if params.logprobs and command.output is None:
+        raise ValueError("--logprobs goes with --output: the terminal shows texts alone")
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and command.output is None
     if not given and not terminal:
         raise ValueError(

@@ -28,6 +28,9 @@ def run(argv: Sequence[str]) -> None:
     folder = home_expanded(config.output_dir)
     if config.resume and not given and (folder / "config.yaml").is_file():
         config = parsed(CLPConfig.of_run(folder))
+    elif config == CLPConfig(resume=True, output_dir=config.output_dir) and not folder.exists():
+        # A job that is started again and again gives --resume with all options of its run.
+        raise ValueError(f"{folder} holds no run to resume, and no options of a new one are given")
     from clp.training.checkpoint import checkpoints
     from clp.training.trainer import CLPTrainer
 

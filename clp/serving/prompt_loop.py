@@ -121,6 +121,8 @@ class _Loop:
         known = [f.name for f in fields(SamplingParams)]
         if name not in known:
             raise ValueError(f"/set takes one of {', '.join(known)}, got {name!r}")
+        if name == "logprobs":
+            raise ValueError("/set logprobs: log-probabilities are not shown here")
         if not text:
             example = _shown(getattr(self.params, name))
             raise ValueError(f"/set {name} needs a value, such as {example}")

@@ -634,6 +634,37 @@ def test_numbers_that_begin_with_a_minus_sign(clp, trained):
     assert same == [first, first] and other != first
 
 
+def test_resume_of_a_folder_that_is_not_there_trains_nothing(refused, monkeypatch, tmp_path):
+    """A mistyped name would cost a whole training of the embedded model."""
+    monkeypatch.setattr("clp.policies.lora.load_base", pytest.fail)
+    error = refused("train", "--resume", "--output-dir", tmp_path / "mistyped")
+    assert "mistyped holds no run to resume" in error and list(tmp_path.iterdir()) == []
+
+
+def test_logprobs_that_would_not_be_shown_are_refused(refused, trained):
+    argv = ["sample", trained, "Tom", "--weights", "joy=1", "--logprobs", "2"]
+    assert "--logprobs goes with --output" in refused(*argv)
+
+
+def test_eval_says_that_it_takes_the_embedded_prompts(clp, trained, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    config = replace(load_config(copied / "config.yaml"), prompts="/mine.jsonl")
+    (copied / "config.yaml").write_text(config.to_yaml())
+    printed = clp("eval", copied, "--num-prompts", "1", "--max-tokens", "1")
+    assert "prompts were /mine.jsonl; these are the embedded ones" in printed.err
+    assert (
+        "embedded ones" not in clp("eval", trained, "--num-prompts", "1", "--max-tokens", "1").err
+    )
+
+
+def test_names_are_listed_before_they_are_imported():
+    script = "import clp; print(*dir(clp)); from clp import *; Sampler, CLPTrainer"
+    listed = python("-c", script).stdout.split()
+    assert {"CLPTrainer", "Sampler", "evaluate", "rewards"} <= set(listed)
+    assert not {"Any", "importlib"} & set(listed)
+
+
 def test_resume_of_a_checkpoint_names_the_run(refused, monkeypatch, trained):
     """As other trainers take it; to give --resume is no advice to one who has."""
     monkeypatch.setattr("clp.policies.lora.load_base", pytest.fail)
