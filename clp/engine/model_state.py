@@ -1,5 +1,6 @@
 """The state of a model: what was cached or recorded of it is valid while the state is the same."""
 
+import contextlib
 import functools
 import hashlib
 import operator
@@ -7,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import partial
-from types import CodeType, FunctionType, SimpleNamespace
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,20 +21,33 @@ from clp_kernels.nn.steering import SteeredLayer
 
 # Compared by value; everything else by identity, with a reference: an id alone may be used again.
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device})
-_GLOBALS = _PLAIN | {Tensor, nn.Parameter, np.ndarray, list, tuple, dict, set}
 # Code of the caller in a module: it may read anything.
 _OWN_CODE = frozenset({"forward", "_compiled_call_impl"})
 # Hooks of clp_kernels.inject: they read the weights of the call and nothing else.
 _OURS = frozenset({OneExamplePerWeights})
+# Of transformers' hooks that stay on a model after a call with output_hidden_states=True: they do
+# nothing in other calls.
+_CAPTURE = "transformers.utils.output_capturing"
 # Columns of a checksum. A prime, so that rows of a matrix that trade places are in other columns.
 WIDTH = 4099
 # The sampler changes it for each forward.
 _NOT_READ = frozenset({"_attn_implementation_internal"})
-# Kinds of values that count with what they hold, each before those that it is a kind of.
-_HOLD = (Tensor, nn.Module, SimpleNamespace, partial, np.ndarray, Mapping, list, tuple, set,
-         frozenset, deque)  # fmt: skip
+# Kinds of values that count with what they hold.
+_HOLD = (Tensor, nn.Module, FunctionType, MethodType, staticmethod, classmethod, property, partial,
+         SimpleNamespace, np.ndarray, dict, list, tuple, set, frozenset, deque)  # fmt: skip
 # Objects of these count by themselves (what `steer` writes is ours); of others, their attributes.
-_LIBRARIES = sys.stdlib_module_names | {"torch", "clp_kernels"}
+_LIBRARIES = sys.stdlib_module_names | {"torch", "clp_kernels", "clp"}
+
+
+def _of_a_library(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in _LIBRARIES
+
+
+def _has_a_forward(kind: type) -> bool:
+    """Whether a class's file is one of a model, not of PyTorch or transformers' loading."""
+    name = kind.__module__
+    loading = name.startswith("transformers.") and not name.startswith("transformers.models.")
+    return not loading and not _of_a_library(kind)
 
 
 class _Inside(dict[type, Any]):
@@ -41,7 +55,7 @@ class _Inside(dict[type, Any]):
 
     def __missing__(self, kind: type) -> Any:
         known: Any = next((base for base in _HOLD if issubclass(kind, base)), None)
-        library = kind.__module__.partition(".")[0] in _LIBRARIES
+        library = _of_a_library(kind)
         if known is None and not library and not issubclass(kind, type):
             known = object
         self[kind] = known
@@ -56,8 +70,8 @@ class ModelState:
 
     Attributes that are containers, arrays or objects count with what they hold. Tensors count with
     where they lie and a checksum of what they hold: PyTorch counts no writes through `.data` and
-    `.numpy()`. Of the modules' files the functions count, and the globals that they name and that
-    are numbers, texts, tensors, lists or dictionaries.
+    `.numpy()`. Functions count with their code, defaults and closures, and those of the modules'
+    own files with the functions and values that they name.
 
     Cost: one pass over the parameters.
 
@@ -77,23 +91,21 @@ class ModelState:
         self._calls: list[Any] = []
         self._steered: list[Any] = []
         self._tensors: list[Tensor] = []
+        self._functions: list[FunctionType] = []
         self._seen: set[int] = set()
         self._classes: dict[type, None] = {}
         self._module(model, self._calls)
         bases = dict.fromkeys(base for cls in self._classes for base in cls.__mro__[:-1])
-        named: set[str] = set()
+        files = {base.__module__ for base in bases if _has_a_forward(base)}
         for one in bases:
             self._add(vars(one), self._calls)
-            named.update(*map(_names, vars(one).values()))
-        for file in dict.fromkeys(base.__module__ for base in bases):
-            names = vars(sys.modules[file]) if file in sys.modules else {}
-            functions = [one for one in names.values() if isinstance(one, FunctionType)]
-            self._calls.extend(functions)
-            named.update(*map(_names, functions))
-            globals_ = {k: v for k, v in names.items() if k in named and type(v) in _GLOBALS}
-            self._add(globals_, self._calls)
+        while self._functions:
+            function = self._functions.pop()
+            self._calls.extend((function.__code__, function.__defaults__, function.__kwdefaults__))
+            if held := _held_by(function, files):
+                self._add(held, self._calls)
         # Each with its address: one that `.data` has replaced is another.
-        self.addresses = [t.data_ptr() for t in self._tensors]
+        self.addresses = [t.data_ptr() if _has_memory(t) else id(t) for t in self._tensors]
         # The content alone of what is trained, and where PyTorch does not count the writes.
         read = [t.requires_grad or t.is_inference() for t in self._tensors]
         self._values = [None if r else t._version for r, t in zip(read, self._tensors, strict=True)]
@@ -122,8 +134,8 @@ class ModelState:
         parts.append(type(module))
         attributes = module.__dict__
         if (
-            attributes["_forward_hooks"]
-            or any(type(one) not in _OURS for one in attributes["_forward_pre_hooks"].values())
+            any(map(_may_read, attributes["_forward_hooks"].values()))
+            or any(map(_may_read, attributes["_forward_pre_hooks"].values()))
             or not attributes.keys().isdisjoint(_OWN_CODE)
         ):
             self.own_code = True
@@ -131,40 +143,83 @@ class ModelState:
 
     def _add(self, values: Mapping[Any, Any], parts: list[Any]) -> None:
         """Adds names and values, and what those contain that are not plain values."""
-        parts.extend(values)
-        parts.extend(values.values())
-        for value in values.values():
-            kind = _INSIDE[type(value)]
-            if kind is None or (kind is Mapping and not value):
-                continue
-            if kind is Tensor:
-                self._tensors.append(value)
-            elif kind is nn.Module:
-                self._module(value, parts)
-            elif kind is np.ndarray and not value.dtype.hasobject:
-                parts.append(value.tobytes())
-            elif id(value) not in self._seen:
-                self._seen.add(id(value))
-                self._add(_held(value, kind), parts)
+        waiting = [values]
+        while waiting:
+            values = waiting.pop()
+            parts.extend(values)
+            parts.extend(values.values())
+            for value in values.values():
+                kind = _INSIDE[type(value)]
+                if kind is None or (kind is dict and not value):
+                    continue
+                if kind is Tensor:
+                    self._tensors.append(value)
+                elif kind is nn.Module:
+                    self._module(value, parts)
+                elif kind is np.ndarray and not value.dtype.hasobject:
+                    parts.append(value.tobytes())
+                elif id(value) not in self._seen:
+                    self._seen.add(id(value))
+                    if kind is FunctionType:
+                        self._functions.append(value)
+                    else:
+                        waiting.append(_held(value, kind))
+
+
+def _may_read(hook: Any) -> bool:
+    return type(hook) not in _OURS and getattr(hook, "__module__", None) != _CAPTURE
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _held(value: Any, kind: Any) -> Mapping[Any, Any]:
     """What a value of this kind holds, by name, key or place."""
-    if kind is Mapping:
+    if kind is dict:
         return value  # type: ignore[no-any-return]
     if kind is partial:
         return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if kind is property:
+        return {"fget": value.fget}
+    if kind is MethodType:
+        return {"self": value.__self__, "func": value.__func__}
+    if kind in (staticmethod, classmethod):
+        return {"func": value.__func__}
     if kind is object or kind is SimpleNamespace:
-        slots = (name for base in type(value).__mro__ for name in vars(base).get("__slots__", ()))
-        slotted = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-        own = getattr(value, "__dict__", {})
-        return slotted | {k: v for k, v in own.items() if k not in _NOT_READ}
+        found: dict[str, Any] = {}
+        for name, slot in _slots(type(value)):
+            with contextlib.suppress(AttributeError):  # not set
+                found[name] = slot.__get__(value)
+        # Not getattr: a class may answer to any name, or raise.
+        own = object.__getattribute__(value, "__dict__") if type(value).__dictoffset__ else {}
+        return found | {k: v for k, v in own.items() if k not in _NOT_READ}
     return dict(enumerate(value.flat if kind is np.ndarray else value))
 
 
-def _names(value: Any) -> frozenset[str]:
-    """The globals and attributes that a function names; none for anything else."""
-    return _names_of(value.__code__) if isinstance(value, FunctionType) else frozenset()
+def _slots(kind: type) -> list[tuple[str, Any]]:
+    each = (item for base in kind.__mro__ for item in vars(base).items())
+    return [(name, slot) for name, slot in each if isinstance(slot, MemberDescriptorType)]
+
+
+def _held_by(function: FunctionType, files: set[str]) -> dict[Any, Any]:
+    """What a function reads: its attributes, its closure, and in these files what it names."""
+    held: dict[Any, Any] = dict(function.__dict__)
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # empty
+            held[name] = cell.cell_contents
+    if function.__module__ in files:
+        known = function.__globals__
+        named = _names_of(function.__code__)
+        held |= {n: known[n] for n in named if n in known and _is_read(known[n])}
+    return held
+
+
+def _is_read(value: Any) -> bool:
+    """Whether a global counts with what it holds; registries of transformers grow by themselves."""
+    kind = _INSIDE[type(value)]
+    own = kind is not object or type(value).__module__.partition(".")[0] != "transformers"
+    return type(value) in _PLAIN or (kind is not None and own)
 
 
 @functools.cache
@@ -186,9 +241,9 @@ def _checksums(tensors: list[Tensor]) -> list[int]:
     flat: list[Tensor] = []
     small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-        if plain and not tensor.is_meta and tensor.numel():
-            one = tensor.detach().contiguous().view(-1)
+        plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_quantized
+        if plain and _has_memory(tensor) and not tensor.is_meta and tensor.numel():
+            one = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
             if one.numel() > WIDTH:
                 flat.append(one)
             else:

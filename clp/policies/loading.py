@@ -149,7 +149,10 @@ def vocab_size(model: Any) -> int:
 
 def token_count(tokenizer: Any) -> int:
     """Ids that the tokenizer has are below it."""
-    return max(tokenizer.get_vocab().values(), default=-1) + 1
+    vocabulary = tokenizer.get_vocab()
+    count = max(vocabulary.values(), default=-1) + 1
+    # One that names several ids alike, or only counts them, says so by its length.
+    return max(count, len(tokenizer)) if len(tokenizer) > len(vocabulary) else count
 
 
 def drawable_ids(tokenizer: Any, rows: int) -> slice | Tensor:
@@ -157,7 +160,8 @@ def drawable_ids(tokenizer: Any, rows: int) -> slice | Tensor:
 
     An id that it does not have, beyond its last or between two others, would vanish from the text.
     """
-    ids = sorted(i for i in set(tokenizer.get_vocab().values()) if i < rows)
-    if not ids:  # a tokenizer that only counts them
-        return slice(min(rows, len(tokenizer)))
-    return slice(len(ids)) if ids[-1] < len(ids) else torch.tensor(ids, dtype=torch.long)
+    vocabulary = tokenizer.get_vocab()
+    ids = sorted({i for i in vocabulary.values() if 0 <= i < rows})
+    if not ids or len(tokenizer) > len(vocabulary) or ids[-1] < len(ids):
+        return slice(min(rows, token_count(tokenizer)))
+    return torch.tensor(ids, dtype=torch.long)

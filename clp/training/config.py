@@ -169,7 +169,7 @@ class CLPConfig:
 
     def to_yaml(self) -> str:
         """The configuration as YAML, in the order of the fields."""
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        return yaml.dump(asdict(self), Dumper=_Dumper, sort_keys=False)
 
 
 _HINTS = typing.get_type_hints(CLPConfig)
@@ -219,7 +219,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML whose numbers are those of version 1.2, and whose keys differ.
 
-    1e-3 is a number, 0100 is a hundred, and 1:30 is a text.
+    1e-3 is a number, 0100 is a hundred, and 1:30 and 2026-11-30 are texts.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -237,17 +237,23 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that are numbers in YAML 1.1, which others read, or 1.2."""
+
+
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _NUMBERS = {
     "tag:yaml.org,2002:int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
     "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
     r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }  # in this order: an integer fits the second too
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in resolvers if tag not in _NUMBERS]
+    first: [(tag, form) for tag, form in resolvers if tag not in (*_NUMBERS, _TIMESTAMP)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _tag, _form in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_form})$"), list("-+.0123456789"))
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_tag, re.compile(f"^({_form})$"), list("-+.0123456789"))
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
@@ -267,7 +273,7 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

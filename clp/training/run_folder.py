@@ -13,7 +13,7 @@ import socket
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -182,9 +182,10 @@ def claim(lock: RunLock, args: CLPConfig, inputs: Inputs, *, new: bool) -> None:
         "reward_scale": inputs.reward_scale,
         "base": inputs.base,
     }
+    settings = replace(args, resume=False).to_yaml()
     write_whole(run / "run.json", (json.dumps(record, indent=2) + "\n").encode())
     # The last file: a folder without it does not hold a run.
-    write_whole(run / "config.yaml", replace(args, resume=False).to_yaml().encode())
+    write_whole(run / "config.yaml", settings.encode())
 
 
 def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, Inputs, Path | None]:
@@ -256,7 +257,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     if isinstance(value, set | frozenset):
-        return {"set": sorted(map(repr, value))}
+        return {"set": sorted(json.dumps(_plain(one)) for one in value)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {type(value).__name__: _plain(vars(value))}
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     return {type(value).__name__: re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))}

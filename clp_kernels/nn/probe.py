@@ -18,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from clp_kernels.nn.steering import SteeredLayer, Steering, adapter_names, steer, wrong_batch
 
 _EXAMPLES, _TOKENS = 2, 3  # unequal, so that no axis is taken for another
+# Names of the size of a decoder's own vocabulary (Marian, FSMT).
+_DECODER_ROWS = ("decoder_vocab_size", "tgt_vocab_size")
 _Calls = list[Tensor | None]  # the first tensor of each call of a module
 
 
@@ -129,8 +131,11 @@ class _Reads(TorchDispatchMode):
         name = func.__name__
         if not name.startswith("new_") and "_like." not in name:
             for value in tree_leaves((args, kwargs)):
-                if id(value) in self._layer_of and id(value) not in self._called:
-                    self.found[self._layer_of[id(value)]] = None
+                # A view that was made before, such as weight.t() kept as an attribute.
+                source = getattr(value, "_base", None)
+                key = id(value if source is None else source)
+                if key in self._layer_of and key not in self._called:
+                    self.found[self._layer_of[key]] = None
         return func(*args, **kwargs)
 
 
@@ -179,7 +184,9 @@ def _run(model: nn.Module, ids: Tensor, handles: Sequence[RemovableHandle]) -> N
     accepted = inspect.signature(network.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     if network.config.is_encoder_decoder:
-        options["decoder_input_ids"] = ids
+        sizes = (getattr(network.config, name, None) for name in _DECODER_ROWS)
+        rows = next(filter(None, sizes), None)
+        options["decoder_input_ids"] = ids if rows is None else ids % rows
     try:
         network.eval()
         network(input_ids=ids, **options)

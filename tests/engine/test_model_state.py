@@ -1,6 +1,8 @@
 """What is cached and recorded belongs to the model as it is now."""
 
+import collections
 import copy
+import functools
 import gc
 import sys
 import time
@@ -229,6 +231,91 @@ def test_a_number_in_an_object_of_settings(policy, args, read, change, one_threa
     change(args)
     after = ask(sampler)
     assert after != before and after == ask(Sampler(policy))
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def outer(self, x):
+        return function(self, x)
+
+    return outer
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"forward": torch.no_grad()(by_a_global)},
+        {"forward": decorated(by_a_global)},
+        {"forward": lambda self, x: self.factor * super(type(self), self).forward(x),
+         "factor": property(lambda self: FACTOR)},
+        {"forward": lambda self, x: self.factor() * super(type(self), self).forward(x),
+         "factor": staticmethod(lambda: FACTOR)},
+    ],
+    ids=["no_grad", "decorated", "property", "staticmethod"],
+)  # fmt: skip
+def test_a_number_that_a_wrapped_function_names(policy, attributes, monkeypatch, one_thread):
+    policy = copied(policy)
+    module = layer(policy.model).mlp
+    module.__class__ = type("Scaled", (type(module),), attributes)
+    sampler = Sampler(policy)
+    before = ask(sampler)
+    monkeypatch.setitem(globals(), "FACTOR", 1.5)
+    after = ask(sampler)
+    assert after != before and after == ask(Sampler(policy))
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_number_that_an_activation_holds(policy, bound, one_thread):
+    policy, numbers = copied(policy), types.SimpleNamespace(scale=1.0)
+    numbers.act = types.MethodType(lambda self, x: self.scale * F.silu(x), numbers)
+    del layer(policy.model).mlp.act_fn
+    layer(policy.model).mlp.act_fn = numbers.act if bound else lambda x: numbers.scale * F.silu(x)
+    sampler = Sampler(policy)
+    before = ask(sampler)
+    numbers.scale = 1.5
+    after = ask(sampler)
+    assert after != before and after == ask(Sampler(policy))
+
+
+def test_hidden_states_that_were_asked_for_once_change_nothing(policy, monkeypatch, one_thread):
+    """transformers leaves hooks on the model that do nothing in other calls."""
+    policy, prefilled = copied(policy), []
+    sampler = Sampler(policy)
+    with policy.steer(torch.tensor([[0.5, 0.5]])), torch.no_grad():
+        policy.model(torch.tensor([PROMPT]), output_hidden_states=True)
+    done = ask(sampler)
+    prefill = sampler.runner.prefill
+    monkeypatch.setattr(sampler.runner, "prefill", lambda p: prefilled.append(p) or prefill(p))
+    assert ask(sampler) == done and not prefilled
+    assert not ModelState(policy.model).own_code
+
+
+class Odd:
+    """Answers to any name, and has a slot that is not set."""
+
+    __slots__ = ("__hidden", "unset")
+
+    def __init__(self):
+        self.__hidden = 1
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+def test_what_cannot_be_read_counts_by_itself():
+    deep = []
+    for _ in range(3000):
+        deep = [deep]
+    tensors = [
+        torch.eye(3).to_sparse(), torch.randn(5000, dtype=torch.complex64).conj(),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), torch.ones(3, device="meta"),
+        torch.quantize_per_tensor(torch.randn(5000), 0.1, 0, torch.qint8), torch.zeros(0),
+        torch.ones(2, 3).expand(4, 2, 3), torch.ones(6).view(2, 3).t(),
+    ]  # fmt: skip
+    model = nn.Module()
+    model.things = [deep, Odd(), tensors, collections.UserDict(a=1)]
+    model.things.append(model.things)
+    assert ModelState(model) == ModelState(model)
 
 
 def test_a_number_that_a_class_holds(policy, one_thread):

@@ -120,6 +120,18 @@ def test_ids_in_holes_of_the_tokenizers_range_are_not_drawn(holes):
     assert list(found.values())[:5] == pytest.approx(wanted.tolist(), abs=1e-4)
 
 
+def test_ids_that_share_a_text_are_drawn(holes):
+    """Byte pieces of one tokenizer are all printed alike; its length counts them."""
+
+    class Alike(type(holes)):
+        def __len__(self):
+            return TOKENS
+
+    alike = copy.copy(holes)
+    alike.__class__ = Alike
+    assert steered(padded(), alike).drawable_ids == slice(TOKENS)
+
+
 @pytest.mark.parametrize("gaps", [False, True])
 def test_the_trainers_logprobs_leave_them_out_too(tokenizer, holes, gaps):
     policy = steered(padded(), holes if gaps else tokenizer)

@@ -11,6 +11,7 @@ import torch
 from small_models import logits_of, small_model, state
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+from transformers import MarianConfig, MarianMTModel
 from transformers.integrations.bitnet import AutoBitLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -226,6 +227,35 @@ def test_to_look_at_the_kind_of_a_weight_is_not_to_read_it(tied: bool) -> None:
     model = llama(tie_word_embeddings=tied)
     model.model.layers[1].mlp = Reads(model.model.layers[1].mlp, kind)
     assert len(inject(model, NAMES, target_modules=["down_proj", "lm_head"])) == 3
+
+
+class Transposed(nn.Module):
+    """Multiplies by a view of the layer's weight that was made before."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.matrix = layer, layer.weight.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+
+def test_a_view_of_the_weight_is_the_weight() -> None:
+    model = llama()
+    model.model.layers[1].mlp.down_proj = Transposed(model.model.layers[1].mlp.down_proj)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj.layer is used without a call"):
+        inject(model, NAMES)
+
+
+def test_a_decoder_with_a_smaller_vocabulary_of_its_own() -> None:
+    sizes = {"d_model": 16, "pad_token_id": 0, "decoder_start_token_id": 1}
+    for name in ("encoder", "decoder"):
+        sizes |= {f"{name}_layers": 1, f"{name}_attention_heads": 2, f"{name}_ffn_dim": 16}
+    config = MarianConfig(
+        vocab_size=200, decoder_vocab_size=50, share_encoder_decoder_embeddings=False,
+        tie_word_embeddings=False, **sizes,
+    )  # fmt: skip
+    assert len(inject(MarianMTModel(config), NAMES)) == 16
 
 
 def test_a_layer_that_dora_reads_is_refused() -> None:

@@ -132,6 +132,16 @@ def test_whole_numbers_are_those_of_yaml_1_2(load):
         load("max_steps: 1:30")
 
 
+@pytest.mark.parametrize("name", ["08", "1e3", "0o17", "-1e5", "1:30", "2026-11-30", "yes", "1.5"])
+def test_texts_that_look_like_other_values_stay_texts(load, name):
+    config = CLPConfig(output_dir=name, exclude_modules=[name], model=name)
+    assert load(config.to_yaml()) == config
+
+
+def test_a_date_is_a_text(load):
+    assert load("output_dir: 2026-11-30").output_dir == "2026-11-30"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

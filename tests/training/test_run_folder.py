@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import date
 from fractions import Fraction
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 from tiny_runs import config, metrics
 
 from clp.data.prompts import TRAIN_PROMPTS
@@ -124,6 +126,26 @@ def test_prompts_are_compared_by_content(finished, stopped, tmp_path):
 
 def calm(completions, value=1.0, **columns):
     return [value for _ in completions]
+
+
+@dataclass
+class Judge:
+    words: set
+
+
+def test_what_a_partial_binds_is_the_same_in_another_process():
+    """The order of a set of texts changes with the process."""
+    script = """
+from functools import partial
+from test_run_folder import Judge, calm
+from clp.training.run_folder import Inputs
+judged = partial(calm, judge=Judge({"a", "b", "c", "d"}))
+rows = [{"prompt": "x", "sets": {frozenset("abc"), frozenset("de")}}]
+print(Inputs.of({"calm": judged}, None, rows))
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    printed = {python("-c", script, PYTHONPATH=path, PYTHONHASHSEED=seed).stdout for seed in "123"}
+    assert len(printed) == 1 and "Judge" in printed.pop()
 
 
 def test_a_base_model_that_has_changed_is_refused(tmp_path):
