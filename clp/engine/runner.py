@@ -290,9 +290,8 @@ class Runner:
             recording = one.recording
             one.recording_is_valid = recording is not None and recording.state.same_calls(state)
         pairs = list(zip(before, self._states, strict=False))
-        if not before or not all(
-            old.same_calls(new) and old.addresses == new.addresses for old, new in pairs
-        ):
+        unchanged = all(o.same_calls(n) and o.addresses == n.addresses for o, n in pairs)
+        if not before or not unchanged or len(self.policy.tokenizer) != self._tokens:
             self._follow_models()
         return bool(before) and all(old == new for old, new in pairs)
 
@@ -304,4 +303,4 @@ class Runner:
         for model in self.models:
             model.find_configs()
         self.locks = locks_of([config for model in self.models for config in model.configs])
-        self._ids = self.policy.drawable_ids
+        self._ids, self._tokens = self.policy.drawable_ids, len(self.policy.tokenizer)

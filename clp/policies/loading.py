@@ -124,7 +124,8 @@ def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     known = tokenizer.eos_token_id != tokenizer.unk_token_id
     if known or tokenizer.eos_token == tokenizer.unk_token:
         found.add(tokenizer.eos_token_id)
-    return frozenset(i for i in found if type(i) is int and 0 <= i < vocab_size(model))
+    known = (i for i in found if isinstance(i, int | np.integer) and not isinstance(i, bool))
+    return frozenset(int(i) for i in known if 0 <= i < vocab_size(model))
 
 
 def context_length(model: Any) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from types import CellType, CodeType, FunctionType
 from typing import Any, ClassVar
 
 from clp.data.files import lock_file, write_whole
@@ -195,8 +196,10 @@ def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, I
 
     Raises: ValueError if the run is another one, naming what differs.
     """
-    saved = located(load_config(run / "config.yaml"))
-    then, found = _read_inputs(run), checkpoints(run)
+    then, found, loaded = _read_inputs(run), checkpoints(run), load_config(run / "config.yaml")
+    # A base model may have moved: its parameters are compared when it has been loaded.
+    moved = then is not None and then.base is not None
+    saved = located(replace(loaded, model=args.model) if moved else loaded)
     card = read_card(found[-1]) if found else None
     if then is None:
         then = _older_inputs(run, saved, now, card)
@@ -266,11 +269,36 @@ def _plain(value: Any) -> Any:
 
 
 def _described(function: Any) -> str:
-    """The name of a function or of an object's class, and the arguments that are bound to it."""
+    """The name of a function or of an object's class, and what is bound to it.
+
+    Functions that are made by a function or a lambda are named alike: their closures, and what
+    their code names, count too.
+    """
     if isinstance(function, partial):
         bound = json.dumps(_plain([function.args, function.keywords]))
         return f"{_described(function.func)} with {bound}"
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
+    name = str(getattr(function, "__qualname__", type(function).__qualname__))
+    if isinstance(function, FunctionType) and "<" in name:
+        cells = [_content(cell) for cell in function.__closure__ or ()]
+        name += f" of {json.dumps([cells, sorted(_words(function.__code__))])}"
+    return name
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # a function that names itself before it is there
+        return None
+    # By name alone: it may name itself.
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return name if callable(value) else _plain(value)
+
+
+def _words(code: CodeType) -> set[str]:
+    """The names and constants in a function's code, those of functions inside it included."""
+    inner = [_words(const) for const in code.co_consts if isinstance(const, CodeType)]
+    plain = {repr(const) for const in code.co_consts if not isinstance(const, CodeType)}
+    return plain.union(code.co_names, *inner)
 
 
 def _rewards_of(specs: Sequence[str]) -> dict[str, str]:

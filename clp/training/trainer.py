@@ -172,7 +172,9 @@ class CLPTrainer:
             )  # fmt: skip
             self.progress = Progress()
         else:
-            self.policy = Policy.load(checkpoint, dtype=dtype, device=args.device)
+            self.policy = Policy.load(
+                checkpoint, base_model=args.model, dtype=dtype, device=args.device
+            )
             self.progress = load_progress(checkpoint)
         if args.gradient_checkpointing:
             checkpointed_layers(self.policy.model)

@@ -164,6 +164,17 @@ def test_an_unpadded_head_is_taken_whole(tokenizer):
         Sampler(wider).submit("a<two>", "joy=1")
 
 
+def test_tokens_that_are_added_later_are_drawn(tokenizer):
+    more, model = copy.deepcopy(tokenizer), padded()
+    policy = steered(model, more)
+    sampler, params = Sampler(policy), SamplingParams(max_tokens=30, seed=0, ignore_eos=True)
+    (first,) = sampler.generate([[5, 6]], "joy=1", params)
+    assert max(first.token_ids) < TOKENS
+    more.add_tokens([f"<{i}>" for i in range(64)])
+    (then,) = sampler.generate([[5, 6]], "joy=1", params)
+    assert max(then.token_ids) >= TOKENS
+
+
 @pytest.mark.parametrize("mode", ["geometric", "probability"])
 def test_heads_of_different_height_mix_what_they_have_in_common(tokenizer, mode):
     models = {"joy": padded(1), "brief": padded(2, TOKENS + 128)}
@@ -241,7 +252,7 @@ def test_stop_token_ids_may_be_a_policys_end_ids(tokenizer):
 
 def test_end_ids_are_those_of_configurations_and_tokenizer(tokenizer):
     model = small(0, eos_token_id=[7, 8])
-    for ids in (np.int64(9), np.array([9]), torch.tensor(9), {9}):
+    for ids in (np.int64(9), np.array([9]), torch.tensor(9), {9}, [np.int64(9)]):
         model.generation_config.eos_token_id = ids
         assert Policy(model, tokenizer, ["a"], "x").end_ids == {2, 7, 8, 9}
     model.generation_config.eos_token_id = 9

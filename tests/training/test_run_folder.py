@@ -128,6 +128,19 @@ def calm(completions, value=1.0, **columns):
     return [value for _ in completions]
 
 
+def test_a_base_model_that_has_moved_is_named(tmp_path):
+    model, tokenizer = load_base("tiny")
+    for saved in (tokenizer, model):
+        saved.save_pretrained(tmp_path / "base")
+    CLPTrainer(args=config(tmp_path / "r", model=str(tmp_path / "base"), max_steps=1)).train()
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="neither a folder"):
+        resumed(tmp_path / "r", max_steps=2)
+    resumed(tmp_path / "r", max_steps=2, model=str(tmp_path / "moved")).train()
+    assert [row["step"] for row in metrics(tmp_path / "r")] == [1, 2]
+    assert json.loads((tmp_path / "r/clp.json").read_text())["base_model"].endswith("moved")
+
+
 @dataclass
 class Judge:
     words: set
@@ -164,11 +177,26 @@ def test_a_base_model_that_has_changed_is_refused(tmp_path):
     assert files(tmp_path / "r") == before
 
 
+def times(factor):
+    def scaled(completions, **columns):
+        return [factor for _ in completions]
+
+    return scaled
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
-    [(mood, calm), (partial(calm, value=1.0), partial(calm, value=2.0))],
-    ids=["other functions", "other parameters"],
-)
+    [
+        (mood, calm),
+        (partial(calm, value=1.0), partial(calm, value=2.0)),
+        (times(1.0), times(-1.0)),
+        (lambda completions, **_: [1.0] * len(completions),
+         lambda completions, **_: [2.0] * len(completions)),
+        (lambda completions, **_: [len(c) for c in completions],
+         lambda completions, **_: [c.count("e") for c in completions]),
+    ],
+    ids=["other functions", "other parameters", "closures", "constants", "lambdas"],
+)  # fmt: skip
 def test_functions_that_have_changed_places_are_refused(tmp_path, one, other):
     """Under each other's name, the adapter of one would train on the other."""
     CLPTrainer(reward_funcs={"a": one, "b": other}, args=config(tmp_path / "r"), train_dataset=ROWS)
