@@ -30,6 +30,7 @@ from clp.training.config import CLPConfig, load_config, located
 
 _FORMAT = 1
 _FUNCTION = "function:"  # begins what a reward is that was given in Python
+_OF = " of "  # stands between the name of an inner function and what it reads
 # What a resumed run may change: its folder, how often it saves, and what does not change a bit of
 # the result.
 _MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device", "eval_prompts",
@@ -222,10 +223,12 @@ def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, I
             f"{', '.join(now.rewards)}"
         )
     for name, reward in then.rewards.items():
-        if reward not in (None, now.rewards[name]):
+        given = now.rewards[name]
+        # What a lambda or an inner function reads may have been mended since, or be a state.
+        alike = reward is None or reward.partition(_OF)[0] == (given or "").partition(_OF)[0]
+        if not alike or (given != reward and given in then.rewards.values()):
             raise ValueError(
-                f"{run} was run with {reward} as the reward of {name}; resume gives "
-                f"{now.rewards[name]}"
+                f"{run} was run with {reward} as the reward of {name}; resume gives {given}"
             )
     if then.prompts not in (None, now.prompts):
         raise ValueError(f"{run} was run with other prompts: the content differs")
@@ -271,8 +274,8 @@ def _plain(value: Any) -> Any:
 def _described(function: Any) -> str:
     """The name of a function or of an object's class, and what is bound to it.
 
-    Functions that are made by a function or a lambda are named alike: their closures, and what
-    their code names, count too.
+    Lambdas, and functions that one function makes, are named alike: their closures and what their
+    code names show whether they have changed places.
     """
     if isinstance(function, partial):
         bound = json.dumps(_plain([function.args, function.keywords]))
@@ -280,7 +283,7 @@ def _described(function: Any) -> str:
     name = str(getattr(function, "__qualname__", type(function).__qualname__))
     if isinstance(function, FunctionType) and "<" in name:
         cells = [_content(cell) for cell in function.__closure__ or ()]
-        name += f" of {json.dumps([cells, sorted(_words(function.__code__))])}"
+        name += _OF + json.dumps([cells, sorted(_words(function.__code__))])
     return name
 
 
