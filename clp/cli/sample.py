@@ -25,7 +25,8 @@ class SampleCommand:
     prompts: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
     """Prompts to continue. Without any, on a terminal: a prompt loop."""
     input: str | None = None
-    """JSONL: "prompt" (text or token ids) and optional "weights", "id", sampling parameters."""
+    """JSONL: "prompt" (text, token ids or messages), optionally "weights", "id" and sampling
+    parameters."""
     output: str | None = None
     """Write JSONL here instead of the terminal. A killed run continues when run again."""
     interactive: bool = False

@@ -92,5 +92,11 @@ def _check_row(row: Any, first: Any, where: str) -> None:
             f"{', '.join(ARGUMENTS)} under these names"
         )
     if set(row) != set(first):
-        odd = sorted(set(row) ^ set(first))
-        raise ValueError(f"{where}: columns differ from the first row's in {', '.join(odd)}")
+        found = []
+        if missing := sorted(set(first) - set(row)):
+            found.append(f"lacks {', '.join(map(repr, missing))}")
+        if more := sorted(set(row) - set(first)):
+            found.append(f"has {', '.join(map(repr, more))} too")
+        raise ValueError(
+            f"{where}: each row must have the columns of the first; this one {' and '.join(found)}"
+        )

@@ -1,6 +1,6 @@
 """Requests and their sequences: the state of each completion while it waits and is decoded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -128,7 +128,7 @@ class Request:
         prompt_index: Which prompt of the call.
     """
 
-    tokenizer: Any
+    tokenizer: Any = field(repr=False)
     prompt_ids: list[int]
     weights: Tensor
     params: SamplingParams

@@ -115,15 +115,15 @@ def torch_device(name: str | torch.device) -> torch.device:
 
 def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Token ids that end a completion: all that the configurations and the tokenizer name."""
-    found: set[Any] = set()
+    found: list[Any] = []
     configs = (model.generation_config, model.config, model.config.get_text_config())
     for ids in (getattr(config, "eos_token_id", None) for config in configs):
         ids = ids.tolist() if isinstance(ids, np.generic | np.ndarray | Tensor) else ids
-        found |= set(ids) if isinstance(ids, (list, tuple, set, frozenset)) else {ids}
+        found += ids if isinstance(ids, (list, tuple, set, frozenset)) else [ids]
     # An end token that the vocabulary lacks has the id of the unknown token.
     known = tokenizer.eos_token_id != tokenizer.unk_token_id
     if known or tokenizer.eos_token == tokenizer.unk_token:
-        found.add(tokenizer.eos_token_id)
+        found.append(tokenizer.eos_token_id)
     known = (i for i in found if isinstance(i, int | np.integer) and not isinstance(i, bool))
     return frozenset(int(i) for i in known if 0 <= i < vocab_size(model))
 

@@ -229,7 +229,7 @@ def sample_file(
         return start.failed
     sampler = make_sampler()
     if start.line:
-        tqdm.write(f"{output}: going on behind line {start.line}", file=sys.stderr)
+        tqdm.write(f"{output}: continuing after line {start.line}", file=sys.stderr)
     with open_output(output, run, start) as handle:
         return sample(sampler, start, partial(write_group, handle))
 

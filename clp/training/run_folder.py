@@ -56,8 +56,9 @@ class RunLock:
     def acquire(self) -> None:
         """Takes the lock, unless this object has it; the folder must exist.
 
-        Raises: ValueError if another object has it, with that one's process, host and time; or if
-            the folder is not the one any more in which this object took it.
+        Raises: ValueError if another object has it, with that one's process, host and time; if the
+            file cannot be opened; or if the folder is not the one any more in which this object
+            took it.
         """
         if self._close is not None and self._close.alive:
             path = self.run / ".lock"
@@ -66,7 +67,10 @@ class RunLock:
                     f"output_dir {self.run} was deleted or replaced after this training took it"
                 )
             return
-        handle = os.open(self.run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(self.run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ValueError(f"output_dir {self.run} cannot be locked: {error}") from error
         if not lock_file(handle):
             holder = os.pread(handle, 1000, 0).decode("utf-8", "replace").strip()
             os.close(handle)

@@ -35,7 +35,11 @@ def test_rows_and_columns(tmp_path):
         ('{"text": "a"}', r'p\.jsonl:1: "prompt" is missing, got text'),
         ('{"prompt": ""}', r'p\.jsonl:1: "prompt" must be'),
         ('{"prompt": 3}', r'p\.jsonl:1: "prompt" must be'),
-        ('{"prompt": "a", "x": 1}\n{"prompt": "b"}', r"p\.jsonl:2: columns differ .* in x"),
+        (
+            '{"prompt": "a", "x": 1}\n{"prompt": "b"}',
+            r"p\.jsonl:2: each row .* this one lacks 'x'$",
+        ),
+        ('{"prompt": "a", "x": 1}\n{"prompt": "b", "y": 1}', r"this one lacks 'x' and has 'y' too"),
         ("\n\n", "holds no prompt"),
         ('{"prompt": "a", "completions": 1}', r"p\.jsonl:1: the column 'completions' must have"),
         ('{"prompt": "a", "x": NaN}', r"p\.jsonl:1: NaN is not a finite"),

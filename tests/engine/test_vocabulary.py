@@ -263,7 +263,7 @@ def test_end_ids_are_those_of_configurations_and_tokenizer(tokenizer):
     silent = copy.deepcopy(tokenizer)
     silent.eos_token = None
     assert Policy(model, silent, ["a"], "x").end_ids == frozenset()
-    model.generation_config.eos_token_id = [-1, TOKENS, 5]
+    model.generation_config.eos_token_id = [-1, TOKENS, 5, [3]]
     assert Policy(model, silent, ["a"], "x").end_ids == {5}
 
 

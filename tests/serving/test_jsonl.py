@@ -268,7 +268,7 @@ def test_stopped_anywhere_it_goes_on_with_the_seeds_of_the_first_run(policy, sou
     error = capsys.readouterr().err
     total = sum(row["n"] for row in ROWS) + 2
     assert f"{total}/{total}" in error and "tokens/s" in error
-    assert "going on behind line" in error
+    assert "continuing after line" in error
 
 
 def test_a_complete_output_loads_no_model(policy, source, out, capsys):
@@ -349,7 +349,7 @@ def test_killed_with_9_and_run_again_it_is_the_uninterrupted_run(
         cli.main()
     assert stop.value.code == 1
     shown = capsys.readouterr().err
-    assert "going on behind line" in shown and "lines that failed: 2" in shown
+    assert "continuing after line" in shown and "lines that failed: 2" in shown
     # What the killed process had written stays, but for a group that was not complete.
     kept = [line for line in partial.splitlines(keepends=True) if line.endswith(b"\n")]
     assert killed.read_bytes().startswith(b"".join(kept[:-3]))

@@ -403,6 +403,9 @@ input()
             RunLock(tmp_path).acquire()
     RunLock(tmp_path).acquire()  # and with its object
     RunLock(tmp_path).acquire()
+    (tmp_path / "odd" / ".lock").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"odd cannot be locked: .* directory"):
+        RunLock(tmp_path / "odd").acquire()
 
 
 @pytest.mark.parametrize(
