@@ -8,7 +8,7 @@ _MODULES = {
     "CLPTrainer": "clp.training.trainer",
     "Completion": "clp.engine.requests",
     "LogitMixture": "clp.policies.logit_mixture",
-    "Policy": "clp.policies.lora",
+    "Policy": "clp.policies.policy",
     "Sampler": "clp.engine.sampler",
     "SamplingParams": "clp.engine.requests",
     "evaluate": "clp.evaluation.frontier",

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp.training.config import CLPConfig
 from clp_kernels.nn.mixed_lora import steered_layers
 

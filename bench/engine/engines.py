@@ -19,7 +19,7 @@ from bench.peers import refusable
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
 from clp.policies.interface import Network, Steerable
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp_kernels import save_adapters
 
 NO_END = -1  # of continuous batching: an end token that is never drawn

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.engine.workload import Batch, Served, Weights
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp_kernels.nn.mixed_lora import is_transposed, steered_layers
 
 JUDGED = 4  # requests of a batch

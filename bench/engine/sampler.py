@@ -51,7 +51,7 @@ from bench.report.rows import Row, provenance
 from bench.report.rows import rows as rows_of
 from bench.report.tables import RANDOM, case_of, rate
 from clp.policies.loading import load_base
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp_kernels import inject
 from clp_kernels.nn.mixed_lora import steered_layers
 

@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> None:
     from clp.evaluation.frontier import check_reference_point, evaluate
     from clp.evaluation.report import FILES, print_frontier, print_samples, save_evaluation
     from clp.policies.card import read_card
-    from clp.policies.lora import Policy
+    from clp.policies.policy import Policy
     from clp.rewards import load_rewards
 
     for name in ("num_prompts", "max_batch_size"):

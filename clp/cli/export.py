@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> None:
     from clp.data.weights import parse_weights
     from clp.policies.card import read_card
     from clp.policies.loading import model_path
-    from clp.policies.lora import Policy
+    from clp.policies.policy import Policy
     from clp_kernels.nn.mixed_lora import steered_layers
 
     folder, output = home_expanded(command.run), home_expanded(command.output)

@@ -91,7 +91,7 @@ def _sample(command: SampleCommand, params: "SamplingParams") -> int:
     from clp.data.weights import parse_weights
     from clp.engine.sampler import Sampler
     from clp.policies.card import read_card
-    from clp.policies.lora import Policy
+    from clp.policies.policy import Policy
     from clp.serving.jsonl import Defaults, check_defaults, sample_file
     from clp.serving.prompt_loop import prompt_loop
     from clp.serving.resumable_output import Source

@@ -21,7 +21,7 @@ from clp.data.scoring import RewardLog, dry_call, numbers_or_none, score
 from clp.data.weights import weight_grid
 from clp.engine.requests import Completion, SamplingParams
 from clp.engine.sampler import Sampler, with_seeds
-from clp.policies.lora import Head, Policy
+from clp.policies.policy import Head, Policy
 from clp.policies.token_stats import token_stats
 from clp.rewards import RewardFunc, distinct_2
 from clp.training.rollout import make_batch, untrained_state

@@ -11,7 +11,7 @@ from torch import Tensor
 import clp_kernels
 from clp.policies.interface import Network, Steerable
 from clp.policies.loading import load_base, token_count, torch_device, vocab_size
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 
 
 class LogitMixture(Steerable):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import clp_kernels
-from clp.policies.lora import Head, Policy
+from clp.policies.policy import Head, Policy
 
 
 @dataclass

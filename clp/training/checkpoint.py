@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clp.data.json_lines import read_json
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 
 _NAME = re.compile("checkpoint-([0-9]+)")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

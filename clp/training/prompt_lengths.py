@@ -13,7 +13,7 @@ from clp.data.json_lines import read_lines
 from clp.data.paths import home_expanded
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 
 
 def fitting_rows(

@@ -34,7 +34,7 @@ from clp.engine.model_error import NotFiniteError
 from clp.engine.model_state import digest
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp.policies.token_stats import TokenStats, token_stats
 from clp.rewards import RewardFunc, load_rewards
 from clp.training import run_folder

@@ -18,7 +18,7 @@ from bench.engine import engines, sampler, workload
 from bench.engine.judge import Judge
 from bench.engine.workload import Batch, Served
 from bench.report import plot, rows, tables
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 
 CPU = torch.device("cpu")
 TOY = timing.Protocol(warmup=0, repeats=2, least=1, seconds=0.0)

@@ -3,7 +3,7 @@
 import pytest
 
 from clp.engine.sampler import Sampler
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from clp import cli
 from clp.data.paths import TINY
 from clp.data.prompts import HELDOUT_PROMPTS
 from clp.policies.loading import torch_device
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp.training.config import load_config
 
 SMALL = [
@@ -355,7 +355,7 @@ def test_help_lists_the_commands(clp):
 def test_bad_input_is_said_and_ends_with_code_2(
     refused, monkeypatch, trained, tmp_path, argv, message
 ):
-    monkeypatch.setattr("clp.policies.lora.load_base", pytest.fail)
+    monkeypatch.setattr("clp.policies.policy.load_base", pytest.fail)
     before = sorted(trained.iterdir())
     filled = [a.format(run=trained, tmp=tmp_path / "t") for a in argv]
     assert message in refused(*filled)
@@ -542,7 +542,7 @@ def test_an_output_folder_that_cannot_be_is_refused_first(
     refused, monkeypatch, trained, tmp_path, command, kind
 ):
     """Before a model is loaded, or 512 completions are sampled for the reward scale."""
-    monkeypatch.setattr("clp.policies.lora.load_base", pytest.fail)
+    monkeypatch.setattr("clp.policies.policy.load_base", pytest.fail)
     if kind == "a file":
         (tmp_path / "x").write_text("mine")
     else:
@@ -636,7 +636,7 @@ def test_numbers_that_begin_with_a_minus_sign(clp, trained):
 
 def test_resume_of_a_folder_that_is_not_there_trains_nothing(refused, monkeypatch, tmp_path):
     """A mistyped name would cost a whole training of the embedded model."""
-    monkeypatch.setattr("clp.policies.lora.load_base", pytest.fail)
+    monkeypatch.setattr("clp.policies.policy.load_base", pytest.fail)
     error = refused("train", "--resume", "--output-dir", tmp_path / "mistyped")
     assert "mistyped holds no run to resume" in error and list(tmp_path.iterdir()) == []
 
@@ -667,6 +667,6 @@ def test_names_are_listed_before_they_are_imported():
 
 def test_resume_of_a_checkpoint_names_the_run(refused, monkeypatch, trained):
     """As other trainers take it; to give --resume is no advice to one who has."""
-    monkeypatch.setattr("clp.policies.lora.load_base", pytest.fail)
+    monkeypatch.setattr("clp.policies.policy.load_base", pytest.fail)
     error = refused("train", "--resume", "--output-dir", trained / "checkpoint-000001")
     assert "to continue it" not in error and "config.yaml" in error

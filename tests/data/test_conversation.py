@@ -13,7 +13,7 @@ from clp.data.paths import TINY
 from clp.data.prompts import check_prompts, load_prompts
 from clp.engine.requests import SamplingParams, parse_prompt
 from clp.engine.sampler import Sampler
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp.rewards import BUILTIN, sentiment
 from clp.serving.jsonl import Defaults, sample_lines
 

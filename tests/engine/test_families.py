@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import clp_kernels
 from clp.engine.sampler import Sampler, SamplingParams
 from clp.policies.loading import load_base
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 
 WINDOW = 6  # shorter than most sequences here, longer than the five tokens of the model check
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]

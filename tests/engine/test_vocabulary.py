@@ -25,7 +25,7 @@ from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler, with_seeds
 from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp.policies.token_stats import token_stats
 from clp.training.rollout import make_batch
 

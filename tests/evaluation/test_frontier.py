@@ -15,7 +15,7 @@ from tiny_runs import randomised
 from clp.engine.requests import SamplingParams
 from clp.evaluation.frontier import Frontier, evaluate, pareto
 from clp.evaluation.report import plot_frontier, print_frontier, print_samples, save_evaluation
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp.rewards import distinct_2, load_rewards
 
 ROWS = [{"prompt": p} for p in ("Tom had a red kite.", "Mia was sad.", "Sam was at the lake.")]

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers", exc_type=ImportError)
 
 from clp.engine.sampler import Sampler, SamplingParams
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
 
 pytestmark = [

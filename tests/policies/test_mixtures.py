@@ -14,7 +14,7 @@ from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
 from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 
 PROMPTS = ["Tom had a red kite.", "Mia", "One day, the old dog was at the lake.", "Sam"]
 ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]

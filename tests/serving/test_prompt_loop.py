@@ -9,7 +9,7 @@ import pytest
 
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp.serving.prompt_loop import HELP, prompt_loop
 
 PARAMS = SamplingParams(max_tokens=8, seed=1)

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import clp_kernels
 from clp.data.paths import TINY
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp.policies.token_stats import Batch, token_stats
 from clp.training.gradient_checkpointing import checkpointing
 from clp.training.trainer import CLPTrainer

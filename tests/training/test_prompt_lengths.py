@@ -8,7 +8,7 @@ from tiny_runs import config
 
 from clp.data.conversation import encode_prompt
 from clp.engine.sampler import Sampler
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp.training.config import CLPConfig
 from clp.training.prompt_lengths import fitting_rows
 from clp.training.trainer import CLPTrainer

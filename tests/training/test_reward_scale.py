@@ -10,7 +10,7 @@ from tiny_runs import config, metrics, randomised
 
 from clp.engine.sampler import Sampler, SamplingParams
 from clp.policies.card import read_card
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp.rewards import brevity, sentiment
 from clp.training import reward_scale, trainer
 from clp.training.reward_scale import COMPLETIONS, measure_reward_scale

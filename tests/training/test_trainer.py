@@ -17,7 +17,7 @@ from tiny_runs import metrics
 from clp.engine.requests import SamplingParams
 from clp.evaluation.frontier import evaluate
 from clp.policies.loading import load_base
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp.rewards import brevity, sentiment
 from clp.training import trainer as trainer_module
 from clp.training.checkpoint import checkpoints
@@ -400,7 +400,7 @@ def test_a_tower_that_no_prompt_reaches_is_saved_and_resumed(tmp_path, monkeypat
         model.tower = torch.nn.Linear(8, 8)
         return model.requires_grad_(False), tokenizer
 
-    monkeypatch.setattr("clp.policies.lora.load_base", towered)
+    monkeypatch.setattr("clp.policies.policy.load_base", towered)
     CLPTrainer(args=tiny_runs.config(tmp_path / "a")).train()
     assert "tower" in steered_layers(Policy.load(tmp_path / "a").model)
     train_until(CLPTrainer(args=tiny_runs.config(tmp_path / "b")), 2)

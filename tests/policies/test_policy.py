@@ -15,7 +15,7 @@ from clp.data.paths import TINY
 from clp.data.weights import weight_grid
 from clp.policies.loading import load_base, torch_device
 from clp.policies.logit_mixture import LogitMixture
-from clp.policies.lora import Policy
+from clp.policies.policy import Policy
 from clp_kernels.nn.mixed_lora import steered_layers
 
 IDS = torch.tensor([[1, 5, 9, 30], [1, 7, 8, 40]])
@@ -228,7 +228,7 @@ def test_damaged_weights_are_refused(tmp_path):
 @pytest.mark.parametrize("device", ["nope", "", "cuda:x", "meta"])
 def test_devices_are_checked_before_a_model_is_loaded(device, tmp_path, monkeypatch):
     trained().save(tmp_path)
-    for place in ("clp.policies.lora.load_base", "clp.policies.logit_mixture.load_base"):
+    for place in ("clp.policies.policy.load_base", "clp.policies.logit_mixture.load_base"):
         monkeypatch.setattr(place, pytest.fail)
     for make in (
         lambda: Policy.create("tiny", ["joy"], device=device),
