@@ -4,6 +4,7 @@ objectives: every example of a batch carries its own weights."""
 from clp_kernels.invariant import batch_invariant
 from clp_kernels.nn.experts import MixedLinear
 from clp_kernels.nn.inject import inject
+from clp_kernels.nn.inject_experts import inject_experts
 from clp_kernels.nn.mix_models import mix_models
 from clp_kernels.nn.mixed_lora import MixedLoRALinear
 from clp_kernels.nn.steering import adapter_names, steer
@@ -26,6 +27,7 @@ __all__ = [
     "batch_invariant",
     "export_adapter",
     "inject",
+    "inject_experts",
     "linear_logprob",
     "load_adapters",
     "mix_logits",

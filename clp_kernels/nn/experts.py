@@ -1,10 +1,12 @@
-"""Layers whose parameters are mixed per example from m whole models (CLP's full parameters).
+"""Layers whose parameters are mixed per example from m experts (CLP's full parameters).
 
 Each computes a sum of m outputs weighted as `steer` says, not the output of a mixed matrix: that is
 the same if the layer is linear in its parameters, and needs no copy per example.
-`clp_kernels.mix_models` puts them into a model.
+`clp_kernels.mix_models` puts them into a model, and `clp_kernels.inject_experts` puts them beside
+the layers of a model: the experts are then differences from its parameters.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -23,25 +25,74 @@ from clp_kernels.ops.mixed_linear.op import mixed_linear
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-class _Experts(SteeredLayer):
-    """What the layers of m experts share; they have no base to run instead."""
+class Experts(SteeredLayer):
+    """What the layers of m experts share.
 
-    def __init__(self, adapter_names: Sequence[str], steering: Steering | None) -> None:
+    Without a base_layer, the experts are whole parameters theta_i. With one, which stays as it is,
+    they are differences delta_i from its parameters theta:
+
+        parameters(b) = sum_i weights[b, i] theta_i     or     theta + sum_i weights[b, i] delta_i
+    """
+
+    def __init__(
+        self,
+        adapter_names: Sequence[str],
+        steering: Steering | None,
+        base_layer: nn.Module | None,
+    ) -> None:
         super().__init__()
         self.adapter_names = tuple(distinct_names("adapter_names", adapter_names))
         self.steering = steering or Steering()
+        self.base_layer = base_layer
+        self.has_base = base_layer is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight (models look at its dtype and device)."""
+        if self.base_layer is None:
+            raise AttributeError(f"{type(self).__name__} has no weight: it has no base_layer")
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The experts' parameters, without the base layer's."""
+        base = set() if self.base_layer is None else set(self.base_layer.parameters())
+        return [p for p in self.parameters() if p not in base]
+
+    @abstractmethod
+    def parameters_of(self, i: int) -> dict[str, Tensor]:
+        """Expert i's parameters, under the names and in the layout of the layer that they are of.
+
+        They share memory with the layer's.
+        """
+
+    @abstractmethod
+    def mixed(
+        self, x: Tensor, weights: Tensor, example_ids: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """sum_i weights[b, i] times the term of expert i."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [B, ...] or [T, ...], with the weights that `steer` has set."""
+        if (parts := self.by_example(x)) is not None:
+            return self.forward(parts, *args, **kwargs).flatten(0, 1)
+        weights, example_ids, _ = self.active_weights(x, *self._axes(x))
+        base: Tensor | None = None
+        if self.base_layer is not None:
+            base = self.base_layer(x, *args, **kwargs)
+            if weights is None:
+                return base
+        assert weights is not None  # steer refuses None for a layer without a base
+        y = self.mixed(x, weights, example_ids, *args, **kwargs)
+        return y if base is None else base + y
+
+    @abstractmethod
+    def _axes(self, x: Tensor) -> tuple[int, bool]:
+        """x's last axes that belong to one token, and whether one example serves all weights."""
 
     def mixed_parameter(self) -> Tensor:
         """The first of the experts' parameters."""
-        return next(self.parameters())
-
-    def weights_for(
-        self, x: Tensor, feature_axes: int, broadcast: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """`active_weights`, which `steer` does not let be None here, and example_ids."""
-        weights, example_ids, _ = self.active_weights(x, feature_axes, broadcast)
-        assert weights is not None
-        return weights, example_ids
+        return self.own_parameters()[0]
 
     def _stacked(self, value: Tensor, axes: str) -> nn.Parameter:
         """The parameter expert_weight. Raises ValueError unless it is m matrices."""
@@ -51,7 +102,7 @@ class _Experts(SteeredLayer):
         return _parameter(value)
 
 
-class MixedLinear(_Experts):
+class MixedLinear(Experts):
     """A linear layer whose matrix (and bias) is mixed per example from m experts.
 
         y_t = sum_i weights[b(t), i] * (x_t W_i^T + bias_i)
@@ -61,6 +112,8 @@ class MixedLinear(_Experts):
         expert_bias: [m, out] of the same dtype, or None.
         adapter_names: m names, in the order of the columns of `weights`.
         steering: The object that `steer` writes; the layer's own if None.
+        base_layer: If given, the experts are differences from it: y_t = base_layer(x_t) + the sum.
+            They may then have a wider dtype than x, in which they are trained.
         backend: See `clp_kernels.mixed_linear`.
 
     Shapes: x [B, ..., in] with weights [B, m], or x [T, in] with example_ids [T]. Under autocast
@@ -75,9 +128,10 @@ class MixedLinear(_Experts):
         adapter_names: Sequence[str],
         *,
         steering: Steering | None = None,
+        base_layer: nn.Module | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(adapter_names, steering)
+        super().__init__(adapter_names, steering, base_layer)
         self.expert_weight = self._stacked(expert_weight, "out, in")
         if expert_bias is not None and expert_bias.shape != expert_weight.shape[:2]:
             raise ValueError(
@@ -129,25 +183,39 @@ class MixedLinear(_Experts):
         """Size of y's last axis."""
         return self.expert_weight.shape[1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, ..., in] or [T, in] -> [..., out], with the weights that `steer` has set."""
-        weights, example_ids = self.weights_for(x, 1)
+    def parameters_of(self, i: int) -> dict[str, Tensor]:
+        """weight and bias of expert i; GPT-2's layers keep their weight transposed."""
+        transposed = self.base_layer is not None and is_transposed(self.base_layer)
+        weight = self.expert_weight[i].t() if transposed else self.expert_weight[i]
+        bias = self.expert_bias
+        return {"weight": weight} | ({} if bias is None else {"bias": bias[i]})
+
+    def mixed(
+        self, x: Tensor, weights: Tensor, example_ids: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """x [B, ..., in] or [T, in] -> [..., out]."""
         expert_weight: Tensor = self.expert_weight
         bias: Tensor | None = self.expert_bias
-        if torch.is_autocast_enabled(x.device.type):
+        autocast, dtype = torch.is_autocast_enabled(x.device.type), x.dtype
+        if autocast:
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, expert_weight = x.to(dtype), expert_weight.to(dtype)
+            x = x.to(dtype)
+        if autocast or self.base_layer is not None:
+            expert_weight = expert_weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return mixed_linear(
             x, expert_weight, weights, bias=bias, example_ids=example_ids, backend=self.backend
         )
+
+    def _axes(self, x: Tensor) -> tuple[int, bool]:
+        return 1, False
 
     def extra_repr(self) -> str:
         """Names and sizes, for print(model)."""
         return f"{', '.join(self.adapter_names)}: {self.in_features} -> {self.out_features}"
 
 
-class MixedEmbedding(_Experts):
+class MixedEmbedding(Experts):
     """An embedding whose table is mixed per example from m experts.
 
         y_t = scale * sum_i weights[b(t), i] * E_i[ids_t]
@@ -158,6 +226,7 @@ class MixedEmbedding(_Experts):
         scale: A constant factor (Gemma's sqrt(d)).
         padding_idx: The id whose entry gets no gradient, as in nn.Embedding.
         broadcast: Lets ids of one example serve all weights: positions are [1, S] for any batch.
+        base_layer: If given, the experts are differences from it: y = base_layer(ids) + the sum.
 
     Shapes: ids [B, ...] with weights [B, m], or [T] with example_ids [T]; y [..., d] in the
     table's dtype, accumulated in float32 (float64) in the order i = 0, 1, ...
@@ -173,8 +242,9 @@ class MixedEmbedding(_Experts):
         scale: float | Tensor | None = None,
         padding_idx: int | None = None,
         broadcast: bool = False,
+        base_layer: nn.Module | None = None,
     ) -> None:
-        super().__init__(adapter_names, steering)
+        super().__init__(adapter_names, steering, base_layer)
         self.expert_weight = self._stacked(expert_weight, "V, d")
         self.padding_idx, self.broadcast = padding_idx, broadcast
         # A number is not rounded to the table's dtype, as in the embedding that it comes from.
@@ -184,17 +254,27 @@ class MixedEmbedding(_Experts):
         else:
             self.scale = scale
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids [B, ...] or [T] -> [..., d], with the weights that `steer` has set."""
-        weights, example_ids = self.weights_for(ids, 0, self.broadcast)
+    def parameters_of(self, i: int) -> dict[str, Tensor]:
+        """The table of expert i."""
+        return {"weight": self.expert_weight[i]}
+
+    def mixed(
+        self, x: Tensor, weights: Tensor, example_ids: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """ids [B, ...] or [T] -> [..., d]."""
         # unbind, whose backward stacks m gradients; m indexings would each make one of all.
         tables = self.expert_weight.unbind(0)
-        terms = (F.embedding(ids, table, self.padding_idx) for table in tables)
+        terms = (F.embedding(x, table, self.padding_idx) for table in tables)
         y = _mix(terms, weights, example_ids)
+        if self.base_layer is not None:
+            y = y.to(self.weight.dtype)
         scale = self.scale
         if scale is None:
             return y
         return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+    def _axes(self, x: Tensor) -> tuple[int, bool]:
+        return 0, self.broadcast
 
     def extra_repr(self) -> str:
         """Names and sizes, for print(model)."""
@@ -202,7 +282,7 @@ class MixedEmbedding(_Experts):
         return f"{', '.join(self.adapter_names)}: {entries} x {width}"
 
 
-class MixedModule(_Experts):
+class MixedModule(Experts):
     """Any other module with parameters, run once per expert: the norms of a model.
 
         y = sum_i weights[b, i] * f(x; theta_i)
@@ -218,6 +298,9 @@ class MixedModule(_Experts):
     Args:
         experts: m modules of one class, kept as they are.
         adapter_names, steering: As in MixedLinear.
+        base_layer: If given, a module f(x; theta) of the same class; the experts' parameters are
+            differences from its own: y = f(x; theta) + sum_i weights[b, i] * (f(x; theta + delta_i)
+            - f(x; theta)). This is exact for any weights also where f is affine.
 
     Shapes: x [B, ...] with weights [B, m], or [T, ...] with example_ids [T]; f returns one tensor
     with the same first axis. Its dtype is kept (in 16 bits, x's is given back); the sum accumulates
@@ -231,8 +314,9 @@ class MixedModule(_Experts):
         adapter_names: Sequence[str],
         *,
         steering: Steering | None = None,
+        base_layer: nn.Module | None = None,
     ) -> None:
-        super().__init__(adapter_names, steering)
+        super().__init__(adapter_names, steering, base_layer)
         if len(experts) != len(self.adapter_names):
             raise ValueError(
                 f"experts must be {len(self.adapter_names)} modules, got {len(experts)}"
@@ -241,15 +325,37 @@ class MixedModule(_Experts):
             raise ValueError(f"experts must have parameters, {type(experts[0]).__name__} has none")
         self.experts = nn.ModuleList(experts)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [B, ...] or [T, ...], and whatever f takes, with the weights that `steer` has set."""
-        weights, example_ids = self.weights_for(x, x.dim() - 1)
-        half = x.dtype if x.dtype in _HALVES else None
-        if half is None or any(p.dtype != half for p in self.experts.parameters()):
+    def parameters_of(self, i: int) -> dict[str, Tensor]:
+        """The parameters of expert i."""
+        return dict(self.experts[i].named_parameters())
+
+    def mixed(
+        self, x: Tensor, weights: Tensor, example_ids: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """x [B, ...] or [T, ...], and whatever f takes."""
+        dtype, base = x.dtype, self.base_layer
+        own = self.experts if base is None else base
+        half = dtype in _HALVES and all(p.dtype == dtype for p in own.parameters())
+        if base is None and not half:
             return _mix((f(x, *args, **kwargs) for f in self.experts), weights, example_ids)
-        x, args, kwargs = tree_map(_float32, (x, args, kwargs))
-        terms = (functional_call(f, _wide_state(f), (x, *args), kwargs) for f in self.experts)
-        return _mix(terms, weights, example_ids).to(half)
+        if half:
+            x, args, kwargs = tree_map(_float32, (x, args, kwargs))
+        if base is None:
+            terms = (functional_call(f, _wide_state(f), (x, *args), kwargs) for f in self.experts)
+            return _mix(terms, weights, example_ids).to(dtype)
+        theta: dict[str, Tensor] = dict(base.named_parameters())
+        if half:
+            theta = _wide_state(base)
+        plain = functional_call(base, theta, (x, *args), kwargs)
+
+        def moved(f: nn.Module) -> Tensor:
+            state = theta | {n: theta[n] + delta for n, delta in f.named_parameters()}
+            return functional_call(base, state, (x, *args), kwargs) - plain  # type: ignore[no-any-return]
+
+        return _mix(map(moved, self.experts), weights, example_ids).to(dtype)
+
+    def _axes(self, x: Tensor) -> tuple[int, bool]:
+        return x.dim() - 1, False
 
 
 def weight_of(layer: nn.Module) -> Tensor:

@@ -132,7 +132,7 @@ def replace_linears(
                              "quantised layers are not supported")  # fmt: skip
         if dtype not in (torch.float32, weight.dtype):
             raise ValueError(f"dtype must be float32 or {name}'s {weight.dtype}, got {dtype}")
-    flattened = _flattened(model, list(ranks))
+    flattened = flattened_targets(model, list(ranks))
     model.requires_grad_(False)
     steering, layers = Steering(), {}
     # A layer that the model holds under several names is steered under each.
@@ -176,15 +176,19 @@ def _refuse_bypassed(model: nn.Module, names: list[str]) -> None:
         )
 
 
-def _flattened(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The targets that see flattened tokens, with the modules around them (nn.probe)."""
+def flattened_targets(model: nn.Module, names: list[str]) -> dict[str, nn.Module]:
+    """The targets that see flattened tokens, with the modules around them (nn.probe).
+
+    Raises: ValueError for targets whose inputs cannot be told apart by example, or whose weight is
+        used without a call.
+    """
     if not can_probe(model):
         return {}
     found = layout(model, names)
     if odd := found.bypassed:
         raise ValueError(
-            f"the weight of {odd[0]} is used without a call of the layer, where an adapter does "
-            f"nothing; {_leave_out(odd, names)}"
+            f"the weight of {odd[0]} is used without a call of the layer, where it is not steered; "
+            f"{_leave_out(odd, names)}"
         )
     if odd := found.unsteerable:
         raise ValueError(

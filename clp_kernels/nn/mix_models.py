@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clp_kernels.nn.experts import MixedEmbedding, MixedLinear, MixedModule, weight_of
 from clp_kernels.nn.mixed_lora import is_linear, why_not_linear, why_not_plain
-from clp_kernels.nn.steering import Steering, all_steered, distinct_names
+from clp_kernels.nn.steering import SteeredLayer, Steering, all_steered, distinct_names
 
 # Attributes of a module that say nothing about what it computes in a forward.
 _PASSIVE = ("training", "gradient_checkpointing", "padding_idx", "inplace")
@@ -60,7 +60,7 @@ def mix_models(
             raise ValueError(f"models must be plain, {name} has steered layers already")
     for name, model in zip(names[1:], models[1:], strict=True):
         _refuse_other_architecture(models[0], model, f"{names[0]} and {name}")
-    targets = _conditioned(models[0], conditioning)
+    targets = conditioned(models[0], conditioning)
     for name, module in targets.items():
         _refuse_bypassed(module, f"{name} of {names[0]}")
     for who, model in zip(names[1:], models[1:], strict=True):
@@ -73,7 +73,7 @@ def mix_models(
     mixed = {id(p) for module in targets.values() for p in module.parameters(recurse=False)}
     for name, model in zip(names[1:], models[1:], strict=True):
         _refuse_other_values(models[0], model, mixed, f"{names[0]} and {name}", conditioning)
-    _replace(models, names, targets)
+    _mix(models, names, targets)
     if conditioning == "head":
         _untie(models[0])
     models[0].requires_grad_(False)
@@ -140,8 +140,11 @@ def _settings(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _conditioned(model: nn.Module, conditioning: str) -> dict[str, nn.Module]:
-    """The modules whose parameters are mixed, by name."""
+def conditioned(model: nn.Module, conditioning: str) -> dict[str, nn.Module]:
+    """The modules whose parameters are mixed, by name.
+
+    Raises: ValueError if the model has none, or one of another kind than layers.
+    """
     modules = dict(model.named_modules())
     if conditioning == "head":
         get_head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
@@ -165,12 +168,17 @@ def _conditioned(model: nn.Module, conditioning: str) -> dict[str, nn.Module]:
         n: m for n, m in modules.items() if next(m.parameters(recurse=False), None) is not None
     }
     for name, module in targets.items():
-        if not name or not (is_linear(module) or _is_norm(module) or _is_embedding(module)):
+        if not name or not can_be_mixed(module):
             raise ValueError(
                 "models must hold their parameters in linear layers, embeddings and norms, "
                 f"{name or 'the model itself'} is a {type(module).__name__}"
             )
     return targets
+
+
+def can_be_mixed(module: nn.Module) -> bool:
+    """Whether this is a linear layer, an embedding or a norm."""
+    return is_linear(module) or _is_norm(module) or _is_embedding(module)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -183,12 +191,16 @@ def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and module.max_norm is None
 
 
-def _refuse_bypassed(module: nn.Module, name: str) -> None:
-    """ValueError where a mixed layer would leave out what the module computes."""
+def why_bypassed(module: nn.Module) -> str | None:
+    """Why a mixed layer would leave out what this linear layer, embedding or norm computes."""
     fault = why_not_linear(module) if is_linear(module) else why_not_plain(module)
     if fault is None and isinstance(module, nn.Embedding) and not _looks_up(module):
-        fault = f"is a {type(module).__name__}, which has a forward of its own"
-    if fault:
+        return f"is a {type(module).__name__}, which has a forward of its own"
+    return fault
+
+
+def _refuse_bypassed(module: nn.Module, name: str) -> None:
+    if fault := why_bypassed(module):
         raise ValueError(f"models must be plain where parameters are mixed, {name} {fault}")
 
 
@@ -219,21 +231,16 @@ def _refuse_other_values(
             )
 
 
-def _replace(
-    models: Sequence[nn.Module], names: Sequence[str], targets: dict[str, nn.Module]
-) -> None:
+def _mix(models: Sequence[nn.Module], names: Sequence[str], targets: dict[str, nn.Module]) -> None:
     """Puts a mixed layer in place of each target of the first model."""
-    steering, stacks = Steering(), _Stacks()
-    get_embedding: Callable[[], Any] = getattr(models[0], "get_input_embeddings", lambda: None)
-    words = get_embedding()
-    # A module that the model holds under several names is replaced under each.
-    places = list(models[0].named_modules(remove_duplicate=False))
+    steering, stacks = Steering(), Stacks()
+    words = input_embedding(models[0])
     groups = {name: [model.get_submodule(name) for model in models] for name in targets}
     # One memo per model: what two modules share, their copies share.
     copies: list[dict[int, Any]] = [{} for _ in models]
     for name, module in targets.items():
         group = groups.pop(name)
-        layer: nn.Module
+        layer: SteeredLayer
         if is_linear(module):
             biases = [m.bias for m in group]
             bias = None if module.bias is None else stacks.of(biases, biases)
@@ -252,13 +259,24 @@ def _replace(
         else:
             experts = [copy.deepcopy(m, memo) for m, memo in zip(group, copies, strict=True)]
             layer = MixedModule(experts, names, steering=steering)
-        layer.train(module.training)
-        for place in [n for n, found in places if found is module]:
-            parent, _, child = place.rpartition(".")
-            setattr(models[0].get_submodule(parent), child, layer)
+        replace(models[0], module, layer)
 
 
-class _Stacks:
+def input_embedding(model: nn.Module) -> Any:
+    """The embedding of the tokens, or None."""
+    get: Callable[[], Any] = getattr(model, "get_input_embeddings", lambda: None)
+    return get()
+
+
+def replace(model: nn.Module, module: nn.Module, layer: SteeredLayer) -> None:
+    """Puts the layer in place of the module, under each name that the model holds it under."""
+    layer.train(module.training)
+    for place in [n for n, m in model.named_modules(remove_duplicate=False) if m is module]:
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
+class Stacks:
     """The m values of a parameter as one Parameter [m, ...]; the same one for tied parameters."""
 
     def __init__(self) -> None:

@@ -9,16 +9,12 @@ from torch import Tensor, nn
 
 from clp_kernels.checks import accumulator
 from clp_kernels.invariant import is_batch_invariant
-from clp_kernels.nn.steering import SteeredLayer, Steering
+from clp_kernels.nn.steering import CALLED, SteeredLayer, Steering, shown_call
 from clp_kernels.ops.mixed_lora.op import apply_mixed_lora, mixed_lora
 from clp_kernels.ops.mixed_lora.reference import Inputs
 
 # What an adapter's file may hold (clp_kernels.peft.read): what is made can be loaded again.
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
-
-# What a call of a module runs besides the forward of its class.
-_CALLED = ("forward", "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks",
-           "_backward_hooks")  # fmt: skip
 
 
 class MixedLoRALinear(SteeredLayer):
@@ -37,10 +33,6 @@ class MixedLoRALinear(SteeredLayer):
         lora_alpha: alpha of each adapter; scaling_i = lora_alpha_i / r_i.
         steering: The object that `steer` writes; shared by the layers of a model.
         dtype: dtype of the adapters: float32 (default) or the base layer's.
-
-    Attributes:
-        flattened: Whether x is [B * T, in], one example's tokens after the other's, and the module
-            around it refuses another B than the weights'. `inject` finds out.
 
     Shapes: x [B, ..., in] with weights [B, m], or x [T, in] with example_ids [T].
     Raises: RuntimeError without weights; ValueError if x and the weights do not fit, or for a base
@@ -64,7 +56,6 @@ class MixedLoRALinear(SteeredLayer):
         if fault := why_not_linear(base_layer):
             raise ValueError(f"base_layer must be a plain linear layer, got one that {fault}")
         self.base_layer = base_layer
-        self.flattened = False
         self.transposed = is_transposed(base_layer)
         self.adapter_names = tuple(adapter_names)
         self.ranks = tuple(ranks)
@@ -92,24 +83,6 @@ class MixedLoRALinear(SteeredLayer):
     def mixed_parameter(self) -> Tensor:
         """lora_A."""
         return self.lora_A
-
-    def fault(self) -> str | None:
-        """That the base layer has a hook or a forward of its own, which `forward` does not call."""
-        own = self._modules["base_layer"].__dict__
-        # Spelled out, because `steer` asks every layer: a loop takes five times as long.
-        if not (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-            or "forward" in own
-        ):
-            return None
-        what = next(_shown(name) for name in _CALLED if own.get(name))
-        return (
-            f"its base_layer has got {what} since it was wrapped, which would not run; put that on "
-            "this MixedLoRALinear instead"
-        )
 
     @property
     def weight(self) -> Tensor:
@@ -154,12 +127,8 @@ class MixedLoRALinear(SteeredLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, ..., in] or [T, in] -> [..., out], with the weights that `steer` has set."""
-        if self.flattened and x.dim() == 2:
-            active = self.steering.active
-            if active is not None and active.weights is not None and active.example_ids is None:
-                count = active.weights.shape[0]
-                if x.shape[0] != count and count and x.shape[0] % count == 0:
-                    return self.forward(x.unflatten(0, (count, -1))).flatten(0, 1)
+        if self.flattened and (parts := self.by_example(x)) is not None:
+            return self.forward(parts).flatten(0, 1)
         weights, example_ids, _ = self.active_weights(x, 1)
         if weights is None:
             return self.base_layer(x)  # type: ignore[no-any-return]
@@ -231,9 +200,9 @@ def why_not_plain(layer: nn.Module, *forwards: Any) -> str | None:
     own = type(layer).forward not in forwards or type(layer).__call__ is not nn.Module.__call__
     if forwards and own:
         return f"is a {type(layer).__name__}, which has a forward of its own"
-    for name in _CALLED:
+    for name in CALLED:
         if vars(layer).get(name):
-            return f"is a {type(layer).__name__} with {_shown(name)}"
+            return f"is a {type(layer).__name__} with {shown_call(name)}"
     for name, value in [
         *layer.named_parameters(recurse=False),
         *layer.named_buffers(recurse=False),
@@ -241,10 +210,6 @@ def why_not_plain(layer: nn.Module, *forwards: Any) -> str | None:
         if type(value) not in (nn.Parameter, Tensor):
             return f"is a {type(layer).__name__} whose {name} is a {type(value).__name__}"
     return None
-
-
-def _shown(name: str) -> str:
-    return "a replaced forward" if name == "forward" else name.strip("_").replace("_", " ")
 
 
 def why_not_linear(layer: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from clp_kernels import checks
 
 _ENTERING = threading.Lock()
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+# What a call of a module runs besides the forward of its class.
+CALLED = ("forward", "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks",
+          "_backward_hooks")  # fmt: skip
 
 
 class Active(NamedTuple):
@@ -43,19 +47,53 @@ class SteeredLayer(nn.Module):
         adapter_names: m names, in the order of the columns of `weights`.
         steering: The object that `steer` writes; shared by the layers of a model.
         has_base: Whether the layer can run for `steer(model, None)`.
+        flattened: Whether x is [B * T, ...], one example's tokens after the other's, and the module
+            around the layer refuses another B than the weights'. What puts the layer into a model
+            finds out.
     """
 
     adapter_names: tuple[str, ...]
     steering: Steering
-    has_base: ClassVar[bool] = False
+    has_base: bool = False
+    flattened: bool = False
 
     @abstractmethod
     def mixed_parameter(self) -> Tensor:
         """One of the parameters that are mixed: weights go to its device, in its accumulator."""
 
     def fault(self) -> str | None:
-        """What has happened to the layer since it was made, so that it no longer computes right."""
-        return None
+        """That the base_layer has a hook or a forward of its own since the layer was made.
+
+        The adapters or the experts would have no part in it.
+        """
+        base = self._modules.get("base_layer")
+        if base is None:
+            return None
+        own = base.__dict__
+        # Spelled out, because `steer` asks every layer: a loop takes five times as long.
+        if not (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return None
+        what = next(shown_call(name) for name in CALLED if own.get(name))
+        return (
+            f"its base_layer has got {what} since it was wrapped; put that on this "
+            f"{type(self).__name__} instead"
+        )
+
+    def by_example(self, x: Tensor) -> Tensor | None:
+        """x [B * T, in] as [B, T, in] if the layer is `flattened`; None: x is as it should be."""
+        active = self.steering.active
+        if not self.flattened or x.dim() != 2 or active is None or active.weights is None:
+            return None
+        count = active.weights.shape[0]
+        if active.example_ids is not None or x.shape[0] == count or not count:
+            return None
+        return x.unflatten(0, (count, -1)) if x.shape[0] % count == 0 else None
 
     def active_weights(self, x: Tensor, feature_axes: int, broadcast: bool = False) -> Active:
         """The weights for an input whose last `feature_axes` axes belong to one token.
@@ -85,6 +123,11 @@ class SteeredLayer(nn.Module):
         elif x.shape[0] != weights.shape[0] and not (broadcast and x.shape[0] == 1):
             raise wrong_batch(x.shape[0], weights.shape[0])
         return active
+
+
+def shown_call(name: str) -> str:
+    """A name of CALLED, as errors show it."""
+    return "a replaced forward" if name == "forward" else name.strip("_").replace("_", " ")
 
 
 def wrong_batch(examples: int, rows: int) -> ValueError:
