@@ -11,7 +11,8 @@ from clp.data.paths import check_folder, home_expanded
 
 @dataclass
 class ExportCommand:
-    """Write one ordinary PEFT adapter for fixed weights, for vLLM or any other server."""
+    """Write what vLLM or any other server can load for fixed weights: one ordinary PEFT adapter, or
+    one whole model if the conditioning is "full", "attention" or "head"."""
 
     run: Annotated[str, tyro.conf.Positional]
     """Run folder or checkpoint."""
@@ -26,21 +27,14 @@ class ExportCommand:
 
 
 def run(argv: Sequence[str]) -> None:
-    """clp export RUN FOLDER --weights "joy=0.7,brief=0.3": one PEFT adapter."""
+    """clp export RUN FOLDER --weights "joy=0.7,brief=0.3": one PEFT adapter or model."""
     command = tyro.cli(ExportCommand, prog="clp export", args=argv)
-    import clp_kernels
     from clp.data.weights import parse_weights
     from clp.policies.card import read_card
-    from clp.policies.loading import model_path
     from clp.policies.policy import Policy
-    from clp_kernels.nn.mixed_lora import steered_layers
 
     folder, output = home_expanded(command.run), home_expanded(command.output)
     objectives = read_card(folder)["objectives"]
     weights = parse_weights(command.weights, objectives, simplex=command.simplex)
     check_folder(output, empty=True)
-    policy = Policy.load(folder, base_model=command.base_model)
-    base = model_path(policy.base_model)
-    written = clp_kernels.export_adapter(policy.model, weights, output, base_model=base)
-    ranks = (layer.ranks for layer in steered_layers(policy.model).values())
-    print(f"PEFT adapter of rank {sum(map(max, zip(*ranks, strict=True)))}: {written}")
+    print(Policy.load(folder, base_model=command.base_model).export(weights, output))

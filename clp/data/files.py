@@ -2,20 +2,31 @@
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replaces the file by a rename once its content is on disk: readers see the old or the new."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The path of a temporary file, which is on disk and replaces the file when the context ends.
+
+    Readers see the old file or the new one.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
+        yield temporary
+        with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces the file by one with this content, as `whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def lock_file(handle: int) -> bool:

@@ -16,7 +16,7 @@ import math
 import numbers
 import reprlib
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from clp.data.conversation import Messages, is_conversation
+from clp.data.json_lines import MOST_NESTING
 from clp.data.prompts import ARGUMENTS, columns
 
 RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -89,19 +90,30 @@ def _mean(values: list[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def _json(value: Any) -> Any:
-    """A value as JSON has it: NaN and infinities are None, objects of unknown kind their str."""
+def _json(value: Any, depth: int = 0) -> Any:
+    """A value as every reader of JSON takes it.
+
+    NaN and infinities are None. Objects of unknown kind, huge integers and what is nested too
+    deeply are texts, and half of a surrogate pair is escaped.
+    """
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, int):
+        # Python refuses to write more than 4,300 digits, and to read them.
+        return int(value) if value.bit_length() <= 1024 else hex(value)
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     if hasattr(value, "tolist"):  # numpy, torch, pandas
-        return _json(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(key): _json(one) for key, one in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_json(one) for one in value]
-    return str(value)
+        return _json(value.tolist(), depth)
+    if depth < MOST_NESTING // 2:
+        if isinstance(value, Mapping):
+            return {_json(str(key)): _json(one, depth + 1) for key, one in value.items()}
+        if isinstance(value, list | tuple | set):
+            return [_json(one, depth + 1) for one in value]
+        return _json(str(value))
+    return _json(reprlib.repr(value))
 
 
 def score(
@@ -192,15 +204,18 @@ def dry_call(
     tokenizer: Any,
     trainer_state: Any,
     reserved: frozenset[str] = frozenset(),
+    num_generations: int = 1,
 ) -> None:
-    """Scores two short completions of the first and the last row; what functions log is dropped.
+    """Scores short completions of the first and the last row, num_generations each; what functions
+    log is dropped.
 
     So a function that cannot be called, or returns what `score` refuses, fails before anything is
     sampled.
 
     Raises: what `score` raises.
     """
-    pair, texts = [rows[0], rows[-1]], ["Yes.", "No, not yet."]
+    pair = [row for row in (rows[0], rows[-1]) for _ in range(num_generations)]
+    texts = [text for text in ("Yes.", "No, not yet.") for _ in range(num_generations)]
     score(
         reward_funcs, [row["prompt"] for row in pair], texts,
         columns(pair),
@@ -227,14 +242,7 @@ def _noted(objective: str, count: int) -> Iterator[None]:
 def _call(func: RewardFunc, given: Mapping[str, Any], tools: Mapping[str, Any]) -> Any:
     # A module's __call__ takes anything; its forward names the arguments.
     called: Callable[..., Any] = func.forward if isinstance(func, nn.Module) else func
-    try:
-        parameters = inspect.signature(called).parameters.values()
-    except ValueError:  # some functions in C have none
-        named = None
-    else:
-        named = {one.name for one in parameters}
-        if any(one.kind is one.VAR_KEYWORD for one in parameters):
-            named = None
+    named = _named(called, given.keys() | tools.keys())
     passed = {
         name: [_copy(value) for value in column]
         for name, column in given.items()
@@ -242,6 +250,27 @@ def _call(func: RewardFunc, given: Mapping[str, Any], tools: Mapping[str, Any]) 
     }
     passed |= {name: tool for name, tool in tools.items() if named is None or name in named}
     return func(**passed)
+
+
+def _named(called: Callable[..., Any], offered: Set[str]) -> set[str] | None:
+    """The arguments that a function takes; None: all that are offered.
+
+    A decorator's own signature counts, not that of the function which functools.wraps names: it
+    may be called with other arguments. One of *args and **kwargs alone passes on what it gets, so
+    what is inside counts if all that it needs is offered.
+    """
+    try:
+        own = inspect.signature(called, follow_wrapped=False).parameters.values()
+        if own and all(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in own):
+            inside = inspect.signature(called).parameters.values()
+            needed = {one.name for one in inside if one.default is one.empty}
+            needed -= {o.name for o in inside if o.kind in (o.VAR_POSITIONAL, o.VAR_KEYWORD)}
+            own = inside if needed <= offered else own
+    except ValueError:  # some functions in C have none
+        return None
+    if any(one.kind is one.VAR_KEYWORD for one in own):
+        return None
+    return {one.name for one in own}
 
 
 def _copy(value: Any) -> Any:

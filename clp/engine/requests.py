@@ -109,6 +109,8 @@ class SamplingParams:
                 object.__setattr__(self, name, float(value))
         if 0 < self.temperature < LEAST_TEMPERATURE:
             object.__setattr__(self, "temperature", LEAST_TEMPERATURE)
+        if isinstance(self.ignore_eos, np.bool_):
+            object.__setattr__(self, "ignore_eos", bool(self.ignore_eos))
         if type(self.ignore_eos) is not bool:
             raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         self._check_list("stop", MOST_STOPS, "non-empty strings", str)
@@ -123,11 +125,14 @@ class SamplingParams:
         values = getattr(self, name)
         if kind is int and isinstance(values, Set):
             values = list(values)
+        if isinstance(values, np.ndarray | Tensor) and values.ndim == 1:
+            values = values.tolist()
         good = isinstance(values, Sequence) and not isinstance(values, (bytes, bytearray))
-        if good and kind is int:
+        if good:
             values = [int(v) if _is_number(v, Integral) else v for v in values]
+            values = [str(v) if isinstance(v, str) else v for v in values]
         if not good or not all(type(v) is kind for v in values):
-            raise ValueError(f"{name} must hold {what}, got {values!r}")
+            raise ValueError(f"{name} must be a list of {what}, got {values!r}")
         if len(values) > most:
             raise ValueError(f"{name} must hold at most {most} {what}, got {len(values)}")
         object.__setattr__(self, name, tuple(values))

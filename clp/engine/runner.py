@@ -54,11 +54,12 @@ class Runner:
         self.policy, self.max_cache_bytes = policy, max_cache_bytes
         self.networks = list(policy.networks)
         self.models = [SlotModel(network.model) for network in self.networks]
-        device, m = policy.device, len(policy.objectives)
+        device = policy.device
+        own = policy.layer_weights(torch.zeros(len(policy.objectives), dtype=torch.float32))
         self.spare = int(device.type == "cuda")
         self._kind = self.models[0].model.dtype, self.models[0].model.device
         dtype = torch.float64 if self._kind[0] == torch.float64 else torch.float32
-        self.state = SlotState(max_slots, m, device, dtype)
+        self.state = SlotState(max_slots, len(own), device, dtype)
         self.graphs = CudaGraphs() if self.spare else None
         self._steering: dict[tuple[int, int, int], Any] = {}
         self._states: list[ModelState] = []  # of the models, when they were last compared

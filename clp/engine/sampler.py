@@ -335,6 +335,7 @@ def make_request(
     if not isinstance(params, SamplingParams):
         raise TypeError(f"params of {name} must be SamplingParams, got {type(params).__name__}")
     ids = parse_prompt(prompt, policy.tokenizer, policy.vocab_size, name)
+    ids = policy.conditioned_prompt(ids, weights)
     room = min(policy.context_length, runner.max_length + 1) - len(ids)
     most = params.max_tokens or max(1, min(room, MOST_TOKENS))
     length = len(ids) + most
@@ -350,8 +351,8 @@ def make_request(
     ends = frozenset() if params.ignore_eos else policy.end_ids
     stop_ids = ends | frozenset(params.stop_token_ids)
     seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-    key = policy.cache_key(weights)
-    return Request(policy.tokenizer, ids, weights, params, stop_ids, key, most, seed, prompt_index)
+    key, own = policy.cache_key(weights), policy.layer_weights(weights)
+    return Request(policy.tokenizer, ids, own, params, stop_ids, key, most, seed, prompt_index)
 
 
 def with_seeds(params: SamplingParams, seeds: Seq[int]) -> list[SamplingParams]:

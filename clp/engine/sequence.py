@@ -120,7 +120,7 @@ class Request:
     """A submitted prompt and its n completions.
 
     Attributes:
-        weights: [m].
+        weights: [n], as the layers take them.
         stop_ids: Token ids that end a completion.
         cache_key: Equal for weights that give equal keys and values for equal tokens.
         max_tokens: That of params, or as many as there is room for.

@@ -19,7 +19,7 @@ class SlotState:
         active: int64 [slots], 1 if a sequence decodes in the slot, else 0.
         temperature, top_p, min_p: float64 [slots]. Not rounded: a request's filters do not depend
             on whether others ask for the same.
-        weights: [slots, m].
+        weights: [slots, n], as the layers take them.
     """
 
     def __init__(self, slots: int, m: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -235,14 +235,13 @@ def _kl_sums(
     progress: bool,
 ) -> tuple[Tensor, Tensor]:
     """KL to the base summed over each completion, and its number of tokens; float64 [N]."""
-    pad = policy.tokenizer.pad_token_id or 0
     # Greedy sampling has no distribution; its KL is taken at temperature 1.
     tau = temperature or 1.0
     sums = []
     starts = range(0, len(done), size)
     for start in tqdm(starts, desc="KL to the base", unit="batch", disable=not progress):
         chosen = slice(start, start + size)
-        batch = make_batch(prompt_ids[chosen], done[chosen], weights[chosen], pad, policy.device)
+        batch = make_batch(policy, prompt_ids[chosen], done[chosen], weights[chosen])
         with torch.no_grad():
             sums.append(token_stats(policy, batch, head, tau).kl.sum(1).double().cpu())
     return torch.cat(sums), torch.tensor([len(c.token_ids) for c in done], dtype=torch.float64)

@@ -1,7 +1,6 @@
-"""clp.json, the card of a saved policy: base model, objectives, rewards and their scale, digests of
-adapters."""
+"""clp.json, the card of a saved policy: base model, conditioning, objectives, rewards and their
+scale, digests of adapters or experts."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,36 +9,29 @@ from typing import Any
 from clp.data.files import write_whole
 from clp.data.json_lines import read_json
 
+CONDITIONINGS = ("lora", "full", "attention", "head", "prompt")
+
 
 def write_card(
     directory: Path,
     base_model: str,
+    conditioning: str,
     objectives: Sequence[str],
     rewards: Sequence[str],
     reward_scale: Mapping[str, float] | None,
+    digests: Mapping[str, str],
 ) -> None:
-    """Writes clp.json for the adapters in the folder."""
+    """Writes clp.json; `digests` are those of the files of adapters or experts in the folder."""
     card = {
         "format": 1,
+        "conditioning": conditioning,
         "base_model": base_model,
         "objectives": list(objectives),
         "rewards": list(rewards),
         "reward_scale": None if reward_scale is None else dict(reward_scale),
-        "adapters": {name: _digest(directory / "adapters" / name) for name in objectives},
+        "adapters": dict(digests),
     }
     write_whole(directory / "clp.json", (json.dumps(card, indent=2) + "\n").encode())
-
-
-def checked_adapters(directory: Path, card: dict[str, Any]) -> list[Path]:
-    """The adapters' folders, in the order of the objectives.
-
-    Raises: ValueError if one is incomplete, or differs from the digest in the card.
-    """
-    folders = [directory / "adapters" / name for name in card["objectives"]]
-    for folder in folders:
-        if _digest(folder) != card["adapters"].get(folder.name):
-            raise ValueError(f"{folder} is not the adapter that {directory / 'clp.json'} names")
-    return folders
 
 
 def read_card(directory: Path) -> dict[str, Any]:
@@ -59,6 +51,12 @@ def read_card(directory: Path) -> dict[str, Any]:
     for key, kind in want.items():
         if not isinstance(card.get(key), kind):
             raise ValueError(f"{path}: {key} must be a {kind.__name__}, got {card.get(key)!r}")
+    # Cards of version 0.1.0 have none.
+    how = card.setdefault("conditioning", "lora")
+    if how not in CONDITIONINGS:
+        raise ValueError(
+            f"{path}: conditioning must be one of {', '.join(CONDITIONINGS)}, got {how!r}"
+        )
     if not all(isinstance(spec, str) for spec in card["rewards"]):
         raise ValueError(f"{path}: rewards must be a list of texts, got {card['rewards']!r}")
     names = card["objectives"]
@@ -89,14 +87,3 @@ def checked_reward_scale(
             f"{value!r:.200}"
         )
     return {name: float(number) for name, number in value.items()}
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 over the two files of an adapter folder."""
-    digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"adapter {folder} lacks {name}")
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -1,19 +1,66 @@
 """What the sampler asks of a policy."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clp.policies.loading import context_length, drawable_ids, end_ids, vocab_size
 
 
 class Network(NamedTuple):
-    """A model that runs for every token, and the context that sets its weights [B, m]."""
+    """A model that runs for every token, and the context that sets its `layer_weights` [B, n]."""
 
     model: Any
-    steer: Any  # weights -> context manager
+    steer: Any  # layer_weights -> context manager
+
+
+class Conditioning(Protocol):
+    """How the weights of an example change a policy; the object has no state of the policy.
+
+    Attributes:
+        name: That of CLPConfig.conditioning and clp.json.
+    """
+
+    name: str
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+
+    def save(
+        self, model: nn.Module, objectives: Sequence[str], directory: Path, base_model: str
+    ) -> dict[str, str]:
+        """Writes what is trained; each file or folder is replaced by a rename.
+
+        Returns: the digests by name, as `load` wants them.
+        """
+
+    def load(
+        self, model: nn.Module, objectives: Sequence[str], directory: Path, digests: dict[str, Any]
+    ) -> None:
+        """Puts what `save` wrote into the base model. Raises: ValueError if it does not fit."""
+
+    def export(
+        self,
+        model: Any,
+        objectives: Sequence[str],
+        weights: Tensor,
+        folder: Path,
+        base_model: str,
+        tokenizer: Any,
+    ) -> str:
+        """Writes what others can load for fixed weights [m], and returns what that is."""
+
+    def layer_weights(self, weights: Tensor) -> Tensor:
+        """The weights of objectives [..., m] as the layers take them [..., n]."""
+
+    def prefix(self, weights: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
+        """The ids that say the weights [m] at the beginning of a prompt, after its BOS token."""
+
+    def longest_prefix(self, objectives: Sequence[str], tokenizer: Any) -> int:
+        """Ids that `prefix` has at most, for weights from 0 to 1."""
 
 
 class Steerable(Protocol):
@@ -56,6 +103,14 @@ class Steerable(Protocol):
         """Index of the token ids that are drawn: the tokenizer and every model have them."""
         ids = drawable_ids(self.tokenizer, self.vocab_size)
         return ids if isinstance(ids, slice) else ids.to(self.device)
+
+    def layer_weights(self, weights: Tensor) -> Tensor:
+        """The weights of objectives [..., m] as `Network.steer` takes them [..., n]."""
+        return weights
+
+    def conditioned_prompt(self, prompt_ids: list[int], weights: Tensor) -> list[int]:
+        """The prompt as the networks get it for the weights [m]."""
+        return prompt_ids
 
     def logit_weights(self, weights: Tensor) -> Tensor | None:
         """Weights [B, m] -> weights of the networks' logits [B, n]; None for a single network."""

@@ -1,5 +1,6 @@
 """Loading a base model and its tokenizer, and what a loaded one allows: lengths, ids, devices."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,10 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         )  # fmt: skip
         model, report = loaded
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    # transformers drops what it does not know, and takes the numbers as they are stored.
-    if getattr(config, "quantization_config", None) and not getattr(model, "hf_quantizer", None):
+    # transformers drops a method that it does not know, and takes the numbers as they are stored;
+    # where it has made plain weights of them, this is gone from the model's configuration.
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised and not getattr(model, "hf_quantizer", None):
         method = config.quantization_config.get("quant_method")
         raise ValueError(f"model {name!r} is quantised by {method!r}, which transformers lacks")
     # transformers makes an empty tokenizer if the files are missing.
@@ -126,6 +129,14 @@ def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
         found.append(tokenizer.eos_token_id)
     known = (i for i in found if isinstance(i, int | np.integer) and not isinstance(i, bool))
     return frozenset(int(i) for i in known if 0 <= i < vocab_size(model))
+
+
+def base_config(model: Any) -> dict[str, Any]:
+    """The model's configuration as JSON has it, without what another copy of it may change."""
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"):
+        config.pop(name, None)
+    return config
 
 
 def context_length(model: Any) -> int:

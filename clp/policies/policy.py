@@ -1,7 +1,8 @@
-"""A steerable policy: a frozen causal LM, one adapter per objective, and the names in order."""
+"""A steerable policy: a frozen causal LM, its conditioning, and the objectives in order."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +11,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clp_kernels
+from clp.data.names import closest
 from clp.data.paths import model_location
-from clp.policies.card import checked_adapters, read_card, write_card
-from clp.policies.interface import Network, Steerable
-from clp.policies.loading import end_ids, load_base, model_path, torch_device
-from clp_kernels.nn.mixed_lora import steered_layers
+from clp.policies.card import CONDITIONINGS, read_card, write_card
+from clp.policies.experts import Experts
+from clp.policies.interface import Conditioning, Network, Steerable
+from clp.policies.loading import end_ids, load_base, torch_device
+from clp.policies.lora import LoRA
+from clp.policies.prompt import Prompt
+from clp_kernels.nn.experts import MixedLinear
 from clp_kernels.nn.probe import check_start
 from clp_kernels.nn.steering import SteeredLayer
+
+
+def _conditioning(name: str) -> LoRA | Experts:
+    """Raises: ValueError for an unknown name, with the closest one."""
+    if name not in CONDITIONINGS:
+        known, close = ", ".join(CONDITIONINGS), closest(str(name), CONDITIONINGS)
+        raise ValueError(f"conditioning must be one of {known}, got {name!r}{close}")
+    if name == "lora":
+        return LoRA()
+    return Prompt() if name == "prompt" else Experts(name)
 
 
 class Head(NamedTuple):
@@ -27,19 +42,22 @@ class Head(NamedTuple):
         bias: [V] or None.
         temperature: That of models which scale their logits (Granite, Cohere); 1 elsewhere.
         ids: The token ids of its V rows, as `Steerable.drawable_ids`.
+        experts: The layer with differences from all rows of W and bias, if it is conditioned.
     """
 
     weight: Tensor
     bias: Tensor | None
     temperature: float
     ids: slice | Tensor
+    experts: MixedLinear | None
 
 
 class Policy(Steerable):
     """One policy pi(y | x; w) for all weights w over the objectives.
 
     Attributes:
-        model: The transformers causal LM with injected adapters, or a mixture of whole models.
+        model: The transformers causal LM with adapters or experts, or a mixture of whole models.
+        conditioning: How the weights change it.
         tokenizer: Its tokenizer.
         objectives: Names, in the order of the columns of the weights.
         rewards: The reward specification of each objective, as given to training.
@@ -57,8 +75,10 @@ class Policy(Steerable):
         base_model: str,
         rewards: Sequence[str] = (),
         reward_scale: Mapping[str, float] | None = None,
+        conditioning: Conditioning | None = None,
     ) -> None:
         self.model = model
+        self.conditioning = conditioning or LoRA()
         self.tokenizer = tokenizer
         self.objectives = tuple(objectives)
         self.base_model = base_model
@@ -72,30 +92,50 @@ class Policy(Steerable):
         objectives: Sequence[str],
         *,
         rewards: Sequence[str] = (),
-        r: int = 8,
-        lora_alpha: float = 16,
+        conditioning: str = "lora",
+        r: int | None = None,
+        lora_alpha: float | None = None,
         target_modules: str | Sequence[str] = "all-linear",
         exclude_modules: Sequence[str] = (),
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         seed: int = 0,
     ) -> "Policy":
-        """A policy that equals its base model for all weights (LoRA's B starts at zero).
+        """A policy that equals its base model for all weights.
 
-        That is checked bit for bit on six tokens.
+        That is checked bit for bit on six tokens, except for "prompt".
+
+        Args:
+            conditioning: What the weights mix, per example: "lora", adapters of linear layers;
+                "full", differences of all parameters, embeddings and norms included; "attention",
+                those of the linear layers of attention; "head", those of the output head (a tied
+                head is untied). "prompt": the weights stand in the prompt, and one adapter serves
+                all of them.
+            r, lora_alpha: Of adapters; None: 8 and 16. See clp_kernels.inject.
+            target_modules: "all-linear", or names: the layers with adapters, or with "full" the
+                modules whose parameters have differences ("all-linear" then means all).
+            exclude_modules: Names to leave out of them.
 
         Raises: ValueError for a device that is not here (see torch_device), a base that cannot be
-            loaded, or that `clp_kernels.inject` or the check refuses.
+            loaded, or that `clp_kernels.inject`, `inject_experts` or the check refuses.
         """
+        how = _conditioning(conditioning)
         device, base_model = torch_device(device), model_location(base_model)
+        if not isinstance(how, LoRA) and not (r is None and lora_alpha is None):
+            raise ValueError(f"r and lora_alpha must be None with {conditioning!r}: no adapters")
         model, tokenizer = load_base(base_model, dtype)
-        generator = torch.Generator().manual_seed(seed)
-        clp_kernels.inject(
-            model, objectives, r=r, lora_alpha=lora_alpha, target_modules=target_modules,
-            exclude_modules=exclude_modules, generator=generator,
-        )  # fmt: skip
+        if isinstance(how, LoRA):
+            how.inject(
+                model, objectives, r=8 if r is None else r,
+                lora_alpha=16 if lora_alpha is None else lora_alpha, target_modules=target_modules,
+                exclude_modules=exclude_modules, generator=torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+        else:
+            how.inject(
+                model, objectives, target_modules=target_modules, exclude_modules=exclude_modules
+            )
         check_start(model)
-        return cls(model.to(device), tokenizer, objectives, base_model, rewards)
+        return cls(model.to(device), tokenizer, objectives, base_model, rewards, conditioning=how)
 
     @classmethod
     def load(
@@ -113,13 +153,12 @@ class Policy(Steerable):
             base_model: Where the base model is now, if not where clp.json says.
 
         Raises:
-            ValueError: no clp.json, a malformed one, an adapter that does not match its recorded
-                digest, a device that is not here, or anything that clp_kernels.load_adapters
-                refuses.
+            ValueError: no clp.json, a malformed one, an adapter or expert that does not match its
+                recorded digest or the base model, or a device that is not here.
         """
         directory, device = Path(directory), torch_device(device)
         card = read_card(directory)
-        folders = checked_adapters(directory, card)
+        how = _conditioning(card["conditioning"])
         try:
             base = model_location(card["base_model"] if base_model is None else base_model)
         except ValueError as error:
@@ -130,10 +169,10 @@ class Policy(Steerable):
                 "(--base-model) says where it is"
             ) from error
         model, tokenizer = load_base(base, dtype)
-        clp_kernels.load_adapters(model, folders)
+        how.load(model, card["objectives"], directory, card["adapters"])
         return cls(
             model.to(device), tokenizer, card["objectives"], base, card["rewards"],
-            card["reward_scale"],
+            card["reward_scale"], how,
         )  # fmt: skip
 
     @classmethod
@@ -175,39 +214,68 @@ class Policy(Steerable):
         parts = [model for model, _ in loaded.values()]
         model: Any = clp_kernels.mix_models(parts, list(loaded), conditioning=conditioning)
         model.generation_config.eos_token_id = sorted(ends) or None
-        return cls(model.to(device), loaded[first][1], list(loaded), model_location(models[first]))
+        return cls(
+            model.to(device), loaded[first][1], list(loaded), model_location(models[first]),
+            conditioning=Experts(conditioning),
+        )  # fmt: skip
 
     def save(self, directory: str | Path) -> None:
-        """Writes adapters/<objective>/ as PEFT folders, then clp.json, which names their digests.
+        """Writes adapters/<name>/ (PEFT folders) or experts/<objective>.safetensors, then clp.json.
 
-        clp.json comes last and each file is replaced by a rename, so that a reader sees a whole
-        policy, or digests that do not match.
+        clp.json names their digests. It comes last and each file is replaced by a rename, so that a
+        reader sees a whole policy, or digests that do not match.
 
         Raises: ValueError for a mixture of whole models, which are saved by themselves.
         """
-        if not steered_layers(self.model):
-            raise ValueError(
-                f"the experts of this policy ({', '.join(self.objectives)}) are whole models; "
-                "save those, and load them with Policy.from_models"
-            )
-        directory = Path(directory)
-        base = model_path(self.base_model)
-        clp_kernels.save_adapters(self.model, directory / "adapters", base_model=base)
-        write_card(directory, self.base_model, self.objectives, self.rewards, self.reward_scale)
+        directory, how = Path(directory), self.conditioning
+        digests = how.save(self.model, self.objectives, directory, self.base_model)
+        write_card(
+            directory, self.base_model, how.name, self.objectives, self.rewards, self.reward_scale,
+            digests,
+        )  # fmt: skip
+
+    def export(self, weights: Tensor, folder: str | Path) -> str:
+        """Writes what others can load for fixed weights [m], and returns what that is.
+
+        That is one PEFT adapter ("lora", "prompt") or one whole model. The folder must be missing
+        or empty.
+
+        Raises: ValueError, OSError: what cannot be written; nothing is then.
+        """
+        return self.conditioning.export(
+            self.model, self.objectives, weights, Path(folder), self.base_model, self.tokenizer
+        )
 
     @property
     def networks(self) -> list[Network]:
         """The one model that runs for every token."""
-        return [Network(self.model, self.steer)]
+        return [Network(self.model, partial(clp_kernels.steer, self.model))]
 
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapters' parameters by name: every lora_A and lora_B, also one that is frozen."""
-        layers = steered_layers(self.model)
-        return {f"{n}.{a}": getattr(layers[n], a) for n in layers for a in ("lora_A", "lora_B")}
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of adapters or experts by name, also one that is frozen."""
+        return self.conditioning.parameters(self.model)
+
+    def layer_weights(self, weights: Tensor) -> Tensor:
+        """As Conditioning.layer_weights."""
+        return self.conditioning.layer_weights(weights)
+
+    def conditioned_prompt(self, prompt_ids: list[int], weights: Tensor) -> list[int]:
+        """The prompt with what the conditioning writes into it, after its BOS token."""
+        prefix = self.conditioning.prefix(weights, self.objectives, self.tokenizer)
+        if not prefix:
+            return prompt_ids
+        front = int(prompt_ids[:1] == [self.tokenizer.bos_token_id])
+        return prompt_ids[:front] + prefix + prompt_ids[front:]
+
+    def cache_key(self, weights: Tensor) -> bytes:
+        """As Steerable.cache_key: keys and values do not depend on a head."""
+        if self.conditioning.name == "head":
+            return b""
+        return super().cache_key(self.layer_weights(weights))
 
     def steer(self, weights: Tensor) -> clp_kernels.steer:
         """Context in which example b of a batch runs with weights[b] of weights [B, m]."""
-        return clp_kernels.steer(self.model, weights)
+        return clp_kernels.steer(self.model, self.layer_weights(weights))
 
     @contextmanager
     def base(self) -> Iterator[None]:
@@ -227,13 +295,16 @@ class Policy(Steerable):
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def head(self) -> Head:
-        """The frozen output head, for the ids that the sampler draws from.
+        """The output head and its conditioning, for the ids that the sampler draws from.
 
         A head may be padded beyond them.
 
         Raises: ValueError if the logits are not that, as with a soft cap (Gemma 2).
         """
         layer = self.model.get_output_embeddings()
+        experts = layer if isinstance(layer, MixedLinear) and layer.has_base else None
+        if experts is not None:
+            layer = experts.base_layer
         if layer is None or isinstance(layer, SteeredLayer):
             raise ValueError(f"{self.base_model} has no frozen linear output head to train on")
         probe = torch.tensor([[0, 1, 2]], device=self.device)
@@ -254,7 +325,7 @@ class Policy(Steerable):
         temperature = 1.0 if abs(scale - 1) < 0.01 else 1 / scale
         ids = self.drawable_ids
         bias = None if layer.bias is None else layer.bias[ids]
-        return Head(layer.weight[ids], bias, temperature, ids)
+        return Head(layer.weight[ids], bias, temperature, ids, experts)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

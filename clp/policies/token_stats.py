@@ -1,6 +1,7 @@
 """Log-probability, entropy and KL of sampled tokens under a policy, with gradients."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +15,18 @@ class Batch:
     """Prompts and completions as tensors: prompts padded left, completions right.
 
     Attributes:
-        input_ids, attention_mask: [N, P + C].
+        input_ids, attention_mask: [N, P + C]. The prompts are those that the policy gets.
         completion_mask: [N, C], True on sampled tokens (the end token included).
         weights: [N, m].
+        base_ids, base_mask: [N, P' + C]: the same with the prompts that the base model gets.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     completion_mask: Tensor
     weights: Tensor
+    base_ids: Tensor
+    base_mask: Tensor
 
     def part(self, chosen: slice) -> "Batch":
         """The sequences of a slice."""
@@ -54,20 +58,50 @@ def token_stats(policy: Policy, batch: Batch, head: Head, temperature: float) ->
     with policy.steer(batch.weights):
         hidden = policy.hidden_states(batch.input_ids, batch.attention_mask)
     with policy.base():
-        ref_hidden = policy.hidden_states(batch.input_ids, batch.attention_mask)
+        ref_hidden = policy.hidden_states(batch.base_ids, batch.base_mask)
     targets = batch.input_ids[:, -width:][mask]
     if isinstance(head.ids, Tensor):
         targets = torch.searchsorted(head.ids, targets)
+    weights = batch.weights.repeat_interleave(mask.sum(1), 0)
+    parts = _conditioned(head, hidden[:, before][mask], ref_hidden[:, before][mask], weights)
     found = clp_kernels.linear_logprob(
-        hidden[:, before][mask],
-        head.weight,
+        parts.hidden,
+        parts.head_weight,
         targets,
         bias=head.bias,
         temperature=temperature * head.temperature,
         return_entropy=True,
-        ref_hidden=ref_hidden[:, before][mask],
+        ref_hidden=parts.ref_hidden,
     )
     values = (value for value in found if value is not None)
     return TokenStats(
         *(torch.zeros_like(mask, dtype=v.dtype).masked_scatter(mask, v) for v in values)
     )
+
+
+class _Parts(NamedTuple):
+    hidden: Tensor
+    head_weight: Tensor
+    ref_hidden: Tensor
+
+
+def _conditioned(head: Head, hidden: Tensor, ref_hidden: Tensor, weights: Tensor) -> _Parts:
+    """A head with experts as one plain head, for hidden states [T, d] and weights [T, m]:
+
+        W h + sum_i w_i (D_i h + b_i) = [W, D_1, ..., D_m, b_1, ..., b_m] [h, w_1 h, ..., w_m h, w]
+
+    The reference has zeros in place of the weights, so that it is the base's whatever D_i is.
+    """
+    if head.experts is None:
+        return _Parts(hidden, head.weight, ref_hidden)
+    dtype = hidden.dtype
+    differences = head.experts.expert_weight[:, head.ids].to(dtype)
+    scales = weights.to(dtype)
+    rows, columns = [hidden], [head.weight, *differences]
+    rows += [hidden * scales[:, i : i + 1] for i in range(len(differences))]
+    if head.experts.expert_bias is not None:
+        rows.append(scales)
+        columns.append(head.experts.expert_bias[:, head.ids].t().to(dtype))
+    wide = torch.cat(rows, 1)
+    nothing = ref_hidden.new_zeros(len(wide), wide.shape[1] - ref_hidden.shape[1])
+    return _Parts(wide, torch.cat(columns, 1), torch.cat([ref_hidden, nothing], 1))

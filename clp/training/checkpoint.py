@@ -52,7 +52,7 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     try:
         policy.save(partial)
-        tensors = _optimizer_tensors(policy.adapter_parameters(), optimizer)
+        tensors = _optimizer_tensors(policy.trainable_parameters(), optimizer)
         (partial / "optimizer.safetensors").write_bytes(safetensors.torch.save(tensors))
         (partial / "state.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:

@@ -1,21 +1,27 @@
 """CLPConfig: every setting of a training run; YAML and command line; unknown keys are errors."""
 
-import difflib
 import os
 import re
 import typing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from clp.data.names import closest
 from clp.data.paths import absolute, home_expanded, model_location, reward_locations
 
 # What clp_kernels.load_adapters reads: a larger adapter could be trained, but not loaded.
 LARGEST_R, LARGEST_LORA_ALPHA = 4096, 1_000_000
 # What the sampler takes.
 LARGEST_BATCH = 2**20
+# Settings that a conditioning has no use for.
+_UNUSED = {
+    "full": ("r", "lora_alpha"),
+    "attention": ("r", "lora_alpha", "target_modules"),
+    "head": ("r", "lora_alpha", "target_modules", "exclude_modules"),
+}
 
 
 @dataclass
@@ -42,13 +48,19 @@ class CLPConfig:
     config.yaml. A larger max_steps trains on; from there the learning rate is what it would be at
     that step of a run of so many steps."""
 
-    # Parameters that control the adapters
+    # Parameters that control what the weights change
+    conditioning: Literal["lora", "full", "attention", "head", "prompt"] = "lora"
+    """What the weights of an example mix: "lora", one adapter per objective; "full", one difference
+    from the base model's parameters per objective (embeddings and norms included); "attention",
+    that of the linear layers of attention alone; "head", that of the output head alone. "prompt":
+    the weights stand in the prompt, and one adapter serves all of them."""
     r: int = 8
     """LoRA rank of each objective's adapter, at most 4096."""
     lora_alpha: float = 16.0
     """LoRA alpha, at most 1,000,000; the update is scaled by lora_alpha / r."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Modules that carry adapters: "all-linear", or names as in PEFT."""
+    """Modules that carry adapters: "all-linear", or names as in PEFT. With conditioning "full": the
+    modules whose parameters are mixed; "all-linear" then means all of them."""
     exclude_modules: list[str] = field(default_factory=list)
     """Names of target modules that carry none, such as routers."""
 
@@ -84,8 +96,8 @@ class CLPConfig:
     # Parameters that control optimisation
     max_steps: int = 150
     """Optimiser steps. One whose gradient is not finite changes nothing but counts."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; default: 2e-3, and 1e-3 with conditioning "full"."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     """Decay of the learning rate to zero at max_steps after the warm-up."""
     warmup_steps: int = 10
@@ -116,7 +128,7 @@ class CLPConfig:
             value = _plain(getattr(self, item.name))
             _check_type(item.name, value, _HINTS[item.name])
             setattr(self, item.name, value)
-            if item.type is float:
+            if item.type in (float, float | None) and value is not None:
                 setattr(self, item.name, _as_float(item.name, getattr(self, item.name)))
         values = vars(self)
         at_least = {"r": 1, "num_prompts": 1, "num_generations": 2, "max_completion_length": 1,
@@ -136,13 +148,22 @@ class CLPConfig:
                     f"{name} must be at most {high}, got {values[name]:g}: what is larger "
                     "cannot be loaded again"
                 )
-        for name in ("lora_alpha", "dirichlet", "temperature", "learning_rate", "max_grad_norm"):
+        positive = ["lora_alpha", "dirichlet", "temperature", "max_grad_norm"]
+        for name in positive if self.learning_rate is None else [*positive, "learning_rate"]:
             if not 0 < values[name] < float("inf"):
                 raise ValueError(f"{name} must be finite and positive, got {values[name]}")
         if not 0 <= self.alpha < 1:
             raise ValueError(f"alpha must be in [0, 1), got {self.alpha}")
         if not 0 <= self.corner_probability <= 1:
             raise ValueError(f"corner_probability must be in [0, 1], got {self.corner_probability}")
+        for name in _UNUSED.get(self.conditioning, ()):
+            item = type(self).__dataclass_fields__[name]
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            if values[name] != default:
+                raise ValueError(
+                    f"{name} must be left out with conditioning={self.conditioning!r}, which does "
+                    f"not use it, got {values[name]}"
+                )
         for name in ("dirichlet", "corner_probability"):
             if self.weight_draws != "dirichlet" and values[name] != getattr(type(self), name):
                 raise ValueError(
@@ -151,6 +172,12 @@ class CLPConfig:
                 )
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay must be finite and >= 0, got {self.weight_decay}")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """learning_rate, or the conditioning's own."""
+        own = 1e-3 if self.conditioning == "full" else 2e-3
+        return own if self.learning_rate is None else self.learning_rate
 
     @classmethod
     def of_run(cls, output_dir: str | Path, **changes: Any) -> "CLPConfig":
@@ -261,9 +288,7 @@ def config_from(values: dict[str, Any], source: str = "config") -> CLPConfig:
     """A CLPConfig from a mapping; unknown keys are errors with the closest match."""
     for key in values:
         if key not in _HINTS:
-            close = difflib.get_close_matches(str(key), _HINTS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{source}: unknown key {key!r}{hint}")
+            raise ValueError(f"{source}: unknown key {key!r}{closest(str(key), _HINTS)}")
     return CLPConfig(**values)
 
 
@@ -280,15 +305,18 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     origin = typing.get_origin(hint)
     if origin is Literal:
         if value not in typing.get_args(hint):
-            options = ", ".join(map(repr, typing.get_args(hint)))
-            raise ValueError(f"{name} must be one of {options}, got {value!r}")
+            known = typing.get_args(hint)
+            options, close = ", ".join(map(repr, known)), closest(str(value), known)
+            raise ValueError(f"{name} must be one of {options}, got {value!r}{close}")
     elif origin is list:
         may_be_empty = name == "exclude_modules"
         texts = isinstance(value, list) and all(isinstance(v, str) for v in value)
         if not texts or not (value or may_be_empty):
             expected = "list" if may_be_empty else "non-empty list"
             raise ValueError(f"{name} must be a {expected} of strings, got {value!r}")
-    elif hint is float:
+    elif hint in (float, float | None):
+        if hint is not float and value is None:
+            return
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
             raise ValueError(f"{name} must be a number, got {value!r}")
     elif hint is int or hint is bool:
@@ -307,7 +335,8 @@ def _as_float(name: str, value: float) -> float:
 
 
 def located(config: CLPConfig) -> CLPConfig:
-    """The configuration with whatever it names as it is found from any folder.
+    """The configuration with whatever it names as it is found from any folder, and its learning
+    rate as a number.
 
     Raises: ValueError as model_location.
     """
@@ -318,4 +347,5 @@ def located(config: CLPConfig) -> CLPConfig:
         prompts=None if config.prompts is None else absolute(config.prompts),
         eval_prompts=None if config.eval_prompts is None else absolute(config.eval_prompts),
         output_dir=str(home_expanded(config.output_dir)),
+        learning_rate=config.peak_learning_rate,
     )

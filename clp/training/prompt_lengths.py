@@ -1,5 +1,6 @@
 """The lengths of a training's prompts, looked at before it begins."""
 
+import hashlib
 import itertools
 import sys
 from collections.abc import Sequence
@@ -36,10 +37,12 @@ def fitting_rows(
             tokens, or refused by the chat template, with its file and line; a max_prompt_length
             that is larger than what fits; no prompt that is left.
     """
-    most = policy.context_length - max_completion_length
+    prefix = policy.conditioning.longest_prefix(policy.objectives, policy.tokenizer)
+    most = policy.context_length - max_completion_length - prefix
     context = (
         f"the model's context of {policy.context_length} tokens less "
         f"max_completion_length={max_completion_length}"
+        + (f" and {prefix} for the weights" if prefix else "")
     )
     if most < 1:
         raise ValueError(f"max_completion_length leaves no room for a prompt: {context} is {most}")
@@ -95,3 +98,13 @@ def _place(index: int, path: str | Path | None) -> str:
         return f"{path}, prompt {index + 1}"
     with home_expanded(path).open("rb") as stream:
         return f"{path}:{next(itertools.islice(read_lines(stream), index, None)).number}"
+
+
+def tokens_digest(policy: Policy, rows: Sequence[dict[str, Any]]) -> str:
+    """A digest of the vocabulary, the end tokens and the ids of the first 1,000 prompts."""
+    tokenizer, found = policy.tokenizer, hashlib.sha256()
+    found.update(repr(sorted(tokenizer.get_vocab().items())).encode(errors="surrogatepass"))
+    found.update(repr(sorted(policy.end_ids)).encode())
+    for row in rows[:1000]:
+        found.update(repr(encode_prompt(row["prompt"], tokenizer)).encode())
+    return found.hexdigest()

@@ -28,6 +28,7 @@ def measure_reward_scale(
     reward_funcs: Mapping[str, RewardFunc],
     rows: Sequence[dict[str, Any]],
     params: SamplingParams,
+    num_generations: int,
     seed: int,
     trainer_state: Any,
     reserved: frozenset[str],
@@ -36,8 +37,9 @@ def measure_reward_scale(
 
         std_i = sqrt(mean_n (R_i(y_n) - mean_n R_i(y_n))^2),  y_n ~ pi_ref
 
-    where n runs over those of COMPLETIONS completions to which objective i applies. The prompts are
-    `rows` in a random order, again and again. Deterministic in the seed.
+    where n runs over those of at least COMPLETIONS completions to which objective i applies. The
+    prompts are `rows` in a random order, again and again, each num_generations times in a row, as
+    in training. Deterministic in the seed.
 
     Args:
         params: Length and temperature as in training.
@@ -51,10 +53,11 @@ def measure_reward_scale(
     policy = sampler.policy
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
-    chosen = [rows[order[i % len(rows)]] for i in range(COMPLETIONS)]
+    groups = -(-COMPLETIONS // num_generations)
+    chosen = [rows[order[i % len(rows)]] for i in range(groups) for _ in range(num_generations)]
     ids = [encode_prompt(row["prompt"], policy.tokenizer) for row in chosen]
-    seeds = torch.randint(2**62, (COMPLETIONS,), generator=generator).tolist()
-    text = f"measuring the reward scale on {COMPLETIONS} completions of the base model"
+    seeds = torch.randint(2**62, (len(chosen),), generator=generator).tolist()
+    text = f"measuring the reward scale on {len(chosen)} completions of the base model"
     tqdm.write(text, file=sys.stderr)
     # Weights of zero give the base model.
     nothing, each = [0.0] * len(reward_funcs), with_seeds(params, seeds)
@@ -72,7 +75,7 @@ def measure_reward_scale(
         if std == 0:
             what = f"is {float(known[0]):g} for" if len(known) > 1 else "applies to at most one of"
             raise ValueError(
-                f"the reward of {name} {what} all {COMPLETIONS} completions of the base model, so "
+                f"the reward of {name} {what} all {len(chosen)} completions of the base model, so "
                 "it has no standard deviation to be divided by (scale_rewards='reference'); "
                 "scale_rewards='none' takes rewards as they are"
             )

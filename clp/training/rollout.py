@@ -15,6 +15,7 @@ from clp.data.prompts import columns
 from clp.data.scoring import RewardLog, numbers_or_none, score
 from clp.engine.requests import Completion, SamplingParams
 from clp.engine.sampler import Sampler, with_seeds
+from clp.policies.policy import Policy
 from clp.policies.token_stats import Batch, TokenStats
 from clp.rewards import RewardFunc
 
@@ -49,13 +50,26 @@ class Rollout:
 
 
 def make_batch(
+    policy: Policy,
     prompt_ids: Sequence[list[int]],
     completions: Sequence[Completion],
     weights: Tensor,
-    pad: int,
-    device: torch.device,
 ) -> Batch:
     """Stacks prompts and completions; weights [N, m]."""
+    base_ids, base_mask, width = _stacked(policy, prompt_ids, completions)
+    given = [policy.conditioned_prompt(*one) for one in zip(prompt_ids, weights, strict=True)]
+    ids, mask = base_ids, base_mask
+    if given != list(prompt_ids):
+        ids, mask, _ = _stacked(policy, given, completions)
+    done = base_mask[:, -width:].bool()
+    return Batch(ids, mask, done, weights.to(policy.device), base_ids, base_mask)
+
+
+def _stacked(
+    policy: Policy, prompt_ids: Sequence[list[int]], completions: Sequence[Completion]
+) -> tuple[Tensor, Tensor, int]:
+    """Ids and mask [N, P + C], and C."""
+    pad = policy.tokenizer.pad_token_id or 0
     p = max(len(ids) for ids in prompt_ids)
     c = max(len(done.token_ids) for done in completions)
     ids = torch.full((len(completions), p + c), pad)
@@ -65,7 +79,7 @@ def make_batch(
         start = p - len(prompt)
         ids[i, start : start + len(whole)] = torch.tensor(whole)
         mask[i, start : start + len(whole)] = 1
-    return Batch(ids.to(device), mask.to(device), mask[:, p:].bool().to(device), weights.to(device))
+    return ids.to(policy.device), mask.to(policy.device), c
 
 
 def untrained_state() -> TrainerState:
@@ -88,7 +102,7 @@ def roll_out(
     Every completion draws with its own seed from `generator`. Reward functions get `trainer_state`,
     and may not log metrics with the names of a step's own.
     """
-    policy = sampler.policy
+    policy: Any = sampler.policy
     repeated = [row for row in rows for _ in range(num_generations)]
     repeated_weights = weights.repeat_interleave(num_generations, 0)
     ids = [encode_prompt(row["prompt"], policy.tokenizer) for row in rows]
@@ -101,8 +115,7 @@ def roll_out(
         columns(repeated), completion_ids=[done.token_ids for done in completions],
         trainer_state=trainer_state, log=log,
     )  # fmt: skip
-    pad = policy.tokenizer.pad_token_id or 0
-    batch = make_batch(prompt_ids, completions, repeated_weights, pad, policy.device)
+    batch = make_batch(policy, prompt_ids, completions, repeated_weights)
     sampled = [torch.tensor(done.logprobs, dtype=torch.float32) for done in completions]
     logprobs = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True).to(policy.device)
     shape = (len(rows), num_generations, len(reward_funcs))

@@ -8,29 +8,26 @@ of the prompts. .lock is locked while a training uses the folder, and says which
 import hashlib
 import json
 import os
-import re
 import socket
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from types import CellType, CodeType, FunctionType
 from typing import Any, ClassVar
 
 from clp.data.files import lock_file, write_whole
-from clp.data.json_lines import parse_json, read_json
+from clp.data.json_lines import read_json
 from clp.data.paths import check_folder, classifier_source, home_expanded
 from clp.policies.card import checked_reward_scale, read_card
 from clp.rewards import BUILTIN, RewardFunc
 from clp.training.checkpoint import checkpoints
 from clp.training.config import CLPConfig, load_config, located
+from clp.training.function_identity import insides_of, name_of, plain
 
 _FORMAT = 1
 _FUNCTION = "function:"  # begins what a reward is that was given in Python
-_OF = " of "  # stands between the name of an inner function and what it reads
 # What a resumed run may change: its folder, how often it saves, and what does not change a bit of
 # the result.
 _MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device", "eval_prompts",
@@ -108,9 +105,14 @@ class Inputs:
     Attributes:
         rewards: For each objective, in the order of the weights' columns, the built-in's name,
             "classifier:SHA-256#label" with that of the folder's files, or "function:NAME" for one
-            given in Python, with what a functools.partial adds; None in runs before that was kept.
+            given in Python, with the plain values that a functools.partial binds; None in runs
+            before that was kept.
         prompts: SHA-256 of the prompts and their other columns, in order; None if unknown.
+        insides: Digests of functions given in Python, by objective.
+        draw_weights: The name of the function that draws the weights, if one does.
         base: A digest of the base model's parameters; None if it is not loaded yet, or unknown.
+        config: The base model's configuration, if it is known.
+        tokens: A digest of what the tokenizer makes of the prompts and of its end tokens, or None.
         reward_scale: The standard deviation of each objective's rewards under the base model; None
             if it is not measured, or not yet.
     """
@@ -118,7 +120,11 @@ class Inputs:
     rewards: dict[str, str | None]
     prompts: str | None
     reward_scale: dict[str, float] | None = None
+    insides: dict[str, str] = field(default_factory=dict)
+    draw_weights: str | None = None
     base: str | None = None
+    config: dict[str, Any] | None = None
+    tokens: str | None = None
 
     @property
     def functions(self) -> list[str]:
@@ -131,6 +137,7 @@ class Inputs:
         reward_funcs: Mapping[str, RewardFunc],
         specs: Sequence[str] | None,
         rows: Sequence[dict[str, Any]],
+        draw_weights: Any = None,
     ) -> "Inputs":
         """Those of functions, the specifications they come from (None: given in Python), prompts.
 
@@ -138,18 +145,21 @@ class Inputs:
         addresses.
         """
         rewards: dict[str, str | None] = {}
+        insides: dict[str, str] = {}
         if specs is None:
             for name, function in reward_funcs.items():
                 found = (known for known, builtin in BUILTIN.items() if builtin is function)
-                rewards[name] = next(found, None) or _FUNCTION + _described(function)
+                rewards[name] = next(found, None) or _FUNCTION + name_of(function)
+                insides[name] = insides_of(function)
         else:
             rewards |= _rewards_of(specs)
         digest = hashlib.sha256()
         for row in rows:
-            columns = [[name, _plain(row[name])] for name in sorted(row)]
+            columns = [[name, plain(row[name])] for name in sorted(row)]
             text = json.dumps(columns)
             digest.update(text.encode() + b"\n")
-        return cls(rewards, digest.hexdigest())
+        draw = None if draw_weights is None else name_of(draw_weights)
+        return cls(rewards, digest.hexdigest(), insides=insides, draw_weights=draw)
 
 
 def check_free(run: Path, *, resume: bool = False) -> None:
@@ -185,8 +195,12 @@ def claim(lock: RunLock, args: CLPConfig, inputs: Inputs, *, new: bool) -> None:
         "format": _FORMAT,
         "rewards": inputs.rewards,
         "prompts_sha256": inputs.prompts,
+        "insides": inputs.insides,
+        "draw_weights": inputs.draw_weights,
         "reward_scale": inputs.reward_scale,
         "base": inputs.base,
+        "config": inputs.config,
+        "tokens": inputs.tokens,
     }
     settings = replace(args, resume=False).to_yaml()
     write_whole(run / "run.json", (json.dumps(record, indent=2) + "\n").encode())
@@ -212,7 +226,7 @@ def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, I
         own, recorded = ", ".join(card["objectives"]), ", ".join(then.rewards)
         raise ValueError(f"{found[-1]} has the objectives {own}; {run / 'run.json'} has {recorded}")
     skipped = _MAY_CHANGE | _IN_RUN_JSON if then.prompts else _MAY_CHANGE | {"rewards"}
-    for name in (field.name for field in fields(CLPConfig)):
+    for name in (item.name for item in fields(CLPConfig)):
         before, asked = getattr(saved, name), getattr(args, name)
         if name in skipped or before == asked or (name == "max_steps" and before < asked):
             continue
@@ -227,19 +241,58 @@ def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, I
             f"{', '.join(now.rewards)}"
         )
     for name, reward in then.rewards.items():
-        given = now.rewards[name]
-        # What a lambda or an inner function reads may have been mended since, or be a state.
-        alike = reward is None or reward.partition(_OF)[0] == (given or "").partition(_OF)[0]
-        if not alike or (given != reward and given in then.rewards.values()):
+        if reward not in (None, now.rewards[name]):
             raise ValueError(
-                f"{run} was run with {reward} as the reward of {name}; resume gives {given}"
+                f"{run} was run with {reward} as the reward of {name}; resume gives "
+                f"{now.rewards[name]}"
             )
+        # What a function computes may have been mended since, or depend on a state.
+        inside = now.insides.get(name)
+        others = [n for n, known in then.insides.items() if known == inside and n != name]
+        if others and inside != then.insides.get(name):
+            raise ValueError(
+                f"{run} was run with another {reward} as the reward of {name}; resume gives what "
+                f"was that of {others[0]}"
+            )
+    if None not in (then.draw_weights, now.draw_weights) and then.draw_weights != now.draw_weights:
+        raise ValueError(
+            f"{run} was run with the function {then.draw_weights} as draw_weights; resume gives "
+            f"{now.draw_weights}"
+        )
     if then.prompts not in (None, now.prompts):
         raise ValueError(f"{run} was run with other prompts: the content differs")
     if saved.scale_rewards == "reference":
         _check_reward_scale(run, then.reward_scale, found[-1] if found else None, card)
-    inputs = Inputs(then.rewards, now.prompts, then.reward_scale, then.base)
-    return replace(args, rewards=saved.rewards), inputs, found[-1] if found else None
+    inputs = replace(then, prompts=now.prompts, insides=now.insides)
+    # As given, because a classifier may have moved.
+    given = dict(zip(now.rewards, args.rewards, strict=True))
+    return (
+        replace(args, rewards=[given[name] for name in then.rewards]),
+        inputs,
+        found[-1] if found else None,
+    )
+
+
+def check_base(run: Path, then: Inputs, now: Inputs) -> None:
+    """Whether the base model of a resumed run is that of before, as far as that is known.
+
+    Raises: ValueError, naming what differs.
+    """
+    if then.base not in (None, now.base):
+        raise ValueError(f"{run} was run with another base model: its parameters have changed")
+    if (config := then.config) is not None and now.config is not None:
+        # A later version of transformers may have more settings, or fewer.
+        for name in sorted(config.keys() & now.config.keys()):
+            if config[name] != now.config[name]:
+                raise ValueError(
+                    f"{run} was run with another base model: {name} of its configuration was "
+                    f"{config[name]!r:.200} and is {now.config[name]!r:.200}"
+                )
+    if then.tokens not in (None, now.tokens):
+        raise ValueError(
+            f"{run} was run with another tokenizer, chat template or end tokens: prompts have "
+            "other ids, or completions another end"
+        )
 
 
 def _check_reward_scale(
@@ -256,56 +309,6 @@ def _check_reward_scale(
     if card is not None and card["reward_scale"] != scale:
         other = f"{checkpoint}/clp.json has {card['reward_scale']}"
         raise ValueError(f"{path} has the reward_scale {scale}; {other}")
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: equal for equal ones, in whatever order a mapping holds its keys."""
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {"keys": sorted([repr(k), _plain(v)] for k, v in value.items())}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, set | frozenset):
-        return {"set": sorted(json.dumps(_plain(one)) for one in value)}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {type(value).__name__: _plain(vars(value))}
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return {type(value).__name__: re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))}
-
-
-def _described(function: Any) -> str:
-    """The name of a function or of an object's class, and what is bound to it.
-
-    Lambdas, and functions that one function makes, are named alike: their closures and what their
-    code names show whether they have changed places.
-    """
-    if isinstance(function, partial):
-        bound = json.dumps(_plain([function.args, function.keywords]))
-        return f"{_described(function.func)} with {bound}"
-    name = str(getattr(function, "__qualname__", type(function).__qualname__))
-    if isinstance(function, FunctionType) and "<" in name:
-        cells = [_content(cell) for cell in function.__closure__ or ()]
-        name += _OF + json.dumps([cells, sorted(_words(function.__code__))])
-    return name
-
-
-def _content(cell: CellType) -> Any:
-    try:
-        value = cell.cell_contents
-    except ValueError:  # a function that names itself before it is there
-        return None
-    # By name alone: it may name itself.
-    name = getattr(value, "__qualname__", type(value).__qualname__)
-    return name if callable(value) else _plain(value)
-
-
-def _words(code: CodeType) -> set[str]:
-    """The names and constants in a function's code, those of functions inside it included."""
-    inner = [_words(const) for const in code.co_consts if isinstance(const, CodeType)]
-    plain = {repr(const) for const in code.co_consts if not isinstance(const, CodeType)}
-    return plain.union(code.co_names, *inner)
 
 
 def _rewards_of(specs: Sequence[str]) -> dict[str, str]:
@@ -340,16 +343,21 @@ def _read_inputs(run: Path) -> Inputs | None:
         return None
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise ValueError(f"{path} must be an object with format {_FORMAT}")
-    rewards, prompts, base = (record.get(k) for k in ("rewards", "prompts_sha256", "base"))
+    rewards, insides, config = (record.get(k, {}) for k in ("rewards", "insides", "config"))
+    texts = {k: record.get(k) for k in ("prompts_sha256", "draw_weights", "base", "tokens")}
     if (
         not isinstance(rewards, dict)
-        or not all(isinstance(value, str | None) for value in rewards.values())
-        or not isinstance(prompts, str)
-        or not isinstance(base, str | None)
+        or not isinstance(insides, dict)
+        or not isinstance(config, dict | None)
+        or not all(isinstance(v, str | None) for v in [*rewards.values(), *texts.values()])
+        or not isinstance(texts["prompts_sha256"], str)
     ):
-        raise ValueError(f"{path} must hold rewards, prompts_sha256 and base")
+        raise ValueError(f"{path} must hold rewards, insides, config, {', '.join(texts)}")
     scale = checked_reward_scale(record.get("reward_scale"), list(rewards), path)
-    return Inputs(rewards, prompts, scale, base)
+    return Inputs(
+        rewards, texts["prompts_sha256"], scale, insides, texts["draw_weights"], texts["base"],
+        config or None, texts["tokens"],
+    )  # fmt: skip
 
 
 def _older_inputs(run: Path, saved: CLPConfig, now: Inputs, card: dict[str, Any] | None) -> Inputs:
@@ -371,9 +379,10 @@ def lines_until(path: Path, step: int) -> list[bytes]:
         return kept
     for line in path.read_bytes().split(b"\n"):
         try:
-            if parse_json(line)["step"] <= step:
+            # Not by clp's strict reader: a line that is dropped here is lost.
+            if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return kept
 

@@ -27,13 +27,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerState
 
-from clp.data.json_lines import parse_json
 from clp.data.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.data.scoring import dry_call
 from clp.engine.model_error import NotFiniteError
 from clp.engine.model_state import digest
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
+from clp.policies.loading import base_config
 from clp.policies.policy import Policy
 from clp.policies.token_stats import TokenStats, token_stats
 from clp.rewards import RewardFunc, load_rewards
@@ -48,7 +48,7 @@ from clp.training.checkpoint import (
 from clp.training.config import CLPConfig, located
 from clp.training.gradient_checkpointing import checkpointed_layers, checkpointing
 from clp.training.losses import policy_loss, rloo_advantages, scale_rewards
-from clp.training.prompt_lengths import fitting_rows
+from clp.training.prompt_lengths import fitting_rows, tokens_digest
 from clp.training.reward_scale import measure_reward_scale
 from clp.training.rollout import (
     Rollout,
@@ -117,7 +117,7 @@ class CLPTrainer:
             train_dataset = load_prompts(path)
         self.rows = check_prompts(train_dataset)
         specs = args.rewards if reward_funcs is None else None
-        inputs = run_folder.Inputs.of(named, specs, self.rows)
+        inputs = run_folder.Inputs.of(named, specs, self.rows, draw_weights)
         # Functions given in Python have no name in a file, built-in ones aside: clp eval then asks.
         nameless = inputs.functions
         if reward_funcs is not None:
@@ -141,11 +141,16 @@ class CLPTrainer:
             self.args = args
             self.reward_funcs = {name: named[name] for name in inputs.rewards}
             self.prepare(checkpoint, () if nameless else args.rewards, path, inputs.reward_scale)
-            adapters = set(self.parameters.values())
-            base = digest(p for p in self.policy.model.parameters() if p not in adapters)
-            if inputs.base not in (None, base):
-                raise ValueError(f"{self.run} was run with another {args.model}: it has changed")
-            inputs = replace(inputs, reward_scale=self.policy.reward_scale, base=base)
+            trained = set(self.parameters.values())
+            found = replace(
+                inputs,
+                reward_scale=self.policy.reward_scale,
+                base=digest(p for p in self.policy.model.parameters() if p not in trained),
+                config=base_config(self.policy.model),
+                tokens=tokens_digest(self.policy, self.rows),
+            )
+            run_folder.check_base(self.run, inputs, found)
+            inputs = found
             # Last, so that a start that fails leaves the folder as it was.
             run_folder.claim(self.lock, args, inputs, new=new)
             undo.pop_all()
@@ -163,10 +168,12 @@ class CLPTrainer:
         dtype = getattr(torch, args.dtype)
         if checkpoint is None:
             targets: str | list[str] = args.target_modules
+            adapters = args.conditioning in ("lora", "prompt")
             self.policy = Policy.create(
-                args.model, list(self.reward_funcs), r=args.r,
-                rewards=rewards, lora_alpha=args.lora_alpha, dtype=dtype, device=args.device,
-                seed=_seed(args.seed),
+                args.model, list(self.reward_funcs), conditioning=args.conditioning,
+                rewards=rewards, dtype=dtype, device=args.device, seed=_seed(args.seed),
+                r=args.r if adapters else None,
+                lora_alpha=args.lora_alpha if adapters else None,
                 target_modules="all-linear" if targets == ["all-linear"] else targets,
                 exclude_modules=args.exclude_modules,
             )  # fmt: skip
@@ -175,12 +182,13 @@ class CLPTrainer:
             self.policy = Policy.load(
                 checkpoint, base_model=args.model, dtype=dtype, device=args.device
             )
+            self.policy.rewards = tuple(rewards)  # a classifier may have moved
             self.progress = load_progress(checkpoint)
         if args.gradient_checkpointing:
             checkpointed_layers(self.policy.model)
-        self.parameters = self.policy.adapter_parameters()
+        self.parameters = self.policy.trainable_parameters()
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=args.learning_rate, weight_decay=args.weight_decay
+            self.parameters.values(), lr=args.peak_learning_rate, weight_decay=args.weight_decay
         )
         if checkpoint is not None:
             load_optimizer(checkpoint, self.parameters, self.optimizer)
@@ -188,7 +196,7 @@ class CLPTrainer:
         # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
         self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
         lines = run_folder.lines_until(self.run / "metrics.jsonl", self.step)
-        self.log_history: list[dict[str, Any]] = [parse_json(line) for line in lines]
+        self.log_history: list[dict[str, Any]] = [json.loads(line) for line in lines]
         self.rows = fitting_rows(
             self.rows, self.policy, self.sampler, args.max_completion_length,
             args.max_prompt_length, prompts,
@@ -196,14 +204,14 @@ class CLPTrainer:
         self.draw = weight_draws(args, self.policy.objectives, self.draw_weights)
         dry_call(
             self.reward_funcs, self.rows, self.policy.tokenizer, self.state,
-            metric_names(self.policy.objectives),
+            metric_names(self.policy.objectives), args.num_generations,
         )  # fmt: skip
         self.reward_scale: Tensor | None = None
         if args.scale_rewards == "reference":
             if reward_scale is None:
                 reward_scale = measure_reward_scale(
                     self.sampler, self.reward_funcs, self.rows, self.sampling_params,
-                    _seed(args.seed * 1_000_003 + 400_000), self.state,
+                    args.num_generations, _seed(args.seed * 1_000_003 + 400_000), self.state,
                     metric_names(self.policy.objectives),
                 )  # fmt: skip
             self.policy.reward_scale = reward_scale
@@ -299,7 +307,7 @@ class CLPTrainer:
             )  # fmt: skip
         except NotFiniteError as error:
             raise _diverged(self.run, f"step {step + 1}: {error}") from error
-        lr = args.learning_rate * _lr_factor(step, args)
+        lr = args.peak_learning_rate * _lr_factor(step, args)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)

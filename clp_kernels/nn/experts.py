@@ -266,12 +266,11 @@ class MixedEmbedding(Experts):
         tables = self.expert_weight.unbind(0)
         terms = (F.embedding(x, table, self.padding_idx) for table in tables)
         y = _mix(terms, weights, example_ids)
-        if self.base_layer is not None:
-            y = y.to(self.weight.dtype)
-        scale = self.scale
-        if scale is None:
-            return y
-        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+        dtype = self.expert_weight.dtype if self.base_layer is None else self.weight.dtype
+        if self.scale is not None:
+            # Of a sum that is rounded before, experts one unit in the last place apart are lost.
+            y = y * (self.scale.to(dtype) if isinstance(self.scale, Tensor) else self.scale)
+        return y.to(dtype)
 
     def _axes(self, x: Tensor) -> tuple[int, bool]:
         return 0, self.broadcast
@@ -337,7 +336,8 @@ class MixedModule(Experts):
         own = self.experts if base is None else base
         half = dtype in _HALVES and all(p.dtype == dtype for p in own.parameters())
         if base is None and not half:
-            return _mix((f(x, *args, **kwargs) for f in self.experts), weights, example_ids)
+            found = [f(x, *args, **kwargs) for f in self.experts]
+            return _mix(found, weights, example_ids).to(found[0].dtype)
         if half:
             x, args, kwargs = tree_map(_float32, (x, args, kwargs))
         if base is None:
@@ -383,13 +383,12 @@ def _parameter(value: Tensor) -> nn.Parameter:
 
 
 def _mix(terms: Iterable[Tensor], weights: Tensor, example_ids: Tensor | None) -> Tensor:
-    """sum_i weights[b(t), i] * term_i over [B, ...], in the terms' dtype, added in order."""
+    """sum_i weights[b(t), i] * term_i over [B, ...], added in order, in float32 (float64)."""
     columns = (weights if example_ids is None else weights[example_ids]).unbind(1)
     total: Tensor | None = None
     for column, term in zip(columns, terms, strict=True):
         acc = accumulator(term.dtype)
         part = column.to(acc).view(-1, *[1] * (term.dim() - 1)) * term.to(acc)
         total = part if total is None else total + part
-        dtype = term.dtype
     assert total is not None  # every layer has m > 0
-    return total.to(dtype)
+    return total

@@ -592,7 +592,7 @@ def test_a_policy_without_finite_logits_is_one_line(refused, tmp_path, command):
     policy = Policy.create(
         "tiny", ["joy", "brief"], r=1, rewards=["joy=sentiment", "brief=brevity"]
     )
-    for name, parameter in policy.adapter_parameters().items():
+    for name, parameter in policy.trainable_parameters().items():
         if "lora_B" in name:
             parameter.data.fill_(1e30)
     policy.save(folder)

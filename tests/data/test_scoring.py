@@ -241,6 +241,39 @@ def test_a_function_without_keywords_gets_what_it_names(function):
     assert call(function) == [2, 1]
 
 
+def test_a_decorators_own_arguments_count():
+    """functools.wraps names another function, which may take other arguments, or fewer."""
+
+    def per_example(function):
+        @functools.wraps(function)
+        def wrapper(prompts, completions, **columns):
+            return [function(*pair) for pair in zip(prompts, completions, strict=True)]
+
+        return wrapper
+
+    @per_example
+    def longer(prompt, completion):
+        return float(len(completion))
+
+    assert call(longer) == [3, 1]
+
+    def least(function):
+        @functools.wraps(function)
+        def wrapper(completions, topic=None, log_metric=None):
+            assert topic == ["x", "y"] and log_metric is not None
+            return function(completions)
+
+        return wrapper
+
+    assert call(least(lambda completions: [len(c) for c in completions])) == [3, 1]
+
+    @functools.wraps(longer.__wrapped__)
+    def bare(*args, **kwargs):
+        return [len(text) for text in kwargs["completions"]]
+
+    assert call(bare) == [3, 1]
+
+
 def test_functions_of_two_arguments_work_with_columns():
     assert call(lambda prompts, completions: [len(c) for c in completions]) == [3, 1]
 

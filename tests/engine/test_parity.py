@@ -39,7 +39,7 @@ def sampled(policy, temperature):
     ids = [policy.tokenizer(p)["input_ids"] for p in PROMPTS]
     params = SamplingParams(max_tokens=40, temperature=temperature)
     done = Sampler(policy).generate(ids, WEIGHTS, with_seeds(params, range(8)))
-    batch = make_batch(ids, done, torch.tensor(WEIGHTS), 0, policy.device)
+    batch = make_batch(policy, ids, done, torch.tensor(WEIGHTS))
     return batch, torch.cat([torch.tensor(c.logprobs) for c in done])
 
 

@@ -141,7 +141,7 @@ def test_what_the_slots_hold_is_not_copied_when_the_policy_has_changed(sampler):
     policy = sampler.policy
     request = sampler.submit(IDS[:40], "joy=1", SamplingParams(max_tokens=8, seed=1))
     sampler.finish([request])
-    parameters = list(policy.adapter_parameters().values())
+    parameters = list(policy.trainable_parameters().values())
     before = [p.detach().clone() for p in parameters]
     try:
         for p in parameters:

@@ -138,7 +138,7 @@ def test_the_trainers_logprobs_leave_them_out_too(tokenizer, holes, gaps):
     known = policy.drawable_ids if gaps else slice(TOKENS)
     done = ask(policy, temperature=0.7)
     weights = torch.tensor([[1.0, 0.0]]).expand(8, -1)
-    batch = make_batch([[5, 6]] * 8, done, weights, 0, policy.device)
+    batch = make_batch(policy, [[5, 6]] * 8, done, weights)
     stats = token_stats(policy, batch, policy.head(), 0.7)
     wanted = torch.tensor([c.logprobs for c in done])
     torch.testing.assert_close(stats.logprobs, wanted, atol=1e-4, rtol=1e-4)
@@ -225,7 +225,7 @@ def test_added_tokens_in_a_head_that_was_padded_for_them(tokenizer):
     assert max(drawn(done)) == TOKENS + 1  # some are drawn, and are text
     assert any("<two>" in c.text for c in done if TOKENS + 1 in c.token_ids)
     weights = torch.tensor([[1.0, 0.0]]).expand(8, -1)
-    batch = make_batch([[5, 6]] * 8, done, weights, 0, policy.device)
+    batch = make_batch(policy, [[5, 6]] * 8, done, weights)
     stats = token_stats(policy, batch, policy.head(), 1.0)
     with policy.steer(weights):
         own = policy.model(batch.input_ids).logits[:, 1:-1, : TOKENS + 2].log_softmax(-1)
@@ -246,8 +246,18 @@ def test_mixed_parameters_need_one_shape(tmp_path, tokenizer):
 def test_stop_token_ids_may_be_a_policys_end_ids(tokenizer):
     ids = Policy(small(0, eos_token_id=[7, 8]), tokenizer, ["a"], "x").end_ids
     assert set(SamplingParams(stop_token_ids=ids).stop_token_ids) == {2, 7, 8}
-    with pytest.raises(ValueError, match="stop_token_ids must hold token ids"):
+    with pytest.raises(ValueError, match="stop_token_ids must be a list of token ids"):
         SamplingParams(stop_token_ids={"a", 1})
+
+
+def test_lists_of_params_may_be_numpys_or_torchs():
+    params = SamplingParams(
+        stop=np.array(["a", "b"]), stop_token_ids=torch.tensor([3, 4]), ignore_eos=np.bool_(True)
+    )
+    assert params == SamplingParams(stop=["a", "b"], stop_token_ids=[3, 4], ignore_eos=True)
+    assert SamplingParams(stop=np.str_("ab")).stop == ("ab",)
+    with pytest.raises(ValueError, match=r"stop must be a list of .* got \{'a'\}"):
+        SamplingParams(stop={"a"})
 
 
 def test_end_ids_are_those_of_configurations_and_tokenizer(tokenizer):

@@ -429,6 +429,24 @@ def test_sums_are_accumulated_in_float32_and_keep_the_dtype(dtype: torch.dtype) 
     assert got.dtype == dtype and got.item() == half
 
 
+@pytest.mark.parametrize("scale", [640**0.5, torch.tensor(640**0.5)], ids=["number", "tensor"])
+def test_a_scaled_embedding_steers_between_experts_one_ulp_apart(scale: float | Tensor) -> None:
+    """Gemma's: a sum that is rounded before it is scaled is one of the experts, gain 0 or 1.67."""
+    torch.manual_seed(0)
+    first = ((1 + torch.rand(64, 640)) / 16).bfloat16()
+    table = torch.stack([first, (first.view(torch.int16) + 1).view(torch.bfloat16)])
+    layer, ids = MixedEmbedding(table, NAMES[:2], scale=scale), torch.arange(64)[None]
+    found = []
+    for weights in ([1.0, 0.0], [0.7, 0.3]):
+        with steer(layer, [weights]):
+            found.append(layer(ids)[0].double())
+    plain = first * (scale.bfloat16() if isinstance(scale, Tensor) else scale)
+    assert torch.equal(found[0], plain.double())
+    step = 0.3 * (table[1].double() - table[0].double()) * 640**0.5
+    gain = ((found[1] - found[0]) * step).sum() / step.square().sum()
+    assert abs(gain - 1) < 0.05
+
+
 @pytest.mark.parametrize("conditioning", KINDS)
 def test_autocast_gives_the_dtype_and_nearly_the_numbers_of_the_merged_model(
     conditioning: str,
@@ -689,7 +707,7 @@ def folders(tmp_path) -> dict[str, str]:
 def test_a_policy_of_models_samples_each_sequence_with_its_row(folders: dict[str, str]) -> None:
     policy = Policy.from_models(folders)
     assert policy.objectives == ("joy", "brief") and policy.device == torch.device("cpu")
-    assert not policy.adapter_parameters() and policy.base_model == "tiny"
+    assert not policy.trainable_parameters() and policy.base_model == "tiny"
     params = SamplingParams(max_tokens=8, temperature=0)
     out = Sampler(policy).generate(["Once", "Once"], [[1, 0], {"brief": 1, "joy": 0}], params)
     for completion, source in zip(out, folders.values(), strict=True):

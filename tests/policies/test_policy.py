@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_runs import randomised
 
 import clp_kernels
@@ -100,7 +101,7 @@ def test_save_and_load_are_bitwise(tmp_path):
     assert again.rewards == ("joy=sentiment", "brief=brevity")
     rows = [[0.3, 0.7], [1.0, 0.0]]
     assert torch.equal(logits(policy, rows), logits(again, rows))
-    pairs = zip(*(p.adapter_parameters().items() for p in (policy, again)), strict=True)
+    pairs = zip(*(p.trainable_parameters().items() for p in (policy, again)), strict=True)
     assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs)
 
 
@@ -178,8 +179,8 @@ def test_a_model_whose_head_is_missing_is_refused(tmp_path):
 
 
 def test_head_of_a_plain_model_has_temperature_one():
-    weight, bias, temperature, _ = Policy.create("tiny", ["a"]).head()
-    assert weight.dim() == 2 and bias is None and temperature == 1
+    weight, bias, temperature, _, experts = Policy.create("tiny", ["a"]).head()
+    assert weight.dim() == 2 and bias is None and temperature == 1 and experts is None
 
 
 def test_head_of_a_model_that_scales_its_logits(tmp_path):
@@ -214,6 +215,36 @@ def test_eleven_rows_of_a_real_pretrained_model_are_eleven_single_runs(shared_mo
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
         assert torch.equal(tokens[i : i + 1], single)
     assert len({tuple(t) for t in tokens.tolist()}) > 1
+
+
+def test_fp8_weights_that_transformers_makes_plain_are_loaded(tmp_path):
+    """On a CPU it multiplies them by their scales; a method that it lacks is refused."""
+    torch.manual_seed(0)
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    folder = with_tiny_tokenizer(plain, tmp_path)
+    stored = {}
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        stored[name] = weight
+        if name.endswith("_proj.weight"):
+            scale = weight.abs().max() / 448
+            stored[name] = (weight / scale).to(torch.float8_e4m3fn)
+            blocks = [-(-size // 128) for size in weight.shape]
+            stored[name.replace("weight", "weight_scale_inv")] = scale.repeat(*blocks)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
+    for method in (fp8, {"quant_method": "x"}):
+        path.write_text(json.dumps(settings | {"quantization_config": method}))
+        if method["quant_method"] == "x":
+            with pytest.raises(ValueError, match="quantised by 'x', which transformers lacks"):
+                load_base(folder)
+            continue
+        model, _ = load_base(folder)
+        ids = torch.tensor([[1, 5, 7]])
+        with torch.no_grad():
+            wanted = plain(ids).logits
+            assert (model(ids).logits - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
 def test_damaged_weights_are_refused(tmp_path):

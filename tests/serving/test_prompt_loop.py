@@ -99,7 +99,7 @@ def test_what_is_set_holds_for_the_next_prompt(sampler):
         ("/set temperature hot", "temperature must be a number"),
         ("/set temperature NaN", "temperature must be a number"),
         ("/set n 0", "n must be"),
-        ("/set stop [1]", "stop must hold"),
+        ("/set stop [1]", "stop must be a list of"),
         ("/set stop " + "[" * 100_000, "stop must hold"),
     ],
 )

@@ -24,7 +24,7 @@ class Adapters:
         self.used, self.idle = (nn.Parameter(torch.randn(3, 2, generator=values)) for _ in range(2))
         self.optimizer = torch.optim.AdamW([self.used, self.idle], lr=0.1, weight_decay=0.1)
 
-    def adapter_parameters(self):
+    def trainable_parameters(self):
         return {"used": self.used, "idle": self.idle}
 
     def save(self, folder):
@@ -45,7 +45,7 @@ def test_a_parameter_without_a_gradient_is_saved_and_resumed_exactly(tmp_path):
     folder = save_checkpoint(tmp_path, Progress(2), whole, whole.optimizer, keep=2)
     resumed = Adapters()
     resumed.used.data, resumed.idle.data = whole.saved
-    load_optimizer(folder, resumed.adapter_parameters(), resumed.optimizer)
+    load_optimizer(folder, resumed.trainable_parameters(), resumed.optimizer)
     for number in range(2, 6):
         for one in (whole, resumed):
             one.step(number, idle=number > 3)
@@ -60,7 +60,7 @@ def test_moments_that_do_not_fit_are_refused(tmp_path, key, wrong):
     path = folder / "optimizer.safetensors"
     save_file(load_file(path) | {f"idle.{key}": wrong}, path)
     with pytest.raises(ValueError, match=f"idle.{key} must be float32 of shape"):
-        load_optimizer(folder, adapters.adapter_parameters(), adapters.optimizer)
+        load_optimizer(folder, adapters.trainable_parameters(), adapters.optimizer)
 
 
 def test_folders_with_other_names_are_no_checkpoints_and_stay(tmp_path):

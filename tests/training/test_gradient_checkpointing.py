@@ -51,7 +51,7 @@ def make_policy(name):
     clp_kernels.inject(model, ["a", "b"], r=2, target_modules=targets, generator=generator)
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     policy = Policy(model, tokenizer, ["a", "b"], name)
-    for parameter in policy.adapter_parameters().values():
+    for parameter in policy.trainable_parameters().values():
         parameter.data.normal_(std=0.1)
     return policy
 
@@ -61,7 +61,7 @@ def batch():
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     weights = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.5, 0.5], [0.0, 1.0]])
-    return Batch(ids, mask, torch.ones(4, 6, dtype=torch.bool), weights)
+    return Batch(ids, mask, torch.ones(4, 6, dtype=torch.bool), weights, ids, mask)
 
 
 def gradients(policy, recompute):
@@ -72,7 +72,7 @@ def gradients(policy, recompute):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    parameters = policy.adapter_parameters()
+    parameters = policy.trainable_parameters()
     for parameter in policy.model.parameters():
         parameter.grad = None
     fixed = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}

@@ -31,7 +31,8 @@ def characters(completions, **kwargs):
 
 def measured(policy, functions, seed=0):
     state = untrained_state()
-    return measure_reward_scale(Sampler(policy), functions, ROWS, PARAMS, seed, state, frozenset())
+    sampler = Sampler(policy)
+    return measure_reward_scale(sampler, functions, ROWS, PARAMS, 3, seed, state, frozenset())
 
 
 def test_it_is_the_standard_deviation_under_the_base_model():
@@ -47,9 +48,11 @@ def test_it_is_the_standard_deviation_under_the_base_model():
     assert found[0] == found[1] and seen[0] == seen[1]
     assert measured(randomised(0.0, 1, r=2), functions, seed=1) != found[0]
     prompts, completions = seen[0]
-    assert len(completions) == COMPLETIONS == 512
+    # Groups of three, as in training: a reward may compare the completions of a group.
+    assert len(completions) == 513 and COMPLETIONS == 512
+    assert all(len(set(prompts[i : i + 3])) == 1 for i in range(0, 513, 3))
     counts = [prompts.count(row["prompt"]) for row in ROWS]
-    assert max(counts) - min(counts) <= 1
+    assert max(counts) - min(counts) <= 3
     lengths = torch.tensor([len(text) for text in completions], dtype=torch.float64)
     known = lengths[lengths % 3 != 0]
     assert 50 < len(known) < COMPLETIONS

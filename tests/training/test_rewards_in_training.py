@@ -72,15 +72,29 @@ def test_a_reward_that_fails_later_teaches_nothing(tmp_path):
 
     def odd(completions, **kwargs):
         calls.append(len(completions))
-        return [1.0] * (2 if len(calls) == 1 else 0)
+        return [1.0] * (len(completions) if len(calls) == 1 else 0)
 
     trainer = make(tmp_path / "r", [sentiment, odd])
     before = [p.clone() for p in trainer.parameters.values()]
     with pytest.raises(ValueError, match="reward 'odd' must return a list of 6 numbers, got 0"):
         trainer.train()
-    assert calls == [2, 6]
+    assert calls == [6, 6]
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters.values(), strict=True))
     assert (tmp_path / "r/metrics.jsonl").read_text() == ""
+
+
+def test_a_reward_may_compare_the_completions_of_a_group(tmp_path):
+    """A usual idiom in TRL: every call has whole groups of num_generations, in order."""
+    seen = []
+
+    def unlike_the_group(prompts, completions, **kwargs):
+        for i in range(0, len(prompts), 3):
+            seen.append(len(set(prompts[i : i + 3])))
+        lengths = torch.tensor([float(len(text)) for text in completions]).view(-1, 3)
+        return (lengths - lengths.mean(1, keepdim=True)).abs().flatten()
+
+    make(tmp_path / "r", [sentiment, unlike_the_group], scale_rewards="reference").train()
+    assert set(seen) == {1} and len(seen) > 512 // 3
 
 
 def test_a_model_is_no_function(tmp_path):

@@ -50,9 +50,9 @@ def test_prompts_begin_with_one_bos_and_do_not_end_with_eos(chat, monkeypatch):
     assert found == [[1, *one] for one in own for _ in range(4)]
 
 
-def test_make_batch_pads_prompts_left_and_completions_right():
+def test_make_batch_pads_prompts_left_and_completions_right(policy):
     done = [Completion(0, 0, "", [7, 8], [], "stop"), Completion(1, 0, "", [9], [], "stop")]
-    batch = make_batch([[4], [5, 6]], done, torch.eye(2), 0, torch.device("cpu"))
+    batch = make_batch(policy, [[4], [5, 6]], done, torch.eye(2))
     assert batch.input_ids.tolist() == [[0, 4, 7, 8], [5, 6, 9, 0]]
     assert batch.attention_mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 0]]
     assert batch.completion_mask.tolist() == [[True, True], [True, False]]
@@ -106,5 +106,5 @@ def test_the_gradient_reaches_the_adapters_alone(policy):
     stats = token_stats(policy, roll(policy).batch, policy.head(), 1.0)
     stats.logprobs.sum().backward()
     grads = {n for n, p in policy.model.named_parameters() if p.grad is not None}
-    assert grads == set(policy.adapter_parameters())
+    assert grads == set(policy.trainable_parameters())
     policy.model.zero_grad()

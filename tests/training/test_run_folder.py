@@ -10,14 +10,17 @@ import sys
 from dataclasses import dataclass
 from datetime import date
 from fractions import Fraction
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from processes import python
 from tiny_runs import config, metrics
 
+from clp.data.json_lines import parse_json
+from clp.data.paths import TINY
 from clp.data.prompts import TRAIN_PROMPTS
 from clp.policies.loading import load_base
 from clp.rewards import brevity, sentiment
@@ -149,7 +152,7 @@ class Judge:
 def test_what_a_partial_binds_is_the_same_in_another_process():
     """The order of a set of texts changes with the process."""
     script = """
-from functools import partial
+from functools import partial, wraps
 from test_run_folder import Judge, calm
 from clp.training.run_folder import Inputs
 judged = partial(calm, judge=Judge({"a", "b", "c", "d"}))
@@ -172,7 +175,7 @@ def test_a_base_model_that_has_changed_is_refused(tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 5] += 1e-3
     model.save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"was run with another .*base: it has changed"):
+    with pytest.raises(ValueError, match="was run with another base model: its parameters"):
         resumed(tmp_path / "r", max_steps=2)
     assert files(tmp_path / "r") == before
 
@@ -182,6 +185,39 @@ def times(factor):
         return [factor for _ in completions]
 
     return scaled
+
+
+def signed(function, sign):
+    @wraps(function)
+    def reward(**columns):
+        return [sign * value for value in function(**columns)]
+
+    return reward
+
+
+def scaled_by(factor):
+    def reward(completions, factor=factor, **columns):
+        return [factor * len(text) for text in completions]
+
+    return reward
+
+
+class Signed:
+    def __init__(self, sign):
+        self.sign = sign
+
+    def score(self, completions, **columns):
+        return [self.sign * len(text) for text in completions]
+
+    __call__ = score
+
+
+def judged(completions, judge, **columns):
+    return judge(completions)
+
+
+def by_judge(judge):
+    return lambda completions, **columns: judge(completions)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +230,22 @@ def times(factor):
          lambda completions, **_: [2.0] * len(completions)),
         (lambda completions, **_: [len(c) for c in completions],
          lambda completions, **_: [c.count("e") for c in completions]),
+        (lambda completions, **_: [len(c) for c in completions],
+         lambda completions, **_: [-len(c) for c in completions]),
+        (signed(sentiment, 1), signed(sentiment, -1)),
+        (signed(lambda completions, **_: [1.0] * len(completions), 1),
+         signed(lambda completions, **_: [2.0] * len(completions), 1)),
+        (scaled_by(1.0), scaled_by(2.0)),
+        (by_judge(Signed(1)), by_judge(Signed(-1))),
+        (partial(judged, judge=Signed(1)), partial(judged, judge=Signed(-1))),
+        (partial(judged, judge=lambda c: [1.0] * len(c)),
+         partial(judged, judge=lambda c: [2.0] * len(c))),
+        (Signed(1).score, Signed(-1).score),
+        (Signed(1), Signed(-1)),
     ],
-    ids=["other functions", "other parameters", "closures", "constants", "lambdas"],
+    ids=["other functions", "other parameters", "closures", "constants", "lambdas", "operators",
+         "wraps", "wrapped lambdas", "defaults", "objects in closures", "objects in partials",
+         "lambdas in partials", "methods", "objects"],
 )  # fmt: skip
 def test_functions_that_have_changed_places_are_refused(tmp_path, one, other):
     """Under each other's name, the adapter of one would train on the other."""
@@ -203,6 +253,133 @@ def test_functions_that_have_changed_places_are_refused(tmp_path, one, other):
     resumed(tmp_path / "r", {"b": other, "a": one}, ROWS)
     with pytest.raises(ValueError, match="as the reward of a"):
         resumed(tmp_path / "r", {"a": other, "b": one}, ROWS)
+
+
+def test_a_cache_that_fills_does_not_stop_a_resume(tmp_path):
+    """Nor does what an object has counted."""
+
+    class Counter(Signed):
+        def __call__(self, completions, **columns):
+            self.sign += 1
+            return super().score(completions)
+
+    def cached(completions, cache, **columns):
+        return [cache.setdefault(text, float(len(text))) for text in completions]
+
+    funcs = {"length": partial(cached, cache={}), "a": Counter(1), "b": Counter(2)}
+    args = config(tmp_path / "r", max_steps=1)
+    CLPTrainer(reward_funcs=funcs, args=args, train_dataset=ROWS).train()
+    resumed(tmp_path / "r", funcs, ROWS, max_steps=2).train()
+    with pytest.raises(ValueError, match=r"run with function:.*cached with"):
+        resumed(tmp_path / "r", funcs | {"length": partial(cached, cache=None)}, ROWS)
+
+
+def test_another_function_that_draws_the_weights_is_refused(tmp_path):
+    def even(count, generator):
+        return torch.full((count, 2), 0.5)
+
+    def corner(count, generator):
+        return torch.tensor([[1.0, 0.0]]).repeat(count, 1)
+
+    CLPTrainer(args=config(tmp_path / "r"), draw_weights=even).lock.release()
+    args = CLPConfig.of_run(tmp_path / "r")
+    CLPTrainer(args=args, draw_weights=even).lock.release()
+    with pytest.raises(ValueError, match=r"even as draw_weights; resume gives .*corner"):
+        CLPTrainer(args=args, draw_weights=corner)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("config.json", '"rope_theta": 10000.0', '"rope_theta": 500.0', "rope_parameters of its"),
+        ("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5', "rms_norm_eps of its conf"),
+        ("generation_config.json", '"eos_token_id": 2', '"eos_token_id": [2, 5]', "other ids, or"),
+        ("tokenizer.json", '"he": 2', '"eh": 2', "other ids, or"),
+        ("tokenizer_config.json", "{", '{"chat_template": "{{ messages[0].content }}.",', None),
+    ],
+)
+def test_a_base_model_of_other_files_is_refused(tmp_path, file, old, new, message):
+    """A chat template counts if a prompt is a conversation."""
+    shutil.copytree(TINY, tmp_path / "base", ignore=shutil.ignore_patterns("*.jsonl"))
+    args = config(tmp_path / "r", model=str(tmp_path / "base"), max_steps=1)
+    CLPTrainer(args=args).train()
+    path = tmp_path / "base" / file
+    if file == "tokenizer.json":
+        vocabulary = json.loads(path.read_text())["model"]["vocab"]
+        a, b = [token for token, i in vocabulary.items() if i in (300, 301)]
+        old, new = f'"{a}": 300', f'"{b}": 300'
+    text = path.read_text()
+    flat = text if old in text else json.dumps(json.loads(text))
+    assert old in flat
+    changed = flat.replace(old, new, 1)
+    if file == "tokenizer.json":
+        changed = changed.replace(f'"{b}": 301', f'"{a}": 301', 1)
+    path.write_text(changed)
+    if message is None:
+        resumed(tmp_path / "r", max_steps=2)
+        return
+    with pytest.raises(ValueError, match=message):
+        resumed(tmp_path / "r", max_steps=2)
+
+
+def test_a_chat_template_that_has_changed_is_refused(tmp_path):
+    shutil.copytree(TINY, tmp_path / "base", ignore=shutil.ignore_patterns("*.jsonl"))
+    path = tmp_path / "base/tokenizer_config.json"
+    given = json.loads(path.read_text())
+    rows = [{"prompt": [{"role": "user", "content": "Mia"}]}]
+    for template, fails in (("{{ messages[0].content }}", False), ("{{ messages[0].role }}", True)):
+        path.write_text(json.dumps(given | {"chat_template": template}))
+        if not fails:
+            args = config(tmp_path / "r", model=str(tmp_path / "base"), max_steps=1)
+            CLPTrainer(args=args, train_dataset=rows).train()
+            continue
+        with pytest.raises(ValueError, match="another tokenizer, chat template or end tokens"):
+            CLPTrainer(args=CLPConfig.of_run(tmp_path / "r", max_steps=2), train_dataset=rows)
+
+
+def classifier_folder(folder):
+    """A small sequence classifier with the embedded model's tokenizer."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    settings = transformers.BertConfig(
+        vocab_size=1024, intermediate_size=8, pad_token_id=0, **sizes
+    )
+    transformers.BertForSequenceClassification(settings).save_pretrained(folder)
+    load_base("tiny")[1].save_pretrained(folder)
+
+
+def test_a_classifier_that_has_moved_is_found_there_from_then_on(tmp_path):
+    classifier_folder(tmp_path / "clf")
+    spec = f"joy=classifier:{tmp_path / 'clf'}#1"
+    CLPTrainer(args=config(tmp_path / "r", rewards=["brief=brevity", spec], max_steps=1)).train()
+    (tmp_path / "clf").rename(tmp_path / "new")
+    moved = [f"joy=classifier:{tmp_path / 'new'}#1", "brief=brevity"]
+    resumed(tmp_path / "r", rewards=moved, max_steps=2).train()
+    card = json.loads((tmp_path / "r/clp.json").read_text())
+    assert card["rewards"] == moved[::-1] == CLPConfig.of_run(tmp_path / "r").rewards
+
+
+@pytest.mark.parametrize("text", [b"caf\xe9".decode("utf-8", "surrogateescape"), "[" * 500])
+def test_what_a_reward_logs_stays_when_a_run_is_resumed(tmp_path, text):
+    """Values that a strict reader refuses: half a surrogate pair, deep nesting, huge integers."""
+    deep = []
+    for _ in text[:300]:
+        deep = [deep]
+
+    def logs(completions, log_extra, log_metric, **columns):
+        log_extra("text", [text] * len(completions))
+        log_extra("deep", [deep] * len(completions))
+        log_extra("huge", [10**5000] * len(completions))
+        return [float(len(text)) for text in completions]
+
+    args = config(tmp_path / "r", max_steps=2)
+    CLPTrainer(reward_funcs=logs, args=args, train_dataset=ROWS).train()
+    table = tmp_path / "r/completions.jsonl"
+    before = table.read_bytes()
+    assert len(before.splitlines()) == 2 * 4
+    for line in before.splitlines():
+        parse_json(line)  # the strict reader
+    resumed(tmp_path / "r", logs, ROWS).train()
+    assert table.read_bytes() == before
 
 
 def test_messages_with_their_keys_in_another_order_are_the_same_prompts():
@@ -460,7 +637,7 @@ input()
 
 def test_a_reward_that_fails_while_the_scale_is_measured_leaves_no_folder(tmp_path):
     def late(completions, **kwargs):
-        if len(completions) > 2:
+        if len(completions) > 4:
             raise ConnectionError("the judge is away")
         return [0.5] * len(completions)
 

@@ -66,7 +66,7 @@ def test_the_run_folder_holds_policy_checkpoints_and_config(whole):
         "metrics.jsonl", "run.json",
     ]  # fmt: skip
     final, last = Policy.load(whole), Policy.load(whole / "checkpoint-000006")
-    pairs = zip(*(p.adapter_parameters().values() for p in (final, last)), strict=True)
+    pairs = zip(*(p.trainable_parameters().values() for p in (final, last)), strict=True)
     for a, b in pairs:
         assert torch.equal(a, b)
         assert a.abs().sum().item() > 0
@@ -324,8 +324,8 @@ def test_python_interface_with_functions_and_columns(tmp_path):
     args = config(tmp_path / "p", max_steps=1, scale_rewards="none")
     policy = CLPTrainer("tiny", [shout, brevity], args, rows).train()
     assert policy.objectives == ("shout", "brevity")
-    # The first two are those of the call before anything is sampled.
-    assert seen[:2] == ["m1", "m2"] and sorted(seen[2:]) == ["m1"] * 6 + ["m2"] * 6
+    # The first six are those of the call before anything is sampled.
+    assert seen[:6] == ["m1"] * 3 + ["m2"] * 3 and sorted(seen[6:]) == ["m1"] * 6 + ["m2"] * 6
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""Conditioning "lora": one LoRA adapter per objective, mixed by the weights of each example."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import clp_kernels
+from clp.policies.loading import model_path
+from clp_kernels.nn.mixed_lora import steered_layers
+
+
+class LoRA:
+    """See clp.policies.interface.Conditioning; the adapters are PEFT folders."""
+
+    name = "lora"
+
+    def adapters(self, objectives: Sequence[str]) -> list[str]:
+        """The names of the adapters."""
+        return list(objectives)
+
+    def inject(
+        self,
+        model: nn.Module,
+        objectives: Sequence[str],
+        *,
+        r: int,
+        lora_alpha: float,
+        target_modules: str | Sequence[str],
+        exclude_modules: Sequence[str],
+        generator: torch.Generator,
+    ) -> None:
+        """New adapters, whose B is zero."""
+        clp_kernels.inject(
+            model, self.adapters(objectives), r=r, lora_alpha=lora_alpha,
+            target_modules=target_modules, exclude_modules=exclude_modules, generator=generator,
+        )  # fmt: skip
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Every lora_A and lora_B, also one that is frozen."""
+        layers = steered_layers(model)
+        return {f"{n}.{a}": getattr(layers[n], a) for n in layers for a in ("lora_A", "lora_B")}
+
+    def save(
+        self, model: nn.Module, objectives: Sequence[str], directory: Path, base_model: str
+    ) -> dict[str, str]:
+        """Writes adapters/<name>/; their digests."""
+        folder = directory / "adapters"
+        clp_kernels.save_adapters(model, folder, base_model=model_path(base_model))
+        return {name: _digest(folder / name) for name in self.adapters(objectives)}
+
+    def load(
+        self, model: nn.Module, objectives: Sequence[str], directory: Path, digests: dict[str, Any]
+    ) -> None:
+        """Puts the adapters of a folder into the base model.
+
+        Raises: ValueError if one is incomplete, or differs from its digest.
+        """
+        folders = [directory / "adapters" / name for name in self.adapters(objectives)]
+        for folder in folders:
+            if _digest(folder) != digests.get(folder.name):
+                raise ValueError(f"{folder} is not the adapter that {directory / 'clp.json'} names")
+        clp_kernels.load_adapters(model, folders)
+
+    def export(
+        self,
+        model: Any,
+        objectives: Sequence[str],
+        weights: Tensor,
+        folder: Path,
+        base_model: str,
+        tokenizer: Any,
+    ) -> str:
+        """Writes one PEFT adapter for fixed weights; says what it is."""
+        base = model_path(base_model)
+        given = self.layer_weights(weights)
+        written = clp_kernels.export_adapter(model, given, folder, base_model=base)
+        ranks = (layer.ranks for layer in steered_layers(model).values())
+        return f"PEFT adapter of rank {sum(map(max, zip(*ranks, strict=True)))}: {written}"
+
+    def layer_weights(self, weights: Tensor) -> Tensor:
+        """The weights themselves."""
+        return weights
+
+    def prefix(self, weights: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
+        """Nothing."""
+        return []
+
+    def longest_prefix(self, objectives: Sequence[str], tokenizer: Any) -> int:
+        """0."""
+        return 0
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 over the two files of an adapter folder."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"adapter {folder} lacks {name}")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
