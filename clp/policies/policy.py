@@ -20,6 +20,7 @@ from clp.policies.loading import end_ids, load_base, torch_device
 from clp.policies.lora import LoRA
 from clp.policies.prompt import Prompt
 from clp_kernels.nn.experts import MixedLinear
+from clp_kernels.nn.inject_experts import differences, load_experts
 from clp_kernels.nn.probe import check_start
 from clp_kernels.nn.steering import SteeredLayer
 
@@ -180,28 +181,37 @@ class Policy(Steerable):
         cls,
         models: Mapping[str, str],
         *,
+        base: str | None = None,
         conditioning: str = "full",
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "Policy":
         """A policy whose every example mixes the parameters of m whole models.
 
-        It has no base model, and nothing to train or to save. A completion ends at the end tokens
-        of any of the models.
+            theta(w) = theta_base + sum_i w_i (theta_i - theta_base)     with a base
+            theta(w) = sum_i w_i theta_i                                 without one
+
+        Both are the same for weights that sum to 1. With a base the policy can be trained (KL is
+        that to the base), saved and loaded; without one it can be sampled. A completion ends at the
+        end tokens of any of the models.
 
         Args:
             models: What to load for each objective: "tiny", a path or a hub name.
+            base: The model that the others were made from; its tokenizer is the policy's.
             conditioning: "full", "attention" or "head": see clp_kernels.mix_models.
 
         Raises:
             ValueError: no models, one that cannot be loaded, tokenizers with different
                 vocabularies, a device that is not here, or anything that clp_kernels.mix_models
-                refuses.
+                or, with a base, clp_kernels.nn.inject_experts refuses.
         """
         if not isinstance(models, Mapping) or not models:
             raise ValueError(f"models must map objectives to at least one model, got {models!r}")
-        device = torch_device(device)
-        loaded = {name: load_base(source, dtype) for name, source in models.items()}
+        device, how = torch_device(device), _conditioning(conditioning)
+        if not isinstance(how, Experts):
+            raise ValueError(f"conditioning must be full, attention or head, got {conditioning!r}")
+        sources = dict(models) if base is None else {"the base": base, **models}
+        loaded = {name: load_base(source, dtype) for name, source in sources.items()}
         first, *others = loaded
         vocabulary = loaded[first][1].get_vocab()
         for name in others:
@@ -211,12 +221,20 @@ class Policy(Steerable):
                     f"differ, first in {min(differ)[0]!r}"
                 )
         ends = frozenset().union(*(end_ids(*one) for one in loaded.values()))
-        parts = [model for model, _ in loaded.values()]
-        model: Any = clp_kernels.mix_models(parts, list(loaded), conditioning=conditioning)
+        objectives, model = list(models), loaded[first][0]
+        if base is None:
+            parts = [part for part, _ in loaded.values()]
+            model = clp_kernels.mix_models(parts, objectives, conditioning=conditioning)
+        else:
+            states = [
+                differences(model, loaded[name][0], name, conditioning=conditioning)
+                for name in objectives
+            ]
+            load_experts(model, objectives, states)
         model.generation_config.eos_token_id = sorted(ends) or None
         return cls(
-            model.to(device), loaded[first][1], list(loaded), model_location(models[first]),
-            conditioning=Experts(conditioning),
+            model.to(device), loaded[first][1], objectives,
+            model_location(models[first] if base is None else base), conditioning=how,
         )  # fmt: skip
 
     def save(self, directory: str | Path) -> None:

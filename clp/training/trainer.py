@@ -75,7 +75,10 @@ class CLPTrainer:
     The folder is locked from here until `train` ends, or this object or the process does.
 
     Args:
-        model: Path, hub name or "tiny"; None takes args.model.
+        model: Path, hub name or "tiny"; None takes args.model. Or a Policy to start from, such as
+            Policy.from_models(..., base=...), whose objectives are those of the rewards: training
+            goes on from its parameters, and base model, dtype and conditioning are its own. It is
+            saved as checkpoint-000000; a run that is resumed takes its last checkpoint.
         reward_funcs: One per objective: a mapping from objective to function, or functions, or one
             (called by their __name__). None takes args.rewards. Signature as in TRL:
             f(prompts, completions, **columns) -> list of numbers or None (docs/rewards.md). Each
@@ -97,7 +100,7 @@ class CLPTrainer:
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | Policy | None = None,
         reward_funcs: RewardFunc | Mapping[str, RewardFunc] | Sequence[RewardFunc] | None = None,
         args: CLPConfig | None = None,
         train_dataset: Iterable[dict[str, Any]] | None = None,
@@ -107,10 +110,18 @@ class CLPTrainer:
         if draw_weights is not None:
             args = replace(args, weight_draws="function")
         self.draw_weights = draw_weights
-        if model is not None:
+        start = None
+        if isinstance(model, Policy):
+            start, args = model, _settings_of(model, args)
+        elif model is not None:
             args = replace(args, model=model)
         args = located(args)
         named = _named(reward_funcs, args)
+        if start is not None:
+            named = _in_order(named, start.objectives)
+            if reward_funcs is None:
+                specs_of = {spec.partition("=")[0]: spec for spec in args.rewards}
+                args = replace(args, rewards=[specs_of[name] for name in named])
         path = None
         if train_dataset is None:
             path = args.prompts or TRAIN_PROMPTS
@@ -134,13 +145,14 @@ class CLPTrainer:
                 self.lock.acquire()
                 args, inputs, checkpoint = run_folder.check_resumed(self.run, args, inputs)
             if args.resume:
-                start = "holds no checkpoint: training begins at step 1"
+                begin = "holds no checkpoint: training begins at step 1"
                 if checkpoint is not None:
-                    start = f"goes on from {checkpoint.name}"
-                tqdm.write(f"{self.run} {start}", file=sys.stderr)
+                    begin = f"goes on from {checkpoint.name}"
+                tqdm.write(f"{self.run} {begin}", file=sys.stderr)
             self.args = args
             self.reward_funcs = {name: named[name] for name in inputs.rewards}
-            self.prepare(checkpoint, () if nameless else args.rewards, path, inputs.reward_scale)
+            rewards = [] if nameless else args.rewards
+            self.prepare(checkpoint, rewards, path, inputs.reward_scale, start)
             trained = set(self.parameters.values())
             found = replace(
                 inputs,
@@ -153,6 +165,8 @@ class CLPTrainer:
             inputs = found
             # Last, so that a start that fails leaves the folder as it was.
             run_folder.claim(self.lock, args, inputs, new=new)
+            if start is not None and checkpoint is None:
+                self.save()
             undo.pop_all()
 
     def prepare(
@@ -161,29 +175,14 @@ class CLPTrainer:
         rewards: Sequence[str],
         prompts: str | Path | None,
         reward_scale: dict[str, float] | None,
+        start: Policy | None,
     ) -> None:
         """Makes policy, optimizer and sampler, new or from a checkpoint; checks what goes in, and
         measures the reward scale of a new run."""
         args = self.args
-        dtype = getattr(torch, args.dtype)
-        if checkpoint is None:
-            targets: str | list[str] = args.target_modules
-            adapters = args.conditioning in ("lora", "prompt")
-            self.policy = Policy.create(
-                args.model, list(self.reward_funcs), conditioning=args.conditioning,
-                rewards=rewards, dtype=dtype, device=args.device, seed=_seed(args.seed),
-                r=args.r if adapters else None,
-                lora_alpha=args.lora_alpha if adapters else None,
-                target_modules="all-linear" if targets == ["all-linear"] else targets,
-                exclude_modules=args.exclude_modules,
-            )  # fmt: skip
-            self.progress = Progress()
-        else:
-            self.policy = Policy.load(
-                checkpoint, base_model=args.model, dtype=dtype, device=args.device
-            )
-            self.policy.rewards = tuple(rewards)  # a classifier may have moved
-            self.progress = load_progress(checkpoint)
+        self.policy = _policy(args, list(self.reward_funcs), checkpoint, start)
+        self.policy.rewards = tuple(rewards)
+        self.progress = Progress() if checkpoint is None else load_progress(checkpoint)
         if args.gradient_checkpointing:
             checkpointed_layers(self.policy.model)
         self.parameters = self.policy.trainable_parameters()
@@ -365,6 +364,58 @@ class CLPTrainer:
             total += loss.item()
             parts.append([stats.logprobs.detach(), stats.entropy.detach(), stats.kl.detach()])
         return total, TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _policy(
+    args: CLPConfig, objectives: Sequence[str], checkpoint: Path | None, start: Policy | None
+) -> Policy:
+    """That of the checkpoint, else the given one, else a new one."""
+    dtype = getattr(torch, args.dtype)
+    if checkpoint is not None:
+        return Policy.load(checkpoint, base_model=args.model, dtype=dtype, device=args.device)
+    if start is not None:
+        return start
+    targets, adapters = args.target_modules, args.conditioning in ("lora", "prompt")
+    return Policy.create(
+        args.model, objectives, conditioning=args.conditioning, dtype=dtype, device=args.device,
+        seed=_seed(args.seed), r=args.r if adapters else None,
+        lora_alpha=args.lora_alpha if adapters else None,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        exclude_modules=args.exclude_modules,
+    )  # fmt: skip
+
+
+def _settings_of(policy: Policy, args: CLPConfig) -> CLPConfig:
+    """The arguments with what the policy has of its own.
+
+    Raises: ValueError for a policy that cannot be trained, or settings of a new one.
+    """
+    if not policy.trainable_parameters():
+        raise ValueError(
+            "model is a mixture of whole models without a base, which cannot be trained: give "
+            "Policy.from_models their base"
+        )
+    dtype = str(policy.model.dtype).removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"model must be a policy in float32 or bfloat16, got {dtype}")
+    plain = CLPConfig()
+    for name in ("r", "lora_alpha", "target_modules", "exclude_modules"):
+        if getattr(args, name) != getattr(plain, name):
+            raise ValueError(
+                f"{name} must be left out for a policy that has its own, got {getattr(args, name)}"
+            )
+    own: dict[str, Any] = {"dtype": dtype, "conditioning": policy.conditioning.name}
+    return replace(args, model=policy.base_model, **own)
+
+
+def _in_order(named: dict[str, RewardFunc], objectives: Sequence[str]) -> dict[str, RewardFunc]:
+    """The functions in the order of a policy's objectives. Raises: ValueError if they differ."""
+    if sorted(named) != sorted(objectives):
+        raise ValueError(
+            f"reward_funcs must be those of the policy's objectives {', '.join(objectives)}, got "
+            f"{', '.join(named)}"
+        )
+    return {name: named[name] for name in objectives}
 
 
 def _diverged(run: Path, what: str) -> FloatingPointError:

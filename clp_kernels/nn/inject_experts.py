@@ -15,6 +15,8 @@ from clp_kernels.nn.mix_models import (
     can_be_mixed,
     conditioned,
     input_embedding,
+    refuse_other_architecture,
+    refuse_other_values,
     replace,
     why_bypassed,
 )
@@ -149,6 +151,30 @@ def expert_state(model: nn.Module, i: int) -> dict[str, Tensor]:
         f"{name}.{key}": value
         for name, layer in expert_layers(model).items()
         for key, value in layer.parameters_of(i).items()
+    }
+
+
+def differences(
+    model: nn.Module, other: nn.Module, name: str, *, conditioning: str = "full"
+) -> dict[str, Tensor]:
+    """The other model's parameters minus the model's, float32, for `load_experts`.
+
+    Args:
+        name: What errors call the other model.
+        conditioning: "full", "attention" or "head", as in `mix_models`; what it does not name must
+            be equal in both.
+
+    Raises: ValueError, naming what differs in kind, or in value where it must not.
+    """
+    who = f"the base and {name}"
+    refuse_other_architecture(model, other, who)
+    targets = conditioned(model, conditioning)
+    mixed = {id(p) for module in targets.values() for p in module.parameters(recurse=False)}
+    refuse_other_values(model, other, mixed, who, conditioning)
+    return {
+        f"{target}.{key}": other.get_parameter(f"{target}.{key}").detach().float() - own.float()
+        for target, module in targets.items()
+        for key, own in module.named_parameters(recurse=False)
     }
 
 

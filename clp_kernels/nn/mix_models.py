@@ -59,7 +59,7 @@ def mix_models(
         if all_steered(model):
             raise ValueError(f"models must be plain, {name} has steered layers already")
     for name, model in zip(names[1:], models[1:], strict=True):
-        _refuse_other_architecture(models[0], model, f"{names[0]} and {name}")
+        refuse_other_architecture(models[0], model, f"{names[0]} and {name}")
     targets = conditioned(models[0], conditioning)
     for name, module in targets.items():
         _refuse_bypassed(module, f"{name} of {names[0]}")
@@ -72,7 +72,7 @@ def mix_models(
                 _refuse_bypassed(module, f"{name} of {who}")
     mixed = {id(p) for module in targets.values() for p in module.parameters(recurse=False)}
     for name, model in zip(names[1:], models[1:], strict=True):
-        _refuse_other_values(models[0], model, mixed, f"{names[0]} and {name}", conditioning)
+        refuse_other_values(models[0], model, mixed, f"{names[0]} and {name}", conditioning)
     _mix(models, names, targets)
     if conditioning == "head":
         _untie(models[0])
@@ -80,7 +80,7 @@ def mix_models(
     return models[0]
 
 
-def _refuse_other_architecture(first: nn.Module, other: nn.Module, who: str) -> None:
+def refuse_other_architecture(first: nn.Module, other: nn.Module, who: str) -> None:
     """ValueError for the first module, parameter or buffer that differs in kind or shape."""
     theirs = dict(other.named_modules(remove_duplicate=False))
     for name, module in first.named_modules(remove_duplicate=False):
@@ -218,7 +218,7 @@ def _looks_up(module: nn.Embedding) -> bool:
         return torch.equal(module(ids), found)
 
 
-def _refuse_other_values(
+def refuse_other_values(
     first: nn.Module, other: nn.Module, mixed: set[int], who: str, conditioning: str
 ) -> None:
     """ValueError for the first tensor that is not mixed and not equal."""

@@ -313,6 +313,80 @@ def test_training_learns_and_a_resumed_run_repeats_it(tmp_path, conditioning):
         CLPTrainer(args=CLPConfig.of_run(tmp_path / "part", conditioning="lora"))
 
 
+def experts_of_tiny(folder):
+    """Two copies of the embedded model with other parameters."""
+    for seed, name in enumerate(("joy", "brief")):
+        model, tokenizer = load_base("tiny")
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            noise = torch.empty(parameter.shape).normal_(0, 0.02, generator=generator)
+            parameter.data.add_(noise)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("joy", "brief")}
+
+
+def test_models_with_a_base_are_differences_from_it(tmp_path):
+    models = experts_of_tiny(tmp_path)
+    mixture, policy = Policy.from_models(models), Policy.from_models(models, base="tiny")
+    assert policy.base_model == "tiny" and policy.objectives == ("joy", "brief")
+    ids = torch.tensor(PROMPTS[1]).repeat(4, 1)
+    wanted = logits(mixture, ids, WEIGHTS[:4])
+    torch.testing.assert_close(logits(policy, ids, WEIGHTS[:4]), wanted, rtol=1e-4, atol=1e-4)
+    base, _ = load_base("tiny")
+    with torch.no_grad(), policy.base():
+        assert torch.equal(policy.model(ids).logits, base(ids).logits)
+    policy.save(tmp_path / "saved")
+    loaded = Policy.load(tmp_path / "saved")
+    assert torch.equal(logits(loaded, ids, WEIGHTS[:4]), logits(policy, ids, WEIGHTS[:4]))
+    with pytest.raises(ValueError, match='conditioning "head" does not mix model'):
+        Policy.from_models(models, base="tiny", conditioning="head")
+    with pytest.raises(ValueError, match="must be full, attention or head, got 'lora'"):
+        Policy.from_models(models, base="tiny", conditioning="lora")
+
+
+def test_a_policy_of_models_is_trained_and_resumed_from_its_own_start(tmp_path):
+    models = experts_of_tiny(tmp_path)
+    policy = Policy.from_models(models, base="tiny")
+    start = [p.detach().clone() for p in policy.trainable_parameters().values()]
+    # The order of the rewards is that of the policy's objectives.
+    rewards = ["brief=brevity", "joy=sentiment"]
+    args = config(tmp_path / "run", r=8, rewards=rewards)
+    trainer = CLPTrainer(policy, args=args)
+    assert list(trainer.reward_funcs) == ["joy", "brief"]
+    trainer.lock.release()
+    # Killed before its first checkpoint.
+    again = CLPTrainer(args=CLPConfig.of_run(tmp_path / "run"))
+    for one, parameter in zip(start, again.parameters.values(), strict=True):
+        assert torch.equal(one, parameter)
+    again.train()
+    done = metrics(tmp_path / "run")
+    whole = CLPTrainer(policy, args=config(tmp_path / "whole", r=8, rewards=rewards))
+    whole.train()
+    assert metrics(tmp_path / "whole") == done and done[0]["kl"] > 0
+    loaded = Policy.load(tmp_path / "run")
+    assert loaded.conditioning.name == "full" and loaded.rewards == tuple(rewards[::-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": ["joy=sentiment"]}, "must be those of the policy's objectives joy, brief"),
+        ({"r": 4}, "r must be left out for a policy that has its own, got 4"),
+    ],
+)
+def test_a_policy_that_does_not_fit_the_training_is_refused(policies, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        CLPTrainer(policies["head"], args=config(tmp_path / "r", **({"r": 8} | changes)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mixture_without_a_base_is_not_trained(tmp_path):
+    models = experts_of_tiny(tmp_path)
+    with pytest.raises(ValueError, match=r"without a base, .* give Policy\.from_models their base"):
+        CLPTrainer(Policy.from_models(models), args=config(tmp_path / "r", r=8))
+
+
 def test_full_takes_names_of_modules(tmp_path):
     args = config(
         tmp_path, conditioning="full", r=8, target_modules=["mlp", "norm"],
