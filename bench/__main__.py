@@ -1,5 +1,6 @@
-"""Speed against plain PyTorch. `python -m bench` with `sample`, `mixed_lora`, `linear_logprob` or
-`sampler` measures and appends rows, `python -m bench results` makes RESULTS.md and the plots.
+"""Speed against plain PyTorch. `python -m bench` with `sample`, `mixed_lora`, `linear_logprob`,
+`sampler` or `training` measures and appends rows, `python -m bench results` makes RESULTS.md and
+the plots.
 
 Exit status 1: a provider was refused by its error gate.
 """
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
         "mixed_lora": "a linear layer with adapters mixed per example; on a GPU decode with "
         "--graph, prefill without",
         "sampler": "whole generation runs of requests with unequal lengths and their own weights",
+        "training": "forward and backward of a training step by conditioning, and memory",
     }
     for name, what in subjects.items():
         run = commands.add_parser(name, help=what, description=what)
@@ -80,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
         if name == "sampler":
             model = '"tiny" (default on the CPU), a path or a hub name; default on a GPU: '
             run.add_argument("--model", help=f"{model}a Llama of 1B random weights")
+            continue
+        if name == "training":
             continue
         run.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
         run.add_argument("--compile", action="store_true", help="torch.compile too; takes minutes")
@@ -139,6 +143,32 @@ def sampler_runs(args: argparse.Namespace) -> int:
     return _refused(refusals)
 
 
+def training_runs(args: argparse.Namespace) -> int:
+    """Measures `training`; gives the exit status."""
+    from bench.engine import training  # transformers, as for the sampler
+
+    device = torch.device(args.device)
+    protocol = training.QUICK_PROTOCOL if args.quick else training.PROTOCOL
+    roofs = timing.Roofs(timing.copy_bandwidth(device), {})
+    print(_where(device, roofs), flush=True)
+    save = None if args.no_save else rows.RESULTS / f"{args.device}.csv"
+    refusals: dict[str, str] = {}
+    for case in training.cases(args.quick):
+        made = training.inputs(case, device)
+        providers = training.providers(made)
+        times, refused = timing.measure(providers, device, protocol, memory=True)
+        found = rows.rows(rows.provenance(device), training.OP, case.fields(), times, {})
+        if save is not None:
+            rows.append(save, found)
+        print(tables.tables(found, spread=False))
+        parameters = ", ".join(
+            f"{name} {share:.3f}" for name, share in training.trained(made).items()
+        )
+        print(f"\nTrained parameters over those of the model: {parameters}\n")
+        refusals |= {f"{name}, {case}": reason for name, reason in refused.items()}
+    return _refused(refusals)
+
+
 def _where(device: torch.device, roofs: timing.Roofs) -> str:
     """The machine and its state, in a line."""
     rates = {dtype: f"{rate / 1e9:.0f} GFLOP/s" for dtype, rate in roofs.flops.items()}
@@ -172,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.command == "sampler":
         return sampler_runs(args)
+    if args.command == "training":
+        return training_runs(args)
     if args.graph and args.device != "cuda":
         print("--graph needs --device cuda", file=sys.stderr)
         return 2

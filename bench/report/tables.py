@@ -23,7 +23,8 @@ baselines. **Floor** is the time to move the bytes once at the measured bandwidt
 (inputs that stay in a cache can be read faster), **floor_flops** the time of the multiplications at
 the measured rate of a large square product of the same dtype. What the providers are stands at the
 top of `bench/ops/sample.py`, `bench/ops/linear_logprob.py`, `bench/ops/mixed_lora.py` and
-`bench/engine/sampler.py`; in the second and third, large outputs are judged on evenly spaced rows.
+`bench/engine/sampler.py` and `bench/engine/training.py`; in the second and third, large outputs are
+judged on evenly spaced rows.
 
 A load average well above zero before a run means that other processes used cores meanwhile. With
 as many threads as cores, times then jump by whole time slices (4 to 8 ms) while one thread of a
@@ -37,6 +38,9 @@ OVER_BASE = """\
 Each cell: time over that of the bare layer (`base`), and in brackets the microseconds beyond it;
 medians over the rounds, each against the base of its own round. "cat extra / X's": the extra time
 of torch_cat over that of X (all: X has none); "X / cat": the whole time of X over torch_cat's."""
+OVER_MODEL = """\
+Each cell: time over that of the plain model (`base`), and in brackets the microseconds beyond it;
+medians over the rounds, each against the base of its own round."""
 RATE = """\
 Useful tokens per second: the sum of the completions' lengths (`tokens`, of `N` requests) over the
 median time of a run. Floor: reading all weights once for each token of the longest completion, at
@@ -77,7 +81,8 @@ def tables(rows: Sequence[Row], *, spread: bool = True) -> str:
             parts += [*heading, rate_tables(group)]
             continue
         if any(row["provider"] == BASE for row in group):
-            parts += [*heading, over_base_table(group, spread=spread), OVER_BASE]
+            said = OVER_BASE if op == "mixed_lora" else OVER_MODEL
+            parts += [*heading, over_base_table(group, spread=spread), said]
         else:
             parts += [*heading, table(group, spread=spread), SPEED_UP]
         if any(row["peak_bytes"] for row in group):
@@ -124,6 +129,8 @@ def over_base_table(rows: Sequence[Row], *, spread: bool = True) -> str:
         return cells
 
     ratios = [head for name in ours for head in (f"cat extra / {name}'s", f"{name} / cat")]
+    if CAT not in names:
+        return _aligned(rows, [*timed, *rest], lambda own: line(own)[: len(timed) + len(rest)])
     return _aligned(rows, [*timed, *rest, *ratios], line)
 
 

@@ -370,3 +370,32 @@ def test_vllm_is_stepped_until_all_are_done(monkeypatch, work) -> None:
     assert served.tokens == [[i] * n for i, n in enumerate(batch.lengths)]
     assert all(first > 0 for first in served.first) and engine.kept_bytes() is None
     assert peers.vllm_missing(CPU) == "needs a GPU"
+
+
+def test_each_conditioning_is_timed_over_the_plain_model(monkeypatch, tmp_path, capsys):
+    from bench.engine import training
+
+    small = [training.Case("tiny", 2, 8, 3, 4)]
+    monkeypatch.setattr(training, "cases", lambda quick: small)
+    monkeypatch.setattr(training, "QUICK_PROTOCOL", timing.Protocol(0, 1, 1, 0))
+    monkeypatch.setattr(timing, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    assert command.main(["training", "--quick"]) == 0
+    found = rows.read(tmp_path / "cpu.csv")
+    names = [n + e for n in training.CONDITIONINGS for e in ("", "_equal")]
+    assert [row["provider"] for row in found] == ["base", *names]
+    assert all(float(row["over_base"]) > 0 and int(row["peak_bytes"]) > 0 for row in found[1:])
+    shown = capsys.readouterr().out
+    assert "full 2.000" in shown and "cat extra" not in shown
+
+
+def test_a_conditioning_whose_start_is_not_the_base_is_refused():
+    from bench.engine import training
+
+    zero = torch.zeros(2, 3)
+    assert training._gate((zero, zero[0]), False, (zero, zero[0])) == 0
+    for got in ((zero + 1e-3, zero[0]), (zero, zero[0] + 1e-3)):
+        with pytest.raises(AssertionError):
+            training._gate((zero, zero[0]), False, got)
+    with pytest.raises(AssertionError, match="not finite"):
+        training._gate((zero, zero[0]), True, (zero / 0, zero[0]))
