@@ -35,14 +35,20 @@ class Batch:
 
 @dataclass
 class TokenStats:
-    """Per-token values [N, C] of a batch's completions, zero where there is no token."""
+    """Per-token values [N, C] of a batch's completions, zero where there is no token.
+
+    ref_logprobs: log pi_ref of the sampled tokens, without gradients; None if not asked for.
+    """
 
     logprobs: Tensor
     entropy: Tensor
     kl: Tensor
+    ref_logprobs: Tensor | None = None
 
 
-def token_stats(policy: Policy, batch: Batch, head: Head, temperature: float) -> TokenStats:
+def token_stats(
+    policy: Policy, batch: Batch, head: Head, temperature: float, *, ref_logprobs: bool = False
+) -> TokenStats:
     """Log-probability, entropy and exact KL to the base at every sampled token, with gradients.
 
     All three under softmax(logits / temperature), as sampled; nats, float32. The base runs without
@@ -73,7 +79,17 @@ def token_stats(policy: Policy, batch: Batch, head: Head, temperature: float) ->
         return_entropy=True,
         ref_hidden=parts.ref_hidden,
     )
-    values = (value for value in found if value is not None)
+    values = [value for value in found if value is not None]
+    if ref_logprobs:
+        with torch.no_grad():
+            reference = clp_kernels.linear_logprob(
+                parts.ref_hidden,
+                parts.head_weight,
+                targets,
+                bias=head.bias,
+                temperature=temperature * head.temperature,
+            )
+        values.append(reference.logprobs)
     return TokenStats(
         *(torch.zeros_like(mask, dtype=v.dtype).masked_scatter(mask, v) for v in values)
     )

@@ -68,6 +68,11 @@ class CLPConfig:
     alpha: float = 0.12
     """KL strength in [0, 1): the objective is E[(1 - alpha) w.R - alpha KL(pi || pi_ref)], KL
     summed over the tokens of a completion, in nats."""
+    kl_gradient: Literal["exact", "tokens", "sequence"] = "exact"
+    """How the gradient of KL is estimated, without bias: "exact", from the whole distribution of
+    each next token; "tokens" and "sequence", from the log-ratios of the sampled tokens alone, to
+    come and in all, as methods without the distributions do. These vary more: use them to compare
+    with such methods."""
     weight_draws: Literal["dirichlet", "faces", "grid", "function"] = "dirichlet"
     """Where each prompt group's weights come from: "dirichlet", see the next two options; "faces",
     a corner of the simplex (50 %), an edge (35 %) or all of it (15 %), made for three objectives or

@@ -5,9 +5,15 @@ The objective of CLP (arXiv:2407.15762), for each prompt group with its weights 
     J = E_{y ~ pi_w} [ (1 - alpha) w.R(y) ] - alpha KL(pi_w || pi_ref)
 
 whose optimum is pi* ~ pi_ref exp( ((1 - alpha) / alpha) w.R ), where each R_i is in units of its
-standard deviation under pi_ref (scale_rewards="reference"). KL is that of the whole completion,
-as the sum over tokens of the exact KL between the next-token distributions, which is the
-Rao-Blackwellised estimate of the sequence KL: lower variance than sampled log-ratios.
+standard deviation under pi_ref (scale_rewards="reference"). KL is that of the whole completion. Its
+gradient is estimated in one of three ways, all unbiased (CLPConfig.kl_gradient):
+
+    "exact"     KL = sum_t KL_t, the exact KL between the next-token distributions: the
+                Rao-Blackwellised estimate. KL_t is in the loss, for its own gradient, and in the
+                return, for that of the states in which it is taken. Least variance.
+    "tokens"    the log-ratios l_t = log pi(y_t) - log pi_ref(y_t), in the return alone: token t's
+                return has sum_{s >= t} l_s, since earlier ones do not depend on it.
+    "sequence"  sum_t l_t in the return of every token.
 
 If objective i does not apply to completion k (its reward is NaN), w_i counts as 0 for k: the
 objective adds nothing to the completion's return, its advantage or the means and standard
@@ -44,7 +50,7 @@ def scale_rewards(rewards: Tensor, how: str, reference: Tensor | None = None) ->
 
 
 def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: float) -> Tensor:
-    """Leave-one-out advantages [G, K] of the return (1 - alpha) w.R - alpha KL.
+    """Leave-one-out advantages [G, K, C or 1] of the return (1 - alpha) w.R - alpha KL.
 
         A_k = (1 - alpha) sum_i w_i (R_ik - mean_j R_ij) - alpha (KL_k - mean_j KL_j)
 
@@ -54,7 +60,7 @@ def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: float) 
 
     Args:
         rewards: [G, K, m], NaN if an objective does not apply. weights: [G, m].
-        kl: [G, K], nats per completion, detached.
+        kl: [G, K, C or 1], nats per completion, or of each token's return; detached.
 
     All completions of a group share prompt and weights, so the baseline is conditioned on both and
     the estimate is unbiased. Source: RLOO (Ahmadian et al., arXiv:2402.14740).
@@ -66,17 +72,29 @@ def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: float) 
     centred = torch.where(applies & (count > 1), centred, 0.0)
     k = kl.shape[1]
     centred_kl = (kl - kl.mean(1, keepdim=True)) * (k / (k - 1))
-    return (1 - alpha) * torch.einsum("gkm,gm->gk", centred, weights) - alpha * centred_kl
+    gain = torch.einsum("gkm,gm->gk", centred, weights)[..., None]
+    return (1 - alpha) * gain - alpha * centred_kl
 
 
-def policy_loss(logprobs: Tensor, kl: Tensor, advantages: Tensor, alpha: float) -> Tensor:
-    """The loss whose gradient is that of -J: mean of -A sum_t log pi(y_t) + alpha KL.
+def kl_returns(how: str, kl: Tensor, log_ratios: Tensor) -> Tensor:
+    """What the return of each token has of KL, [N, C] or [N, 1], for kl and log_ratios [N, C]."""
+    if how == "tokens":
+        return log_ratios.flip(1).cumsum(1).flip(1)
+    return (kl if how == "exact" else log_ratios).sum(1, keepdim=True)
+
+
+def policy_loss(logprobs: Tensor, kl: Tensor | None, advantages: Tensor, alpha: float) -> Tensor:
+    """The loss whose gradient is that of -J.
+
+    The mean over completions of sum_t -A_t log pi(y_t), plus alpha KL if that is differentiated
+    directly ("exact").
 
     Args:
-        logprobs, kl: [N], summed over the tokens of each completion, differentiable.
-        advantages: [N], constants.
+        logprobs, kl: [N, C], zero where there is no token, differentiable; None: no such term.
+        advantages: [N, C or 1], constants.
 
     The exact gradient of E[sum_t KL_t] has two parts: KL_t's own gradient (the second term) and
     the score function times KL (in the advantages).
     """
-    return (alpha * kl - advantages * logprobs).mean()
+    loss = -(advantages * logprobs).sum(1).mean()
+    return loss if kl is None else loss + alpha * kl.sum(1).mean()

@@ -47,7 +47,7 @@ from clp.training.checkpoint import (
 )
 from clp.training.config import CLPConfig, located
 from clp.training.gradient_checkpointing import checkpointed_layers, checkpointing
-from clp.training.losses import policy_loss, rloo_advantages, scale_rewards
+from clp.training.losses import kl_returns, policy_loss, rloo_advantages, scale_rewards
 from clp.training.prompt_lengths import fitting_rows, tokens_digest
 from clp.training.reward_scale import measure_reward_scale
 from clp.training.rollout import (
@@ -348,21 +348,33 @@ class CLPTrainer:
         rewards = scale_rewards(rollout.rewards, args.scale_rewards, self.reward_scale)
         context: Any = checkpointing if args.gradient_checkpointing else nullcontext
         groups = max(1, args.micro_batch_size // k)
-        total, parts = 0.0, []
+        total, parts, how = 0.0, [], args.kl_gradient
         for first in range(0, args.num_prompts, groups):
             chosen = slice(first, first + groups)
             batch = rollout.batch.part(slice(first * k, (first + groups) * k))
             with context(self.policy.model):
-                stats = token_stats(self.policy, batch, self.head, args.temperature)
-            kl = stats.kl.sum(1)
+                stats = token_stats(
+                    self.policy, batch, self.head, args.temperature, ref_logprobs=how != "exact"
+                )
+            found = [stats.logprobs.detach(), stats.entropy.detach(), stats.kl.detach()]
+            reference = found[0] if stats.ref_logprobs is None else stats.ref_logprobs
+            returned = kl_returns(how, found[2], found[0] - reference)
             advantages = rloo_advantages(
-                rewards[chosen], weights[chosen].to(kl.device), kl.detach().view(-1, k), args.alpha
+                rewards[chosen],
+                weights[chosen].to(returned.device),
+                returned.unflatten(0, (-1, k)),
+                args.alpha,
             )
-            loss = policy_loss(stats.logprobs.sum(1), kl, advantages.flatten(), args.alpha)
-            loss = loss * (kl.shape[0] / (args.num_prompts * k))
+            loss = policy_loss(
+                stats.logprobs,
+                stats.kl if how == "exact" else None,
+                advantages.flatten(0, 1),
+                args.alpha,
+            )
+            loss = loss * (len(returned) / (args.num_prompts * k))
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-            parts.append([stats.logprobs.detach(), stats.entropy.detach(), stats.kl.detach()])
+            parts.append(found)
         return total, TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import clp_kernels
 from clp.data.weights import draw_from_dirichlet, weight_grid
-from clp.training.losses import policy_loss, rloo_advantages, scale_rewards
+from clp.training.losses import kl_returns, policy_loss, rloo_advantages, scale_rewards
 
 
 def test_scale_rewards_batch_and_group():
@@ -28,7 +28,7 @@ def test_scale_rewards_leaves_a_constant_objective_alone():
 
 def test_rloo_advantage_is_the_return_minus_the_mean_of_the_others():
     rewards, weights, kl = torch.rand(3, 4, 2), torch.rand(3, 2), torch.rand(3, 4)
-    got = rloo_advantages(rewards, weights, kl, alpha=0.3)
+    got = rloo_advantages(rewards, weights, kl[..., None], alpha=0.3)[..., 0]
     for g in range(3):
         returns = (0.7 * rewards[g] @ weights[g] - 0.3 * kl[g]).tolist()
         for k in range(4):
@@ -36,8 +36,12 @@ def test_rloo_advantage_is_the_return_minus_the_mean_of_the_others():
             assert float(got[g, k]) == pytest.approx(returns[k] - sum(others) / 3, abs=1e-6)
 
 
-def test_policy_loss_has_the_gradient_of_the_objective():
-    """Over all sequences of two steps: E[estimator] = exact gradient of -J (float64)."""
+def test_every_estimate_has_the_gradient_of_the_objective_as_its_mean():
+    """Over all pairs of sequences of two steps, with the other of the pair as the baseline.
+
+    E[estimate] is the exact gradient of -J in float64; the exact KL varies least, the ratio of the
+    whole sequence most.
+    """
     torch.manual_seed(0)
     vocab, alpha = 3, 0.4
     ref = torch.log_softmax(torch.randn(1 + vocab, vocab, dtype=torch.float64), -1)
@@ -46,17 +50,28 @@ def test_policy_loss_has_the_gradient_of_the_objective():
     logp = torch.log_softmax(theta, -1)
     token_kl = (logp.exp() * (logp - ref)).sum(-1)
     pairs = list(itertools.product(range(vocab), repeat=2))
-    logprob = torch.stack([logp[0, a] + logp[1 + a, b] for a, b in pairs])
-    kl = torch.stack([token_kl[0] + token_kl[1 + a] for a, _ in pairs])
-    returns = (1 - alpha) * reward.flatten() - alpha * kl
-    (wanted,) = torch.autograd.grad(-(logprob.exp() * returns).sum(), theta, retain_graph=True)
-    advantages = returns.detach()
-    # policy_loss averages over samples; weighting each by its probability gives the expectation.
-    probability = logprob.exp().detach()
-    each = zip(probability, logprob[:, None], kl[:, None], advantages[:, None], strict=True)
-    terms = [chance * policy_loss(*sample, alpha) for chance, *sample in each]
-    (got,) = torch.autograd.grad(torch.stack(terms).sum(), theta)
-    torch.testing.assert_close(got, wanted)
+    logprobs = torch.stack([torch.stack([logp[0, a], logp[1 + a, b]]) for a, b in pairs])
+    log_ratios = logprobs - torch.tensor([[ref[0, a], ref[1 + a, b]] for a, b in pairs])
+    kl = torch.stack([torch.stack([token_kl[0], token_kl[1 + a]]) for a, _ in pairs])
+    returns = (1 - alpha) * reward.flatten() - alpha * kl.sum(1)
+    chances = logprobs.sum(1).exp()
+    (wanted,) = torch.autograd.grad(-(chances * returns).sum(), theta, retain_graph=True)
+    variance = {}
+    for how in ("exact", "tokens", "sequence"):
+        mean, variance[how] = torch.zeros_like(theta), 0.0
+        for both in map(list, itertools.product(range(len(pairs)), repeat=2)):
+            returned = kl_returns(how, kl[both].detach(), log_ratios[both].detach())
+            rewards = reward.flatten()[both].view(1, 2, 1)
+            one = torch.ones(1, 1, dtype=torch.float64)
+            advantages = rloo_advantages(rewards, one, returned[None], alpha)[0]
+            own = kl[both] if how == "exact" else None
+            loss = policy_loss(logprobs[both], own, advantages, alpha)
+            (got,) = torch.autograd.grad(loss, theta, retain_graph=True)
+            chance = float(chances[both].prod())
+            mean += chance * got
+            variance[how] += chance * float((got - wanted).square().sum())
+        torch.testing.assert_close(mean, wanted)
+    assert variance["exact"] < variance["tokens"] < variance["sequence"]
 
 
 def train_table(rewards, alpha, how):
@@ -84,9 +99,9 @@ def train_table(rewards, alpha, how):
         tokens = clp_kernels.sample(logp, seed=seeds, position=0).tokens
         kl = (logp.exp() * (logp - ref)).sum(-1)
         scores = scale_rewards(rewards[:, tokens].t().view(groups, k, 2), how, std)
-        advantages = rloo_advantages(scores, weights, kl.detach().view(groups, k), alpha)
-        picked = logp.gather(-1, tokens[:, None])[:, 0]
-        loss = policy_loss(picked, kl, advantages.flatten(), alpha)
+        advantages = rloo_advantages(scores, weights, kl.detach().view(groups, k, 1), alpha)
+        picked = logp.gather(-1, tokens[:, None])
+        loss = policy_loss(picked, kl[:, None], advantages.flatten(0, 1), alpha)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -152,7 +167,7 @@ def test_rloo_advantages_where_objectives_do_not_apply():
     rewards[..., 0][patterns] = NAN
     weights = torch.rand(16, 2, dtype=torch.float64)
     kl = torch.rand(16, 4, dtype=torch.float64)
-    got = rloo_advantages(rewards, weights, kl, alpha=0.3)
+    got = rloo_advantages(rewards, weights, kl[..., None], alpha=0.3)[..., 0]
     for g, k in itertools.product(range(16), range(4)):
         others = [j for j in range(4) if j != k]
         wanted = -0.3 * float(kl[g, k] - kl[g, others].mean())
@@ -177,7 +192,7 @@ def test_the_expected_gradient_where_an_objective_does_not_apply():
     draws = torch.tensor(list(itertools.product(range(3), repeat=3)))
     table = rewards[draws][..., None]
     one, none = torch.ones(27, 1, dtype=torch.float64), torch.zeros(27, 3, dtype=torch.float64)
-    advantages = rloo_advantages(table, one, none, alpha=0.0)
+    advantages = rloo_advantages(table, one, none[..., None], alpha=0.0)[..., 0]
     chance = p.detach()[draws].prod(1, keepdim=True) / 3
     (got,) = torch.autograd.grad((chance * advantages * logp[draws]).sum(), theta)
     rate = p[:2].sum().item()

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,6 +311,22 @@ def test_built_in_functions_given_in_python_are_named_in_the_files(tmp_path):
         policy = CLPTrainer(reward_funcs=functions, args=config(folder, max_steps=1)).train()
         assert load_config(folder / "config.yaml").rewards == specs
         assert policy.rewards == (tuple(specs) if known else ())
+
+
+def test_the_estimates_of_kls_gradient_differ_in_training_and_each_resumes(tmp_path):
+    """They agree in the first step, in which the policy is its reference."""
+    found = {}
+    for how in ("exact", "tokens", "sequence"):
+        CLPTrainer(
+            args=config(tmp_path / how, kl_gradient=how, alpha=0.5, learning_rate=0.05)
+        ).train()
+        found[how] = metrics(tmp_path / how)
+        shutil.rmtree(tmp_path / how / "checkpoint-000004")
+        CLPTrainer(args=CLPConfig.of_run(tmp_path / how)).train()
+        assert metrics(tmp_path / how) == found[how]
+    assert found["exact"][0]["kl"] == found["tokens"][0]["kl"] == 0
+    losses = [found[how][3]["loss"] for how in found]
+    assert len(set(losses)) == 3
 
 
 def test_python_interface_with_functions_and_columns(tmp_path):
