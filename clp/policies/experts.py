@@ -132,6 +132,7 @@ class Experts:
         Its parameters are theta + sum_i w_i delta_i, in the dtype of the policy. A head that is
         tied in the base and alone conditioned is written untied.
         """
+        folder = folder.resolve()
         plain, _ = load_base(base_model, model.dtype)
         states = [expert_state(model, i) for i in range(len(weights))]
         _untie(plain, set(states[0]))

@@ -7,22 +7,43 @@ what it reads is a state); it is compared only to see whether two functions have
 import hashlib
 import json
 import re
+import sys
 from collections import deque
 from collections.abc import Mapping, Set
 from dataclasses import is_dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
+from pathlib import PurePath
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
+from uuid import UUID
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from clp.engine.model_state import digest
 
 # Objects of one function that are looked at: some lead to everything in the process.
 MOST_OBJECTS = 10_000
-# Entries up to which the values of an array count; of a larger one its shape alone.
-MOST_ENTRIES = 4096
+# Types whose repr is their value.
+_VALUES = (
+    str,
+    float,
+    bytes,
+    complex,
+    range,
+    re.Pattern,
+    date,
+    time,
+    timedelta,
+    Decimal,
+    Fraction,
+    PurePath,
+    UUID,
+)
 
 
 def plain(value: Any) -> Any:
@@ -45,15 +66,12 @@ def plain(value: Any) -> Any:
 def name_of(function: Any) -> str:
     """The name of a function or of an object's class, and the plain values that a partial binds.
 
-    Of other values that it binds, such as a cache that fills, the kind alone.
+    Texts, which may be secret, count by their digests; of other values that it binds, such as a
+    cache that fills, the kind alone.
     """
     if isinstance(function, partial):
-        bound = json.dumps(
-            [
-                list(map(_kind, function.args)),
-                {name: _kind(value) for name, value in function.keywords.items()},
-            ]
-        )
+        keywords = {name: _kind(value) for name, value in function.keywords.items()}
+        bound = json.dumps([list(map(_kind, function.args)), keywords], sort_keys=True)
         return f"{name_of(function.func)} with {bound}"
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
@@ -73,27 +91,50 @@ def insides_of(function: Any) -> str:
 
 
 def _kind(value: Any) -> Any:
-    if value is None or isinstance(value, str | int | float):
-        return value
-    return _without_address(value) if hasattr(value, "__fspath__") else type(value).__name__
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, PurePath):
+        value = str(value)
+    if isinstance(value, str):
+        return f"text {hashlib.sha256(value.encode(errors='surrogatepass')).hexdigest()[:12]}"
+    plain_number = isinstance(value, int | float) and not _is_huge(value)
+    return value if value is None or plain_number else type(value).__name__
+
+
+def _is_huge(value: Any) -> bool:
+    """Whether Python refuses to write the integer: more than 4,300 digits."""
+    return isinstance(value, int) and value.bit_length() > 14_000
 
 
 def _without_address(value: Any) -> str:
     return re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
+def _key(value: Any) -> str:
+    """A key or a member, by what orders it: others than plain ones by their kind."""
+    if isinstance(value, tuple):
+        return f"({','.join(map(_key, value[:100]))})"
+    plain_one = value is None or isinstance(value, str | int | float | bytes)
+    return repr(value) if plain_one and not _is_huge(value) else type(value).__qualname__
+
+
 def _inside(value: Any) -> tuple[str, list[Any]]:
-    """What an object is, and the objects that it holds."""
-    kind = type(value).__qualname__
-    if value is None or isinstance(value, str | int | float | bytes):
+    """What an object is, and the objects that it holds.
+
+    Objects of the standard library that are no values, such as threads and locks, count by their
+    kind: what they hold changes by itself.
+    """
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if value is None or isinstance(value, _VALUES):
         return f"{kind} {value!r}", []
+    if isinstance(value, int):
+        return f"{kind} {hex(value)}", []
     if isinstance(value, Mapping):
-        keys = sorted(value, key=_without_address)
-        return f"{kind} {list(map(_without_address, keys))}", [value[key] for key in keys]
-    if isinstance(value, list | tuple):
+        keys = sorted(value, key=_key)
+        return f"{kind} {list(map(_key, keys))}", [value[key] for key in keys]
+    if isinstance(value, list | tuple | deque):
         return kind, list(value)
     if isinstance(value, Set):
-        return kind, sorted(value, key=_without_address)
+        return kind, sorted(value, key=_key)
     if isinstance(value, partial):
         return kind, [value.func, value.args, value.keywords]
     if isinstance(value, MethodType):
@@ -105,15 +146,33 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
     if isinstance(value, CodeType):
         return f"{kind} {value.co_qualname}", [value.co_code, value.co_names, value.co_consts]
     if isinstance(value, nn.Module):
-        return f"{kind} {digest(value.parameters())}", []
-    if isinstance(value, Tensor | np.ndarray):
-        few = np.prod(value.shape) <= MOST_ENTRIES
-        return f"{kind} {value.dtype} {list(value.shape)}", [value.tolist()] if few else []
+        own = {name: one for name, one in vars(value).items() if not name.startswith("_")}
+        return f"{kind} {digest([*value.parameters(), *value.buffers()])}", [own]
+    if isinstance(value, Tensor):
+        dense = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+        numbers = digest([value.detach()]) if dense else ""
+        return f"{kind} {value.dtype} {list(value.shape)} {numbers}", []
+    if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:
+            return f"{kind} {list(value.shape)}", value.ravel().tolist()
+        numbers = hashlib.sha256(value.tobytes()).hexdigest()
+        return f"{kind} {value.dtype} {list(value.shape)} {numbers}", []
     if isinstance(value, type):
         return f"{kind} {value.__module__}.{value.__qualname__}", []
-    if (attributes := getattr(value, "__dict__", None)) is not None:
-        return kind, [attributes]
-    return f"{kind} {_without_address(value)}", []
+    wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
+    if wrapped is not None:  # as of functools.lru_cache
+        return kind, [wrapped]
+    if type(value).__module__.partition(".")[0] in sys.stdlib_module_names - {"__main__", "types"}:
+        return kind, []
+    slots = [name for one in type(value).__mro__ for name in _slots(one)]
+    attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    call = getattr(type(value), "__call__", None)  # noqa: B004  # what a call runs
+    return kind, [attributes | getattr(value, "__dict__", {}), call]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    found = vars(kind).get("__slots__", ())
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def _content(cell: CellType) -> Any:

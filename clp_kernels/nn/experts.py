@@ -43,16 +43,13 @@ class Experts(SteeredLayer):
         super().__init__()
         self.adapter_names = tuple(distinct_names("adapter_names", adapter_names))
         self.steering = steering or Steering()
-        self.base_layer = base_layer
         self.has_base = base_layer is not None
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight (models look at its dtype and device)."""
-        if self.base_layer is None:
-            raise AttributeError(f"{type(self).__name__} has no weight: it has no base_layer")
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        return weight
+        # Models look at a layer's weight, and transformers takes the dtype of the first parameter
+        # for a model's: it is the base's and not that of the differences.
+        weight = getattr(base_layer, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            self.weight = weight
+        self.base_layer = base_layer
 
     def own_parameters(self) -> list[nn.Parameter]:
         """The experts' parameters, without the base layer's."""
@@ -266,7 +263,8 @@ class MixedEmbedding(Experts):
         tables = self.expert_weight.unbind(0)
         terms = (F.embedding(x, table, self.padding_idx) for table in tables)
         y = _mix(terms, weights, example_ids)
-        dtype = self.expert_weight.dtype if self.base_layer is None else self.weight.dtype
+        base: Any = self.base_layer
+        dtype = self.expert_weight.dtype if base is None else base.weight.dtype
         if self.scale is not None:
             # Of a sum that is rounded before, experts one unit in the last place apart are lost.
             y = y * (self.scale.to(dtype) if isinstance(self.scale, Tensor) else self.scale)

@@ -70,21 +70,30 @@ def inject_experts(
                 'target_modules must be "full", "attention", "head" or a list of names, got '
                 f"{target_modules!r}"
             )
-        targets = conditioned(model, target_modules)
+        # Of all modules those that cannot be mixed may be excluded: put_experts looks.
+        everything = target_modules == "full"
+        targets = _owners(model) if everything else conditioned(model, target_modules)
     else:
         targets = _inside(model, target_modules, "target_modules")
     excluded = _inside(model, exclude_modules, "exclude_modules")
     targets = {name: module for name, module in targets.items() if name not in excluded}
     if not targets:
         raise ValueError("target_modules names no module with parameters, or all are excluded")
-    put_experts(model, names, targets, dtype)
+    put_experts(
+        model, names, targets, dtype, excludable=target_modules not in ("attention", "head")
+    )
     return list(targets)
 
 
 def put_experts(
-    model: nn.Module, names: Sequence[str], targets: dict[str, nn.Module], dtype: torch.dtype
+    model: nn.Module,
+    names: Sequence[str],
+    targets: dict[str, nn.Module],
+    dtype: torch.dtype,
+    *,
+    excludable: bool = False,
 ) -> None:
-    """As inject_experts, for targets by name."""
+    """As inject_experts, for targets by name; `excludable`: errors say how to leave one out."""
     names = distinct_names("names", names)
     if dtype not in checks.FLOATS:
         raise ValueError(f"dtype must be a floating dtype, got {dtype}")
@@ -93,9 +102,10 @@ def put_experts(
         if not name or not can_be_mixed(module):
             fault = f"is a {type(module).__name__}, not a linear layer, an embedding or a norm"
         if fault:
+            hint = f"; exclude_modules={[name.rpartition('.')[2]]} leaves it out"
             raise ValueError(
-                f"{name or 'the model'} {fault}: experts cannot be mixed there; exclude_modules "
-                "leaves it out"
+                f"{name or 'the model'} {fault}: experts cannot be mixed there"
+                f"{hint if excludable and name else ''}"
             )
     words = input_embedding(model)
     flattened = flattened_targets(
@@ -221,11 +231,7 @@ def load_experts(
 
 def _inside(model: nn.Module, names: Sequence[str], argument: str) -> dict[str, nn.Module]:
     """The modules with parameters of their own that these names stand for."""
-    owners = {
-        n: m
-        for n, m in model.named_modules()
-        if next(m.parameters(recurse=False), None) is not None
-    }
+    owners = _owners(model)
     found: set[str] = set()
     for target in names:
         hits = {n for n in owners if f".{n}.".find(f".{target}.") >= 0}
@@ -233,6 +239,11 @@ def _inside(model: nn.Module, names: Sequence[str], argument: str) -> dict[str, 
             raise ValueError(f"{argument}: {target!r} names no module with parameters")
         found |= hits
     return {n: m for n, m in owners.items() if n in found}
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules with parameters of their own."""
+    return {n: m for n, m in model.named_modules() if [*m.parameters(recurse=False)]}
 
 
 def _zeros(like: Tensor, m: int, dtype: torch.dtype) -> list[Tensor]:

@@ -260,6 +260,19 @@ def test_models_that_cannot_be_mixed_are_refused():
         inject_experts(injected, NAMES)
 
 
+def test_modules_that_cannot_be_mixed_are_left_out_by_name():
+    """The router of a mixture of experts, and its experts, which are tensors of three axes."""
+    model = small_model("mixtral", num_local_experts=2, **SIZES)
+    with pytest.raises(ValueError, match=r"is a Mixtral.*; exclude_modules=\['.*'\] leaves it out"):
+        inject_experts(model, NAMES)
+    names = inject_experts(model, NAMES, exclude_modules=["mlp"])
+    assert names and not any(".mlp." in name for name in names)
+    falcon = small_model("falcon", **SIZES)
+    with pytest.raises(ValueError, match="is a FalconLinear") as caught:
+        inject_experts(falcon, NAMES, target_modules="attention")
+    assert "exclude_modules" not in str(caught.value)
+
+
 def test_a_hook_on_a_base_layer_is_refused_when_weights_are_set():
     model = MODELS["llama"]()
     inject_experts(model, NAMES)

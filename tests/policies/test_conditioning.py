@@ -61,6 +61,28 @@ def test_a_new_policy_is_its_base_bit_for_bit_off_the_simplex_too(conditioning, 
 
 
 @pytest.mark.parametrize("conditioning", ALL)
+def test_a_policy_in_16_bits_is_one_for_the_sampler_too(conditioning, tmp_path):
+    """The dtype of its model is the base's, though the trained parameters are float32."""
+    policy = policy_of(conditioning, dtype=torch.bfloat16)
+    assert policy.model.dtype == torch.bfloat16
+    assert {p.dtype for p in policy.trainable_parameters().values()} == {torch.float32}
+    done = Sampler(policy).generate(PROMPTS, WEIGHTS, SamplingParams(max_tokens=4), simplex=False)
+    assert all(c.finish_reason in ("length", "stop") for c in done)
+    if conditioning in EXPERTS:
+        policy.export(WEIGHTS[1], tmp_path / "out")
+        assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("conditioning", EXPERTS)
+def test_a_model_of_learned_positions_is_its_base_at_the_start(conditioning, tmp_path):
+    """GPT-2's: one row for any batch, until they are mixed."""
+    small_model("gpt2", vocab_size=1024, pad_token_id=0).save_pretrained(tmp_path)
+    load_base("tiny")[1].save_pretrained(tmp_path)
+    policy = Policy.create(str(tmp_path), ["joy", "brief"], conditioning=conditioning)
+    assert policy.trainable_parameters()
+
+
+@pytest.mark.parametrize("conditioning", ALL)
 def test_a_mixed_batch_is_the_loop_over_its_examples(policies, conditioning):
     """Log-probabilities, entropy and KL, and the gradients of all trained parameters."""
     policy = policies[conditioning]
@@ -251,6 +273,17 @@ def test_an_export_is_the_policy_at_fixed_weights(tmp_path, conditioning, base):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.get_vocab() == policy.tokenizer.get_vocab()
     assert sorted(p.name for p in tmp_path.iterdir()) in (["out"], ["base", "out"])
+
+
+def test_an_export_goes_where_a_link_leads_and_into_the_folder_one_is_in(tmp_path, monkeypatch):
+    policy = policy_of("head")
+    for name in ("real", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    policy.export(WEIGHTS[1], tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "here")
+    policy.export(WEIGHTS[1], ".")
+    assert all((tmp_path / name / "config.json").is_file() for name in ("real", "here", "link"))
 
 
 def test_an_export_of_prompts_says_what_they_must_begin_with(policies, tmp_path):

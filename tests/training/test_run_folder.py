@@ -7,12 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from fractions import Fraction
 from functools import partial, wraps
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -216,6 +219,60 @@ def judged(completions, judge, **columns):
     return judge(completions)
 
 
+def matching(pattern):
+    """Reads a module in its closure."""
+    import re as module
+
+    def reward(completions, **columns):
+        return [float(len(module.findall(pattern, text))) for text in completions]
+
+    return reward
+
+
+class Slotted:
+    __slots__ = ("sign",)
+
+    def __init__(self, sign):
+        self.sign = sign
+
+    def __call__(self, completions, **columns):
+        return [self.sign * len(text) for text in completions]
+
+
+def made_class(sign):
+    class Made:
+        def __call__(self, completions, **columns):
+            return [sign * len(text) for text in completions]
+
+    return Made()
+
+
+class Beside(Signed):
+    """Holds what changes by itself, and what has no numbers to read."""
+
+    def __init__(self, sign):
+        super().__init__(sign)
+        self.thread, self.pool = threading.Thread(target=print), ThreadPoolExecutor(1)
+        self.pool.submit(int).result()
+        self.odd = [torch.eye(3).to_sparse(), torch.empty(2, device="meta"), 1 << 20_000, self]
+        self.keys = {(1, (2,)): 3, Signed(1): 4}
+
+
+class Scorer(torch.nn.Module):
+    def __init__(self, sign):
+        super().__init__()
+        self.register_buffer("sign", torch.tensor(sign))
+
+    def forward(self, completions):
+        return [float(self.sign) * len(text) for text in completions]
+
+
+class Table(Signed):
+    def __init__(self, sign):
+        self.table = torch.full((100, 100), float(sign))
+        self.sign = 1
+
+
 def by_judge(judge):
     return lambda completions, **columns: judge(completions)
 
@@ -242,10 +299,17 @@ def by_judge(judge):
          partial(judged, judge=lambda c: [2.0] * len(c))),
         (Signed(1).score, Signed(-1).score),
         (Signed(1), Signed(-1)),
+        (matching("a"), matching("b")),
+        (Slotted(1), Slotted(-1)),
+        (made_class(1), made_class(-1)),
+        (Beside(1), Beside(-1)),
+        (Scorer(1), Scorer(-1)),
+        (Table(1), Table(-1)),
     ],
     ids=["other functions", "other parameters", "closures", "constants", "lambdas", "operators",
          "wraps", "wrapped lambdas", "defaults", "objects in closures", "objects in partials",
-         "lambdas in partials", "methods", "objects"],
+         "lambdas in partials", "methods", "objects", "modules in closures", "slots", "classes",
+         "objects with threads", "buffers", "large tensors"],
 )  # fmt: skip
 def test_functions_that_have_changed_places_are_refused(tmp_path, one, other):
     """Under each other's name, the adapter of one would train on the other."""
@@ -253,6 +317,25 @@ def test_functions_that_have_changed_places_are_refused(tmp_path, one, other):
     resumed(tmp_path / "r", {"b": other, "a": one}, ROWS)
     with pytest.raises(ValueError, match="as the reward of a"):
         resumed(tmp_path / "r", {"a": other, "b": one}, ROWS)
+
+
+def test_what_a_partial_binds_is_compared_by_value_and_texts_are_not_written(tmp_path):
+    def keyed(completions, key, n, **columns):
+        return [float(len(text)) for text in completions]
+
+    def start(**bound):
+        function = partial(keyed, **bound)
+        CLPTrainer(reward_funcs={"a": function}, args=args, train_dataset=ROWS).lock.release()
+
+    args = config(tmp_path / "r")
+    start(key="sk-SECRET", n=np.int64(1))
+    assert "SECRET" not in (tmp_path / "r/run.json").read_text()
+    args = CLPConfig.of_run(tmp_path / "r")
+    start(n=1, key="sk-SECRET")
+    for other in ({"key": "sk-OTHER", "n": 1}, {"key": "sk-SECRET", "n": np.int64(5)}):
+        with pytest.raises(ValueError, match="as the reward of a") as caught:
+            start(**other)
+        assert "sk-" not in str(caught.value)
 
 
 def test_a_cache_that_fills_does_not_stop_a_resume(tmp_path):
