@@ -86,7 +86,15 @@ def run_snippets(
 
     shutil.copytree(TINY, "path/to/model")
     prompts = ["Once upon a time", "One day", "Tom had a red kite."]
-    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    for name in ("prompts.jsonl", "requests.jsonl"):
+        Path(name).write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    # A folder of the hub's name: nothing is downloaded.
+    instruct = Path(shutil.copytree(TINY, "Qwen/Qwen3-0.6B"))
+    settings = json.loads((instruct / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    (instruct / "tokenizer_config.json").write_text(json.dumps(settings))
+    messages = [{"prompt": [{"role": "user", "content": p}]} for p in prompts]
+    Path("chat.jsonl").write_text("".join(json.dumps(m) + "\n" for m in messages))
     for language, text in blocks(markdown):
         if language == "python":
             run_python(text)
@@ -150,7 +158,7 @@ def check_outputs() -> None:
     assert [line["line"] for line in lines] == [1, 2, 3]
     assert not [line for line in lines if "error" in line]
     assert Path("runs/mine/pareto.png").is_file()
-    assert Path("adapters/joyful/adapter_model.safetensors").is_file()
+    assert Path("exported/joyful/adapter_model.safetensors").is_file()
 
 
 def main(clp: str) -> None:

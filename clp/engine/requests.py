@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from clp.data.conversation import encode_prompt, is_conversation
+from clp.data.names import closest
 
 # Bounds on a single request, so that none can ask for all memory.
 MOST_COMPLETIONS = 1024
@@ -146,7 +147,10 @@ class SamplingParams:
         known = {f.name for f in fields(cls)}
         for name in options:
             if name not in known:
-                raise ValueError(f"unknown sampling parameter {name!r}")
+                raise ValueError(
+                    f"unknown sampling parameter {name!r}{closest(str(name), known)}; there are "
+                    f"{', '.join(f.name for f in fields(cls))}"
+                )
         return cls(**options)
 
 

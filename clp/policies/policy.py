@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import clp_kernels
 from clp.data.names import closest
 from clp.data.paths import model_location
+from clp.data.weights import WeightSpec, parse_weights
 from clp.policies.card import CONDITIONINGS, read_card, write_card
 from clp.policies.experts import Experts
 from clp.policies.interface import Conditioning, Network, Steerable
@@ -252,16 +253,18 @@ class Policy(Steerable):
             digests,
         )  # fmt: skip
 
-    def export(self, weights: Tensor, folder: str | Path) -> str:
-        """Writes what others can load for fixed weights [m], and returns what that is.
+    def export(self, weights: WeightSpec, folder: str | Path) -> str:
+        """Writes what others can load for fixed weights, and returns what that is.
 
-        That is one PEFT adapter ("lora", "prompt") or one whole model. The folder must be missing
+        That is one PEFT adapter ("lora", "prompt") or one whole model. Weights are a mapping from
+        objective to weight, a string "joy=0.7,brief=0.3", or m numbers. The folder must be missing
         or empty.
 
         Raises: ValueError, OSError: what cannot be written; nothing is then.
         """
+        fixed = parse_weights(weights, self.objectives, simplex=False)
         return self.conditioning.export(
-            self.model, self.objectives, weights, Path(folder), self.base_model, self.tokenizer
+            self.model, self.objectives, fixed, Path(folder), self.base_model, self.tokenizer
         )
 
     @property

@@ -1,5 +1,6 @@
 """Conditioning "prompt": the weights stand in the prompt, and one adapter serves all of them."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clp.data.files import write_whole
 from clp.policies.lora import LoRA
 
 
@@ -57,9 +59,19 @@ class Prompt(LoRA):
         base_model: str,
         tokenizer: Any,
     ) -> str:
-        """Writes the adapter, and says how prompts must begin for these weights."""
+        """Writes the adapter, and beside it how prompts must begin for these weights.
+
+        A tokenizer may join the end of that text with the beginning of another one, so that the ids
+        count and not the text.
+        """
         written = super().export(model, objectives, weights, folder, base_model, tokenizer)
-        return f"{written}; each prompt must begin with {prefix_text(weights, objectives)!r}"
+        prefix = self.prefix(weights, objectives, tokenizer)
+        record = {"text": prefix_text(weights, objectives) if prefix else "", "token_ids": prefix}
+        write_whole(folder / "prompt_prefix.json", f"{json.dumps(record)}\n".encode())
+        return (
+            f"{written}; each prompt must begin, after its BOS token, with the token ids in "
+            "prompt_prefix.json (its text encoded by itself)"
+        )
 
     def _encoded(self, weights: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
         text = prefix_text(weights, objectives)

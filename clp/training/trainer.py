@@ -127,6 +127,8 @@ class CLPTrainer:
             path = args.prompts or TRAIN_PROMPTS
             train_dataset = load_prompts(path)
         self.rows = check_prompts(train_dataset)
+        if args.eval_prompts is not None:
+            load_prompts(args.eval_prompts)  # before a training whose evaluation would fail
         specs = args.rewards if reward_funcs is None else None
         inputs = run_folder.Inputs.of(named, specs, self.rows, draw_weights)
         # Functions given in Python have no name in a file, built-in ones aside: clp eval then asks.

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 import transformers
@@ -287,9 +288,18 @@ def test_an_export_goes_where_a_link_leads_and_into_the_folder_one_is_in(tmp_pat
 
 
 def test_an_export_of_prompts_says_what_they_must_begin_with(policies, tmp_path):
-    said = policies["prompt"].export(torch.tensor([0.7, 0.3]), tmp_path / "out")
-    assert said.endswith("each prompt must begin with '[joy 0.70 brief 0.30] '")
-    assert (tmp_path / "out/adapter_config.json").is_file()
+    """As ids: a tokenizer may join the end of the text with the beginning of a prompt."""
+    policy = policies["prompt"]
+    assert "prompt_prefix.json" in policy.export("joy=0.7,brief=0.3", tmp_path / "out")
+    begin = json.loads((tmp_path / "out/prompt_prefix.json").read_text())
+    assert begin["text"] == "[joy 0.70 brief 0.30] "
+    ids = [1, *begin["token_ids"], *PROMPTS[1][1:]]
+    assert ids == policy.conditioned_prompt(PROMPTS[1], torch.tensor([0.7, 0.3]))
+    base, _ = load_base("tiny")
+    plain = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    with torch.no_grad():
+        wanted = logits(policy, torch.tensor([ids]), torch.tensor([[0.7, 0.3]]))
+        torch.testing.assert_close(plain(torch.tensor([ids])).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 # Prompts

@@ -549,7 +549,9 @@ def test_max_steps_may_grow_and_nothing_is_lost(finished, stopped):
 
 
 def test_what_changes_no_bit_may_change(finished, stopped):
-    free = {"eval_prompts": "held.jsonl", "save_steps": 1, "save_total_limit": 5, "device": "cpu"}
+    held = stopped / "held.jsonl"
+    held.write_text('{"prompt": "Mia"}\n')
+    free = {"eval_prompts": str(held), "save_steps": 1, "save_total_limit": 5, "device": "cpu"}
     resumed(stopped / "specs", gradient_checkpointing=True, **free).train()
     assert metrics(stopped / "specs") == metrics(finished / "specs")
     with pytest.raises(ValueError, match="micro_batch_size=128; resume asks for 2"):
