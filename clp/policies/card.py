@@ -19,6 +19,7 @@ def write_card(
     objectives: Sequence[str],
     rewards: Sequence[str],
     reward_scale: Mapping[str, float] | None,
+    ends: Sequence[int],
     digests: Mapping[str, str],
 ) -> None:
     """Writes clp.json; `digests` are those of the files of adapters or experts in the folder."""
@@ -29,6 +30,7 @@ def write_card(
         "objectives": list(objectives),
         "rewards": list(rewards),
         "reward_scale": None if reward_scale is None else dict(reward_scale),
+        "ends": list(ends),
         "adapters": dict(digests),
     }
     write_whole(directory / "clp.json", (json.dumps(card, indent=2) + "\n").encode())
@@ -57,6 +59,9 @@ def read_card(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: conditioning must be one of {', '.join(CONDITIONINGS)}, got {how!r}"
         )
+    ends = card.setdefault("ends", [])
+    if not isinstance(ends, list) or not all(type(end) is int and end >= 0 for end in ends):
+        raise ValueError(f"{path}: ends must be a list of token ids, got {ends!r:.200}")
     if not all(isinstance(spec, str) for spec in card["rewards"]):
         raise ValueError(f"{path}: rewards must be a list of texts, got {card['rewards']!r}")
     names = card["objectives"]

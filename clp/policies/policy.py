@@ -67,6 +67,7 @@ class Policy(Steerable):
             which training divides them; None if it does not (CLPConfig.scale_rewards).
         base_model: What the base was loaded from ("tiny", an absolute path or a hub name); for a
             mixture of whole models, what the first of them was.
+        ends: Token ids that end a completion, beside those of model and tokenizer.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class Policy(Steerable):
         rewards: Sequence[str] = (),
         reward_scale: Mapping[str, float] | None = None,
         conditioning: Conditioning | None = None,
+        ends: Sequence[int] = (),
     ) -> None:
         self.model = model
+        self.ends = tuple(ends)
         self.conditioning = conditioning or LoRA()
         self.tokenizer = tokenizer
         self.objectives = tuple(objectives)
@@ -174,7 +177,7 @@ class Policy(Steerable):
         how.load(model, card["objectives"], directory, card["adapters"])
         return cls(
             model.to(device), tokenizer, card["objectives"], base, card["rewards"],
-            card["reward_scale"], how,
+            card["reward_scale"], how, card["ends"],
         )  # fmt: skip
 
     @classmethod
@@ -232,10 +235,10 @@ class Policy(Steerable):
                 for name in objectives
             ]
             load_experts(model, objectives, states)
-        model.generation_config.eos_token_id = sorted(ends) or None
         return cls(
             model.to(device), loaded[first][1], objectives,
             model_location(models[first] if base is None else base), conditioning=how,
+            ends=sorted(ends),
         )  # fmt: skip
 
     def save(self, directory: str | Path) -> None:
@@ -250,7 +253,7 @@ class Policy(Steerable):
         digests = how.save(self.model, self.objectives, directory, self.base_model)
         write_card(
             directory, self.base_model, how.name, self.objectives, self.rewards, self.reward_scale,
-            digests,
+            self.ends, digests,
         )  # fmt: skip
 
     def export(self, weights: WeightSpec, folder: str | Path) -> str:
@@ -266,6 +269,11 @@ class Policy(Steerable):
         return self.conditioning.export(
             self.model, self.objectives, fixed, Path(folder), self.base_model, self.tokenizer
         )
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """As Steerable.end_ids, and `ends`."""
+        return super().end_ids.union(self.ends)
 
     @property
     def networks(self) -> list[Network]:

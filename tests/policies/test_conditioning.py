@@ -364,6 +364,8 @@ def experts_of_tiny(folder):
         for parameter in model.parameters():
             noise = torch.empty(parameter.shape).normal_(0, 0.02, generator=generator)
             parameter.data.add_(noise)
+        if name == "brief":
+            model.generation_config.eos_token_id = [2, 9]
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return {name: str(folder / name) for name in ("joy", "brief")}
@@ -382,6 +384,8 @@ def test_models_with_a_base_are_differences_from_it(tmp_path):
     policy.save(tmp_path / "saved")
     loaded = Policy.load(tmp_path / "saved")
     assert torch.equal(logits(loaded, ids, WEIGHTS[:4]), logits(policy, ids, WEIGHTS[:4]))
+    # One of them ends at 9 too.
+    assert loaded.end_ids == policy.end_ids == {2, 9}
     with pytest.raises(ValueError, match='conditioning "head" does not mix model'):
         Policy.from_models(models, base="tiny", conditioning="head")
     with pytest.raises(ValueError, match="must be full, attention or head, got 'lora'"):
