@@ -33,7 +33,7 @@ from clp.engine.model_error import NotFiniteError
 from clp.engine.model_state import digest
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
-from clp.policies.loading import base_config
+from clp.policies.loading import base_config, torch_device
 from clp.policies.policy import Policy
 from clp.policies.token_stats import TokenStats, token_stats
 from clp.rewards import RewardFunc, load_rewards
@@ -77,8 +77,8 @@ class CLPTrainer:
     Args:
         model: Path, hub name or "tiny"; None takes args.model. Or a Policy to start from, such as
             Policy.from_models(..., base=...), whose objectives are those of the rewards: training
-            goes on from its parameters, and base model, dtype and conditioning are its own. It is
-            saved as checkpoint-000000; a run that is resumed takes its last checkpoint.
+            goes on from its parameters; base model, dtype, device and conditioning are its own.
+            It is saved as checkpoint-000000; a run that is resumed takes its last checkpoint.
         reward_funcs: One per objective: a mapping from objective to function, or functions, or one
             (called by their __name__). None takes args.rewards. Signature as in TRL:
             f(prompts, completions, **columns) -> list of numbers or None (docs/rewards.md). Each
@@ -418,8 +418,10 @@ def _settings_of(policy: Policy, args: CLPConfig) -> CLPConfig:
             raise ValueError(
                 f"{name} must be left out for a policy that has its own, got {getattr(args, name)}"
             )
+    if args.device != "auto" and torch_device(args.device) != policy.device:
+        raise ValueError(f"device must be the policy's {policy.device}, got {args.device!r}")
     own: dict[str, Any] = {"dtype": dtype, "conditioning": policy.conditioning.name}
-    return replace(args, model=policy.base_model, **own)
+    return replace(args, model=policy.base_model, device=str(policy.device), **own)
 
 
 def _in_order(named: dict[str, RewardFunc], objectives: Sequence[str]) -> dict[str, RewardFunc]:

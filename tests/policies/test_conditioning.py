@@ -420,6 +420,7 @@ def test_a_policy_of_models_is_trained_and_resumed_from_its_own_start(tmp_path):
     [
         ({"rewards": ["joy=sentiment"]}, "must be those of the policy's objectives joy, brief"),
         ({"r": 4}, "r must be left out for a policy that has its own, got 4"),
+        ({"device": "cuda:7"}, "device 'cuda:7' is not here"),
     ],
 )
 def test_a_policy_that_does_not_fit_the_training_is_refused(policies, tmp_path, changes, message):
