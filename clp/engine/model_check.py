@@ -11,6 +11,7 @@ from clp.engine.kv_cache import BLOCK, Segment
 from clp.engine.model_error import ModelError, model_errors
 from clp.engine.recording import LARGEST_BATCH, Inputs, Unrecordable, record
 from clp.engine.slot_model import SlotModel
+from clp_kernels.nn.steering import BusyError
 from clp_kernels.registry import BackendError
 
 
@@ -36,7 +37,7 @@ def prepare(slot_model: SlotModel, steer: Any, weights: Tensor, *, recorded: boo
             _record(slot_model, steer, weights)
     except ModelError as error:
         cause = error.__cause__
-        if isinstance(cause, (torch.OutOfMemoryError, BackendError)):
+        if isinstance(cause, (torch.OutOfMemoryError, BackendError, BusyError)):
             raise cause from None
         raise ValueError(f"{refusal}: {error}") from cause
     finally:

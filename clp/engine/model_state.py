@@ -5,7 +5,8 @@ import functools
 import hashlib
 import operator
 import sys
-from collections import deque
+from argparse import Namespace
+from collections import UserDict, UserList, deque
 from collections.abc import Iterable, Mapping
 from functools import partial
 from types import CodeType, FunctionType, MemberDescriptorType, MethodType, SimpleNamespace
@@ -34,7 +35,8 @@ WIDTH = 4099
 _NOT_READ = frozenset({"_attn_implementation_internal"})
 # Kinds of values that count with what they hold.
 _HOLD = (Tensor, nn.Module, FunctionType, MethodType, staticmethod, classmethod, property, partial,
-         SimpleNamespace, np.ndarray, dict, list, tuple, set, frozenset, deque)  # fmt: skip
+         SimpleNamespace, Namespace, UserDict, UserList, np.ndarray, dict, list, tuple, set,
+         frozenset, deque)  # fmt: skip
 # Objects of these count by themselves (what `steer` writes is ours); of others, their attributes.
 _LIBRARIES = sys.stdlib_module_names | {"torch", "clp_kernels", "clp"}
 
@@ -186,7 +188,7 @@ def _held(value: Any, kind: Any) -> Mapping[Any, Any]:
         return {"self": value.__self__, "func": value.__func__}
     if kind in (staticmethod, classmethod):
         return {"func": value.__func__}
-    if kind is object or kind is SimpleNamespace:
+    if kind in (object, SimpleNamespace, Namespace, UserDict, UserList):
         found: dict[str, Any] = {}
         for name, slot in _slots(type(value)):
             with contextlib.suppress(AttributeError):  # not set

@@ -7,7 +7,6 @@ what it reads is a state); it is compared only to see whether two functions have
 import hashlib
 import json
 import re
-import sys
 from collections import deque
 from collections.abc import Mapping, Set
 from dataclasses import is_dataclass
@@ -15,8 +14,18 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
+from operator import attrgetter, itemgetter, methodcaller
 from pathlib import PurePath
-from types import CellType, CodeType, FunctionType, MethodType
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+)
 from typing import Any
 from uuid import UUID
 
@@ -29,21 +38,12 @@ from clp.engine.model_state import digest
 # Objects of one function that are looked at: some lead to everything in the process.
 MOST_OBJECTS = 10_000
 # Types whose repr is their value.
-_VALUES = (
-    str,
-    float,
-    bytes,
-    complex,
-    range,
-    re.Pattern,
-    date,
-    time,
-    timedelta,
-    Decimal,
-    Fraction,
-    PurePath,
-    UUID,
-)
+_VALUES = (str, float, bytes, bytearray, complex, range, re.Pattern, date, time, timedelta, Decimal,
+           Fraction, PurePath, UUID, itemgetter, attrgetter, methodcaller)  # fmt: skip
+# Parts of the standard library whose objects change by themselves, such as threads and locks.
+_BY_ITSELF = {"asyncio", "concurrent", "contextvars", "http", "io", "logging", "multiprocessing",
+              "queue", "random", "selectors", "socket", "sqlite3", "ssl", "subprocess", "tempfile",
+              "thread", "threading", "urllib", "weakref"}  # fmt: skip
 
 
 def plain(value: Any) -> Any:
@@ -85,9 +85,21 @@ def insides_of(function: Any) -> str:
         again = id(value) in kept
         kept[id(value)] = value  # so that no id is given twice
         shown, held = (type(value).__qualname__, []) if again else _inside(value)
-        found.update(f"{shown} {len(held)}\n".encode(errors="surrogatepass"))
-        waiting.extend(held)
+        # Plain values here and now, in full: they are many, and Python may share them.
+        parts = [_plain_text(one) for one in held]
+        text = "\n".join([shown, *("object" if part is None else part for part in parts)])
+        found.update(f"{text}\n\n".encode(errors="surrogatepass"))
+        waiting.extend(one for one, part in zip(held, parts, strict=True) if part is None)
     return found.hexdigest()
+
+
+def _plain_text(value: Any) -> str | None:
+    """A value that holds no others, in full; None for others."""
+    if value is None or isinstance(value, _VALUES):
+        return f"{type(value).__qualname__} {value!r}"
+    if isinstance(value, int):
+        return f"{type(value).__qualname__} {hex(value)}"
+    return None
 
 
 def _kind(value: Any) -> Any:
@@ -120,14 +132,11 @@ def _key(value: Any) -> str:
 def _inside(value: Any) -> tuple[str, list[Any]]:
     """What an object is, and the objects that it holds.
 
-    Objects of the standard library that are no values, such as threads and locks, count by their
-    kind: what they hold changes by itself.
+    Those of _BY_ITSELF count by their kind.
     """
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    if value is None or isinstance(value, _VALUES):
-        return f"{kind} {value!r}", []
-    if isinstance(value, int):
-        return f"{kind} {hex(value)}", []
+    if (plain_text := _plain_text(value)) is not None:
+        return plain_text, []
     if isinstance(value, Mapping):
         keys = sorted(value, key=_key)
         return f"{kind} {list(map(_key, keys))}", [value[key] for key in keys]
@@ -147,7 +156,8 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
         return f"{kind} {value.co_qualname}", [value.co_code, value.co_names, value.co_consts]
     if isinstance(value, nn.Module):
         own = {name: one for name, one in vars(value).items() if not name.startswith("_")}
-        return f"{kind} {digest([*value.parameters(), *value.buffers()])}", [own]
+        names = [f"{name} {type(one).__qualname__}" for name, one in value.named_modules()]
+        return f"{kind} {digest([*value.parameters(), *value.buffers()])} {names}", [own]
     if isinstance(value, Tensor):
         dense = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
         numbers = digest([value.detach()]) if dense else ""
@@ -159,11 +169,19 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
         return f"{kind} {value.dtype} {list(value.shape)} {numbers}", []
     if isinstance(value, type):
         return f"{kind} {value.__module__}.{value.__qualname__}", []
+    if isinstance(value, ModuleType):
+        return f"{kind} {value.__name__}", []
+    if isinstance(value, BuiltinFunctionType | MethodWrapperType | MethodDescriptorType):
+        owner = getattr(value, "__self__", None)
+        held = [] if owner is None or isinstance(owner, ModuleType) else [owner]
+        return f"{kind} {getattr(value, '__module__', None)}.{value.__qualname__}", held
     wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
     if wrapped is not None:  # as of functools.lru_cache
         return kind, [wrapped]
-    if type(value).__module__.partition(".")[0] in sys.stdlib_module_names - {"__main__", "types"}:
+    if type(value).__module__.partition(".")[0].lstrip("_") in _BY_ITSELF:
         return kind, []
+    if callable(as_array := getattr(value, "to_numpy", None)):  # pandas and its like
+        return kind, [as_array()]
     slots = [name for one in type(value).__mro__ for name in _slots(one)]
     attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
     call = getattr(type(value), "__call__", None)  # noqa: B004  # what a call runs

@@ -24,6 +24,10 @@ CALLED = ("forward", "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hook
           "_backward_hooks")  # fmt: skip
 
 
+class BusyError(RuntimeError):
+    """Another thread has weights set for the model."""
+
+
 class Active(NamedTuple):
     """The weights [B, m] that are set (None: the base model), token map, and when they were set."""
 
@@ -311,7 +315,7 @@ def _claim(shared: list[Steering]) -> None:
     """Records this thread as the one that sets weights. Raises RuntimeError if another has."""
     thread = threading.get_ident()
     if any(s.active is not None and s.thread not in (0, thread) for s in shared):
-        raise RuntimeError(
+        raise BusyError(
             "another thread is running this model with weights of its own: let the threads take "
             "turns (a lock around each `with clp_kernels.steer(...)`), or give each a copy"
         )

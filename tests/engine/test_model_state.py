@@ -1,5 +1,6 @@
 """What is cached and recorded belongs to the model as it is now."""
 
+import argparse
 import collections
 import copy
 import functools
@@ -196,6 +197,8 @@ def of_a_class_with(policy, forward):
     ("args", "read", "change"),
     [
         (types.SimpleNamespace(scale=1.0), lambda a: a.scale, lambda a: setattr(a, "scale", 1.5)),
+        (argparse.Namespace(scale=1.0), lambda a: a.scale, lambda a: setattr(a, "scale", 1.5)),
+        (collections.UserDict(scale=1.0), lambda a: a["scale"], lambda a: a.update(scale=1.5)),
         (
             types.SimpleNamespace(scale=torch.ones(1)),
             lambda a: a.scale,
@@ -213,6 +216,8 @@ def of_a_class_with(policy, forward):
     ],
     ids=[
         "number of a namespace",
+        "parsed arguments",
+        "user dict",
         "tensor of a namespace",
         "defaultdict",
         "array",

@@ -174,6 +174,8 @@ def test_a_training_step_in_another_thread_is_refused_and_changes_nothing(policy
     with policy.steer(weights), ThreadPoolExecutor(1) as pool:
         with pytest.raises(RuntimeError, match="another thread is running this model"):
             pool.submit(ask, sampler, 1).result(60)
+        with pytest.raises(RuntimeError, match=r"^another thread is running this model"):
+            pool.submit(Sampler, policy).result(60)
         with policy.steer(weights):  # nests in its own thread
             policy.model(torch.tensor([[5, 6]]))
     assert ask(sampler, 1) == wanted

@@ -1,6 +1,7 @@
 """A run's folder: one training at a time, and a resumed run is the same run or refused."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -8,11 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
+from argparse import Namespace
+from collections import UserList
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from fractions import Fraction
 from functools import partial, wraps
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -273,8 +277,22 @@ class Table(Signed):
         self.sign = 1
 
 
+def pooled(completions, pool, **columns):
+    return [float(pool([len(word) for word in text.split()] or [0])) for text in completions]
+
+
+def held(value):
+    """A function that reads `value` in its closure."""
+
+    def reward(completions, **columns):
+        assert value is not None
+        return [float(len(text)) for text in completions]
+
+    return reward
+
+
 def by_judge(judge):
-    return lambda completions, **columns: judge(completions)
+    return lambda completions, **columns: [float(bool(judge(c))) for c in completions]
 
 
 @pytest.mark.parametrize(
@@ -305,11 +323,22 @@ def by_judge(judge):
         (Beside(1), Beside(-1)),
         (Scorer(1), Scorer(-1)),
         (Table(1), Table(-1)),
+        (partial(pooled, pool=max), partial(pooled, pool=min)),
+        (by_judge("Is {} joyful?".format), by_judge("Is {} brief?".format)),
+        (held(Namespace(sign=1)), held(Namespace(sign=-1))),
+        (held(UserList([1, 2, 1])), held(UserList([1, 2, 2]))),
+        (held({"words": [f"w{i}" for i in range(20_000)], "more": [{"sign": 1}]}),
+         held({"words": [f"w{i}" for i in range(20_000)], "more": [{"sign": -1}]})),
+        (held(itemgetter(1)), held(itemgetter(2))),
+        (held(math), held(json)),
+        (held(torch.nn.Sequential(torch.nn.ReLU())), held(torch.nn.Sequential(torch.nn.GELU()))),
     ],
     ids=["other functions", "other parameters", "closures", "constants", "lambdas", "operators",
          "wraps", "wrapped lambdas", "defaults", "objects in closures", "objects in partials",
          "lambdas in partials", "methods", "objects", "modules in closures", "slots", "classes",
-         "objects with threads", "buffers", "large tensors"],
+         "objects with threads", "buffers", "large tensors", "built-in functions",
+         "methods of texts", "namespaces", "lists", "behind a large list", "getters", "modules",
+         "modules of PyTorch"],
 )  # fmt: skip
 def test_functions_that_have_changed_places_are_refused(tmp_path, one, other):
     """Under each other's name, the adapter of one would train on the other."""
