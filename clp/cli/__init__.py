@@ -100,4 +100,7 @@ def _end(code: int, message: str = "") -> NoReturn:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    # Under `python -m`, CPython ends a process by SIGINT if a KeyboardInterrupt has left an exec of
+    # a text, as in an import that makes dataclasses, until another one has ended well.
+    exec("")
     raise SystemExit(code)

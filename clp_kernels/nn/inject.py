@@ -31,8 +31,10 @@ def inject(
 ) -> list[str]:
     """Replaces the target layers of a model by MixedLoRALinear, in place, and freezes the rest.
 
-    A language model of transformers runs here on six tokens, in eval mode, to see what its layers
-    get: some flatten the tokens of a batch (OPT's fc1 and fc2, the shared experts of a mixture).
+    A text model of transformers runs here on six tokens, in eval mode, to see what its layers
+    get: some flatten the tokens of a batch (OPT's fc1 and fc2, the shared experts of a mixture),
+    and some put tokens first (Longformer), which is refused. Of another module nothing is known:
+    the first axis of what its layers get must be the examples (else see `steer`'s example_ids).
 
     Args:
         model: Any module; transformers models get PEFT's meaning of "all-linear".

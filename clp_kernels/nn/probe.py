@@ -20,6 +20,8 @@ from clp_kernels.nn.steering import SteeredLayer, Steering, adapter_names, steer
 _EXAMPLES, _TOKENS = 2, 3  # unequal, so that no axis is taken for another
 # Names of the size of a decoder's own vocabulary (Marian, FSMT).
 _DECODER_ROWS = ("decoder_vocab_size", "tgt_vocab_size")
+# In the names of a forward's arguments: it may need them beside token ids.
+_MORE_THAN_TEXT = re.compile("visual|pixel|image|audio")
 _Calls = list[Tensor | None]  # the first tensor of each call of a module
 
 
@@ -39,10 +41,16 @@ class Layout(NamedTuple):
 
 
 def can_probe(model: nn.Module) -> bool:
-    """Whether this is a language model of transformers that runs on token ids alone."""
+    """Whether this is a model of transformers that runs on token ids alone.
+
+    Of one that does not generate, such as an encoder or a classifier, that is asked of what is
+    below its head (`_network`).
+    """
     network = _network(model)
-    generates: Callable[[], bool] = getattr(network, "can_generate", lambda: False)
-    if getattr(network, "main_input_name", None) != "input_ids" or not generates():
+    if getattr(network, "main_input_name", None) != "input_ids":
+        return False
+    names = " ".join(inspect.signature(network.forward).parameters)
+    if not _generates(network) and (not _has_table(network) or _MORE_THAN_TEXT.search(names)):
         return False
     if any(parameter.is_meta for parameter in network.parameters()):
         return False
@@ -219,8 +227,26 @@ def _token_ids(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _network(model: nn.Module) -> Any:
-    """The model itself where torch.compile has wrapped it: six tokens need no compilation."""
-    return getattr(model, "_orig_mod", model)
+    """The model itself where torch.compile has wrapped it: six tokens need no compilation.
+
+    Below its head if it does not generate: a classifier wants padding to tell where texts end.
+    """
+    network: Any = getattr(model, "_orig_mod", model)
+    below = None if _generates(network) else getattr(network, "base_model", None)
+    return network if below is None else below
+
+
+def _has_table(network: Any) -> bool:
+    """Whether it has an embedding of token ids, which CANINE, for instance, makes by hashes."""
+    try:
+        return hasattr(network.get_input_embeddings(), "weight")
+    except NotImplementedError:
+        return False
+
+
+def _generates(network: Any) -> bool:
+    can_generate: Callable[[], bool] = getattr(network, "can_generate", lambda: False)
+    return can_generate()
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

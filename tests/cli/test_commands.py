@@ -1,6 +1,7 @@
 """The command line as its user sees it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -670,3 +671,14 @@ def test_resume_of_a_checkpoint_names_the_run(refused, monkeypatch, trained):
     monkeypatch.setattr("clp.policies.policy.load_base", pytest.fail)
     error = refused("train", "--resume", "--output-dir", trained / "checkpoint-000001")
     assert "to continue it" not in error and "config.yaml" in error
+
+
+def test_an_interrupt_inside_an_exec_ends_with_130_too(tmp_path):
+    """CPython makes it a death by SIGINT under `python -m`; dataclasses exec when they are made."""
+    (tmp_path / "stopped.py").write_text(
+        "from clp.cli import _end\n"
+        "try:\n    exec('raise KeyboardInterrupt')\nexcept KeyboardInterrupt:\n    _end(130)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run([sys.executable, "-m", "stopped"], env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 130

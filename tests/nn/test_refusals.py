@@ -8,6 +8,7 @@ from functools import partial
 import peft
 import pytest
 import torch
+import transformers
 from small_models import logits_of, small_model, state
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -556,3 +557,55 @@ def test_flattened_layers_in_generation_with_a_cache() -> None:
         with steer(model, rows[b : b + 1].repeat_interleave(3, 0)):
             alone = model.generate(ids[b : b + 1, start:], **options)[:, 5 - start :]
         assert together[3 * b : 3 * b + 3, : alone.shape[1]].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("head", ["LongformerModel", "LongformerForMaskedLM"])
+def test_an_encoder_that_puts_tokens_first_is_refused(head: str) -> None:
+    """With as many tokens as examples, position t would silently take example t's weights."""
+    config = transformers.LongformerConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0,
+        intermediate_size=24, max_position_embeddings=32, attention_window=4,
+    )  # fmt: skip
+    model = getattr(transformers, head)(config)
+    with pytest.raises(ValueError, match="does not get one entry per example"):
+        inject(model, ["a", "b"], r=2)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
+def test_encoders_and_classifiers_are_steered_by_example(kind: str) -> None:
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=32,
+    )  # fmt: skip
+    model = getattr(transformers, kind)(config).eval()
+    inject(model, ["a", "b"], r=2)
+    for layer in steered_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    ids, weights = torch.arange(12).view(4, 3), torch.rand(4, 2)
+
+    def run(chosen: slice) -> torch.Tensor:
+        with torch.no_grad(), steer(model, weights[chosen]):
+            return model(ids[chosen])[0]
+
+    whole = run(slice(None))
+    for i in range(4):
+        torch.testing.assert_close(whole[i : i + 1], run(slice(i, i + 1)), rtol=0, atol=1e-5)
+
+
+def test_a_causal_classifier_without_padding_is_injected() -> None:
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)
+    model = transformers.GPT2ForSequenceClassification(config)
+    assert inject(model, ["a", "b"], r=2)
+
+
+@pytest.mark.parametrize("kind", ["Canine", "Lxmert", "CLIP"])
+def test_a_model_that_needs_more_than_token_ids_is_injected(kind: str) -> None:
+    """Nothing is known of its layers: it does not run on six tokens."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    if kind == "CLIP":
+        small = sizes | {"num_hidden_layers": 1}
+        config = transformers.CLIPConfig(text_config=small, vision_config=small)
+    else:
+        config = getattr(transformers, f"{kind}Config")(**sizes, num_hidden_layers=1)
+    model = getattr(transformers, f"{kind}Model")(config)
+    assert inject(model, ["a", "b"], r=2)
