@@ -1,6 +1,7 @@
 """The command line with standard streams that are missing or full, and with signals."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -35,7 +36,11 @@ def ended(redirections, *argv):
     shell = ["sh", "-c", f'exec "$@" {redirections}', "sh", sys.executable, "-c", PRELUDE]
     # Buffered, as it is by default: the output fails when it is flushed.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    done = subprocess.run([*shell, *argv], capture_output=True, text=True, env=environment)
+    # The tests may run in the background of a script, where SIGINT is ignored.
+    done = subprocess.run(
+        [*shell, *argv], capture_output=True, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     return done.returncode, done.stderr
 
 

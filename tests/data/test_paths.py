@@ -90,11 +90,12 @@ def test_a_configuration(tmp_path, monkeypatch):
     assert found == CLPConfig(
         model=f"{tmp_path}/project/models/one", rewards=[f"a=classifier:{tmp_path}/project/clf#x"],
         prompts=f"{tmp_path}/project/p.jsonl", eval_prompts=f"{tmp_path}/home/e.jsonl",
-        output_dir=f"{tmp_path}/home/runs",
+        output_dir=f"{tmp_path}/home/runs", learning_rate=2e-3,
     )  # fmt: skip
     monkeypatch.chdir("/")
     assert located(found) == found
-    assert located(CLPConfig()) == CLPConfig()
+    assert located(CLPConfig()) == CLPConfig(learning_rate=2e-3)
+    assert located(CLPConfig(conditioning="full")).learning_rate == 1e-3
 
 
 def test_a_home_that_nobody_has():
