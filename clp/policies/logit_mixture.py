@@ -10,7 +10,7 @@ from torch import Tensor
 
 import clp_kernels
 from clp.policies.interface import Network, Steerable
-from clp.policies.loading import load_base, token_count, torch_device, vocab_size
+from clp.policies.loading import end_ids, load_base, token_count, torch_device, vocab_size
 from clp.policies.policy import Policy
 
 
@@ -69,6 +69,7 @@ class LogitMixture(Steerable):
             raise ValueError(f"alpha must be a positive number, got {alpha!r}")
         self.objectives, self.tokenizer, self.mode = objectives, tokenizer, mode
         self.alpha, self.base = alpha, base
+        self._ends: frozenset[int] = frozenset()  # of the models' own tokenizers
         self._networks = networks if base is None else [Network(base, _unsteered), *networks]
         names = objectives if base is None else ("base", *objectives)
         first = self.networks[0].model
@@ -91,6 +92,11 @@ class LogitMixture(Steerable):
         """The base, if there is one, then the models in the order of the objectives."""
         return self._networks
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """As Steerable.end_ids, and what the models' own tokenizers name."""
+        return super().end_ids | self._ends
+
     @classmethod
     def load(
         cls,
@@ -109,6 +115,7 @@ class LogitMixture(Steerable):
         """
         device = torch_device(device)
         loaded, tokenizer, first = {}, None, ""
+        ends: frozenset[int] = frozenset()
         places = dict(models) | ({} if base is None else {"base": base})
         if base is not None and "base" in models:
             raise ValueError('models must not have an objective called "base" beside a base')
@@ -119,8 +126,11 @@ class LogitMixture(Steerable):
             elif own.get_vocab() != tokenizer.get_vocab():
                 raise ValueError(f"models must share one vocabulary: {name}'s is not {first}'s")
             loaded[name] = model.to(device)
+            ends |= end_ids(model, own)
         root = loaded.pop("base") if base is not None else None
-        return cls(loaded, tokenizer, base=root, alpha=alpha, mode=mode)
+        made = cls(loaded, tokenizer, base=root, alpha=alpha, mode=mode)
+        made._ends = ends
+        return made
 
     @classmethod
     def of_adapters(cls, policy: Policy, *, mode: str = "geometric") -> "LogitMixture":

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Set
 from dataclasses import is_dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
+from enum import Enum
 from fractions import Fraction
 from functools import partial
 from operator import attrgetter, itemgetter, methodcaller
@@ -123,10 +124,13 @@ def _without_address(value: Any) -> str:
 
 def _key(value: Any) -> str:
     """A key or a member, by what orders it: others than plain ones by their kind."""
+    if isinstance(value, Enum):
+        return f"{type(value).__qualname__}.{value.name}"
     if isinstance(value, tuple):
         return f"({','.join(map(_key, value[:100]))})"
-    plain_one = value is None or isinstance(value, str | int | float | bytes)
-    return repr(value) if plain_one and not _is_huge(value) else type(value).__qualname__
+    if isinstance(value, frozenset):
+        return f"{{{','.join(sorted(map(_key, value)))}}}"
+    return _plain_text(value) or type(value).__qualname__
 
 
 def _inside(value: Any) -> tuple[str, list[Any]]:

@@ -346,3 +346,19 @@ def test_an_end_token_that_is_no_special_token_is_no_text(tokenizer):
     (c,) = sampler.generate([[5]], "joy=1", params)
     request = sampler.submit([5], "joy=1", params)
     assert "".join(token.text for token in sampler.stream(request)) == c.text == ended[0].text
+
+
+def test_a_mixture_ends_where_the_tokenizer_of_each_model_does(tmp_path, tokenizer):
+    """Though the models share a vocabulary, in whatever order they are given."""
+    places = {}
+    for name, end in (("a", 2), ("b", 9)):
+        own = copy.deepcopy(tokenizer)
+        own.eos_token = own.convert_ids_to_tokens(end)
+        model = small(0, eos_token_id=None)
+        model.generation_config.eos_token_id = None
+        model.save_pretrained(tmp_path / name)
+        own.save_pretrained(tmp_path / name)
+        places[name] = str(tmp_path / name)
+    for order in (places, dict(reversed(places.items()))):
+        assert LogitMixture.load(order).end_ids == {2, 9}
+    assert LogitMixture.load({"a": places["a"]}, base=places["b"]).end_ids == {2, 9}

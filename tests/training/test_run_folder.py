@@ -14,6 +14,7 @@ from collections import UserList
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from enum import Enum
 from fractions import Fraction
 from functools import partial, wraps
 from operator import itemgetter
@@ -277,6 +278,11 @@ class Table(Signed):
         self.sign = 1
 
 
+class Topic(Enum):
+    JOY = "a"
+    SAD = "e"
+
+
 def pooled(completions, pool, **columns):
     return [float(pool([len(word) for word in text.split()] or [0])) for text in completions]
 
@@ -330,6 +336,10 @@ def by_judge(judge):
         (held({"words": [f"w{i}" for i in range(20_000)], "more": [{"sign": 1}]}),
          held({"words": [f"w{i}" for i in range(20_000)], "more": [{"sign": -1}]})),
         (held(itemgetter(1)), held(itemgetter(2))),
+        (held({Topic.JOY: 1}), held({Topic.SAD: 1})),
+        (held({Path("a"): 1}), held({Path("e"): 1})),
+        (held({Path("a"), Path("b"), frozenset({Topic.JOY})}),
+         held({Path("a"), Path("e"), frozenset({Topic.JOY})})),
         (held(math), held(json)),
         (held(torch.nn.Sequential(torch.nn.ReLU())), held(torch.nn.Sequential(torch.nn.GELU()))),
     ],
@@ -337,7 +347,8 @@ def by_judge(judge):
          "wraps", "wrapped lambdas", "defaults", "objects in closures", "objects in partials",
          "lambdas in partials", "methods", "objects", "modules in closures", "slots", "classes",
          "objects with threads", "buffers", "large tensors", "built-in functions",
-         "methods of texts", "namespaces", "lists", "behind a large list", "getters", "modules",
+         "methods of texts", "namespaces", "lists", "behind a large list", "getters", "enum keys",
+         "path keys", "sets of paths", "modules",
          "modules of PyTorch"],
 )  # fmt: skip
 def test_functions_that_have_changed_places_are_refused(tmp_path, one, other):
