@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from clp.data.files import whole_file
+from clp.policies.interface import Conditioning
 from clp.policies.loading import load_base
 from clp_kernels import inject_experts
 from clp_kernels.nn.inject_experts import expert_layers, expert_state, load_experts
 
 
-class Experts:
+class Experts(Conditioning):
     """See clp.policies.interface.Conditioning.
 
     experts/<objective>.safetensors holds the differences under the names of the base model's
@@ -155,18 +156,6 @@ class Experts:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return f"model: {folder}"
-
-    def layer_weights(self, weights: Tensor) -> Tensor:
-        """The weights themselves."""
-        return weights
-
-    def prefix(self, weights: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
-        """Nothing."""
-        return []
-
-    def longest_prefix(self, objectives: Sequence[str], tokenizer: Any) -> int:
-        """0."""
-        return 0
 
 
 def _untie(model: Any, names: set[str]) -> None:

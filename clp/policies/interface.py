@@ -54,13 +54,16 @@ class Conditioning(Protocol):
         """Writes what others can load for fixed weights [m], and returns what that is."""
 
     def layer_weights(self, weights: Tensor) -> Tensor:
-        """The weights of objectives [..., m] as the layers take them [..., n]."""
+        """The weights of objectives [..., m] as the layers take them [..., n]: here themselves."""
+        return weights
 
     def prefix(self, weights: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
         """The ids that say the weights [m] at the beginning of a prompt, after its BOS token."""
+        return []
 
     def longest_prefix(self, objectives: Sequence[str], tokenizer: Any) -> int:
         """Ids that `prefix` has at most, for weights from 0 to 1."""
+        return 0
 
 
 class Steerable(Protocol):

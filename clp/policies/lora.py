@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import clp_kernels
+from clp.policies.interface import Conditioning
 from clp.policies.loading import model_path
 from clp_kernels.nn.mixed_lora import steered_layers
 
 
-class LoRA:
+class LoRA(Conditioning):
     """See clp.policies.interface.Conditioning; the adapters are PEFT folders."""
 
     name = "lora"
@@ -80,18 +81,6 @@ class LoRA:
         written = clp_kernels.export_adapter(model, given, folder, base_model=base)
         ranks = (layer.ranks for layer in steered_layers(model).values())
         return f"PEFT adapter of rank {sum(map(max, zip(*ranks, strict=True)))}: {written}"
-
-    def layer_weights(self, weights: Tensor) -> Tensor:
-        """The weights themselves."""
-        return weights
-
-    def prefix(self, weights: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
-        """Nothing."""
-        return []
-
-    def longest_prefix(self, objectives: Sequence[str], tokenizer: Any) -> int:
-        """0."""
-        return 0
 
 
 def _digest(folder: Path) -> str:
