@@ -8,16 +8,13 @@ Each step is a function of (seed, step) and the parameters alone: weights, promp
 seeds come from new generators, so a run resumed from a checkpoint repeats itself exactly.
 """
 
-import functools
-import hashlib
 import json
 import math
 import os
-import reprlib
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, TrainerState
+from transformers import TrainerState
 
 from clp.data.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.data.scoring import dry_call
@@ -33,10 +30,9 @@ from clp.engine.model_error import NotFiniteError
 from clp.engine.model_state import digest
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
-from clp.policies.loading import base_config, torch_device
+from clp.policies.loading import base_config
 from clp.policies.policy import Policy
-from clp.policies.token_stats import TokenStats, token_stats
-from clp.rewards import RewardFunc, load_rewards
+from clp.rewards import RewardFunc
 from clp.training import run_folder
 from clp.training.checkpoint import (
     Progress,
@@ -46,17 +42,20 @@ from clp.training.checkpoint import (
     save_checkpoint,
 )
 from clp.training.config import CLPConfig, located
-from clp.training.gradient_checkpointing import checkpointed_layers, checkpointing
-from clp.training.losses import kl_returns, policy_loss, rloo_advantages, scale_rewards
+from clp.training.gradient_checkpointing import checkpointed_layers
+from clp.training.gradients import accumulate_gradients
+from clp.training.losses import scale_rewards
 from clp.training.prompt_lengths import fitting_rows, tokens_digest
+from clp.training.reward_functions import in_order, named_functions
 from clp.training.reward_scale import measure_reward_scale
 from clp.training.rollout import (
-    Rollout,
     append_completions,
     metric_names,
     roll_out,
     rollout_metrics,
 )
+from clp.training.schedule import lr_factor, prompts_of, pytorch_seed
+from clp.training.start_policy import settings_of, start_policy
 from clp.training.weight_draws import DrawWeights, weight_draws
 
 # Each step draws other prompts, weights and completions. Where half of the draws give no finite
@@ -112,13 +111,13 @@ class CLPTrainer:
         self.draw_weights = draw_weights
         start = None
         if isinstance(model, Policy):
-            start, args = model, _settings_of(model, args)
+            start, args = model, settings_of(model, args)
         elif model is not None:
             args = replace(args, model=model)
         args = located(args)
-        named = _named(reward_funcs, args)
+        named = named_functions(reward_funcs, args.rewards)
         if start is not None:
-            named = _in_order(named, start.objectives)
+            named = in_order(named, start.objectives)
             if reward_funcs is None:
                 specs_of = {spec.partition("=")[0]: spec for spec in args.rewards}
                 args = replace(args, rewards=[specs_of[name] for name in named])
@@ -182,7 +181,7 @@ class CLPTrainer:
         """Makes policy, optimizer and sampler, new or from a checkpoint; checks what goes in, and
         measures the reward scale of a new run."""
         args = self.args
-        self.policy = _policy(args, list(self.reward_funcs), checkpoint, start)
+        self.policy = start_policy(args, list(self.reward_funcs), checkpoint, start)
         self.policy.rewards = tuple(rewards)
         self.progress = Progress() if checkpoint is None else load_progress(checkpoint)
         if args.gradient_checkpointing:
@@ -212,7 +211,7 @@ class CLPTrainer:
             if reward_scale is None:
                 reward_scale = measure_reward_scale(
                     self.sampler, self.reward_funcs, self.rows, self.sampling_params,
-                    args.num_generations, _seed(args.seed * 1_000_003 + 400_000), self.state,
+                    args.num_generations, pytorch_seed(args.seed * 1_000_003 + 400_000), self.state,
                     metric_names(self.policy.objectives),
                 )  # fmt: skip
             self.policy.reward_scale = reward_scale
@@ -298,9 +297,9 @@ class CLPTrainer:
         `skipped_steps` counts the step. A metric that is not finite is None.
         """
         start, args, step = time.perf_counter(), self.args, self.step
-        generator = torch.Generator().manual_seed(_seed(args.seed * 1_000_003 + step))
+        generator = torch.Generator().manual_seed(pytorch_seed(args.seed * 1_000_003 + step))
         weights = self.draw(args.num_prompts, generator)
-        rows = _prompts_of(self.rows, args, step)
+        rows = prompts_of(self.rows, args, step)
         try:
             rollout = roll_out(
                 self.sampler, self.reward_funcs, rows, weights, args.num_generations,
@@ -308,11 +307,14 @@ class CLPTrainer:
             )  # fmt: skip
         except NotFiniteError as error:
             raise _diverged(self.run, f"step {step + 1}: {error}") from error
-        lr = args.peak_learning_rate * _lr_factor(step, args)
+        lr = args.peak_learning_rate * lr_factor(step, args)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss, stats = self.accumulate_gradients(rollout, weights)
+        rewards = scale_rewards(rollout.rewards, args.scale_rewards, self.reward_scale)
+        loss, stats = accumulate_gradients(
+            self.policy, self.head, args, rollout.batch, rewards, weights
+        )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.max_grad_norm)
         progress = self.progress
         progress.step += 1
@@ -344,95 +346,6 @@ class CLPTrainer:
                 f"step {self.step}",
             )
 
-    def accumulate_gradients(self, rollout: Rollout, weights: Tensor) -> tuple[float, TokenStats]:
-        """Backward over micro-batches of whole groups; the loss and the detached token stats."""
-        args, k = self.args, self.args.num_generations
-        rewards = scale_rewards(rollout.rewards, args.scale_rewards, self.reward_scale)
-        context: Any = checkpointing if args.gradient_checkpointing else nullcontext
-        groups = max(1, args.micro_batch_size // k)
-        total, parts, how = 0.0, [], args.kl_gradient
-        for first in range(0, args.num_prompts, groups):
-            chosen = slice(first, first + groups)
-            batch = rollout.batch.part(slice(first * k, (first + groups) * k))
-            with context(self.policy.model):
-                stats = token_stats(
-                    self.policy, batch, self.head, args.temperature, ref_logprobs=how != "exact"
-                )
-            found = [stats.logprobs.detach(), stats.entropy.detach(), stats.kl.detach()]
-            reference = found[0] if stats.ref_logprobs is None else stats.ref_logprobs
-            returned = kl_returns(how, found[2], found[0] - reference)
-            advantages = rloo_advantages(
-                rewards[chosen],
-                weights[chosen].to(returned.device),
-                returned.unflatten(0, (-1, k)),
-                args.alpha,
-            )
-            loss = policy_loss(
-                stats.logprobs,
-                stats.kl if how == "exact" else None,
-                advantages.flatten(0, 1),
-                args.alpha,
-            )
-            loss = loss * (len(returned) / (args.num_prompts * k))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
-            parts.append(found)
-        return total, TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def _policy(
-    args: CLPConfig, objectives: Sequence[str], checkpoint: Path | None, start: Policy | None
-) -> Policy:
-    """That of the checkpoint, else the given one, else a new one."""
-    dtype = getattr(torch, args.dtype)
-    if checkpoint is not None:
-        return Policy.load(checkpoint, base_model=args.model, dtype=dtype, device=args.device)
-    if start is not None:
-        return start
-    targets, adapters = args.target_modules, args.conditioning in ("lora", "prompt")
-    return Policy.create(
-        args.model, objectives, conditioning=args.conditioning, dtype=dtype, device=args.device,
-        seed=_seed(args.seed), r=args.r if adapters else None,
-        lora_alpha=args.lora_alpha if adapters else None,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        exclude_modules=args.exclude_modules,
-    )  # fmt: skip
-
-
-def _settings_of(policy: Policy, args: CLPConfig) -> CLPConfig:
-    """The arguments with what the policy has of its own.
-
-    Raises: ValueError for a policy that cannot be trained, or settings of a new one.
-    """
-    if not policy.trainable_parameters():
-        raise ValueError(
-            "model is a mixture of whole models without a base, which cannot be trained: give "
-            "Policy.from_models their base"
-        )
-    dtype = str(policy.model.dtype).removeprefix("torch.")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"model must be a policy in float32 or bfloat16, got {dtype}")
-    plain = CLPConfig()
-    for name in ("r", "lora_alpha", "target_modules", "exclude_modules"):
-        if getattr(args, name) != getattr(plain, name):
-            raise ValueError(
-                f"{name} must be left out for a policy that has its own, got {getattr(args, name)}"
-            )
-    if args.device != "auto" and torch_device(args.device) != policy.device:
-        raise ValueError(f"device must be the policy's {policy.device}, got {args.device!r}")
-    own: dict[str, Any] = {"dtype": dtype, "conditioning": policy.conditioning.name}
-    return replace(args, model=policy.base_model, device=str(policy.device), **own)
-
-
-def _in_order(named: dict[str, RewardFunc], objectives: Sequence[str]) -> dict[str, RewardFunc]:
-    """The functions in the order of a policy's objectives. Raises: ValueError if they differ."""
-    if sorted(named) != sorted(objectives):
-        raise ValueError(
-            f"reward_funcs must be those of the policy's objectives {', '.join(objectives)}, got "
-            f"{', '.join(named)}"
-        )
-    return {name: named[name] for name in objectives}
-
 
 def _diverged(run: Path, what: str) -> FloatingPointError:
     found = checkpoints(run)
@@ -440,73 +353,3 @@ def _diverged(run: Path, what: str) -> FloatingPointError:
     return FloatingPointError(
         f"{what}; {last}. A lower learning_rate, or dtype float32, may help a new run"
     )
-
-
-def _prompts_of(rows: Sequence[dict[str, Any]], args: CLPConfig, step: int) -> list[dict[str, Any]]:
-    """The step's prompts: epochs of the data, each in its own order."""
-    size, chosen = len(rows), []
-    orders: dict[int, Tensor] = {}
-    for i in range(step * args.num_prompts, (step + 1) * args.num_prompts):
-        epoch, place = divmod(i, size)
-        if epoch not in orders:
-            seed = _seed(args.seed * 1_000_003 + 500_000 + epoch)
-            generator = torch.Generator().manual_seed(seed)
-            orders[epoch] = torch.randperm(size, generator=generator)
-        chosen.append(rows[int(orders[epoch][place])])
-    return chosen
-
-
-def _named(
-    reward_funcs: RewardFunc | Mapping[str, RewardFunc] | Sequence[RewardFunc] | None,
-    args: CLPConfig,
-) -> dict[str, RewardFunc]:
-    if reward_funcs is None:
-        return load_rewards(args.rewards)
-    if callable(reward_funcs) or isinstance(reward_funcs, str):
-        reward_funcs = [reward_funcs]
-    if isinstance(reward_funcs, Mapping):
-        named = dict(reward_funcs)
-    else:
-        named = {_name(function): function for function in reward_funcs}
-    if not named or len(named) != len(reward_funcs):
-        raise ValueError(
-            f"reward_funcs must have distinct names, got {list(named)}; a mapping names them"
-        )
-    for name, function in named.items():
-        if isinstance(function, PreTrainedModel):
-            raise ValueError(
-                f"reward_funcs: {name!r} is a model; clp.rewards.classifier makes a function of "
-                "the folder of a sequence classifier"
-            )
-        if not callable(function):
-            raise ValueError(
-                f"reward_funcs must be functions, got {reprlib.repr(function)}; specifications "
-                'such as "joy=sentiment" go into args.rewards'
-            )
-        if not (isinstance(name, str) and name.isidentifier()):
-            raise ValueError(
-                f"reward_funcs: {name!r} cannot name an objective, which takes an identifier; a "
-                'mapping gives names, as in {"joy": function}'
-            )
-    return named
-
-
-def _name(function: Any) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
-def _seed(number: int) -> int:
-    """A seed that PyTorch takes (below 2^64): the number itself, or 64 bits of its SHA-256."""
-    if number < 2**64:
-        return number
-    return int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big")
-
-
-def _lr_factor(step: int, args: CLPConfig) -> float:
-    if step < args.warmup_steps:
-        return (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps)
-    cosine = (1 + math.cos(math.pi * done)) / 2
-    return {"constant": 1.0, "linear": 1 - done, "cosine": cosine}[args.lr_scheduler_type]

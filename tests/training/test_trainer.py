@@ -23,6 +23,8 @@ from clp.rewards import brevity, sentiment
 from clp.training import trainer as trainer_module
 from clp.training.checkpoint import checkpoints
 from clp.training.config import CLPConfig, load_config
+from clp.training.gradients import accumulate_gradients
+from clp.training.losses import policy_loss
 from clp.training.run_folder import cut_lines
 from clp.training.trainer import CLPTrainer
 from clp_kernels import registry
@@ -184,23 +186,22 @@ def test_resume_of_another_configuration_is_refused(whole):
         CLPTrainer(args=config(whole, resume=True, alpha=0.77))
 
 
-def broken(trainer, bad_steps, value=float("nan")):
+def broken(monkeypatch, trainer, bad_steps, value=float("nan")):
     """Makes the gradient of one parameter wrong in these steps (from 1)."""
-    real = trainer.accumulate_gradients
 
-    def accumulate(rollout, weights):
-        result = real(rollout, weights)
+    def accumulate(*args):
+        result = accumulate_gradients(*args)
         if trainer.step + 1 in bad_steps:
             next(iter(trainer.parameters.values())).grad.view(-1)[0] = value
         return result
 
-    trainer.accumulate_gradients = accumulate
+    monkeypatch.setattr(trainer_module, "accumulate_gradients", accumulate)
     return trainer
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, value):
-    trainer = broken(CLPTrainer(args=config(tmp_path / "r")), {2, 3}, value)
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, value, monkeypatch):
+    trainer = broken(monkeypatch, CLPTrainer(args=config(tmp_path / "r")), {2, 3}, value)
     trainer.train_step()
     parameters = [p.clone() for p in trainer.parameters.values()]
     moments = copy.deepcopy(trainer.optimizer.state_dict()["state"])
@@ -214,28 +215,31 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, v
     assert not all(map(torch.equal, parameters, trainer.parameters.values()))
 
 
-def test_a_loss_that_is_not_finite_skips_the_step(tmp_path):
+def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
     trainer = CLPTrainer(args=config(tmp_path / "r"))
-    real = trainer.accumulate_gradients
-    trainer.accumulate_gradients = lambda *a: (float("nan"), real(*a)[1])
+
+    def with_a_nan_loss(*args):
+        return float("nan"), accumulate_gradients(*args)[1]
+
+    monkeypatch.setattr(trainer_module, "accumulate_gradients", with_a_nan_loss)
     before = [p.clone() for p in trainer.parameters.values()]
     assert trainer.train_step()["skipped_steps"] == 1
     assert all(map(torch.equal, before, trainer.parameters.values()))
 
 
-def test_skipped_steps_are_resumed_exactly_and_their_metrics_are_json(tmp_path):
-    broken(CLPTrainer(args=config(tmp_path / "a")), {2, 3, 5}).train()
-    train_until(broken(CLPTrainer(args=config(tmp_path / "b")), {2, 3, 5}), 4)
-    broken(CLPTrainer(args=config(tmp_path / "b", resume=True)), {2, 3, 5}).train()
+def test_skipped_steps_are_resumed_exactly_and_their_metrics_are_json(tmp_path, monkeypatch):
+    broken(monkeypatch, CLPTrainer(args=config(tmp_path / "a")), {2, 3, 5}).train()
+    train_until(broken(monkeypatch, CLPTrainer(args=config(tmp_path / "b")), {2, 3, 5}), 4)
+    broken(monkeypatch, CLPTrainer(args=config(tmp_path / "b", resume=True)), {2, 3, 5}).train()
     rows = metrics(tmp_path / "a")
     assert metrics(tmp_path / "b") == rows
     assert [row["skipped_steps"] for row in rows] == [0, 1, 2, 2, 3, 3]
     assert rows[1]["grad_norm"] is None and "NaN" not in (tmp_path / "a/metrics.jsonl").read_text()
 
 
-def test_many_skipped_steps_in_a_row_end_the_run_and_name_the_checkpoint(tmp_path):
+def test_many_skipped_steps_in_a_row_end_the_run_and_name_the_checkpoint(tmp_path, monkeypatch):
     args = config(tmp_path / "r", max_steps=30, num_prompts=1, num_generations=2)
-    trainer = broken(CLPTrainer(args=args), set(range(4, 31)))
+    trainer = broken(monkeypatch, CLPTrainer(args=args), set(range(4, 31)))
     with pytest.raises(FloatingPointError, match=r"10 steps in a row.*step 13.*checkpoint-000012"):
         trainer.train()
     assert len(metrics(tmp_path / "r")) == 13
@@ -426,13 +430,13 @@ def test_a_tower_that_no_prompt_reaches_is_saved_and_resumed(tmp_path, monkeypat
 
 
 def test_one_bad_micro_batch_of_several_skips_the_whole_step(tmp_path, monkeypatch):
-    real, calls = trainer_module.policy_loss, []
+    real, calls = policy_loss, []
 
     def loss(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 1 else 1)
 
-    monkeypatch.setattr(trainer_module, "policy_loss", loss)
+    monkeypatch.setattr("clp.training.gradients.policy_loss", loss)
     trainer = CLPTrainer(args=tiny_runs.config(tmp_path / "r", micro_batch_size=2))
     before = [p.clone() for p in trainer.parameters.values()]
     assert trainer.train_step()["skipped_steps"] == 1 and len(calls) == 2
