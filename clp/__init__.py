@@ -6,6 +6,7 @@ from typing import Any
 _MODULES = {
     "CLPConfig": "clp.training.config",
     "CLPTrainer": "clp.training.trainer",
+    "Condition": "clp.data.condition",
     "Completion": "clp.engine.requests",
     "LogitMixture": "clp.policies.logit_mixture",
     "Policy": "clp.policies.policy",

@@ -34,6 +34,8 @@ class EvalCommand:
     """1 is off."""
     seed: int = 0
     """Seed of the completions."""
+    kl: float | None = None
+    """KL strength alpha, if the run has a kl_range; default: the middle of it."""
     reference_point: list[float] | None = None
     """Reference point of the hypervolume; default: the origin."""
     max_batch_size: int = 128
@@ -50,6 +52,7 @@ def run(argv: Sequence[str]) -> None:
     import torch
     from rich.console import Console
 
+    from clp.data.condition import Condition, parse_condition
     from clp.data.prompts import HELDOUT_PROMPTS, load_prompts
     from clp.engine.requests import SamplingParams
     from clp.evaluation.frontier import check_reference_point, evaluate
@@ -87,13 +90,17 @@ def run(argv: Sequence[str]) -> None:
             f"rewards must be those of {', '.join(card['objectives'])} ({form}), got "
             f"{', '.join(rewards)}"
         )
+    parse_condition(
+        Condition([1.0, *[0.0] * (len(card["objectives"]) - 1)], command.kl),
+        card["objectives"], card["kl_range"],
+    )  # fmt: skip
     policy = Policy.load(
         folder, dtype=getattr(torch, config.dtype), base_model=command.base_model,
         device=command.device,
     )  # fmt: skip
     front, samples = evaluate(
-        policy, rewards, rows, params=params, seed=command.seed, reference_point=reference_point,
-        max_batch_size=command.max_batch_size, progress=True,
+        policy, rewards, rows, params=params, seed=command.seed, kl=command.kl,
+        reference_point=reference_point, max_batch_size=command.max_batch_size, progress=True,
     )  # fmt: skip
     front = replace(front, run=absolute(folder), reward_specs=specs, prompts_file=prompts)
     save_evaluation(front, samples, output)

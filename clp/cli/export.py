@@ -20,6 +20,8 @@ class ExportCommand:
     """Folder to write; must not exist or be empty."""
     weights: str
     """Such as "joy=0.7,brief=0.3"."""
+    kl: float | None = None
+    """KL strength alpha, if the run has a kl_range; default: the middle of it."""
     simplex: bool = True
     """Refuse weights that are negative or have a sum other than 1."""
     base_model: str | None = None
@@ -29,12 +31,12 @@ class ExportCommand:
 def run(argv: Sequence[str]) -> None:
     """clp export RUN FOLDER --weights "joy=0.7,brief=0.3": one PEFT adapter or model."""
     command = tyro.cli(ExportCommand, prog="clp export", args=argv)
-    from clp.data.weights import parse_weights
+    from clp.data.condition import Condition, parse_condition
     from clp.policies.card import read_card
     from clp.policies.policy import Policy
 
     folder, output = home_expanded(command.run), home_expanded(command.output)
-    objectives = read_card(folder)["objectives"]
-    weights = parse_weights(command.weights, objectives, simplex=command.simplex)
+    card, condition = read_card(folder), Condition(command.weights, command.kl)
+    parse_condition(condition, card["objectives"], card["kl_range"], simplex=command.simplex)
     check_folder(output, empty=True)
-    print(Policy.load(folder, base_model=command.base_model).export(weights, output))
+    print(Policy.load(folder, base_model=command.base_model).export(condition, output))

@@ -25,8 +25,8 @@ class SampleCommand:
     prompts: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
     """Prompts to continue. Without any, on a terminal: a prompt loop."""
     input: str | None = None
-    """JSONL: "prompt" (text, token ids or messages), optionally "weights", "id" and sampling
-    parameters."""
+    """JSONL: "prompt" (text, token ids or messages), optionally "weights", "kl", "id" and
+    sampling parameters."""
     output: str | None = None
     """Write JSONL here instead of the terminal. A killed run continues when run again."""
     interactive: bool = False
@@ -36,6 +36,9 @@ class SampleCommand:
     prompts go on with one conversation, until /new."""
     weights: str | None = None
     """Of prompts without their own, such as "joy=0.7,brief=0.3"."""
+    kl: float | None = None
+    """KL strength alpha of those without their own, if the run has a kl_range; default: the middle
+    of it."""
     simplex: bool = True
     """Refuse weights that are negative or have a sum other than 1."""
     max_batch_size: int = 64
@@ -88,7 +91,7 @@ def _sample(command: SampleCommand, params: "SamplingParams") -> int:
     """Does what the command says; returns how many lines failed."""
     import torch
 
-    from clp.data.weights import parse_weights
+    from clp.data.condition import Condition, parse_condition
     from clp.engine.sampler import Sampler
     from clp.policies.card import read_card
     from clp.policies.policy import Policy
@@ -96,11 +99,13 @@ def _sample(command: SampleCommand, params: "SamplingParams") -> int:
     from clp.serving.prompt_loop import prompt_loop
     from clp.serving.resumable_output import Source
 
-    defaults = Defaults(params, command.weights, command.simplex, command.chat)
+    defaults = Defaults(params, command.weights, command.simplex, command.chat, command.kl)
     folder = home_expanded(command.run)
     card = read_card(folder)
-    if command.weights is not None:
-        parse_weights(command.weights, card["objectives"], simplex=command.simplex)
+    objectives = card["objectives"]
+    some = [1.0, *[0.0] * (len(objectives) - 1)] if command.weights is None else command.weights
+    condition = Condition(some, command.kl)
+    parse_condition(condition, objectives, card["kl_range"], simplex=command.simplex)
 
     def make_sampler() -> Sampler:
         policy = Policy.load(
@@ -115,8 +120,8 @@ def _sample(command: SampleCommand, params: "SamplingParams") -> int:
 
     if not command.prompts and command.input is None:
         prompt_loop(
-            make_sampler(), params, command.weights, simplex=command.simplex, chat=command.chat,
-            read=input,
+            make_sampler(), params, command.weights, kl=command.kl, simplex=command.simplex,
+            chat=command.chat, read=input,
         )  # fmt: skip
         return 0
     if command.input is not None:

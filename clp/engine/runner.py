@@ -55,7 +55,7 @@ class Runner:
         self.networks = list(policy.networks)
         self.models = [SlotModel(network.model) for network in self.networks]
         device = policy.device
-        own = policy.layer_weights(torch.zeros(len(policy.objectives), dtype=torch.float32))
+        own = policy.layer_weights(policy.condition([0.0] * len(policy.objectives), simplex=False))
         self.spare = int(device.type == "cuda")
         self._kind = self.models[0].model.dtype, self.models[0].model.device
         dtype = torch.float64 if self._kind[0] == torch.float64 else torch.float32

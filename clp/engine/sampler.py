@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from clp.data.condition import Condition, parse_conditions
 from clp.data.conversation import Prompt
-from clp.data.weights import WeightSpec, parse_rows, parse_weights
+from clp.data.weights import WeightSpec
 from clp.engine.locks import one_thread
 from clp.engine.model_error import NOT_FINITE, ModelError, NotFiniteError
 from clp.engine.requests import MOST_TOKENS, Completion, SamplingParams, StreamedToken, parse_prompt
@@ -80,7 +81,7 @@ class Sampler:
     def submit(
         self,
         prompt: Prompt,
-        weights: WeightSpec,
+        weights: WeightSpec | Condition,
         params: SamplingParams | None = None,
         *,
         simplex: bool = True,
@@ -89,16 +90,17 @@ class Sampler:
 
         Args:
             prompt: A text, a list of token ids, or a list of messages for the chat template.
-            weights: A mapping from objective to weight, a string "joy=0.7,brief=0.3", or m numbers.
+            weights: A mapping from objective to weight, a string "joy=0.7,brief=0.3", or m numbers;
+                a clp.Condition for a KL strength beside them.
             params: How to sample.
             simplex: Refuse weights off the simplex (negative entries, sum other than 1).
 
         Raises:
-            ValueError, TypeError: bad weights (see clp.data.weights.parse_weights); a prompt that
-                is empty, outside the vocabulary, too long for the context with max_tokens, or for
-                the cache; params of another type. The other requests go on.
+            ValueError, TypeError: bad weights (see clp.data.condition.parse_condition); a prompt
+                that is empty, outside the vocabulary, too long for the context with max_tokens, or
+                for the cache; params of another type. The other requests go on.
         """
-        parsed = parse_weights(weights, self.policy.objectives, simplex=simplex)
+        parsed = self.policy.condition(weights, simplex=simplex)
         params = SamplingParams() if params is None else params
         request = make_request(self.policy, self.runner, prompt, parsed, params, 0, "prompt")
         self.scheduler.add(request.sequences)
@@ -163,7 +165,7 @@ class Sampler:
     def generate(
         self,
         prompts: Seq[Prompt],
-        weights: WeightSpec | Seq[WeightSpec],
+        weights: WeightSpec | Condition | Seq[WeightSpec | Condition],
         params: SamplingParams | Seq[SamplingParams] | None = None,
         *,
         simplex: bool = True,
@@ -174,7 +176,8 @@ class Sampler:
         Args:
             prompts: Texts, lists of token ids, or lists of messages.
             weights: One for all prompts, or one per prompt: a mapping from objective to weight, a
-                string "joy=0.7,brief=0.3", or m numbers in the policy's order; or [B, m].
+                string "joy=0.7,brief=0.3", or m numbers in the policy's order; or [B, m]; or a
+                clp.Condition, which has a KL strength too.
             params: One for all prompts, or one per prompt.
             simplex: Refuse weights off the simplex (negative entries, sum other than 1).
             progress: Show a progress bar, with tokens per second.
@@ -187,7 +190,10 @@ class Sampler:
         """
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Seq):
             raise TypeError(f"prompts must be a list of prompts, got {type(prompts).__name__}")
-        parsed = parse_rows(weights, len(prompts), self.policy.objectives, simplex=simplex)
+        policy = self.policy
+        parsed = parse_conditions(
+            weights, len(prompts), policy.objectives, policy.kl_range, simplex=simplex
+        )
         if params is None:
             params = SamplingParams()
         if not isinstance(params, Seq):
@@ -195,7 +201,7 @@ class Sampler:
         if len(params) != len(prompts):
             raise ValueError(f"params must be one or {len(prompts)}, got {len(params)}")
         requests = [
-            make_request(self.policy, self.runner, prompt, own, one, i, f"prompt {i}")
+            make_request(policy, self.runner, prompt, own, one, i, f"prompt {i}")
             for i, (prompt, own, one) in enumerate(zip(prompts, parsed, params, strict=True))
         ]
         for request in requests:
@@ -326,7 +332,7 @@ def make_request(
     policy: Steerable,
     runner: Runner,
     prompt: Prompt,
-    weights: Tensor,
+    condition: Tensor,
     params: SamplingParams,
     prompt_index: int,
     name: str,
@@ -335,7 +341,7 @@ def make_request(
     if not isinstance(params, SamplingParams):
         raise TypeError(f"params of {name} must be SamplingParams, got {type(params).__name__}")
     ids = parse_prompt(prompt, policy.tokenizer, policy.vocab_size, name)
-    ids = policy.conditioned_prompt(ids, weights)
+    ids = policy.conditioned_prompt(ids, condition)
     room = min(policy.context_length, runner.max_length + 1) - len(ids)
     most = params.max_tokens or max(1, min(room, MOST_TOKENS))
     length = len(ids) + most
@@ -351,7 +357,7 @@ def make_request(
     ends = frozenset() if params.ignore_eos else policy.end_ids
     stop_ids = ends | frozenset(params.stop_token_ids)
     seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-    key, own = policy.cache_key(weights), policy.layer_weights(weights)
+    key, own = policy.cache_key(condition), policy.layer_weights(condition)
     return Request(policy.tokenizer, ids, own, params, stop_ids, key, most, seed, prompt_index)
 
 

@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
+from clp.data.condition import Condition
 from clp.data.conversation import encode_prompt
 from clp.data.files import write_whole
 from clp.data.prompts import columns
@@ -47,6 +48,7 @@ class Frontier:
             of `rewards`, or the base's point; 0 if none of them exceeds it in every objective.
         reference_point: [m]. pareto: [W], whether no other point dominates this one; equal points
             do not dominate each other.
+        kl: The KL strength alpha that the policy was steered by; None if it has no range of them.
         prompts, seed: how many prompts, and the seed of the completions.
         max_tokens, temperature, top_k, top_p, min_p, stop, stop_token_ids, ignore_eos: how the
             completions were sampled; see SamplingParams.
@@ -70,6 +72,7 @@ class Frontier:
     reference_point: list[float]
     pareto: list[bool]
     prompts: int
+    kl: float | None
     seed: int
     max_tokens: int | None
     temperature: float
@@ -97,6 +100,7 @@ def evaluate(
     *,
     params: SamplingParams,
     seed: int = 0,
+    kl: float | None = None,
     reference_point: Sequence[float] | None = None,
     max_batch_size: int = 64,
     progress: bool = False,
@@ -111,6 +115,7 @@ def evaluate(
         params: Sampling; its seed is ignored, n must be 1.
         seed: Any integer. Prompt i draws with the same seed for all weights, so that points differ
             by their weights and not by luck.
+        kl: The KL strength, if the policy has a range of them; None: its middle.
         reference_point: Of the hypervolume; the origin if None, since built-in rewards are >= 0.
         max_batch_size: Sequences decoded together.
         trainer_state: What reward functions get under that name, such as CLPTrainer's `state`; if
@@ -142,7 +147,8 @@ def evaluate(
     # Weights of zero give the base model, which shares the batches.
     sweep = torch.cat([grid, grid.new_zeros(1, m)])
     everyone = [row for _ in sweep for row in rows]
-    weights = sweep.repeat_interleave(len(rows), 0)
+    sweep = torch.stack([policy.condition(Condition(w, kl), simplex=False) for w in sweep])
+    conditions = sweep.repeat_interleave(len(rows), 0)
     generator = torch.Generator().manual_seed(seed % 2**64)
     seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist() * len(sweep)
     sampler = Sampler(policy, max_batch_size=min(max_batch_size, len(everyone)))
@@ -150,7 +156,7 @@ def evaluate(
         encode_prompt(row["prompt"], policy.tokenizer, f"prompt {i}") for i, row in enumerate(rows)
     ] * len(sweep)
     each = with_seeds(params, seeds)
-    done = sampler.generate(ids, weights, each, simplex=False, progress=progress)
+    done = sampler.generate(ids, conditions, each, simplex=False, progress=progress)
     texts = [c.text for c in done]
     log = RewardLog()
     rewards = score(
@@ -165,10 +171,10 @@ def evaluate(
             f"reward {policy.objectives[i]!r} returned None for all {len(rows)} completions of "
             f"{where}; give prompts to which it applies"
         )
-    kl, tokens = _kl_sums(
-        policy, head, ids, done, weights, params.temperature, max_batch_size, progress
+    divergence, tokens = _kl_sums(
+        policy, head, ids, done, conditions, params.temperature, max_batch_size, progress
     )
-    kl_per_token = (kl.view(shape).sum(1) / tokens.view(shape).sum(1)).tolist()
+    kl_per_token = (divergence.view(shape).sum(1) / tokens.view(shape).sum(1)).tolist()
     distinct = [distinct_2(texts[i : i + len(rows)]) for i in range(0, len(texts), len(rows))]
     length = tokens.view(shape).mean(1).tolist()
     recorded: dict[str, Any] = {
@@ -194,6 +200,7 @@ def evaluate(
         reference_point=reference,
         pareto=pareto(means[:-1]),
         prompts=len(rows),
+        kl=None if policy.kl_range is None else float(sweep[0, m]),
         seed=seed,
         **recorded,
         metrics=log.means(),
@@ -201,7 +208,7 @@ def evaluate(
     samples = [
         {
             "prompt": row["prompt"],
-            "weights": None if i >= len(grid) * len(rows) else weights[i].tolist(),
+            "weights": None if i >= len(grid) * len(rows) else conditions[i, :m].tolist(),
             "text": texts[i],
             "rewards": numbers_or_none(rewards[i]),
         }
@@ -229,7 +236,7 @@ def _kl_sums(
     head: Head,
     prompt_ids: Sequence[list[int]],
     done: Sequence[Completion],
-    weights: Tensor,
+    conditions: Tensor,
     temperature: float,
     size: int,
     progress: bool,
@@ -241,7 +248,7 @@ def _kl_sums(
     starts = range(0, len(done), size)
     for start in tqdm(starts, desc="KL to the base", unit="batch", disable=not progress):
         chosen = slice(start, start + size)
-        batch = make_batch(policy, prompt_ids[chosen], done[chosen], weights[chosen])
+        batch = make_batch(policy, prompt_ids[chosen], done[chosen], conditions[chosen])
         with torch.no_grad():
             sums.append(token_stats(policy, batch, head, tau).kl.sum(1).double().cpu())
     return torch.cat(sums), torch.tensor([len(c.token_ids) for c in done], dtype=torch.float64)

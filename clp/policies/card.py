@@ -1,11 +1,12 @@
 """clp.json, the card of a saved policy: base model, conditioning, objectives, rewards and their
-scale, digests of adapters or experts."""
+scale, KL strengths, digests of adapters or experts."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clp.data.condition import KLRange
 from clp.data.files import write_whole
 from clp.data.json_lines import read_json
 
@@ -20,6 +21,7 @@ def write_card(
     rewards: Sequence[str],
     reward_scale: Mapping[str, float] | None,
     ends: Sequence[int],
+    kl_range: KLRange | None,
     digests: Mapping[str, str],
 ) -> None:
     """Writes clp.json; `digests` are those of the files of adapters or experts in the folder."""
@@ -31,6 +33,7 @@ def write_card(
         "rewards": list(rewards),
         "reward_scale": None if reward_scale is None else dict(reward_scale),
         "ends": list(ends),
+        "kl_range": None if kl_range is None else list(kl_range),
         "adapters": dict(digests),
     }
     write_whole(directory / "clp.json", (json.dumps(card, indent=2) + "\n").encode())
@@ -62,6 +65,8 @@ def read_card(directory: Path) -> dict[str, Any]:
     ends = card.setdefault("ends", [])
     if not isinstance(ends, list) or not all(type(end) is int and end >= 0 for end in ends):
         raise ValueError(f"{path}: ends must be a list of token ids, got {ends!r:.200}")
+    if (kl_range := card.setdefault("kl_range", None)) is not None:
+        card["kl_range"] = KLRange.parse(kl_range, f"{path}: kl_range")
     if not all(isinstance(spec, str) for spec in card["rewards"]):
         raise ValueError(f"{path}: rewards must be a list of texts, got {card['rewards']!r}")
     names = card["objectives"]

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from clp.data.condition import KLRange, beta
 from clp.data.files import whole_file
 from clp.policies.interface import Conditioning
 from clp.policies.loading import load_base
@@ -24,10 +25,21 @@ class Experts(Conditioning):
 
     experts/<objective>.safetensors holds the differences under the names of the base model's
     parameters; its metadata names those that share theirs with another (tied parameters).
+
+    With a range of KL strengths alpha, where beta = alpha / (1 - alpha), the differences have the
+    coefficients w_i beta_low / beta: the lowest strength has them whole, and higher ones are
+    interpolated towards the base model.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, kl_range: KLRange | None = None) -> None:
+        self.name, self.kl_range = name, kl_range
+
+    def layer_weights(self, condition: Tensor) -> Tensor:
+        """As Conditioning.layer_weights: [..., m] themselves, or [..., m + 1] -> [..., m]."""
+        if self.kl_range is None:
+            return condition
+        weights, alpha = condition[..., :-1], condition[..., -1:]
+        return weights * (beta(self.kl_range.low) / beta(alpha))
 
     def inject(
         self,
@@ -123,18 +135,19 @@ class Experts(Conditioning):
         self,
         model: Any,
         objectives: Sequence[str],
-        weights: Tensor,
+        condition: Tensor,
         folder: Path,
         base_model: str,
         tokenizer: Any,
     ) -> str:
-        """Writes one ordinary model for fixed weights; says what it is.
+        """Writes one ordinary model for a fixed condition; says what it is.
 
-        Its parameters are theta + sum_i w_i delta_i, in the dtype of the policy. A head that is
-        tied in the base and alone conditioned is written untied.
+        Its parameters are theta + sum_i c_i delta_i, with the layers' weights c, in the dtype of
+        the policy. A head that is tied in the base and alone conditioned is written untied.
         """
         folder = folder.resolve()
         plain, _ = load_base(base_model, model.dtype)
+        weights = self.layer_weights(condition).tolist()
         states = [expert_state(model, i) for i in range(len(weights))]
         _untie(plain, set(states[0]))
         tied = {id(p): n for n, p in plain.named_parameters(remove_duplicate=False)}
@@ -143,7 +156,7 @@ class Experts(Conditioning):
                 if name in states[0]:
                     parameter = plain.get_parameter(name)
                     total = parameter.double()
-                    for w, state in zip(weights.tolist(), states, strict=True):
+                    for w, state in zip(weights, states, strict=True):
                         total += w * state[name].double().cpu()
                     parameter.copy_(total)
         partial = folder.with_name(f".{folder.name}.partial")

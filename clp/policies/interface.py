@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from clp.data.condition import Condition, KLRange, parse_condition
+from clp.data.weights import WeightSpec
 from clp.policies.loading import context_length, drawable_ids, end_ids, vocab_size
 
 
@@ -18,13 +20,18 @@ class Network(NamedTuple):
 
 
 class Conditioning(Protocol):
-    """How the weights of an example change a policy; the object has no state of the policy.
+    """How the condition of an example changes a policy; the object has no state of the policy.
+
+    A condition is a row of numbers: the m weights, and behind them the KL strength alpha if the
+    policy is trained on a range of them.
 
     Attributes:
         name: That of CLPConfig.conditioning and clp.json.
+        kl_range: That range, or None.
     """
 
     name: str
+    kl_range: KLRange | None = None
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
@@ -46,23 +53,22 @@ class Conditioning(Protocol):
         self,
         model: Any,
         objectives: Sequence[str],
-        weights: Tensor,
+        condition: Tensor,
         folder: Path,
         base_model: str,
         tokenizer: Any,
     ) -> str:
-        """Writes what others can load for fixed weights [m], and returns what that is."""
+        """Writes what others can load for a fixed condition [c], and returns what that is."""
 
-    def layer_weights(self, weights: Tensor) -> Tensor:
-        """The weights of objectives [..., m] as the layers take them [..., n]: here themselves."""
-        return weights
+    def layer_weights(self, condition: Tensor) -> Tensor:
+        """The weights that the layers take [..., n] for conditions [..., c]."""
 
-    def prefix(self, weights: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
-        """The ids that say the weights [m] at the beginning of a prompt, after its BOS token."""
+    def prefix(self, condition: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
+        """The ids that say the condition [c] at the beginning of a prompt, after its BOS token."""
         return []
 
     def longest_prefix(self, objectives: Sequence[str], tokenizer: Any) -> int:
-        """Ids that `prefix` has at most, for weights from 0 to 1."""
+        """Ids that `prefix` has at most, for weights from 0 to 1 and strengths of the range."""
         return 0
 
 
@@ -75,6 +81,7 @@ class Steerable(Protocol):
 
     tokenizer: Any
     objectives: tuple[str, ...]
+    kl_range: KLRange | None = None
     mode: str = "geometric"  # of clp_kernels.sample, if there are logit_weights
 
     @property
@@ -107,21 +114,28 @@ class Steerable(Protocol):
         ids = drawable_ids(self.tokenizer, self.vocab_size)
         return ids if isinstance(ids, slice) else ids.to(self.device)
 
-    def layer_weights(self, weights: Tensor) -> Tensor:
-        """The weights of objectives [..., m] as `Network.steer` takes them [..., n]."""
-        return weights
+    def condition(self, spec: WeightSpec | Condition, *, simplex: bool = True) -> Tensor:
+        """The row [c] of a condition: its m weights, then alpha if there is a kl_range (c = m + 1).
 
-    def conditioned_prompt(self, prompt_ids: list[int], weights: Tensor) -> list[int]:
-        """The prompt as the networks get it for the weights [m]."""
+        Raises: ValueError as clp.data.condition.parse_condition.
+        """
+        return parse_condition(spec, self.objectives, self.kl_range, simplex=simplex)
+
+    def layer_weights(self, condition: Tensor) -> Tensor:
+        """Conditions [..., c] as `Network.steer` takes them [..., n]."""
+        return condition
+
+    def conditioned_prompt(self, prompt_ids: list[int], condition: Tensor) -> list[int]:
+        """The prompt as the networks get it for the condition [c]."""
         return prompt_ids
 
     def logit_weights(self, weights: Tensor) -> Tensor | None:
-        """Weights [B, m] -> weights of the networks' logits [B, n]; None for a single network."""
+        """Layer weights [B, n] -> weights of the networks' logits; None for a single network."""
         return None
 
-    def cache_key(self, weights: Tensor) -> bytes:
-        """Equal for weights [m] that give equal keys and values for equal tokens.
+    def cache_key(self, condition: Tensor) -> bytes:
+        """Equal for conditions [c] that give equal keys and values for equal tokens.
 
-        Here their bytes, where -0.0 counts as 0.0.
+        Here the bytes of their layer weights, where -0.0 counts as 0.0.
         """
-        return bytes((weights + 0.0).numpy().tobytes())
+        return bytes((self.layer_weights(condition) + 0.0).numpy().tobytes())

@@ -139,6 +139,8 @@ class LogitMixture(Steerable):
         Beside `policy` itself, which mixes the adapters' parameters, this is the zero-shot
         baseline; a token costs m forward passes of the same model.
         """
+        if policy.kl_range is not None:
+            raise ValueError("policy must be trained with one KL strength, not a kl_range")
         made = cls.__new__(cls)
         networks = [
             Network(policy.model, partial(_steered_by_one, policy, i))

@@ -9,19 +9,44 @@ import torch
 from torch import Tensor, nn
 
 import clp_kernels
+from clp.data.condition import KLRange, beta
 from clp.policies.interface import Conditioning
 from clp.policies.loading import model_path
 from clp_kernels.nn.mixed_lora import steered_layers
 
 
 class LoRA(Conditioning):
-    """See clp.policies.interface.Conditioning; the adapters are PEFT folders."""
+    """See clp.policies.interface.Conditioning; the adapters are PEFT folders.
+
+    With a range of KL strengths, where beta = alpha / (1 - alpha), beta_0 is that of the middle of
+    the range, and s = beta_0 / beta, adapter i has the coefficient
+
+        s w_i
+
+    because the optimum pi_ref exp(w.R / beta) is proportional to s in its logits, to first order in
+    the parameters. One more adapter takes what that leaves, with the coefficient
+
+        sum_i w_i s log(s)
+
+    which is 0 in the middle of the range and for the base model.
+    """
 
     name = "lora"
 
+    def __init__(self, kl_range: KLRange | None = None) -> None:
+        self.kl_range = kl_range
+
     def adapters(self, objectives: Sequence[str]) -> list[str]:
-        """The names of the adapters."""
-        return list(objectives)
+        """The names of the adapters. An objective is an identifier, so that names differ."""
+        return [*objectives, *([] if self.kl_range is None else ["kl-residual"])]
+
+    def layer_weights(self, condition: Tensor) -> Tensor:
+        """As Conditioning.layer_weights: [..., m] themselves, or [..., m + 1] -> [..., m + 1]."""
+        if self.kl_range is None:
+            return condition
+        weights, alpha = condition[..., :-1], condition[..., -1:]
+        s = beta(self.kl_range.middle) / beta(alpha)
+        return torch.cat([weights * s, weights.sum(-1, keepdim=True) * s * s.log()], -1)
 
     def inject(
         self,
@@ -70,14 +95,14 @@ class LoRA(Conditioning):
         self,
         model: Any,
         objectives: Sequence[str],
-        weights: Tensor,
+        condition: Tensor,
         folder: Path,
         base_model: str,
         tokenizer: Any,
     ) -> str:
-        """Writes one PEFT adapter for fixed weights; says what it is."""
+        """Writes one PEFT adapter for a fixed condition; says what it is."""
         base = model_path(base_model)
-        given = self.layer_weights(weights)
+        given = self.layer_weights(condition)
         written = clp_kernels.export_adapter(model, given, folder, base_model=base)
         ranks = (layer.ranks for layer in steered_layers(model).values())
         return f"PEFT adapter of rank {sum(map(max, zip(*ranks, strict=True)))}: {written}"

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clp_kernels
+from clp.data.condition import Condition, KLRange
 from clp.data.names import closest
 from clp.data.paths import model_location
-from clp.data.weights import WeightSpec, parse_weights
+from clp.data.weights import WeightSpec
 from clp.policies.card import CONDITIONINGS, read_card, write_card
 from clp.policies.experts import Experts
 from clp.policies.interface import Conditioning, Network, Steerable
@@ -26,14 +27,14 @@ from clp_kernels.nn.probe import check_start
 from clp_kernels.nn.steering import SteeredLayer
 
 
-def _conditioning(name: str) -> LoRA | Experts:
+def _conditioning(name: str, kl_range: KLRange | None = None) -> LoRA | Experts:
     """Raises: ValueError for an unknown name, with the closest one."""
     if name not in CONDITIONINGS:
         known, close = ", ".join(CONDITIONINGS), closest(str(name), CONDITIONINGS)
         raise ValueError(f"conditioning must be one of {known}, got {name!r}{close}")
     if name == "lora":
-        return LoRA()
-    return Prompt() if name == "prompt" else Experts(name)
+        return LoRA(kl_range)
+    return Prompt(kl_range) if name == "prompt" else Experts(name, kl_range)
 
 
 class Head(NamedTuple):
@@ -102,6 +103,7 @@ class Policy(Steerable):
         lora_alpha: float | None = None,
         target_modules: str | Sequence[str] = "all-linear",
         exclude_modules: Sequence[str] = (),
+        kl_range: Sequence[float] | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         seed: int = 0,
@@ -120,11 +122,14 @@ class Policy(Steerable):
             target_modules: "all-linear", or names: the layers with adapters, or with "full" the
                 modules whose parameters have differences ("all-linear" then means all).
             exclude_modules: Names to leave out of them.
+            kl_range: (low, high), KL strengths alpha for which the policy can be steered too; None:
+                it is trained with one. Each conditioning says what a strength changes.
 
         Raises: ValueError for a device that is not here (see torch_device), a base that cannot be
             loaded, or that `clp_kernels.inject`, `inject_experts` or the check refuses.
         """
-        how = _conditioning(conditioning)
+        strengths = None if kl_range is None else KLRange.parse(kl_range)
+        how = _conditioning(conditioning, strengths)
         device, base_model = torch_device(device), model_location(base_model)
         if not isinstance(how, LoRA) and not (r is None and lora_alpha is None):
             raise ValueError(f"r and lora_alpha must be None with {conditioning!r}: no adapters")
@@ -163,7 +168,7 @@ class Policy(Steerable):
         """
         directory, device = Path(directory), torch_device(device)
         card = read_card(directory)
-        how = _conditioning(card["conditioning"])
+        how = _conditioning(card["conditioning"], card["kl_range"])
         try:
             base = model_location(card["base_model"] if base_model is None else base_model)
         except ValueError as error:
@@ -253,19 +258,19 @@ class Policy(Steerable):
         digests = how.save(self.model, self.objectives, directory, self.base_model)
         write_card(
             directory, self.base_model, how.name, self.objectives, self.rewards, self.reward_scale,
-            self.ends, digests,
+            self.ends, self.kl_range, digests,
         )  # fmt: skip
 
-    def export(self, weights: WeightSpec, folder: str | Path) -> str:
+    def export(self, weights: WeightSpec | Condition, folder: str | Path) -> str:
         """Writes what others can load for fixed weights, and returns what that is.
 
         That is one PEFT adapter ("lora", "prompt") or one whole model. Weights are a mapping from
-        objective to weight, a string "joy=0.7,brief=0.3", or m numbers. The folder must be missing
-        or empty.
+        objective to weight, a string "joy=0.7,brief=0.3", or m numbers; a Condition has a KL
+        strength too. The folder must be missing or empty.
 
         Raises: ValueError, OSError: what cannot be written; nothing is then.
         """
-        fixed = parse_weights(weights, self.objectives, simplex=False)
+        fixed = self.condition(weights, simplex=False)
         return self.conditioning.export(
             self.model, self.objectives, fixed, Path(folder), self.base_model, self.tokenizer
         )
@@ -284,27 +289,30 @@ class Policy(Steerable):
         """The parameters of adapters or experts by name, also one that is frozen."""
         return self.conditioning.parameters(self.model)
 
-    def layer_weights(self, weights: Tensor) -> Tensor:
-        """As Conditioning.layer_weights."""
-        return self.conditioning.layer_weights(weights)
+    @property
+    def kl_range(self) -> KLRange | None:  # type: ignore[override]
+        """The KL strengths for which it can be steered; None if it is trained with one."""
+        return self.conditioning.kl_range
 
-    def conditioned_prompt(self, prompt_ids: list[int], weights: Tensor) -> list[int]:
+    def layer_weights(self, condition: Tensor) -> Tensor:
+        """As Conditioning.layer_weights."""
+        return self.conditioning.layer_weights(condition)
+
+    def conditioned_prompt(self, prompt_ids: list[int], condition: Tensor) -> list[int]:
         """The prompt with what the conditioning writes into it, after its BOS token."""
-        prefix = self.conditioning.prefix(weights, self.objectives, self.tokenizer)
+        prefix = self.conditioning.prefix(condition, self.objectives, self.tokenizer)
         if not prefix:
             return prompt_ids
         front = int(prompt_ids[:1] == [self.tokenizer.bos_token_id])
         return prompt_ids[:front] + prefix + prompt_ids[front:]
 
-    def cache_key(self, weights: Tensor) -> bytes:
+    def cache_key(self, condition: Tensor) -> bytes:
         """As Steerable.cache_key: keys and values do not depend on a head."""
-        if self.conditioning.name == "head":
-            return b""
-        return super().cache_key(self.layer_weights(weights))
+        return b"" if self.conditioning.name == "head" else super().cache_key(condition)
 
-    def steer(self, weights: Tensor) -> clp_kernels.steer:
-        """Context in which example b of a batch runs with weights[b] of weights [B, m]."""
-        return clp_kernels.steer(self.model, self.layer_weights(weights))
+    def steer(self, conditions: Tensor) -> clp_kernels.steer:
+        """Context in which example b of a batch runs with conditions[b] of conditions [B, c]."""
+        return clp_kernels.steer(self.model, self.layer_weights(conditions))
 
     @contextmanager
     def base(self) -> Iterator[None]:

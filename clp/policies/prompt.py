@@ -20,7 +20,7 @@ class Prompt(LoRA):
         [joy 0.70 brief 0.30] Once upon a time
 
     as token ids after the BOS token, and has one adapter, "shared". Weights of zero leave both away
-    and give the base model.
+    and give the base model. With a range of KL strengths it reads "[joy 0.70 brief 0.30 kl 0.050]".
     """
 
     name = "prompt"
@@ -29,24 +29,26 @@ class Prompt(LoRA):
         """The one."""
         return ["shared"]
 
-    def layer_weights(self, weights: Tensor) -> Tensor:
-        """[..., m] -> [..., 1]: 1, or 0 where all weights are 0."""
-        return (weights != 0).any(-1, keepdim=True).to(weights.dtype)
+    def layer_weights(self, condition: Tensor) -> Tensor:
+        """[..., c] -> [..., 1]: 1, or 0 where all weights are 0."""
+        weights = condition if self.kl_range is None else condition[..., :-1]
+        return (weights != 0).any(-1, keepdim=True).to(condition.dtype)
 
-    def prefix(self, weights: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
-        """The ids of the text that says the weights [m]."""
-        if not bool((weights != 0).any()):
+    def prefix(self, condition: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
+        """The ids of the text that says the condition [c]."""
+        if not bool(self.layer_weights(condition)):
             return []
-        return self._encoded(weights, objectives, tokenizer)
+        return self._encoded(condition, objectives, tokenizer)
 
     def longest_prefix(self, objectives: Sequence[str], tokenizer: Any) -> int:
         """Each number adds as many ids as in the longest text in which it alone is another."""
-        even = torch.full((len(objectives),), 0.5, dtype=torch.float32)
+        digits = [2] * len(objectives) + ([] if self.kl_range is None else [3])
+        even = torch.full((len(digits),), 0.5, dtype=torch.float32)
         plain = most = len(self._encoded(even, objectives, tokenizer))
-        for i in range(len(objectives)):
-            weights = even.repeat(101, 1)
-            weights[:, i] = torch.arange(101) / 100
-            longest = max(len(self._encoded(w, objectives, tokenizer)) for w in weights)
+        for i, places in enumerate(digits):
+            values = even.repeat(10**places + 1, 1)
+            values[:, i] = torch.arange(len(values)) / 10**places
+            longest = max(len(self._encoded(v, objectives, tokenizer)) for v in values)
             most += longest - plain
         return most
 
@@ -54,31 +56,33 @@ class Prompt(LoRA):
         self,
         model: Any,
         objectives: Sequence[str],
-        weights: Tensor,
+        condition: Tensor,
         folder: Path,
         base_model: str,
         tokenizer: Any,
     ) -> str:
-        """Writes the adapter, and beside it how prompts must begin for these weights.
+        """Writes the adapter, and beside it how prompts must begin for this condition.
 
         A tokenizer may join the end of that text with the beginning of another one, so that the ids
         count and not the text.
         """
-        written = super().export(model, objectives, weights, folder, base_model, tokenizer)
-        prefix = self.prefix(weights, objectives, tokenizer)
-        record = {"text": prefix_text(weights, objectives) if prefix else "", "token_ids": prefix}
+        written = super().export(model, objectives, condition, folder, base_model, tokenizer)
+        prefix = self.prefix(condition, objectives, tokenizer)
+        record = {"text": prefix_text(condition, objectives) if prefix else "", "token_ids": prefix}
         write_whole(folder / "prompt_prefix.json", f"{json.dumps(record)}\n".encode())
         return (
             f"{written}; each prompt must begin, after its BOS token, with the token ids in "
             "prompt_prefix.json (its text encoded by itself)"
         )
 
-    def _encoded(self, weights: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
-        text = prefix_text(weights, objectives)
+    def _encoded(self, condition: Tensor, objectives: Sequence[str], tokenizer: Any) -> list[int]:
+        text = prefix_text(condition, objectives)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def prefix_text(weights: Tensor, objectives: Sequence[str]) -> str:
-    """The weights [m] as a prompt says them, with two decimals."""
-    pairs = zip(objectives, weights.tolist(), strict=True)
-    return f"[{' '.join(f'{name} {value:.2f}' for name, value in pairs)}] "
+def prefix_text(condition: Tensor, objectives: Sequence[str]) -> str:
+    """The condition [c] as a prompt says it: weights with two decimals, alpha with three."""
+    values = condition.tolist()
+    said = [f"{name} {value:.2f}" for name, value in zip(objectives, values, strict=False)]
+    said += [f"kl {alpha:.3f}" for alpha in values[len(objectives) :]]
+    return f"[{' '.join(said)}] "

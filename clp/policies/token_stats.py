@@ -17,14 +17,14 @@ class Batch:
     Attributes:
         input_ids, attention_mask: [N, P + C]. The prompts are those that the policy gets.
         completion_mask: [N, C], True on sampled tokens (the end token included).
-        weights: [N, m].
+        conditions: [N, c], as Steerable.condition makes them.
         base_ids, base_mask: [N, P' + C]: the same with the prompts that the base model gets.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     completion_mask: Tensor
-    weights: Tensor
+    conditions: Tensor
     base_ids: Tensor
     base_mask: Tensor
 
@@ -61,14 +61,14 @@ def token_stats(
     width = mask.shape[1]
     # The hidden state before a token predicts it.
     before = slice(-width - 1, -1)
-    with policy.steer(batch.weights):
+    with policy.steer(batch.conditions):
         hidden = policy.hidden_states(batch.input_ids, batch.attention_mask)
     with policy.base():
         ref_hidden = policy.hidden_states(batch.base_ids, batch.base_mask)
     targets = batch.input_ids[:, -width:][mask]
     if isinstance(head.ids, Tensor):
         targets = torch.searchsorted(head.ids, targets)
-    weights = batch.weights.repeat_interleave(mask.sum(1), 0)
+    weights = policy.layer_weights(batch.conditions).repeat_interleave(mask.sum(1), 0)
     parts = _conditioned(head, hidden[:, before][mask], ref_hidden[:, before][mask], weights)
     found = clp_kernels.linear_logprob(
         parts.hidden,
@@ -102,7 +102,7 @@ class _Parts(NamedTuple):
 
 
 def _conditioned(head: Head, hidden: Tensor, ref_hidden: Tensor, weights: Tensor) -> _Parts:
-    """A head with experts as one plain head, for hidden states [T, d] and weights [T, m]:
+    """A head with experts as one plain head, for hidden states [T, d] and its weights [T, m]:
 
         W h + sum_i w_i (D_i h + b_i) = [W, D_1, ..., D_m, b_1, ..., b_m] [h, w_1 h, ..., w_m h, w]
 

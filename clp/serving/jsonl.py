@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from clp.data.condition import Condition
 from clp.data.conversation import is_conversation, message_text, user_message
 from clp.data.json_lines import Line, read_lines
 from clp.engine.requests import Completion, SamplingParams
@@ -40,6 +41,7 @@ class Defaults(NamedTuple):
     weights: str | None
     simplex: bool
     chat: bool = False
+    kl: float | None = None
 
     def prompt(self, given: Any) -> Any:
         """What the sampler gets: with `chat` a text is the message of a user."""
@@ -59,8 +61,9 @@ def check_defaults(
     for i, prompt in enumerate(prompts or shortest):
         try:
             request = sampler.submit(
-                defaults.prompt(prompt), weights, defaults.params, simplex=defaults.simplex
-            )
+                defaults.prompt(prompt), Condition(weights, defaults.kl), defaults.params,
+                simplex=defaults.simplex,
+            )  # fmt: skip
         except (ValueError, TypeError) as error:
             where = f"prompt {i}: " if prompts else ""
             raise ValueError(f"{where}{error}") from error
@@ -88,7 +91,7 @@ class _Pending(NamedTuple):
         kept = {key: self.row[key] for key in ("id",) if key in self.row}
         if self.request is None:
             return Group(number, [{"line": number, "index": 0, "error": self.error} | kept])
-        kept |= {key: self.row[key] for key in ("prompt", "weights")}
+        kept |= {key: self.row[key] for key in ("prompt", "weights", "kl") if key in self.row}
         records = [_record(number, c, kept) for c in self.request.completions]
         return Group(number, records)
 
@@ -118,14 +121,14 @@ def sample_lines(
 
     Args:
         sampler: Without other requests.
-        lines: {"prompt": text, token ids or messages} with optional "weights", "id" (any JSON
+        lines: {"prompt": text, token ids or messages} with optional "weights", "kl", "id" (any JSON
             value, copied to the records) and the fields of SamplingParams.
         base_seed: If neither a line nor the defaults have a seed, the line draws with `line_seed`.
         bar: Advances by completions.
 
-    Records: "line", "index", "finish_reason", ["error"], ["id"], "prompt" and "weights" as given,
-    "text", "token_ids", "logprobs", ["top_logprobs": for each token pairs (id, log-probability)];
-    for a bad line "line", "index" 0, "error", ["id"].
+    Records: "line", "index", "finish_reason", ["error"], ["id"], and as given "prompt", "weights",
+    ["kl"]; then "text", "token_ids", "logprobs", ["top_logprobs": for each token pairs (id,
+    log-probability)]. Of a bad line: "line", "index" 0, "error", ["id"].
     """
     pending: deque[_Pending] = deque()
     asked, begin, drawn = 0, time.perf_counter(), sampler.tokens_drawn
@@ -157,7 +160,7 @@ def _submit(sampler: Sampler, line: Line, defaults: Defaults, base_seed: int) ->
     row: dict[str, Any] = {}
     try:
         row = line.parse()
-        own = {k: v for k, v in row.items() if k not in ("prompt", "weights", "id")}
+        own = {k: v for k, v in row.items() if k not in ("prompt", "weights", "kl", "id")}
         params = SamplingParams.parse(asdict(defaults.params) | own)
         if params.seed is None:
             params = replace(params, seed=line_seed(base_seed, line.number))
@@ -168,7 +171,10 @@ def _submit(sampler: Sampler, line: Line, defaults: Defaults, base_seed: int) ->
                 raise ValueError('no weights: give --weights, or "weights" in the line')
             row["weights"] = defaults.weights
         prompt = defaults.prompt(row["prompt"])
-        request = sampler.submit(prompt, row["weights"], params, simplex=defaults.simplex)
+        if defaults.kl is not None:
+            row.setdefault("kl", defaults.kl)
+        condition = Condition(row["weights"], row.get("kl"))
+        request = sampler.submit(prompt, condition, params, simplex=defaults.simplex)
     except (ValueError, TypeError) as error:
         return _Pending(line, completions_of(line, defaults.params.n), row, None, str(error))
     return _Pending(line, params.n, row, request)
@@ -222,6 +228,8 @@ def sample_file(
     options = asdict(defaults.params) | {"weights": defaults.weights, "simplex": defaults.simplex}
     if defaults.chat:
         options["chat"] = True
+    if defaults.kl is not None:
+        options["kl"] = defaults.kl
     run = Run(source.sha256(), policy_sha256, options | {"base_model": base_model})
     start = find_start(output, run, source, n)
     if not start.rest:

@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from typing import Any, TextIO
 
+from clp.data.condition import Condition
 from clp.data.conversation import Messages, user_message
 from clp.data.json_lines import parse_json
-from clp.data.weights import parse_weights
+from clp.data.weights import WeightSpec
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
 
 HELP = """\
 a text                        is continued; one that begins with / is typed with //
 /weights joy=0.7,brief=0.3    the weights of what follows (/w for short)
+/kl 0.05                      the KL strength, if the policy has a range of them
 /set temperature 0.7          a sampling parameter; /set temperature none: its default
 /show                         the weights and the parameters
 /new                          a new conversation; /new TEXT: with this system message
@@ -31,6 +33,7 @@ def prompt_loop(
     params: SamplingParams | None = None,
     weights: str | None = None,
     *,
+    kl: float | None = None,
     simplex: bool = True,
     chat: bool = False,
     read: Callable[[str], str] = input,
@@ -39,7 +42,8 @@ def prompt_loop(
     """Reads prompts and commands until the end; a bad one gives one line of error.
 
     Args:
-        params, weights: To begin with; weights of None: equal for all objectives.
+        params, weights, kl: To begin with; weights of None: equal for all objectives; a kl of
+            None: the middle of the policy's range, if it has one.
         simplex: Refuse weights off the simplex.
         chat: What is typed is the next message of a conversation; the first of n completions is the
             answer that the next one follows.
@@ -47,13 +51,13 @@ def prompt_loop(
             KeyboardInterrupt end the loop.
         out: Where everything is shown; default: standard output.
 
-    Raises: ValueError for bad `weights`.
+    Raises: ValueError for bad `weights` or `kl`.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited and called back
     out = sys.stdout if out is None else out
-    loop = _Loop(sampler, params or SamplingParams(), weights, simplex, chat, out)
-    out.write(f"{loop.shown_weights()}; /help lists the commands\n")
+    loop = _Loop(sampler, params or SamplingParams(), weights, kl, simplex, chat, out)
+    out.write(f"{loop.shown()}; /help lists the commands\n")
     while True:
         out.flush()
         try:
@@ -82,6 +86,7 @@ class _Loop:
         sampler: Sampler,
         params: SamplingParams,
         weights: str | None,
+        kl: float | None,
         simplex: bool,
         chat: bool,
         out: TextIO,
@@ -91,21 +96,32 @@ class _Loop:
         self.objectives = sampler.policy.objectives
         m = len(self.objectives)
         spec = [1 / m] * m if weights is None else weights
-        self.weights = parse_weights(spec, self.objectives, simplex=simplex)
+        self.weights: WeightSpec = spec
+        self.kl: float | None = None
+        self.steer_by(spec, kl)
 
-    def shown_weights(self) -> str:
-        pairs = zip(self.objectives, self.weights.tolist(), strict=True)
-        return "weights " + ",".join(f"{name}={value:.3g}" for name, value in pairs)
+    def steer_by(self, weights: WeightSpec, kl: float | None) -> None:
+        """Weights and strength of what follows. Raises: ValueError; they are then as before."""
+        row = self.sampler.policy.condition(Condition(weights, kl), simplex=self.simplex)
+        self.weights, self.kl, self.row = weights, kl, row.tolist()
+
+    def shown(self) -> str:
+        pairs = zip(self.objectives, self.row, strict=False)
+        text = "weights " + ",".join(f"{name}={value:.3g}" for name, value in pairs)
+        return text + "".join(f"; kl {alpha:.3g}" for alpha in self.row[len(self.objectives) :])
 
     def command(self, name: str, rest: str) -> None:
         if name in ("weights", "w"):
             if rest:
-                self.weights = parse_weights(rest, self.objectives, simplex=self.simplex)
-            self.out.write(self.shown_weights() + "\n")
+                self.steer_by(rest, self.kl)
+            self.out.write(self.shown() + "\n")
+        elif name == "kl":
+            self.steer_by(self.weights, _strength(rest))
+            self.out.write(self.shown() + "\n")
         elif name == "set":
             self._set(*_split(rest))
         elif name == "show":
-            self.out.write(self.shown_weights() + "\n")
+            self.out.write(self.shown() + "\n")
             for parameter, value in asdict(self.params).items():
                 self.out.write(f"{parameter} {_shown(value)}\n")
         elif name == "new":
@@ -134,7 +150,8 @@ class _Loop:
         asked_for: Any = prompt
         if self.messages is not None:
             asked_for = [*self.messages, user_message(prompt)]
-        request = self.sampler.submit(asked_for, self.weights, self.params, simplex=self.simplex)
+        condition = Condition(self.weights, self.kl)
+        request = self.sampler.submit(asked_for, condition, self.params, simplex=self.simplex)
         n, answer = self.params.n, ""
         waiting: list[list[str]] = [[] for _ in range(n)]
         ended = [False] * n
@@ -199,6 +216,13 @@ def _interrupt() -> Iterator[list[bool]]:
 def _split(line: str) -> tuple[str, str]:
     name, *rest = line.split(maxsplit=1) or [""]
     return name, rest[0] if rest else ""
+
+
+def _strength(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"/kl needs a number, such as /kl 0.05, got {text!r}") from None
 
 
 def _value(name: str, text: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from clp.data.condition import KLRange
 from clp.data.names import closest
 from clp.data.paths import absolute, home_expanded, model_location, reward_locations
 
@@ -68,6 +69,9 @@ class CLPConfig:
     alpha: float = 0.12
     """KL strength in [0, 1): the objective is E[(1 - alpha) w.R - alpha KL(pi || pi_ref)], KL
     summed over the tokens of a completion, in nats."""
+    kl_range: list[float] | None = None
+    """LOW HIGH: draws alpha log-uniformly from [LOW, HIGH] for each prompt group, in place of
+    alpha, so that the policy can be steered by it too (--kl of `clp sample` and `clp eval`)."""
     kl_gradient: Literal["exact", "tokens", "sequence"] = "exact"
     """How the gradient of KL is estimated, without bias: "exact", from the whole distribution of
     each next token; "tokens" and "sequence", from the log-ratios of the sampled tokens alone, to
@@ -159,6 +163,12 @@ class CLPConfig:
                 raise ValueError(f"{name} must be finite and positive, got {values[name]}")
         if not 0 <= self.alpha < 1:
             raise ValueError(f"alpha must be in [0, 1), got {self.alpha}")
+        if self.kl_range is not None:
+            self.kl_range = list(KLRange.parse(self.kl_range))
+            if self.alpha != type(self).alpha:
+                raise ValueError(
+                    f"alpha must be left out with kl_range, which replaces it, got {self.alpha}"
+                )
         if not 0 <= self.corner_probability <= 1:
             raise ValueError(f"corner_probability must be in [0, 1], got {self.corner_probability}")
         for name in _UNUSED.get(self.conditioning, ()):
@@ -313,6 +323,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             known = typing.get_args(hint)
             options, close = ", ".join(map(repr, known)), closest(str(value), known)
             raise ValueError(f"{name} must be one of {options}, got {value!r}{close}")
+    elif hint == list[float] | None:
+        pass  # KLRange.parse checks it
     elif origin is list:
         may_be_empty = name == "exclude_modules"
         texts = isinstance(value, list) and all(isinstance(v, str) for v in value)

@@ -14,15 +14,20 @@ from clp.training.losses import kl_returns, policy_loss, rloo_advantages
 
 
 def accumulate_gradients(
-    policy: Policy, head: Head, args: CLPConfig, batch: Batch, rewards: Tensor, weights: Tensor
+    policy: Policy, head: Head, args: CLPConfig, batch: Batch, rewards: Tensor, conditions: Tensor
 ) -> tuple[float, TokenStats]:
     """Adds the gradient of the loss to the parameters; the loss, and the token stats, detached.
 
     Args:
         head: Policy.head().
-        batch: N = G * K completions. rewards: [G, K, m], scaled. weights: [G, m].
+        batch: N = G * K completions. rewards: [G, K, m], scaled. conditions: [G, c], those of
+            the groups, as Steerable.condition makes them.
     """
     k, how = args.num_generations, args.kl_gradient
+    m, conditions = rewards.shape[-1], conditions.to(rewards.device)
+    weights = conditions[:, :m]
+    # [G]: each group's own strength, or the one of all.
+    alphas = conditions[:, m] if args.kl_range else weights.new_full((len(weights),), args.alpha)
     context: Any = checkpointing if args.gradient_checkpointing else nullcontext
     groups = max(1, args.micro_batch_size // k)
     total, parts = 0.0, []
@@ -36,15 +41,15 @@ def accumulate_gradients(
         returned = kl_returns(how, found[2], found[0] - reference)
         advantages = rloo_advantages(
             rewards[chosen],
-            weights[chosen].to(returned.device),
+            weights[chosen],
             returned.unflatten(0, (-1, k)),
-            args.alpha,
+            alphas[chosen, None, None],
         )
         loss = policy_loss(
             stats.logprobs,
             stats.kl if how == "exact" else None,
             advantages.flatten(0, 1),
-            args.alpha,
+            alphas[chosen].repeat_interleave(k),
         )
         loss = loss * (len(returned) / (len(weights) * k))
         loss.backward()  # type: ignore[no-untyped-call]

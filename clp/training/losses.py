@@ -49,7 +49,7 @@ def scale_rewards(rewards: Tensor, how: str, reference: Tensor | None = None) ->
     return rewards / torch.where(std >= 1e-4, std, 1.0)
 
 
-def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: float) -> Tensor:
+def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: Tensor | float) -> Tensor:
     """Leave-one-out advantages [G, K, C or 1] of the return (1 - alpha) w.R - alpha KL.
 
         A_k = (1 - alpha) sum_i w_i (R_ik - mean_j R_ij) - alpha (KL_k - mean_j KL_j)
@@ -61,6 +61,7 @@ def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: float) 
     Args:
         rewards: [G, K, m], NaN if an objective does not apply. weights: [G, m].
         kl: [G, K, C or 1], nats per completion, or of each token's return; detached.
+        alpha: KL strength, one for all or [G, 1, 1].
 
     All completions of a group share prompt and weights, so the baseline is conditioned on both and
     the estimate is unbiased. Source: RLOO (Ahmadian et al., arXiv:2402.14740).
@@ -83,7 +84,9 @@ def kl_returns(how: str, kl: Tensor, log_ratios: Tensor) -> Tensor:
     return (kl if how == "exact" else log_ratios).sum(1, keepdim=True)
 
 
-def policy_loss(logprobs: Tensor, kl: Tensor | None, advantages: Tensor, alpha: float) -> Tensor:
+def policy_loss(
+    logprobs: Tensor, kl: Tensor | None, advantages: Tensor, alpha: Tensor | float
+) -> Tensor:
     """The loss whose gradient is that of -J.
 
     The mean over completions of sum_t -A_t log pi(y_t), plus alpha KL if that is differentiated
@@ -92,9 +95,10 @@ def policy_loss(logprobs: Tensor, kl: Tensor | None, advantages: Tensor, alpha: 
     Args:
         logprobs, kl: [N, C], zero where there is no token, differentiable; None: no such term.
         advantages: [N, C or 1], constants.
+        alpha: KL strength, one for all or [N].
 
     The exact gradient of E[sum_t KL_t] has two parts: KL_t's own gradient (the second term) and
     the score function times KL (in the advantages).
     """
     loss = -(advantages * logprobs).sum(1).mean()
-    return loss if kl is None else loss + alpha * kl.sum(1).mean()
+    return loss if kl is None else loss + (alpha * kl.sum(1)).mean()

@@ -22,8 +22,8 @@ from clp.rewards import RewardFunc
 # docs/metrics.md explains each.
 _NAMES = (
     "step", "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std",
-    "kl", "entropy", "completions/mean_length", "completions/min_length", "completions/max_length",
-    "completions/clipped_ratio", "completions/mean_terminated_length",
+    "kl", "alpha", "entropy", "completions/mean_length", "completions/min_length",
+    "completions/max_length", "completions/clipped_ratio", "completions/mean_terminated_length",
     "completions/min_terminated_length", "completions/max_terminated_length", "num_tokens",
     "skipped_steps",
     "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "step_time",
@@ -53,16 +53,16 @@ def make_batch(
     policy: Policy,
     prompt_ids: Sequence[list[int]],
     completions: Sequence[Completion],
-    weights: Tensor,
+    conditions: Tensor,
 ) -> Batch:
-    """Stacks prompts and completions; weights [N, m]."""
+    """Stacks prompts and completions; conditions [N, c]."""
     base_ids, base_mask, width = _stacked(policy, prompt_ids, completions)
-    given = [policy.conditioned_prompt(*one) for one in zip(prompt_ids, weights, strict=True)]
+    given = [policy.conditioned_prompt(*one) for one in zip(prompt_ids, conditions, strict=True)]
     ids, mask = base_ids, base_mask
     if given != list(prompt_ids):
         ids, mask, _ = _stacked(policy, given, completions)
     done = base_mask[:, -width:].bool()
-    return Batch(ids, mask, done, weights.to(policy.device), base_ids, base_mask)
+    return Batch(ids, mask, done, conditions.to(policy.device), base_ids, base_mask)
 
 
 def _stacked(
@@ -91,31 +91,31 @@ def roll_out(
     sampler: Sampler,
     reward_funcs: Mapping[str, RewardFunc],
     rows: Sequence[dict[str, Any]],
-    weights: Tensor,
+    conditions: Tensor,
     num_generations: int,
     params: SamplingParams,
     generator: torch.Generator,
     trainer_state: TrainerState,
 ) -> Rollout:
-    """Samples and scores num_generations completions for each of the G prompts, weights [G, m].
+    """Samples and scores num_generations completions for each of the G prompts, conditions [G, c].
 
     Every completion draws with its own seed from `generator`. Reward functions get `trainer_state`,
     and may not log metrics with the names of a step's own.
     """
     policy: Any = sampler.policy
     repeated = [row for row in rows for _ in range(num_generations)]
-    repeated_weights = weights.repeat_interleave(num_generations, 0)
+    repeated_conditions = conditions.repeat_interleave(num_generations, 0)
     ids = [encode_prompt(row["prompt"], policy.tokenizer) for row in rows]
     prompt_ids = [p for p in ids for _ in range(num_generations)]
     seeds = torch.randint(2**62, (len(repeated),), generator=generator).tolist()
-    completions = sampler.generate(prompt_ids, repeated_weights, with_seeds(params, seeds))
+    completions = sampler.generate(prompt_ids, repeated_conditions, with_seeds(params, seeds))
     log = RewardLog(metric_names(policy.objectives))
     rewards = score(
         reward_funcs, [row["prompt"] for row in repeated], [done.text for done in completions],
         columns(repeated), completion_ids=[done.token_ids for done in completions],
         trainer_state=trainer_state, log=log,
     )  # fmt: skip
-    batch = make_batch(policy, prompt_ids, completions, repeated_weights)
+    batch = make_batch(policy, prompt_ids, completions, repeated_conditions)
     sampled = [torch.tensor(done.logprobs, dtype=torch.float32) for done in completions]
     logprobs = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True).to(policy.device)
     shape = (len(rows), num_generations, len(reward_funcs))
@@ -130,7 +130,7 @@ def append_completions(
     step: int,
 ) -> None:
     """Appends a line of JSON per completion, with what reward functions logged about it."""
-    rewards, weights = rollout.rewards.flatten(0, 1), rollout.batch.weights
+    rewards, conditions = rollout.rewards.flatten(0, 1), rollout.batch.conditions
     each = rollout.rewards.shape[1]
     with path.open("a", encoding="utf-8") as file:
         for i, done in enumerate(rollout.completions):
@@ -138,7 +138,7 @@ def append_completions(
                 "step": step,
                 "prompt": rows[i // each]["prompt"],
                 "completion": done.text,
-                "weights": dict(zip(objectives, weights[i].tolist(), strict=True)),
+                "weights": dict(zip(objectives, conditions[i].tolist(), strict=False)),
                 "rewards": dict(zip(objectives, numbers_or_none(rewards[i]), strict=True)),
                 "extra": rollout.log.extra_of(i),
             }
@@ -151,7 +151,7 @@ def metric_names(objectives: Sequence[str]) -> frozenset[str]:
 
 
 def rollout_metrics(
-    rollout: Rollout, weights: Tensor, stats: TokenStats, objectives: Sequence[str]
+    rollout: Rollout, conditions: Tensor, stats: TokenStats, objectives: Sequence[str]
 ) -> dict[str, float | None]:
     """The step's numbers about its completions, with what reward functions logged.
 
@@ -159,6 +159,7 @@ def rollout_metrics(
     to no completion is None, and the standard deviation of one that applies to fewer than two.
     """
     rewards, mask = rollout.rewards.cpu(), rollout.batch.completion_mask
+    weights, alphas = conditions[:, : len(objectives)], conditions[:, len(objectives) :]
     # The weight of an objective that does not apply counts as 0.
     weighted = torch.einsum("gkm,gm->gk", rewards.nan_to_num(nan=0.0), weights)
     spread = weighted.std(dim=1)
@@ -183,6 +184,8 @@ def rollout_metrics(
         "sampling/sampling_logp_difference/mean": drift.sum() / tokens,
         "sampling/sampling_logp_difference/max": drift.max(),
     }
+    if alphas.shape[1]:
+        values["alpha"] = alphas.mean()
     out: dict[str, float | None] = {name: float(value) for name, value in values.items()}
     for i, name in enumerate(objectives):
         known = rewards[..., i][~rewards[..., i].isnan()]

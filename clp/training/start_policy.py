@@ -28,7 +28,7 @@ def start_policy(
         seed=pytorch_seed(args.seed), r=args.r if adapters else None,
         lora_alpha=args.lora_alpha if adapters else None,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
-        exclude_modules=args.exclude_modules,
+        exclude_modules=args.exclude_modules, kl_range=args.kl_range,
     )  # fmt: skip
 
 
@@ -53,5 +53,10 @@ def settings_of(policy: Policy, args: CLPConfig) -> CLPConfig:
             )
     if args.device != "auto" and torch_device(args.device) != policy.device:
         raise ValueError(f"device must be the policy's {policy.device}, got {args.device!r}")
-    own: dict[str, Any] = {"dtype": dtype, "conditioning": policy.conditioning.name}
+    strengths = None if policy.kl_range is None else list(policy.kl_range)
+    if args.kl_range not in (None, strengths):
+        raise ValueError(f"kl_range must be the policy's {strengths}, got {args.kl_range}")
+    own: dict[str, Any] = {
+        "dtype": dtype, "conditioning": policy.conditioning.name, "kl_range": strengths,
+    }  # fmt: skip
     return replace(args, model=policy.base_model, device=str(policy.device), **own)

@@ -56,7 +56,7 @@ from clp.training.rollout import (
 )
 from clp.training.schedule import lr_factor, prompts_of, pytorch_seed
 from clp.training.start_policy import settings_of, start_policy
-from clp.training.weight_draws import DrawWeights, weight_draws
+from clp.training.weight_draws import DrawWeights, condition_draws
 
 # Each step draws other prompts, weights and completions. Where half of the draws give no finite
 # gradient, one run of ten in 1,000 is all skipped; a policy that has diverged loses ten steps.
@@ -201,7 +201,7 @@ class CLPTrainer:
             self.rows, self.policy, self.sampler, args.max_completion_length,
             args.max_prompt_length, prompts,
         )  # fmt: skip
-        self.draw = weight_draws(args, self.policy.objectives, self.draw_weights)
+        self.draw = condition_draws(args, self.policy.objectives, self.draw_weights)
         dry_call(
             self.reward_funcs, self.rows, self.policy.tokenizer, self.state,
             metric_names(self.policy.objectives), args.num_generations,
@@ -298,11 +298,11 @@ class CLPTrainer:
         """
         start, args, step = time.perf_counter(), self.args, self.step
         generator = torch.Generator().manual_seed(pytorch_seed(args.seed * 1_000_003 + step))
-        weights = self.draw(args.num_prompts, generator)
+        conditions = self.draw(args.num_prompts, generator)
         rows = prompts_of(self.rows, args, step)
         try:
             rollout = roll_out(
-                self.sampler, self.reward_funcs, rows, weights, args.num_generations,
+                self.sampler, self.reward_funcs, rows, conditions, args.num_generations,
                 self.sampling_params, generator, self.state,
             )  # fmt: skip
         except NotFiniteError as error:
@@ -313,7 +313,7 @@ class CLPTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         rewards = scale_rewards(rollout.rewards, args.scale_rewards, self.reward_scale)
         loss, stats = accumulate_gradients(
-            self.policy, self.head, args, rollout.batch, rewards, weights
+            self.policy, self.head, args, rollout.batch, rewards, conditions
         )
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.max_grad_norm)
         progress = self.progress
@@ -331,7 +331,7 @@ class CLPTrainer:
         found = {
             "step": progress.step, "loss": loss, "grad_norm": float(norm), "learning_rate": lr,
             "num_tokens": progress.num_tokens, "skipped_steps": progress.skipped_steps,
-            **rollout_metrics(rollout, weights, stats, self.policy.objectives),
+            **rollout_metrics(rollout, conditions, stats, self.policy.objectives),
             "step_time": time.perf_counter() - start,
         }  # fmt: skip
         metrics = {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}

@@ -1,15 +1,35 @@
-"""Where the weights of a step's prompt groups come from."""
+"""Where the conditions of a step's prompt groups come from."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from clp.data.condition import KLRange
 from clp.data.weights import draw_from_dirichlet, draw_from_grid, draw_on_faces, parse_rows
 from clp.training.config import CLPConfig
 
 # (count, generator) -> weights [count, m]
 DrawWeights = Callable[[int, torch.Generator], Tensor]
+
+
+def condition_draws(
+    args: CLPConfig, objectives: Sequence[str], function: DrawWeights | None
+) -> DrawWeights:
+    """(count, generator) -> conditions [count, c]: weights, then a strength if args has a range.
+
+    Raises: as weight_draws.
+    """
+    draw = weight_draws(args, objectives, function)
+    if args.kl_range is None:
+        return draw
+    strengths = KLRange.parse(args.kl_range)
+
+    def both(count: int, generator: torch.Generator) -> Tensor:
+        weights = draw(count, generator)
+        return torch.cat([weights, strengths.draw(count, generator)[:, None]], 1)
+
+    return both
 
 
 def weight_draws(

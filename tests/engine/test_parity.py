@@ -88,7 +88,7 @@ def test_in_bfloat16_both_are_as_near_to_the_exact_ones_as_transformers(base):
     exact.model = copy.deepcopy(policy.model).double()
     wanted, trainer = trained(exact, batch, 1.0), trained(policy, batch, 1.0)
     width = batch.completion_mask.shape[1]
-    with policy.steer(batch.weights):
+    with policy.steer(batch.conditions):
         output = policy.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     every = output.logits[:, -width - 1 : -1].float().log_softmax(-1)
     plain = every.gather(2, batch.input_ids[:, -width:, None])[..., 0][batch.completion_mask]

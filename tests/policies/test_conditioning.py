@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 from small_models import small_model
+from steered_policies import DONE, PROMPTS, WEIGHTS, policy_of
 from tiny_runs import config, metrics
 
 from clp import CLPConfig, CLPTrainer, Policy, Sampler, SamplingParams
-from clp.engine.requests import Completion
 from clp.policies.loading import load_base
 from clp.policies.token_stats import token_stats
 from clp.training.rollout import make_batch
@@ -20,23 +20,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXPERTS = ["full", "attention", "head"]
 ALL = ["lora", *EXPERTS, "prompt"]
-WEIGHTS = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.5, 0.5], [0.0, 1.0], [1.5, -0.5]])
-PROMPTS = [[1, 50], [1, 60, 70, 80], [1, 9], [1, 33, 44], [1, 90]]
-DONE = [
-    Completion(i, 0, "", ids, [], "stop")
-    for i, ids in enumerate(([7, 8, 9], [10, 2], [11, 12, 13, 14], [15], [3, 4, 5, 6, 2]))
-]
-
-
-def policy_of(conditioning, base="tiny", std=0.05, **options):
-    """A policy whose trained parameters are random, so that the weights matter."""
-    if conditioning in ("lora", "prompt"):
-        options = {"r": 2} | options
-    policy = Policy.create(base, ["joy", "brief"], conditioning=conditioning, **options)
-    generator = torch.Generator().manual_seed(3)
-    for parameter in policy.trainable_parameters().values():
-        parameter.data.add_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
-    return policy
 
 
 @pytest.fixture(scope="module")

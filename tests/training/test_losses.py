@@ -8,8 +8,13 @@ import torch
 from torch import nn
 
 import clp_kernels
+from clp.data.condition import KLRange
 from clp.data.weights import draw_from_dirichlet, weight_grid
+from clp.policies.experts import Experts
+from clp.policies.lora import LoRA
 from clp.training.losses import kl_returns, policy_loss, rloo_advantages, scale_rewards
+
+RANGE = KLRange(0.15, 0.5)
 
 
 def test_scale_rewards_batch_and_group():
@@ -74,15 +79,26 @@ def test_every_estimate_has_the_gradient_of_the_objective_as_its_mean():
     assert variance["exact"] < variance["tokens"] < variance["sequence"]
 
 
-def train_table(rewards, alpha, how):
-    """Policies [N, V] of one token, trained on rewards [2, V], their optima and pi_ref [V].
+def train_table(rewards, alpha, how, conditioning=None):
+    """Trains policies of one token on rewards [2, V], with R in units of its standard deviation
+    under pi_ref unless `how` is "none".
 
-    For the N weights of the grid, with R in units of its standard deviation under pi_ref unless
-    `how` is "none".
+    alpha is a number, or for a conditioning with a range of strengths drawn for each group.
+
+    Returns: a function from alpha to the policies learned [N, V], for the N weights of the grid,
+    and the optima [N, V]; and pi_ref [V].
     """
     vocab, groups, k = rewards.shape[1], 64, 4
+
+    def layer_weights(rows):
+        return rows if conditioning is None else conditioning.layer_weights(rows)
+
+    def with_strengths(weights, alphas):
+        return weights if conditioning is None else torch.cat([weights, alphas[:, None]], 1)
+
     table = nn.Sequential(nn.Linear(1, vocab, bias=False))
-    clp_kernels.inject(table, ["a", "b"], r=1, lora_alpha=1)
+    count = layer_weights(with_strengths(torch.ones(1, 2), torch.full((1,), 0.1))).shape[1]
+    clp_kernels.inject(table, list("abc")[:count], r=1, lora_alpha=1)
     parameters = [p for p in table.parameters() if p.requires_grad]
     steps = 600
     optimizer = torch.optim.Adam(parameters, lr=0.05)
@@ -93,25 +109,38 @@ def train_table(rewards, alpha, how):
     generator = torch.Generator().manual_seed(2)
     for step in range(steps):
         weights = draw_from_dirichlet(groups, 2, 1.0, 0.2, generator)
-        with clp_kernels.steer(table, weights):
+        if conditioning is None:
+            alphas = torch.full((groups,), alpha)
+        else:
+            alphas = conditioning.kl_range.draw(groups, generator)
+        with clp_kernels.steer(table, layer_weights(with_strengths(weights, alphas))):
             logp = torch.log_softmax(table(torch.ones(groups, 1)), -1).repeat_interleave(k, 0)
         seeds = torch.arange(groups * k) + 10_000 * step
         tokens = clp_kernels.sample(logp, seed=seeds, position=0).tokens
         kl = (logp.exp() * (logp - ref)).sum(-1)
         scores = scale_rewards(rewards[:, tokens].t().view(groups, k, 2), how, std)
-        advantages = rloo_advantages(scores, weights, kl.detach().view(groups, k, 1), alpha)
+        advantages = rloo_advantages(
+            scores, weights, kl.detach().view(groups, k, 1), alphas[:, None, None]
+        )
         picked = logp.gather(-1, tokens[:, None])
-        loss = policy_loss(picked, kl[:, None], advantages.flatten(0, 1), alpha)
+        loss = policy_loss(
+            picked, kl[:, None], advantages.flatten(0, 1), alphas.repeat_interleave(k)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     grid = weight_grid(2)
-    with torch.no_grad(), clp_kernels.steer(table, grid):
-        learned = torch.softmax(table(torch.ones(len(grid), 1)), -1)
     units = torch.ones(2) if how == "none" else std
-    best = torch.softmax(ref + (1 - alpha) / alpha * grid @ (rewards / units[:, None]), -1)
-    return learned, best, ref.exp()
+
+    def at(alpha):
+        rows = with_strengths(grid, torch.full((len(grid),), alpha))
+        with torch.no_grad(), clp_kernels.steer(table, layer_weights(rows)):
+            learned = torch.softmax(table(torch.ones(len(grid), 1)), -1)
+        best = torch.softmax(ref + (1 - alpha) / alpha * grid @ (rewards / units[:, None]), -1)
+        return learned, best
+
+    return at, ref.exp()
 
 
 def distances(p, q):
@@ -123,10 +152,27 @@ def distances(p, q):
 def test_trained_policy_reaches_the_closed_form_optimum_for_every_weight(alpha):
     """pi* ~ pi_ref exp(((1 - alpha) / alpha) w.R), within 0.05 total variation on the grid."""
     torch.manual_seed(1)
-    learned, best, ref = train_table(2 * torch.rand(2, 6), alpha, "none")
+    at, ref = train_table(2 * torch.rand(2, 6), alpha, "none")
+    learned, best = at(alpha)
     assert float(distances(learned, best).max()) <= 0.05
     # The test can fail: the reference itself is far from the optimum.
     assert float(distances(ref, best).max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    "conditioning", [LoRA(RANGE), Experts("full", RANGE)], ids=["lora", "full"]
+)
+def test_one_policy_reaches_the_optimum_of_every_weight_at_five_strengths(conditioning):
+    """pi* ~ pi_ref exp(w.R / beta), within 0.05 total variation, from end to end of the range.
+
+    The test can fail: the optimum of one end is far from that of the other.
+    """
+    torch.manual_seed(1)
+    at, _ = train_table(2 * torch.rand(2, 6), None, "none", conditioning)
+    strengths = torch.logspace(math.log10(RANGE.low), math.log10(RANGE.high), 5).tolist()
+    for alpha in strengths:
+        assert float(distances(*at(alpha)).max()) <= 0.05
+    assert float(distances(at(strengths[0])[1], at(strengths[-1])[1])[[0, -1]].min()) > 0.1
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.3])
@@ -137,10 +183,11 @@ def test_the_optimum_in_units_of_the_reference_is_reached_whatever_the_scales(al
     """
     torch.manual_seed(1)
     rewards = torch.rand(2, 6) * torch.tensor([[3e4], [3e-3]])
-    learned, best, ref = train_table(rewards, alpha, "reference")
+    at, ref = train_table(rewards, alpha, "reference")
+    learned, best = at(alpha)
     assert float(distances(learned, best).max()) <= 0.05
     assert float(distances(ref, best)[[0, -1]].min()) > 0.1
-    follows, best, _ = train_table(rewards, alpha, "batch")
+    follows, best = train_table(rewards, alpha, "batch")[0](alpha)
     assert float(distances(follows, best).max()) > 0.1
 
 

@@ -74,7 +74,7 @@ def test_kl_and_entropy_equal_the_full_distributions(policy):
         ids = batch.input_ids[i][batch.attention_mask[i].bool()][None]
         count = int(batch.completion_mask[i].sum())
         found = []
-        for weights in (batch.weights[i : i + 1], torch.zeros(1, 2)):
+        for weights in (batch.conditions[i : i + 1], torch.zeros(1, 2)):
             with torch.no_grad(), policy.steer(weights):
                 found.append(policy.model(ids).logits[0, -count - 1 : -1].log_softmax(-1))
         logp, logq = found
