@@ -11,10 +11,12 @@ from itertools import product
 from unittest.mock import Mock
 
 import pytest
+from steered_policies import policy_of
 from tiny_runs import randomised, records
 from tqdm import tqdm
 
 from clp import cli
+from clp.data.condition import Condition
 from clp.data.json_lines import Line, read_lines
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
@@ -140,6 +142,23 @@ def test_a_line_without_weights_and_no_default(sampler):
     rows = {"prompt": "x"}, {"prompt": "x", "weights": "joy=1"}
     bad, good = sampled(sampler, *rows, defaults=defaults)
     assert "no weights" in bad.records[0]["error"] and not good.failed
+
+
+def test_a_line_has_its_own_strength_or_the_default_one():
+    sampler = Sampler(policy_of("lora", kl_range=(0.05, 0.4)), max_batch_size=4)
+    rows = [{"prompt": "Tom", "seed": 3} | kl for kl in ({}, {"kl": 0.05}, {"kl": 0.4}, {"kl": 1})]
+    *good, bad = sampled(sampler, *rows, defaults=DEFAULTS._replace(kl=0.1))
+    assert "kl must be in [0.05, 0.4]" in bad.records[0]["error"]
+    assert [group.records[0]["kl"] for group in good] == [0.1, 0.05, 0.4]
+    for group in good:
+        (record,) = group.records
+        condition, params = (
+            Condition([0.5, 0.5], record["kl"]),
+            SamplingParams(max_tokens=4, seed=3),
+        )
+        assert record["token_ids"] == sampler.generate(["Tom"], condition, params)[0].token_ids
+    (plain,) = sampled(sampler, rows[0])
+    assert "kl" not in plain.records[0]
 
 
 def test_a_failed_forward_is_an_error_record_with_its_completion(sampler, failing):
