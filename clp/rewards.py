@@ -119,20 +119,24 @@ def _rouge_l(text: str, reference: str) -> float:
     return 2 * LCSseq.similarity(a, b) / max(1, len(a) + len(b))
 
 
-def rouge(prompts: Texts, completions: Texts, **columns) -> list[float]:
+def rouge(prompts: Texts, completions: Texts, **columns) -> list[float | None]:
     """ROUGE-L F1 against the column `reference`: a string, or a list of which the best counts.
 
         F1 = 2 * LCS(a, b) / (len(a) + len(b)), on lower-cased alphanumeric tokens, unstemmed
 
-    In [0, 1]; without a token 0. ValueError if the column is missing or has another length,
-    TypeError for a reference of another kind. Source: Lin 2004; the LCS by rapidfuzz.
+    In [0, 1]; without a token 0; None where the reference is None. ValueError if the column is
+    missing or has another length, TypeError for a reference of another kind. Source: Lin 2004; the
+    LCS by rapidfuzz.
     """
     references = columns.get("reference")
     if references is None:
         came = ", ".join(repr(name) for name in columns if name not in ARGUMENTS) or "none"
         raise ValueError(f"rouge needs the column 'reference'; columns that came: {came}")
-    scores = []
+    scores: list[float | None] = []
     for row, (text, given) in enumerate(zip(completions, references, strict=True)):
+        if given is None:
+            scores.append(None)
+            continue
         options = [given] if isinstance(given, str) else given
         listed = isinstance(options, list | tuple) and len(options) > 0
         if not listed or not all(isinstance(option, str) for option in options):

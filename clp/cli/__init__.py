@@ -59,18 +59,24 @@ def main() -> None:
         # The reader of the output has ended (`| head`): nobody reads a message.
         _end(128 + signal.SIGPIPE)
     except (ValueError, TypeError, OSError, MemoryError) as error:
-        if stopped:  # PyTorch's C++ turns a KeyboardInterrupt into other errors
-            _end(130, f"clp {name}: stopped\n")
+        if stopped:
+            raise
         said = " ".join(str(error).split()) or "not enough memory"
         _end(2, f"clp {name}: error: {said}\n")
     except RuntimeError as error:
         # PyTorch has a class of its own for a GPU's memory alone. It is not imported for its name.
-        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
+        memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+        if stopped or not memory:
             raise
         _end(2, f"clp {name}: error: not enough memory: {' '.join(str(error).split())}\n")
     finally:
         if signal.getsignal(signal.SIGINT) is stop_now:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # A second Ctrl-C must not interrupt the interpreter's end.
+            after = signal.SIG_IGN if stopped else signal.default_int_handler
+            signal.signal(signal.SIGINT, after)
+        if stopped and isinstance(sys.exception(), Exception):
+            # PyTorch's C++, and what imports modules, turn a KeyboardInterrupt into other errors.
+            _end(130, f"clp {name}: stopped\n")
 
 
 def _run(name: str, argv: Sequence[str]) -> None:

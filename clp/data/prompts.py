@@ -1,5 +1,6 @@
 """Reading prompts: JSON Lines, one object with a "prompt" (a text or a conversation) per line."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,13 @@ def _check_row(row: Any, first: Any, where: str) -> None:
         raise ValueError(
             f"{where}: each row must have the columns of the first; this one {' and '.join(found)}"
         )
+
+
+def row_place(index: int, path: str | Path | None) -> str:
+    """Where a row is: the file and the line of the index-th object in it."""
+    if path is None:
+        return f"train_dataset[{index}]"
+    if not home_expanded(path).is_file():  # a pipe, which is read once
+        return f"{path}, prompt {index + 1}"
+    with home_expanded(path).open("rb") as stream:
+        return f"{path}:{next(itertools.islice(read_lines(stream), index, None)).number}"

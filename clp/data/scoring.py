@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import nn
 
 from clp.data.conversation import Messages, is_conversation
 from clp.data.json_lines import MOST_NESTING
-from clp.data.prompts import ARGUMENTS, columns
+from clp.data.prompts import ARGUMENTS, columns, row_place
 
 RewardFunc = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
@@ -205,23 +206,53 @@ def dry_call(
     trainer_state: Any,
     reserved: frozenset[str] = frozenset(),
     num_generations: int = 1,
+    path: str | Path | None = None,
 ) -> None:
-    """Scores short completions of the first and the last row, num_generations each; what functions
-    log is dropped.
+    """Scores short completions of the first and the last row, and then of the first row of each
+    other kind, num_generations each; what functions log is dropped.
 
-    So a function that cannot be called, or returns what `score` refuses, fails before anything is
-    sampled.
+    So a function that cannot be called, returns what `score` refuses, or refuses a value of its
+    columns, fails before anything is sampled. Rows are of one kind if their columns hold values of
+    the same types.
 
-    Raises: what `score` raises.
+    Args:
+        path: The file that the rows are from, for messages.
+
+    Raises: what `score` raises; of a row of another kind its ValueError and TypeError name the row.
     """
-    pair = [row for row in (rows[0], rows[-1]) for _ in range(num_generations)]
-    texts = [text for text in ("Yes.", "No, not yet.") for _ in range(num_generations)]
-    score(
-        reward_funcs, [row["prompt"] for row in pair], texts,
-        columns(pair),
-        completion_ids=[tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts],
-        trainer_state=trainer_state, log=RewardLog(reserved),
-    )  # fmt: skip
+
+    def call(chosen: Sequence[dict[str, Any]], answers: Sequence[str]) -> None:
+        several = [row for row in chosen for _ in range(num_generations)]
+        texts = [text for text in answers for _ in range(num_generations)]
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        score(
+            reward_funcs, [row["prompt"] for row in several], texts, columns(several),
+            completion_ids=ids, trainer_state=trainer_state, log=RewardLog(reserved),
+        )  # fmt: skip
+
+    call((rows[0], rows[-1]), ("Yes.", "No, not yet."))
+    seen = {_kind(rows[0]), _kind(rows[-1])}
+    for i, row in enumerate(rows):
+        if (kind := _kind(row)) in seen:
+            continue
+        seen.add(kind)
+        try:
+            call([row], ["Yes."])
+        except (ValueError, TypeError) as error:
+            same = TypeError if isinstance(error, TypeError) else ValueError
+            raise same(f"{row_place(i, path)}: {error}") from error
+
+
+def _kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple((name, _types(value)) for name, value in row.items() if name != "prompt")
+
+
+def _types(value: Any) -> Any:
+    """The type of a value, and of what a list or mapping holds."""
+    held = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping | list | tuple):
+        return type(value), frozenset(map(_types, held))
+    return type(value)
 
 
 def numbers_or_none(rewards: torch.Tensor) -> list[float | None]:

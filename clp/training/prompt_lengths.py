@@ -1,7 +1,6 @@
 """The lengths of a training's prompts, looked at before it begins."""
 
 import hashlib
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from clp.data.conversation import encode_prompt
-from clp.data.json_lines import read_lines
-from clp.data.paths import home_expanded
-from clp.engine.requests import SamplingParams
+from clp.data.prompts import row_place
+from clp.engine.requests import SamplingParams, parse_prompt
 from clp.engine.sampler import Sampler
 from clp.policies.policy import Policy
 
@@ -34,7 +32,8 @@ def fitting_rows(
 
     Raises:
         ValueError: a prompt that is too long for the context or for the sampler's cache, without
-            tokens, or refused by the chat template, with its file and line; a max_prompt_length
+            tokens, with tokens that the model does not have, or refused by the chat template, with
+            its file and line; a max_prompt_length
             that is larger than what fits; no prompt that is left.
     """
     prefix = policy.conditioning.longest_prefix(policy.objectives, policy.tokenizer)
@@ -55,18 +54,17 @@ def fitting_rows(
     lengths: list[int] = []
     for i, row in enumerate(shown):
         try:
-            lengths.append(len(encode_prompt(row["prompt"], policy.tokenizer)))
+            ids = parse_prompt(row["prompt"], policy.tokenizer, policy.vocab_size, "the prompt")
         except ValueError as error:
-            raise ValueError(f"{_place(i, path)}: {error}") from error
-    if 0 in lengths:
-        raise ValueError(f"{_place(lengths.index(0), path)}: the prompt has no tokens")
+            raise ValueError(f"{row_place(i, path)}: {error}") from error
+        lengths.append(len(ids))
     limit = most if max_prompt_length is None else max_prompt_length
     fits = [length <= limit for length in lengths]
     dropped = fits.count(False)
     if dropped and max_prompt_length is None:
         first = fits.index(False)
         raise ValueError(
-            f"{_place(first, path)}: the prompt has {lengths[first]} tokens, at most {most} fit "
+            f"{row_place(first, path)}: the prompt has {lengths[first]} tokens, at most {most} fit "
             f"({context}); {dropped} of {len(rows)} prompts are too long, and max_prompt_length "
             "(--max-prompt-length) leaves them out"
         )
@@ -76,7 +74,7 @@ def fitting_rows(
         text = f"left out {dropped} of {len(rows)} prompts: they have more than {limit} tokens"
         tqdm.write(text, file=sys.stderr)
     longest = max((length, i) for i, length in enumerate(lengths) if fits[i])[1]
-    _try(policy, sampler, rows[longest], max_completion_length, _place(longest, path))
+    _try(policy, sampler, rows[longest], max_completion_length, row_place(longest, path))
     return [row for row, fit in zip(rows, fits, strict=True) if fit]
 
 
@@ -88,16 +86,6 @@ def _try(policy: Policy, sampler: Sampler, row: Any, max_tokens: int, place: str
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     sampler.cancel(request)
-
-
-def _place(index: int, path: str | Path | None) -> str:
-    """Where a row is: the file and the line of the index-th object in it."""
-    if path is None:
-        return f"train_dataset[{index}]"
-    if not home_expanded(path).is_file():  # a pipe, which is read once
-        return f"{path}, prompt {index + 1}"
-    with home_expanded(path).open("rb") as stream:
-        return f"{path}:{next(itertools.islice(read_lines(stream), index, None)).number}"
 
 
 def tokens_digest(policy: Policy, rows: Sequence[dict[str, Any]]) -> str:

@@ -204,7 +204,7 @@ class CLPTrainer:
         self.draw = condition_draws(args, self.policy.objectives, self.draw_weights)
         dry_call(
             self.reward_funcs, self.rows, self.policy.tokenizer, self.state,
-            metric_names(self.policy.objectives), args.num_generations,
+            metric_names(self.policy.objectives), args.num_generations, prompts,
         )  # fmt: skip
         self.reward_scale: Tensor | None = None
         if args.scale_rewards == "reference":

@@ -172,9 +172,11 @@ def _refuse_bypassed(model: nn.Module, names: list[str]) -> None:
             faults[name] = fault
     if faults:
         name = next(iter(faults))
+        advice = "so does every other target"
+        if len(faults) < len(names):
+            advice = _leave_out(list(faults), names)
         raise ValueError(
-            f"{name} {faults[name]}: adapters would leave out what it computes; "
-            f"{_leave_out(list(faults), names)}"
+            f"{name} {faults[name]}: adapters would leave out what it computes; {advice}"
         )
 
 

@@ -340,6 +340,11 @@ def _foreign_key(
             "; it is a weight of the base model: save the adapter again with PEFT's "
             "save_pretrained(..., save_embedding_layers=False)"
         )
+    elif "lora_embedding_" in key:
+        message += (
+            "; it is an adapter of an embedding, which is not supported: train one whose "
+            "target_modules name linear layers alone"
+        )
     elif keys:
         message += _compared(keys, targets)
     return ValueError(message)

@@ -8,17 +8,19 @@ import sys
 import pytest
 
 PRELUDE = """
-import os, signal, sys
+import atexit, builtins, os, signal, sys
 from clp import cli
+
+atexit.register(lambda: "twice" in sys.argv and os.kill(os.getpid(), signal.SIGINT))
 
 def info(argv):
     "clp info"
     print("x" * 99)
-    if argv == ["signal"]:
+    if argv[:1] == ["signal"]:
         try:
             signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:  # as PyTorch's C++ does
-            raise TypeError("could not determine the shape") from None
+        except KeyboardInterrupt:  # as PyTorch's C++ does, and what imports a module
+            raise getattr(builtins, argv[1])("could not determine the shape") from None
     if argv == ["fail"]:
         raise ValueError("wrong")
     with open(os.devnull) as file:
@@ -66,8 +68,18 @@ def test_bad_input_keeps_its_code_without_room_to_say_it():
     assert ended("2>/dev/full", "fly") == (2, "")
 
 
-def test_ctrl_c_that_becomes_another_error():
-    assert ended(">/dev/null", "info", "signal") == (130, "clp info: stopped\n")
+@pytest.mark.parametrize(
+    "kind",
+    ["TypeError", "ValueError", "RuntimeError", "ModuleNotFoundError", "RecursionError",
+     "SystemError", "AttributeError", "MemoryError"],
+)  # fmt: skip
+def test_ctrl_c_that_becomes_another_error(kind):
+    assert ended(">/dev/null", "info", "signal", kind) == (130, "clp info: stopped\n")
+
+
+def test_a_second_ctrl_c_does_not_interrupt_the_end():
+    stopped = ended(">/dev/null", "info", "signal", "KeyboardInterrupt", "twice")
+    assert stopped == (130, "clp info: stopped; could not determine the shape\n")
 
 
 def test_ctrl_c_stays_ignored_where_it_was():

@@ -143,7 +143,8 @@ def test_rouge_errors():
         one(rouge, "a")
     with pytest.raises(ValueError, match="shorter"):
         rouge(["p"] * 2, ["a", "b"], reference=["a"])
-    for bad in (None, 3, [], ["a", None], {"a": 1}, [["a"]], b"a"):
+    assert rouge(["p"] * 2, ["a", "b"], reference=["a", None]) == [1.0, None]
+    for bad in (3, [], ["a", None], {"a": 1}, [["a"]], b"a"):
         with pytest.raises(TypeError, match=r"'reference', row 1: expected a string or a list"):
             rouge(["p"] * 2, ["a", "b"], reference=["a", bad])
 

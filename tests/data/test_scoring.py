@@ -525,6 +525,27 @@ def tokenizer(text, add_special_tokens):
     return {"input_ids": [ord(c) for c in text]}
 
 
+def test_the_dry_call_has_a_row_of_each_kind(tmp_path):
+    path = tmp_path / "p.jsonl"
+    values = ["a", "b", 7, 8, None, ["x"], ["y", 1], "c"]
+    rows = [{"prompt": f"p{i}", "reference": value} for i, value in enumerate(values)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer, seen = Mock(return_value={"input_ids": [1]}), []
+
+    def function(prompts, **columns):
+        seen.append((prompts, columns["reference"]))
+        return [0.0] * len(prompts)
+
+    dry_call({"x": function}, rows, tokenizer, STATE)
+    wanted = [["a", "c"], [7], [None], [["x"]], [["y", 1]]]
+    assert [references for _, references in seen] == wanted
+    with pytest.raises(TypeError, match=r"p\.jsonl:3: column 'reference', row 0: expected a str"):
+        dry_call({"x": rouge}, rows, tokenizer, STATE, path=path)
+    with pytest.raises(ValueError, match=r"train_dataset\[1\]: every reward \(x\) returned None"):
+        dry_call({"x": rouge}, [rows[0], rows[4], rows[1]], tokenizer, STATE)
+    dry_call({"x": rouge, "y": brevity}, [rows[0], rows[4], rows[1]], tokenizer, STATE)
+
+
 def test_the_dry_call_has_two_rows_and_two_completions():
     seen = []
 

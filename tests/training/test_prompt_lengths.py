@@ -8,6 +8,7 @@ from tiny_runs import config
 
 from clp.data.conversation import encode_prompt
 from clp.engine.sampler import Sampler
+from clp.policies.loading import load_base
 from clp.policies.policy import Policy
 from clp.training.config import CLPConfig
 from clp.training.prompt_lengths import fitting_rows
@@ -37,6 +38,19 @@ def test_a_prompt_that_is_too_long_is_named_by_file_and_line(tmp_path):
     args = config(tmp_path / "r", prompts=path, max_steps=1)
     message = r"p\.jsonl:3: the prompt has \d+ tokens, at most \d+ fit .* 2 of 4 prompts"
     with pytest.raises(ValueError, match=message):
+        CLPTrainer(args=args)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_token_that_the_model_does_not_have_is_named_by_file_and_line(tmp_path):
+    """A tokenizer with an added token, whose model was not resized."""
+    model, tokenizer = load_base("tiny")
+    tokenizer.add_tokens(["<note>"], special_tokens=True)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    path = write(tmp_path / "p.jsonl", "Tom had a kite", "<note> Mia was sad", "Tom")
+    args = config(tmp_path / "r", model=str(tmp_path / "base"), prompts=path, max_steps=1)
+    with pytest.raises(ValueError, match=r"p\.jsonl:3: the prompt must hold token ids from 0 to"):
         CLPTrainer(args=args)
     assert not (tmp_path / "r").exists()
 
@@ -92,9 +106,13 @@ def test_lengths_that_cannot_be_are_refused(policy, length, monkeypatch):
         fitting_rows(rows, policy, sampler, 4, context - 3)
     with pytest.raises(ValueError, match="all 2 prompts have more than"):
         fitting_rows([{"prompt": LONG}] * 2, policy, sampler, 4, 3)
-    monkeypatch.setattr("clp.training.prompt_lengths.encode_prompt", lambda prompt, tokenizer: [])
-    with pytest.raises(ValueError, match=r"train_dataset\[0\]: the prompt has no tokens"):
-        fitting_rows(rows, policy, sampler, 4)
+    for ids, message in (
+        ([], "is empty: it has no tokens"),
+        ([5, 1024], "from 0 to 1023, got 1024"),
+    ):
+        monkeypatch.setattr("clp.engine.requests.encode_prompt", lambda *args, ids=ids: ids)
+        with pytest.raises(ValueError, match=rf"train_dataset\[0\]: the prompt .*{message}"):
+            fitting_rows(rows, policy, sampler, 4)
     assert sampler.unfinished == 0
 
 
