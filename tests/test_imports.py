@@ -69,6 +69,7 @@ ALONE = {
         "clp/engine/attention.py",
         "clp/training/gradient_checkpointing.py",
         "clp/training/rollout.py",
+        "clp/training/reward_functions.py",
         "clp/training/trainer.py",
     ),
 }

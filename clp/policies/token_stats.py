@@ -38,12 +38,15 @@ class TokenStats:
     """Per-token values [N, C] of a batch's completions, zero where there is no token.
 
     ref_logprobs: log pi_ref of the sampled tokens, without gradients; None if not asked for.
+    hidden: [T, d], the policy's last hidden states before the T sampled tokens, without gradients,
+        in the order of completion_mask; None in stats that are put together of several.
     """
 
     logprobs: Tensor
     entropy: Tensor
     kl: Tensor
     ref_logprobs: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 def token_stats(
@@ -69,7 +72,8 @@ def token_stats(
     if isinstance(head.ids, Tensor):
         targets = torch.searchsorted(head.ids, targets)
     weights = policy.layer_weights(batch.conditions).repeat_interleave(mask.sum(1), 0)
-    parts = _conditioned(head, hidden[:, before][mask], ref_hidden[:, before][mask], weights)
+    chosen = hidden[:, before][mask]
+    parts = _conditioned(head, chosen, ref_hidden[:, before][mask], weights)
     found = clp_kernels.linear_logprob(
         parts.hidden,
         parts.head_weight,
@@ -90,9 +94,11 @@ def token_stats(
                 temperature=temperature * head.temperature,
             )
         values.append(reference.logprobs)
-    return TokenStats(
+    stats = TokenStats(
         *(torch.zeros_like(mask, dtype=v.dtype).masked_scatter(mask, v) for v in values)
     )
+    stats.hidden = chosen.detach()
+    return stats
 
 
 class _Parts(NamedTuple):

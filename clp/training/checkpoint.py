@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clp.data.json_lines import read_json
 from clp.policies.policy import Policy
+from clp.training.value_head import ValueHead
 
 _NAME = re.compile("checkpoint-([0-9]+)")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -37,9 +38,15 @@ class Progress:
 
 
 def save_checkpoint(
-    run: Path, progress: Progress, policy: Policy, optimizer: torch.optim.Optimizer, keep: int
+    run: Path,
+    progress: Progress,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    value: ValueHead | None = None,
 ) -> Path:
-    """Writes run/checkpoint-<step>: the policy, optimizer.safetensors and state.json.
+    """Writes run/checkpoint-<step>: the policy, optimizer.safetensors, value.safetensors if there
+    is a value head (its parameters and its optimizer's state), and state.json.
 
     Files and folder are flushed to disk before the rename, so that a folder of that name is
     complete whenever the machine stops. On an error (disk full) the partial folder is removed and
@@ -54,6 +61,11 @@ def save_checkpoint(
         policy.save(partial)
         tensors = _optimizer_tensors(policy.trainable_parameters(), optimizer)
         (partial / "optimizer.safetensors").write_bytes(safetensors.torch.save(tensors))
+        if value is not None:
+            own = dict(value.named_parameters())
+            tensors = _optimizer_tensors(own, value.optimizer)
+            tensors |= {name: p.detach().cpu().contiguous() for name, p in own.items()}
+            (partial / "value.safetensors").write_bytes(safetensors.torch.save(tensors))
         (partial / "state.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
@@ -105,28 +117,61 @@ def load_optimizer(
 
     Raises: ValueError if the file does not fit the parameters.
     """
-    path = checkpoint / "optimizer.safetensors"
+    tensors = _read(checkpoint / "optimizer.safetensors", parameters, _MOMENTS)
+    _restore_optimizer(tensors, parameters, optimizer)
+
+
+def load_value_head(checkpoint: Path, value: ValueHead) -> None:
+    """Restores the parameters of the value head and its optimizer's state, exactly.
+
+    Raises: ValueError if the file does not fit them.
+    """
+    parameters = dict(value.named_parameters())
+    tensors = _read(checkpoint / "value.safetensors", parameters, ("", *_MOMENTS))
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
+    _restore_optimizer(tensors, parameters, value.optimizer)
+
+
+def _read(
+    path: Path, parameters: dict[str, nn.Parameter], kinds: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The tensors of a file, which has one of each kind for each parameter ("": itself).
+
+    Raises: ValueError if it has not, or if one has another dtype or shape.
+    """
     try:
         tensors = safetensors.torch.load(path.read_bytes())
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    wanted = {f"{name}.{key}" for name in parameters for key in _MOMENTS}
-    if set(tensors) != wanted:
-        odd = sorted(set(tensors) ^ wanted)[:3]
+    wanted = {
+        f"{name}.{kind}" if kind else name: torch.Size() if kind == "step" else parameter.shape
+        for name, parameter in parameters.items()
+        for kind in kinds
+    }
+    if tensors.keys() != wanted.keys():
+        odd = sorted(tensors.keys() ^ wanted.keys())[:3]
         raise ValueError(f"{path} does not belong to these parameters: {', '.join(odd)}")
+    for key, shape in wanted.items():
+        tensor = tensors[key]
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{path}: {key} must be float32 of shape {list(shape)}, got {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+    return tensors
+
+
+def _restore_optimizer(
+    tensors: dict[str, Tensor],
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
     for name, parameter in parameters.items():
-        state = {key: tensors[f"{name}.{key}"] for key in _MOMENTS}
-        for key, tensor in state.items():
-            shape = torch.Size() if key == "step" else parameter.shape
-            if tensor.shape != shape or tensor.dtype != torch.float32:
-                raise ValueError(
-                    f"{path}: {name}.{key} must be float32 of shape {list(shape)}, got "
-                    f"{tensor.dtype} {list(tensor.shape)}"
-                )
         optimizer.state[parameter] = {
-            "step": state["step"].clone(),
-            "exp_avg": state["exp_avg"].to(parameter.device),
-            "exp_avg_sq": state["exp_avg_sq"].to(parameter.device),
+            "step": tensors[f"{name}.step"].clone(),
+            "exp_avg": tensors[f"{name}.exp_avg"].to(parameter.device),
+            "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(parameter.device),
         }
 
 

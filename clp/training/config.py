@@ -77,6 +77,12 @@ class CLPConfig:
     each next token; "tokens" and "sequence", from the log-ratios of the sampled tokens alone, to
     come and in all, as methods without the distributions do. These vary more: use them to compare
     with such methods."""
+    baseline: Literal["leave-one-out", "value"] = "leave-one-out"
+    """What the return of a completion is compared with: "leave-one-out", the mean of the others of
+    its prompt group; "value", what a value head expects of the prompt, the tokens so far and the
+    weights, as in the paper. Both leave the gradient unbiased. Use "value" where a second
+    completion of a prompt costs much: num_generations may then be 1, and each prompt of a batch may
+    be another one. It has to be learned first, and leaves more variance where it is not yet."""
     weight_draws: Literal["dirichlet", "faces", "grid", "function"] = "dirichlet"
     """Where each prompt group's weights come from: "dirichlet", see the next two options; "faces",
     a corner of the simplex (50 %), an edge (35 %) or all of it (15 %), made for three objectives or
@@ -96,7 +102,8 @@ class CLPConfig:
     num_prompts: int = 24
     """Prompt groups per step; each group has one prompt and its own weights."""
     num_generations: int = 4
-    """Completions per group, at least 2: the others are the baseline of each (leave-one-out)."""
+    """Completions per group. At least 2, the others being the baseline of each (leave-one-out); 1
+    is enough with baseline="value"."""
     max_completion_length: int = 48
     """Tokens per completion, at most."""
     temperature: float = 1.0
@@ -114,7 +121,14 @@ class CLPConfig:
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
+    """Gradients are clipped to this norm, those of a value head apart from the policy's."""
+    num_iterations: int = 1
+    """Updates per step with the same completions. From the second on, the policy is not the one
+    that was sampled, and the loss is PPO's, clipped with epsilon: it is not unbiased. Use 2 to 4
+    where sampling or rewards cost much more than an update, with fewer steps."""
+    epsilon: float = 0.2
+    """From the second update on, a token counts no further once its probability has become 1 +
+    epsilon or 1 - epsilon times what it was, in the direction of its advantage."""
     micro_batch_size: int = 128
     """Completions in one forward and backward; gradients accumulate over a step's completions."""
     gradient_checkpointing: bool = False
@@ -140,9 +154,10 @@ class CLPConfig:
             if item.type in (float, float | None) and value is not None:
                 setattr(self, item.name, _as_float(item.name, getattr(self, item.name)))
         values = vars(self)
-        at_least = {"r": 1, "num_prompts": 1, "num_generations": 2, "max_completion_length": 1,
+        fewest = 1 if self.baseline == "value" else 2
+        at_least = {"r": 1, "num_prompts": 1, "num_generations": fewest, "max_completion_length": 1,
                     "max_steps": 1, "warmup_steps": 0, "micro_batch_size": 1, "save_steps": 1,
-                    "save_total_limit": 1, "seed": 0}  # fmt: skip
+                    "save_total_limit": 1, "seed": 0, "num_iterations": 1}  # fmt: skip
         if self.max_prompt_length is not None:
             at_least["max_prompt_length"] = 1
         for name, low in at_least.items():
@@ -179,6 +194,18 @@ class CLPConfig:
                     f"{name} must be left out with conditioning={self.conditioning!r}, which does "
                     f"not use it, got {values[name]}"
                 )
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"epsilon must be in (0, 1), got {self.epsilon}")
+        if self.num_iterations == 1 and self.epsilon != type(self).epsilon:
+            raise ValueError(
+                "epsilon must be left out with num_iterations=1, which clips nothing, got "
+                f"{self.epsilon}"
+            )
+        if self.num_generations == 1 and self.scale_rewards == "group":
+            raise ValueError(
+                "scale_rewards='group' needs num_generations of at least 2: one completion has no "
+                "standard deviation"
+            )
         for name in ("dirichlet", "corner_probability"):
             if self.weight_draws != "dirichlet" and values[name] != getattr(type(self), name):
                 raise ValueError(

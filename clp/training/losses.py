@@ -15,12 +15,18 @@ gradient is estimated in one of three ways, all unbiased (CLPConfig.kl_gradient)
                 return has sum_{s >= t} l_s, since earlier ones do not depend on it.
     "sequence"  sum_t l_t in the return of every token.
 
+The baseline of a return is the mean of the group's other completions (rloo_advantages) or a learned
+value (value_advantages). Further updates with the same completions clip the ratio of the new to the
+old probabilities (clipped_loss), and are not unbiased.
+
 If objective i does not apply to completion k (its reward is NaN), w_i counts as 0 for k: the
 objective adds nothing to the completion's return, its advantage or the means and standard
 deviations of the others. So the policy is drawn neither to nor from completions to which an
 objective does not apply: the expected gradient of its part is that of E[R_i | i applies], times the
 probability that it applies to a completion and to another one of the group.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +83,31 @@ def rloo_advantages(rewards: Tensor, weights: Tensor, kl: Tensor, alpha: Tensor 
     return (1 - alpha) * gain - alpha * centred_kl
 
 
+def value_advantages(
+    rewards: Tensor, weights: Tensor, kl: Tensor, values: Tensor, alpha: float | Tensor
+) -> Tensor:
+    """Advantages [G, K, C] of the return (1 - alpha) w.R - alpha KL over a learned baseline.
+
+        A_kt = (1 - alpha) sum_i w_i (R_ik - V_i(s_kt)) - alpha (KL_kt - V_KL(s_kt))
+
+    The term of i is 0 where i does not apply to k (R_ik is NaN).
+
+    Args:
+        rewards: [G, K, m], NaN if an objective does not apply. weights: [G, m].
+        kl: [G, K, C or 1], nats, as kl_returns gives it.
+        values: [G, K, C, m + 1], those of the m rewards and of kl, made before the token was drawn.
+        alpha: A number, or [G, 1, 1].
+
+    The baseline depends on the prompt, the tokens before y_t, w and alpha alone, so that any V
+    leaves the mean of the gradient as it is, if every objective applies. Source: REINFORCE with
+    baseline (Williams, 1992), as CLP uses it (arXiv:2407.15762).
+    """
+    applies = ~rewards.isnan()[:, :, None]
+    centred = torch.where(applies, rewards[:, :, None] - values[..., :-1], 0.0)
+    gain = torch.einsum("gkcm,gm->gkc", centred, weights)
+    return (1 - alpha) * gain - alpha * (kl - values[..., -1])
+
+
 def kl_returns(how: str, kl: Tensor, log_ratios: Tensor) -> Tensor:
     """What the return of each token has of KL, [N, C] or [N, 1], for kl and log_ratios [N, C]."""
     if how == "tokens":
@@ -102,3 +133,47 @@ def policy_loss(
     """
     loss = -(advantages * logprobs).sum(1).mean()
     return loss if kl is None else loss + (alpha * kl.sum(1)).mean()
+
+
+class Clipped(NamedTuple):
+    """A loss, and which tokens [N, C] its clipping holds back: `low` below, `high` above."""
+
+    loss: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def clipped_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    kl: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    alpha: float | Tensor,
+    epsilon: float,
+) -> Clipped:
+    """The loss for completions that an earlier policy has drawn, with clipped ratios.
+
+        r_t = pi(y_t) / pi_old(y_t)
+        -sum_t min(r_t A_t, clip(r_t, 1 - epsilon, 1 + epsilon) A_t)
+
+    The mean over completions, plus alpha KL as in policy_loss. At r = 1 its gradient is that of
+    policy_loss. A token without gradient is one whose ratio has left the interval in the direction
+    in which its advantage pushes it.
+
+    Args:
+        logprobs, kl: [N, C], differentiable; kl None: no such term. old_logprobs: [N, C].
+        advantages: [N, C or 1], constants. mask: [N, C], True where there is a token.
+        alpha: KL strength, one for all or [N].
+
+    Source: PPO (Schulman et al., arXiv:1707.06347), equation 7, with a ratio per token.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    gain = torch.where(mask, torch.minimum(ratio * advantages, clipped * advantages), 0.0)
+    loss = -gain.sum(1).mean()
+    if kl is not None:
+        loss = loss + (alpha * kl.sum(1)).mean()
+    low = mask & (ratio < 1 - epsilon) & (advantages < 0)
+    high = mask & (ratio > 1 + epsilon) & (advantages > 0)
+    return Clipped(loss, low, high)

@@ -1,6 +1,7 @@
 """A step's rollout: prompt groups and their weights -> completions, tensors, rewards, metrics."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ _NAMES = (
     "kl", "alpha", "entropy", "completions/mean_length", "completions/min_length",
     "completions/max_length", "completions/clipped_ratio", "completions/mean_terminated_length",
     "completions/min_terminated_length", "completions/max_terminated_length", "num_tokens",
-    "skipped_steps",
+    "skipped_steps", "value/explained_variance",
+    "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
     "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "step_time",
 )  # fmt: skip
 _OF_OBJECTIVE = ("rewards/{}/mean", "rewards/{}/std", "reward_weights/{}",
@@ -157,12 +159,13 @@ def rollout_metrics(
 
     TRL's names mean what they mean in TRL 1.16's GRPOTrainer. The mean of an objective that applies
     to no completion is None, and the standard deviation of one that applies to fewer than two.
+    That of the reward of a single completion is NaN.
     """
     rewards, mask = rollout.rewards.cpu(), rollout.batch.completion_mask
     weights, alphas = conditions[:, : len(objectives)], conditions[:, len(objectives) :]
     # The weight of an objective that does not apply counts as 0.
     weighted = torch.einsum("gkm,gm->gk", rewards.nan_to_num(nan=0.0), weights)
-    spread = weighted.std(dim=1)
+    spread = weighted.std(dim=1) if weighted.shape[1] > 1 else torch.zeros(len(weighted))
     lengths = mask.sum(1).float().cpu()
     ended = torch.tensor([done.finish_reason == "stop" for done in rollout.completions])
     terminated = lengths[ended] if ended.any() else torch.zeros(1, dtype=torch.float32)
@@ -170,7 +173,7 @@ def rollout_metrics(
     drift = (stats.logprobs - rollout.sampler_logprobs).abs() * mask
     values = {
         "reward": weighted.mean(),
-        "reward_std": weighted.std(),
+        "reward_std": weighted.std() if weighted.numel() > 1 else math.nan,
         "frac_reward_zero_std": spread.isclose(torch.zeros_like(spread)).float().mean(),
         "kl": stats.kl.sum() / tokens,
         "entropy": stats.entropy.sum() / tokens,

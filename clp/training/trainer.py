@@ -1,8 +1,9 @@
-"""CLPTrainer: LoRA-conditioned CLP with a leave-one-out policy gradient, read top to bottom.
+"""CLPTrainer: CLP with a policy gradient, read top to bottom.
 
-Against the paper (arXiv:2407.15762): the conditioned parameters are LoRA adapters, the baseline is
-the mean of the other completions of the prompt group (RLOO) in place of a value function,
-and KL is the exact per-token divergence, in the objective and in its gradient.
+Against the paper (arXiv:2407.15762), by default: the conditioned parameters are LoRA adapters, the
+baseline is the mean of the other completions of the prompt group (RLOO) in place of a value
+function (baseline="value"), and KL is the exact per-token divergence, in the objective and in its
+gradient.
 
 Each step is a function of (seed, step) and the parameters alone: weights, prompts and sampling
 seeds come from new generators, so a run resumed from a checkpoint repeats itself exactly.
@@ -39,11 +40,11 @@ from clp.training.checkpoint import (
     checkpoints,
     load_optimizer,
     load_progress,
+    load_value_head,
     save_checkpoint,
 )
 from clp.training.config import CLPConfig, located
 from clp.training.gradient_checkpointing import checkpointed_layers
-from clp.training.gradients import accumulate_gradients
 from clp.training.losses import scale_rewards
 from clp.training.prompt_lengths import fitting_rows, tokens_digest
 from clp.training.reward_functions import in_order, named_functions
@@ -56,6 +57,8 @@ from clp.training.rollout import (
 )
 from clp.training.schedule import lr_factor, prompts_of, pytorch_seed
 from clp.training.start_policy import settings_of, start_policy
+from clp.training.updates import update
+from clp.training.value_head import ValueHead
 from clp.training.weight_draws import DrawWeights, condition_draws
 
 # Each step draws other prompts, weights and completions. Where half of the draws give no finite
@@ -190,9 +193,16 @@ class CLPTrainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=args.peak_learning_rate, weight_decay=args.weight_decay
         )
+        self.head, self.value = self.policy.head(), None
+        if args.baseline == "value":
+            size, m = self.head.weight.shape[1], len(self.policy.objectives)
+            columns = m + (self.policy.kl_range is not None)
+            self.value = ValueHead(size, columns, m, pytorch_seed(args.seed))
+            self.value.to(self.policy.device)
         if checkpoint is not None:
             load_optimizer(checkpoint, self.parameters, self.optimizer)
-        self.head = self.policy.head()
+            if self.value is not None:
+                load_value_head(checkpoint, self.value)
         # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
         self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
         lines = run_folder.lines_until(self.run / "metrics.jsonl", self.step)
@@ -266,7 +276,9 @@ class CLPTrainer:
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
         keep = self.args.save_total_limit
-        return save_checkpoint(self.run, self.progress, self.policy, self.optimizer, keep)
+        return save_checkpoint(
+            self.run, self.progress, self.policy, self.optimizer, keep, self.value
+        )
 
     @property
     def sampling_params(self) -> SamplingParams:
@@ -291,7 +303,7 @@ class CLPTrainer:
         )  # fmt: skip
 
     def train_step(self) -> dict[str, float | None]:
-        """One step: draw, sample, score, one gradient step. Returns the step's metrics.
+        """One step: draw, sample, score, update. Returns the step's metrics.
 
         If the loss or the gradient is not finite, parameters and optimizer stay as they are, and
         `skipped_steps` counts the step. A metric that is not finite is None.
@@ -310,28 +322,23 @@ class CLPTrainer:
         lr = args.peak_learning_rate * lr_factor(step, args)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
         rewards = scale_rewards(rollout.rewards, args.scale_rewards, self.reward_scale)
-        loss, stats = accumulate_gradients(
-            self.policy, self.head, args, rollout.batch, rewards, conditions
-        )
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), args.max_grad_norm)
+        done = update(
+            self.policy, self.parameters, self.optimizer, self.head, args, rollout.batch, rewards,
+            self.value,
+        )  # fmt: skip
         progress = self.progress
         progress.step += 1
         progress.num_tokens += int(rollout.batch.attention_mask.sum())
-        if math.isfinite(loss) and bool(norm.isfinite()):
-            self.optimizer.step()
-            progress.skipped_in_a_row = 0
-        else:
-            progress.skipped_steps += 1
-            progress.skipped_in_a_row += 1
+        progress.skipped_steps += done.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if done.skipped else 0
         if rollout.log.extra:
             table = self.run / "completions.jsonl"
             append_completions(table, rollout, rows, self.policy.objectives, self.step)
         found = {
-            "step": progress.step, "loss": loss, "grad_norm": float(norm), "learning_rate": lr,
+            "step": progress.step, **done.metrics, "learning_rate": lr,
             "num_tokens": progress.num_tokens, "skipped_steps": progress.skipped_steps,
-            **rollout_metrics(rollout, conditions, stats, self.policy.objectives),
+            **rollout_metrics(rollout, conditions, done.stats, self.policy.objectives),
             "step_time": time.perf_counter() - start,
         }  # fmt: skip
         metrics = {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}

@@ -1,5 +1,7 @@
 """CLPConfig: YAML, unknown keys, types and ranges."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,10 @@ def test_missing_file_is_refused(tmp_path):
         ("max_steps", True, "max_steps must be int"),
         ("max_steps", 0, "at least 1"),
         ("num_generations", 1, "at least 2"),
+        ("num_iterations", 0, "num_iterations must be at least 1"),
+        ("epsilon", 0.1, r"epsilon must be left out with num_iterations=1.*got 0\.1"),
+        ("epsilon", 0, r"epsilon must be in \(0, 1\), got 0"),
+        ("baseline", "values", "baseline must be one of .*did you mean 'value'"),
         ("num_prompts", 10**30, "num_prompts must be at most 1048576"),
         ("micro_batch_size", 2**20 + 1, "micro_batch_size must be at most 1048576"),
         ("seed", -1, "at least 0"),
@@ -89,6 +95,18 @@ def test_missing_file_is_refused(tmp_path):
 def test_bad_values_are_refused(key, value, message):
     with pytest.raises(ValueError, match=message):
         config_from({key: value})
+
+
+def test_one_completion_per_prompt_needs_a_value_head_and_no_scale_of_a_group():
+    config = CLPConfig(baseline="value", num_generations=1)
+    with pytest.raises(ValueError, match="num_generations must be at least 1, got 0"):
+        replace(config, num_generations=0)
+    with pytest.raises(ValueError, match="scale_rewards='group' needs num_generations of at least"):
+        replace(config, scale_rewards="group")
+
+
+def test_epsilon_goes_with_several_iterations():
+    assert CLPConfig(num_iterations=2, epsilon=0.1).epsilon == 0.1
 
 
 def test_an_integer_is_a_number():

@@ -12,7 +12,16 @@ from clp.data.condition import KLRange
 from clp.data.weights import draw_from_dirichlet, weight_grid
 from clp.policies.experts import Experts
 from clp.policies.lora import LoRA
-from clp.training.losses import kl_returns, policy_loss, rloo_advantages, scale_rewards
+from clp.training.losses import (
+    clipped_loss,
+    kl_returns,
+    policy_loss,
+    rloo_advantages,
+    scale_rewards,
+    value_advantages,
+)
+
+NAN = float("nan")
 
 RANGE = KLRange(0.15, 0.5)
 
@@ -41,42 +50,141 @@ def test_rloo_advantage_is_the_return_minus_the_mean_of_the_others():
             assert float(got[g, k]) == pytest.approx(returns[k] - sum(others) / 3, abs=1e-6)
 
 
+class Table:
+    """A policy over all sequences of two tokens out of three, in float64, and its exact gradient.
+
+    Attributes:
+        logprobs, kl, log_ratios: [9, 2], of each sequence's tokens. chances: [9].
+        exact: The gradient of -J with respect to theta.
+    """
+
+    alpha = 0.4
+
+    def __init__(self):
+        torch.manual_seed(0)
+        vocab = 3
+        ref = torch.log_softmax(torch.randn(1 + vocab, vocab, dtype=torch.float64), -1)
+        self.reward = torch.rand(vocab, vocab, dtype=torch.float64).flatten()
+        self.theta = torch.randn(1 + vocab, vocab, dtype=torch.float64, requires_grad=True)
+        logp = torch.log_softmax(self.theta, -1)
+        token_kl = (logp.exp() * (logp - ref)).sum(-1)
+        pairs = list(itertools.product(range(vocab), repeat=2))
+        self.logprobs = torch.stack([torch.stack([logp[0, a], logp[1 + a, b]]) for a, b in pairs])
+        chosen = torch.tensor([[ref[0, a], ref[1 + a, b]] for a, b in pairs])
+        self.log_ratios = self.logprobs - chosen
+        self.kl = torch.stack([torch.stack([token_kl[0], token_kl[1 + a]]) for a, _ in pairs])
+        returns = (1 - self.alpha) * self.reward - self.alpha * self.kl.sum(1)
+        self.chances = self.logprobs.sum(1).exp()
+        self.exact = self.gradient(-(self.chances * returns).sum())
+
+    def gradient(self, loss):
+        return torch.autograd.grad(loss, self.theta, retain_graph=True)[0]
+
+    def kl_returns(self, how, which):
+        return kl_returns(how, self.kl[which].detach(), self.log_ratios[which].detach())
+
+    def loss(self, how, which, advantages):
+        own = self.kl[which] if how == "exact" else None
+        return policy_loss(self.logprobs[which], own, advantages, self.alpha)
+
+    def with_values(self, how, which, values):
+        """The estimate from one sequence, with values [2, 2]: those of reward and KL per token."""
+        advantages = value_advantages(
+            self.reward[which].view(1, 1, 1), torch.ones(1, 1, dtype=torch.float64),
+            self.kl_returns(how, [which])[None], values[None, None], self.alpha,
+        )  # fmt: skip
+        return self.gradient(self.loss(how, [which], advantages[0]))
+
+
 def test_every_estimate_has_the_gradient_of_the_objective_as_its_mean():
     """Over all pairs of sequences of two steps, with the other of the pair as the baseline.
 
     E[estimate] is the exact gradient of -J in float64; the exact KL varies least, the ratio of the
     whole sequence most.
     """
-    torch.manual_seed(0)
-    vocab, alpha = 3, 0.4
-    ref = torch.log_softmax(torch.randn(1 + vocab, vocab, dtype=torch.float64), -1)
-    reward = torch.rand(vocab, vocab, dtype=torch.float64)
-    theta = torch.randn(1 + vocab, vocab, dtype=torch.float64, requires_grad=True)
-    logp = torch.log_softmax(theta, -1)
-    token_kl = (logp.exp() * (logp - ref)).sum(-1)
-    pairs = list(itertools.product(range(vocab), repeat=2))
-    logprobs = torch.stack([torch.stack([logp[0, a], logp[1 + a, b]]) for a, b in pairs])
-    log_ratios = logprobs - torch.tensor([[ref[0, a], ref[1 + a, b]] for a, b in pairs])
-    kl = torch.stack([torch.stack([token_kl[0], token_kl[1 + a]]) for a, _ in pairs])
-    returns = (1 - alpha) * reward.flatten() - alpha * kl.sum(1)
-    chances = logprobs.sum(1).exp()
-    (wanted,) = torch.autograd.grad(-(chances * returns).sum(), theta, retain_graph=True)
-    variance = {}
+    table, variance = Table(), {}
     for how in ("exact", "tokens", "sequence"):
-        mean, variance[how] = torch.zeros_like(theta), 0.0
-        for both in map(list, itertools.product(range(len(pairs)), repeat=2)):
-            returned = kl_returns(how, kl[both].detach(), log_ratios[both].detach())
-            rewards = reward.flatten()[both].view(1, 2, 1)
+        mean, variance[how] = torch.zeros_like(table.theta), 0.0
+        for both in map(list, itertools.product(range(9), repeat=2)):
+            rewards = table.reward[both].view(1, 2, 1)
             one = torch.ones(1, 1, dtype=torch.float64)
-            advantages = rloo_advantages(rewards, one, returned[None], alpha)[0]
-            own = kl[both] if how == "exact" else None
-            loss = policy_loss(logprobs[both], own, advantages, alpha)
-            (got,) = torch.autograd.grad(loss, theta, retain_graph=True)
-            chance = float(chances[both].prod())
+            advantages = rloo_advantages(rewards, one, table.kl_returns(how, both)[None], 0.4)[0]
+            got = table.gradient(table.loss(how, both, advantages))
+            chance = float(table.chances[both].detach().prod())
             mean += chance * got
-            variance[how] += chance * float((got - wanted).square().sum())
-        torch.testing.assert_close(mean, wanted)
+            variance[how] += chance * float((got - table.exact).square().sum())
+        torch.testing.assert_close(mean, table.exact)
     assert variance["exact"] < variance["tokens"] < variance["sequence"]
+
+
+@pytest.mark.parametrize("how", ["exact", "tokens", "sequence"])
+def test_any_value_leaves_the_mean_of_the_gradient_and_a_fitted_one_lowers_its_variance(how):
+    """Values of the first token: one number; of the second: one for each first token."""
+    table = Table()
+    returns = torch.stack(
+        [table.reward[:, None].expand(9, 2), table.kl_returns(how, slice(None)).expand(9, 2)], -1
+    )  # [sequence, token, output]
+    p = table.chances.detach()
+    first = (p[:, None] * returns[:, 0]).sum(0)
+    halves = p.view(3, 3) / p.view(3, 3).sum(1, keepdim=True)
+    second = (halves[..., None] * returns[:, 1].view(3, 3, 2)).sum(1)
+    fitted = torch.stack([first.expand(9, 2), second.repeat_interleave(3, 0)], 1)
+    anything = torch.randn(4, 2, dtype=torch.float64)
+    other = torch.stack([anything[:1].expand(9, 2), anything[1:].repeat_interleave(3, 0)], 1)
+    variance = {}
+    for name, values in (("none", torch.zeros_like(fitted)), ("any", other), ("fit", fitted)):
+        found = torch.stack([table.with_values(how, i, values[i]) for i in range(9)])
+        chances = p[:, None, None]
+        torch.testing.assert_close((chances * found).sum(0), table.exact)
+        variance[name] = float((chances * (found - table.exact).square()).sum())
+    assert variance["fit"] < variance["none"]
+
+
+def test_value_advantages_where_objectives_do_not_apply():
+    """The definition; alpha may be one per group."""
+    torch.manual_seed(4)
+    rewards, weights = torch.rand(2, 3, 2), torch.rand(2, 2)
+    rewards[0, 1, 0] = rewards[1, 2, 1] = rewards[1, 0, 0] = NAN
+    kl, values, alpha = torch.rand(2, 3, 1), torch.randn(2, 3, 4, 3), torch.tensor([0.2, 0.7])
+    got = value_advantages(rewards, weights, kl, values, alpha[:, None, None])
+    assert got.shape == (2, 3, 4)
+    for g, k, c in itertools.product(range(2), range(3), range(4)):
+        wanted = -float(alpha[g] * (kl[g, k, 0] - values[g, k, c, 2]))
+        for i in range(2):
+            if not rewards[g, k, i].isnan():
+                own = rewards[g, k, i] - values[g, k, c, i]
+                wanted += float((1 - alpha[g]) * weights[g, i] * own)
+        assert float(got[g, k, c]) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_clipped_loss_at_ratio_1_has_the_gradient_of_the_plain_one():
+    table, advantages = Table(), torch.randn(9, 2, dtype=torch.float64)
+    mask = torch.ones(9, 2, dtype=torch.bool)
+    old = table.logprobs.detach()
+    for kl in (table.kl, None):
+        found = clipped_loss(table.logprobs, old, kl, advantages, mask, 0.4, 0.2)
+        plain = policy_loss(table.logprobs, kl, advantages, 0.4)
+        torch.testing.assert_close(table.gradient(found.loss), table.gradient(plain))
+        assert not found.low.any() and not found.high.any()
+
+
+def test_the_clipped_loss_by_hand():
+    """epsilon 0.2: the gain min(r A, clip(r) A), whose gradient is r A where it is not clipped."""
+    ratios = torch.tensor([[1.5, 0.5, 1.1], [1.5, 0.5, 3.0]])
+    old = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -2.0, 0.0]])
+    advantages = torch.tensor([[2.0, 2.0, 2.0], [-2.0, -2.0, -2.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    logprobs = (old + ratios.log()).requires_grad_()
+    kl = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.0, 0.0]], requires_grad=True)
+    found = clipped_loss(logprobs, old, kl, advantages, mask, 0.5, 0.2)
+    gains = (2.4 + 1.0 + 2.2) + (-3.0 - 1.6)
+    torch.testing.assert_close(found.loss, torch.tensor(-gains / 2 + 0.5 * (0.6 + 0.4) / 2))
+    found.loss.backward()
+    moved = torch.tensor([[0.0, 1.0, 2.2], [-3.0, 0.0, 0.0]])
+    torch.testing.assert_close(logprobs.grad, -moved / 2)
+    torch.testing.assert_close(kl.grad, torch.full((2, 3), 0.25))
+    assert found.high.tolist() == [[True, False, False], [False, False, False]]
+    assert found.low.tolist() == [[False, False, False], [False, True, False]]
 
 
 def train_table(rewards, alpha, how, conditioning=None):
@@ -189,9 +297,6 @@ def test_the_optimum_in_units_of_the_reference_is_reached_whatever_the_scales(al
     assert float(distances(ref, best)[[0, -1]].min()) > 0.1
     follows, best = train_table(rewards, alpha, "batch")[0](alpha)
     assert float(distances(follows, best).max()) > 0.1
-
-
-NAN = float("nan")
 
 
 def test_scale_rewards_over_those_to_which_an_objective_applies():

@@ -20,7 +20,7 @@ from clp.evaluation.frontier import evaluate
 from clp.policies.loading import load_base
 from clp.policies.policy import Policy
 from clp.rewards import brevity, sentiment
-from clp.training import trainer as trainer_module
+from clp.training import updates
 from clp.training.checkpoint import checkpoints
 from clp.training.config import CLPConfig, load_config
 from clp.training.gradients import accumulate_gradients
@@ -195,7 +195,7 @@ def broken(monkeypatch, trainer, bad_steps, value=float("nan")):
             next(iter(trainer.parameters.values())).grad.view(-1)[0] = value
         return result
 
-    monkeypatch.setattr(trainer_module, "accumulate_gradients", accumulate)
+    monkeypatch.setattr(updates, "accumulate_gradients", accumulate)
     return trainer
 
 
@@ -219,9 +219,9 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
     trainer = CLPTrainer(args=config(tmp_path / "r"))
 
     def with_a_nan_loss(*args):
-        return float("nan"), accumulate_gradients(*args)[1]
+        return accumulate_gradients(*args)._replace(loss=float("nan"))
 
-    monkeypatch.setattr(trainer_module, "accumulate_gradients", with_a_nan_loss)
+    monkeypatch.setattr(updates, "accumulate_gradients", with_a_nan_loss)
     before = [p.clone() for p in trainer.parameters.values()]
     assert trainer.train_step()["skipped_steps"] == 1
     assert all(map(torch.equal, before, trainer.parameters.values()))
