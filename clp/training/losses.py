@@ -23,7 +23,9 @@ If objective i does not apply to completion k (its reward is NaN), w_i counts as
 objective adds nothing to the completion's return, its advantage or the means and standard
 deviations of the others. So the policy is drawn neither to nor from completions to which an
 objective does not apply: the expected gradient of its part is that of E[R_i | i applies], times the
-probability that it applies to a completion and to another one of the group.
+probability that it applies to a completion and to another one of the group. With a learned value
+this holds as far as V_i is the mean of R_i where i applies; until then the part is pulled by its
+error.
 """
 
 from typing import NamedTuple
