@@ -48,7 +48,7 @@ def offences(package: str, forbidden: set[str], *, at_import_time: bool = False)
 # clp imports clp_kernels; bench and tests import both, and nothing imports them.
 PARTS = (
     ("clp_kernels", "checks native invariant registry testing", "ops", "nn", "peft"),
-    ("clp", "data", "policies", "rewards", "engine", "training", "evaluation", "cli"),
+    ("clp", "data", "policies", "rewards", "engine", "training", "methods", "evaluation", "cli"),
     ("clp", "data", "policies", "rewards", "engine", "serving", "cli"),
 )
 # An op may use the reference and the kernels of these others.

@@ -8,7 +8,18 @@ from torch import Tensor
 
 import clp_kernels
 from clp.engine.model_error import ModelError
+from clp.policies.power_mean import power_mean
 from clp_kernels.registry import BackendError
+
+
+def mixture(logits: Sequence[Tensor], mixing: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Logits [B, V] of each network, and how to mix them, as the op `sample` takes both.
+
+    The op lacks the mode "power", which is mixed here.
+    """
+    if "exponent" in mixing:
+        return power_mean(torch.stack(list(logits)), mixing["weights"], mixing["exponent"]), {}
+    return (torch.stack(list(logits)) if mixing else logits[0]), mixing
 
 
 def draw(

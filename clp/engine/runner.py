@@ -14,7 +14,7 @@ from torch import Tensor
 import clp_kernels
 from clp.engine.attention import Decode, Prefill
 from clp.engine.cuda_graphs import FILTERS, CudaGraphs, StepSize, common_value, step_size
-from clp.engine.drawing import draw, top_logprobs
+from clp.engine.drawing import draw, mixture, top_logprobs
 from clp.engine.kv_cache import BLOCK, Segment, rounded
 from clp.engine.locks import locked, locks_of
 from clp.engine.model_check import prepare
@@ -192,7 +192,7 @@ class Runner:
         filters: Seq[Any],
         targets: Tensor | None = None,
     ) -> tuple[clp_kernels.Sample, Tensor]:
-        """One token for the slots of `here`; (what was drawn, logits [B, V] or [n, B, V]).
+        """One token for the slots of `here`; what was drawn, and the logits, as `mixture`.
 
         Args:
             longest, even, targets: As in clp.engine.attention.Decode.
@@ -205,7 +205,7 @@ class Runner:
             plan = Decode(model.cache, here.start, lengths, longest, even, targets)
             found = model.logits(self._steer(i, here), tokens, lengths[:, None], plan)
             logits.append(found[:, self._ids])
-        mixed = torch.stack(logits) if mixing else logits[0]
+        mixed, mixing = mixture(logits, mixing)
         options = {"seed": state.seed[here], "position": state.drawn[here]}
         for name, value in zip(FILTERS, filters, strict=True):
             options[name] = getattr(state, name)[here] if value is None else value
@@ -235,7 +235,7 @@ class Runner:
         with model_errors(torch.OutOfMemoryError):
             found = top_logprobs(
                 logits.index_select(-2, index),
-                self._mixing(first + index),
+                {} if logits.dim() == 2 else self._mixing(first + index),
                 [p.temperature for p in params],
                 [p.logprobs for p in params],
                 self._ids,
@@ -245,7 +245,10 @@ class Runner:
     def _mixing(self, here: slice | Tensor) -> dict[str, Any]:
         """Arguments by which the networks' logits are mixed; empty for a single network."""
         weights = self.policy.logit_weights(self.state.weights[here])
-        return {} if weights is None else {"weights": weights, "mode": self.policy.mode}
+        if weights is None:
+            return {}
+        mixing = {"weights": weights, "mode": self.policy.mode}
+        return mixing | ({"exponent": self.policy.exponent} if self.policy.exponent else {})
 
     def _steer(self, network: int, here: slice) -> Any:
         """The context that steers by the live weights of some slots; made once per slice."""

@@ -82,7 +82,10 @@ class Steerable(Protocol):
     tokenizer: Any
     objectives: tuple[str, ...]
     kl_range: KLRange | None = None
-    mode: str = "geometric"  # of clp_kernels.sample, if there are logit_weights
+    # How the logits of several networks are mixed: a mode of clp_kernels.sample, or "power" with
+    # an exponent (clp.policies.power_mean).
+    mode: str = "geometric"
+    exponent: float | None = None
 
     @property
     def networks(self) -> Sequence[Network]:

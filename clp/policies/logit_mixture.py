@@ -11,7 +11,12 @@ from torch import Tensor
 import clp_kernels
 from clp.policies.interface import Network, Steerable
 from clp.policies.loading import end_ids, load_base, token_count, torch_device, vocab_size
-from clp.policies.policy import Policy
+from clp.policies.policy import Policy, position_ids
+from clp.policies.power_mean import power_mean
+from clp.policies.token_stats import Batch
+
+# Of one model that token_kl holds at a time, prompts included: 256 MiB in float32.
+_LOGITS = 2**26
 
 
 class LogitMixture(Steerable):
@@ -19,23 +24,29 @@ class LogitMixture(Steerable):
 
         geometric:    pi(y | x; w)  proportional to  [p_base(y | x)] * prod_i p_i(y | x)^(alpha w_i)
         probability:  pi(y | x; w) = sum_i w_i p_i(y | x)
+        power:        pi(y | x; w)  proportional to  (sum_i w_i p_i(y | x)^q)^(1/q),  q < 0
 
-    Without a base and with alpha = 1 the geometric mixture is MOD (arXiv:2406.18853, reverse KL);
-    with a base it is Inference-time Policy Adapters (arXiv:2305.15065) with one adapter per
-    objective, whose models may be smaller than the base. `clp.Sampler` takes it as a policy. Each
-    model has its own keys and values, which do not depend on the weights.
+    where y is the next token. Without a base and with alpha = 1 these are MOD (arXiv:2406.18853):
+    geometric for reverse KL, power with q = -1 for forward KL (the harmonic mean), and with
+    q = -a for the alpha-divergence of a; q near 0 is near geometric. A model of weight 0 counts
+    for nothing. With a base the geometric mixture is Inference-time Policy Adapters
+    (arXiv:2305.15065) with one adapter per objective, whose models may be smaller than the base.
+    `clp.Sampler` takes it as a policy. Each model has its own keys and values, which do not depend
+    on the weights.
 
     Args:
         models: Objective -> transformers causal LM, in the order of the weights.
         tokenizer: Shared by all.
         base: A causal LM whose logits are added with weight 1 (geometric only).
         alpha: Multiplies the weights.
-        mode: "geometric" or "probability"; see clp_kernels.mix_logits.
+        mode: "geometric", "probability" (see clp_kernels.mix_logits) or "power".
+        exponent: q of mode "power".
 
     Raises:
         ValueError: no model; models of different devices or dtypes; heads of different height, one
             of them without a row for every token of the tokenizer (otherwise the ids that all
-            heads have are mixed); bad alpha or mode; a base in probability mode.
+            heads have are mixed); bad alpha, mode or exponent; a base or an alpha in a mode other
+            than geometric.
     """
 
     def __init__(
@@ -46,11 +57,12 @@ class LogitMixture(Steerable):
         base: Any = None,
         alpha: float = 1.0,
         mode: str = "geometric",
+        exponent: float | None = None,
     ) -> None:
         if not models:
             raise ValueError("models must hold at least one model")
         plain = [Network(model, _unsteered) for model in models.values()]
-        self._set(tuple(models), plain, tokenizer, base, alpha, mode)
+        self._set(tuple(models), plain, tokenizer, base, alpha, mode, exponent)
 
     def _set(
         self,
@@ -60,15 +72,26 @@ class LogitMixture(Steerable):
         base: Any,
         alpha: float,
         mode: str,
+        exponent: float | None,
     ) -> None:
-        if mode not in ("geometric", "probability"):
-            raise ValueError(f'mode must be "geometric" or "probability", got {mode!r}')
-        if mode == "probability" and (base is not None or alpha != 1):
-            raise ValueError('mode "probability" mixes the models alone: base=None and alpha=1')
+        if mode not in ("geometric", "probability", "power"):
+            raise ValueError(f'mode must be "geometric", "probability" or "power", got {mode!r}')
+        if mode != "geometric" and (base is not None or alpha != 1):
+            raise ValueError(f'mode "{mode}" mixes the models alone: base=None and alpha=1')
+        if mode == "power":
+            if type(exponent) not in (int, float) or not -100 <= (exponent or 0) <= -0.01:
+                raise ValueError(
+                    f'exponent must be a number from -100 to -0.01 in mode "power", got '
+                    f"{exponent!r}"
+                )
+        elif exponent is not None:
+            raise ValueError(f'exponent must be None in mode "{mode}", got {exponent!r}')
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < 1e6:
             raise ValueError(f"alpha must be a positive number, got {alpha!r}")
-        self.objectives, self.tokenizer, self.mode = objectives, tokenizer, mode
+        self.objectives, self.tokenizer = objectives, tokenizer
+        self.mode, self.exponent = mode, exponent
         self.alpha, self.base = alpha, base
+        self._policy: Policy | None = None  # whose adapters the networks are
         self._ends: frozenset[int] = frozenset()  # of the models' own tokenizers
         self._networks = networks if base is None else [Network(base, _unsteered), *networks]
         names = objectives if base is None else ("base", *objectives)
@@ -105,6 +128,7 @@ class LogitMixture(Steerable):
         base: str | None = None,
         alpha: float = 1.0,
         mode: str = "geometric",
+        exponent: float | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "LogitMixture":
@@ -128,26 +152,86 @@ class LogitMixture(Steerable):
             loaded[name] = model.to(device)
             ends |= end_ids(model, own)
         root = loaded.pop("base") if base is not None else None
-        made = cls(loaded, tokenizer, base=root, alpha=alpha, mode=mode)
+        made = cls(loaded, tokenizer, base=root, alpha=alpha, mode=mode, exponent=exponent)
         made._ends = ends
         return made
 
     @classmethod
-    def of_adapters(cls, policy: Policy, *, mode: str = "geometric") -> "LogitMixture":
-        """MOD over the adapters of one model: each adapter alone is a policy, logits are mixed.
+    def of_adapters(
+        cls, policy: Policy, *, mode: str = "geometric", exponent: float | None = None
+    ) -> "LogitMixture":
+        """MOD over the adapters or experts of one model: each alone is a policy, logits are mixed.
 
         Beside `policy` itself, which mixes the adapters' parameters, this is the zero-shot
         baseline; a token costs m forward passes of the same model.
+
+        Raises: ValueError as the constructor, or for a policy that has no such parts ("prompt").
         """
         if policy.kl_range is not None:
             raise ValueError("policy must be trained with one KL strength, not a kl_range")
+        if policy.conditioning.name == "prompt":
+            raise ValueError("policy must mix parameters, and conditioning 'prompt' does not")
         made = cls.__new__(cls)
         networks = [
             Network(policy.model, partial(_steered_by_one, policy, i))
             for i in range(len(policy.objectives))
         ]
-        made._set(policy.objectives, networks, policy.tokenizer, None, 1.0, mode)
+        made._set(policy.objectives, networks, policy.tokenizer, None, 1.0, mode, exponent)
+        made._policy, made._ends = policy, policy.end_ids
         return made
+
+    @property
+    def reference(self) -> Policy:
+        """The policy whose weights of zero give the base model: that of `of_adapters`.
+
+        Raises: ValueError for a mixture of whole models, which has no base model.
+        """
+        if self._policy is None:
+            raise ValueError(
+                "a mixture of whole models has no base model to which a KL could be taken"
+            )
+        return self._policy
+
+    def token_kl(self, batch: Batch, temperature: float) -> Tensor:
+        """KL_t(pi || pi_ref) in nats [N, C], exact, without gradients; zero where no token is.
+
+        pi is softmax(z / temperature) of the mixed logits z, as sampled; pi_ref is the base model
+        at that temperature. A forward of the whole batch for each objective, and one for the base.
+
+        Raises: ValueError as `reference`.
+        """
+        policy, mask = self.reference, batch.completion_mask
+        kl = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        size = max(1, _LOGITS // (self.vocab_size * batch.input_ids.shape[1]))
+        for first in range(0, len(mask), size):
+            part = batch.part(slice(first, first + size))
+            here, ids = part.completion_mask, self.drawable_ids
+            logits = []
+            with torch.no_grad():
+                for model, steer in self.networks:
+                    with steer(part.conditions):
+                        own = _logits(model, part.input_ids, part.attention_mask, here)
+                    logits.append(own[:, ids].float())
+                with policy.base():
+                    plain = _logits(policy.model, part.base_ids, part.base_mask, here)[:, ids]
+                weights = part.conditions.repeat_interleave(here.sum(1), 0)
+                mixed = self.mixed(torch.stack(logits), weights)
+                kl[first : first + size][here] = _kl(mixed, plain.float(), temperature)
+        return kl
+
+    def mixed(self, logits: Tensor, weights: Tensor) -> Tensor:
+        """The models' logits [n, B, V], mixed by weights [B, m] -> [B, V], as the sampler does."""
+        own = self.logit_weights(weights)
+        if self.exponent is not None:
+            return power_mean(logits, own, self.exponent)
+        return clp_kernels.mix_logits(logits, own, mode=self.mode)
+
+    def layer_weights(self, condition: Tensor) -> Tensor:
+        """As Steerable.layer_weights. Raises: ValueError for weights that the mode cannot take."""
+        if self.mode != "geometric" and bool((condition < 0).any()):
+            got = condition.tolist()
+            raise ValueError(f'weights must be >= 0 in mode "{self.mode}", got {got}')
+        return condition
 
     def logit_weights(self, weights: Tensor) -> Tensor:
         """[B, m] -> [B, n]: alpha times the weights, after a column of ones for the base."""
@@ -170,3 +254,19 @@ def _steered_by_one(policy: Policy, index: int, weights: Tensor) -> clp_kernels.
     alone = torch.zeros_like(weights)
     alone[:, index] = 1
     return policy.steer(alone)
+
+
+def _logits(model: Any, ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
+    """Those that predict the tokens of completions [N, C], one row each: [T, V]."""
+    positions = position_ids(attention_mask)
+    output = model(
+        input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+    )
+    before = slice(-completion_mask.shape[1] - 1, -1)
+    return output.logits[:, before][completion_mask]  # type: ignore[no-any-return]
+
+
+def _kl(logits: Tensor, reference: Tensor, temperature: float) -> Tensor:
+    """KL of rows [T, V] at a temperature; a token without probability adds nothing."""
+    logp, logq = (torch.log_softmax(x / temperature, -1) for x in (logits, reference))
+    return torch.where(logp == -torch.inf, 0.0, logp.exp() * (logp - logq)).sum(-1)

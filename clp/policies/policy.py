@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from clp_kernels.nn.experts import MixedLinear
 from clp_kernels.nn.inject_experts import differences, load_experts
 from clp_kernels.nn.probe import check_start
 from clp_kernels.nn.steering import SteeredLayer
+
+if TYPE_CHECKING:
+    from clp.policies.token_stats import Batch
 
 
 def _conditioning(name: str, kl_range: KLRange | None = None) -> LoRA | Experts:
@@ -313,6 +316,21 @@ class Policy(Steerable):
     def steer(self, conditions: Tensor) -> clp_kernels.steer:
         """Context in which example b of a batch runs with conditions[b] of conditions [B, c]."""
         return clp_kernels.steer(self.model, self.layer_weights(conditions))
+
+    @property
+    def reference(self) -> "Policy":
+        """The policy whose weights of zero give the base model: this one."""
+        return self
+
+    def token_kl(self, batch: "Batch", temperature: float) -> Tensor:
+        """KL_t(pi || pi_ref) in nats [N, C], exact, without gradients; zero where no token is.
+
+        Both under softmax(logits / temperature). Raises: ValueError as `head`.
+        """
+        from clp.policies.token_stats import token_stats
+
+        with torch.no_grad():
+            return token_stats(self, batch, self.head(), temperature).kl
 
     @contextmanager
     def base(self) -> Iterator[None]:

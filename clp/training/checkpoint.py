@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -29,12 +30,21 @@ class Progress:
         num_tokens: Tokens of their prompts and completions.
         skipped_steps: Those among them whose gradient was not finite.
         skipped_in_a_row: The last of them, up to `step`; 0 if that one was not skipped.
+        completions, sampled_tokens: All that were sampled, those that measure the reward scale
+            included; every objective scores each completion.
+        gradient_steps: Gradients computed.
+        seconds: Time of the steps and of measuring the reward scale. Steps that a kill has lost
+            count nowhere here.
     """
 
     step: int = 0
     num_tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    completions: int = 0
+    sampled_tokens: int = 0
+    gradient_steps: int = 0
+    seconds: float = 0.0
 
 
 def save_checkpoint(
@@ -104,10 +114,15 @@ def load_progress(checkpoint: Path) -> Progress:
         not isinstance(values, dict)
         or "step" not in values
         or not set(values) <= set(known)
-        or not all(type(value) is int and value >= 0 for value in values.values())
+        or not all(_is_count(value, known[name].type) for name, value in values.items())
     ):
         raise ValueError(f"{path} must hold {', '.join(known)}, got {values!r:.200}")
     return Progress(**values)
+
+
+def _is_count(value: Any, kind: Any) -> bool:
+    kinds = (int, float) if kind is float else (int,)
+    return type(value) in kinds and 0 <= value < float("inf")
 
 
 def load_optimizer(

@@ -23,6 +23,11 @@ from clp.rewards import RewardFunc
 COMPLETIONS = 512
 
 
+def measured_completions(num_generations: int) -> int:
+    """How many completions measure the scale: COMPLETIONS in whole groups."""
+    return -(-COMPLETIONS // num_generations) * num_generations
+
+
 def measure_reward_scale(
     sampler: Sampler,
     reward_funcs: Mapping[str, RewardFunc],
@@ -53,7 +58,7 @@ def measure_reward_scale(
     policy = sampler.policy
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
-    groups = -(-COMPLETIONS // num_generations)
+    groups = measured_completions(num_generations) // num_generations
     chosen = [rows[order[i % len(rows)]] for i in range(groups) for _ in range(num_generations)]
     ids = [encode_prompt(row["prompt"], policy.tokenizer) for row in chosen]
     seeds = torch.randint(2**62, (len(chosen),), generator=generator).tolist()

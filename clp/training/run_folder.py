@@ -115,6 +115,7 @@ class Inputs:
         tokens: A digest of what the tokenizer makes of the prompts and of its end tokens, or None.
         reward_scale: The standard deviation of each objective's rewards under the base model; None
             if it is not measured, or not yet.
+        scale_tokens, scale_seconds: What it took to measure that: tokens sampled, time.
     """
 
     rewards: dict[str, str | None]
@@ -125,6 +126,8 @@ class Inputs:
     base: str | None = None
     config: dict[str, Any] | None = None
     tokens: str | None = None
+    scale_tokens: int = 0
+    scale_seconds: float = 0.0
 
     @property
     def functions(self) -> list[str]:
@@ -201,6 +204,8 @@ def claim(lock: RunLock, args: CLPConfig, inputs: Inputs, *, new: bool) -> None:
         "base": inputs.base,
         "config": inputs.config,
         "tokens": inputs.tokens,
+        "scale_tokens": inputs.scale_tokens,
+        "scale_seconds": inputs.scale_seconds,
     }
     settings = replace(args, resume=False).to_yaml()
     write_whole(run / "run.json", (json.dumps(record, indent=2) + "\n").encode())
@@ -354,9 +359,12 @@ def _read_inputs(run: Path) -> Inputs | None:
     ):
         raise ValueError(f"{path} must hold rewards, insides, config, {', '.join(texts)}")
     scale = checked_reward_scale(record.get("reward_scale"), list(rewards), path)
+    spent = [record.get(name, 0) for name in ("scale_tokens", "scale_seconds")]
+    if not all(type(value) in (int, float) and value >= 0 for value in spent):
+        raise ValueError(f"{path}: scale_tokens and scale_seconds must be numbers, got {spent}")
     return Inputs(
         rewards, texts["prompts_sha256"], scale, insides, texts["draw_weights"], texts["base"],
-        config or None, texts["tokens"],
+        config or None, texts["tokens"], int(spent[0]), float(spent[1]),
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ from clp.training.gradient_checkpointing import checkpointed_layers
 from clp.training.losses import scale_rewards
 from clp.training.prompt_lengths import fitting_rows, tokens_digest
 from clp.training.reward_functions import in_order, named_functions
-from clp.training.reward_scale import measure_reward_scale
+from clp.training.reward_scale import measure_reward_scale, measured_completions
 from clp.training.rollout import (
     append_completions,
     metric_names,
@@ -156,10 +156,10 @@ class CLPTrainer:
             self.args = args
             self.reward_funcs = {name: named[name] for name in inputs.rewards}
             rewards = [] if nameless else args.rewards
-            self.prepare(checkpoint, rewards, path, inputs.reward_scale, start)
+            measured = self.prepare(checkpoint, rewards, path, inputs, start)
             trained = set(self.parameters.values())
             found = replace(
-                inputs,
+                measured,
                 reward_scale=self.policy.reward_scale,
                 base=digest(p for p in self.policy.model.parameters() if p not in trained),
                 config=base_config(self.policy.model),
@@ -178,11 +178,13 @@ class CLPTrainer:
         checkpoint: Path | None,
         rewards: Sequence[str],
         prompts: str | Path | None,
-        reward_scale: dict[str, float] | None,
+        inputs: run_folder.Inputs,
         start: Policy | None,
-    ) -> None:
-        """Makes policy, optimizer and sampler, new or from a checkpoint; checks what goes in, and
-        measures the reward scale of a new run."""
+    ) -> run_folder.Inputs:
+        """Makes policy, optimizer and sampler, new or from a checkpoint; checks what goes in.
+
+        Returns: the inputs, with the reward scale of a new run, which is measured here.
+        """
         args = self.args
         self.policy = start_policy(args, list(self.reward_funcs), checkpoint, start)
         self.policy.rewards = tuple(rewards)
@@ -218,15 +220,15 @@ class CLPTrainer:
         )  # fmt: skip
         self.reward_scale: Tensor | None = None
         if args.scale_rewards == "reference":
-            if reward_scale is None:
-                reward_scale = measure_reward_scale(
-                    self.sampler, self.reward_funcs, self.rows, self.sampling_params,
-                    args.num_generations, pytorch_seed(args.seed * 1_000_003 + 400_000), self.state,
-                    metric_names(self.policy.objectives),
-                )  # fmt: skip
-            self.policy.reward_scale = reward_scale
-            scale = torch.tensor(list(reward_scale.values()), dtype=torch.float32)
+            inputs = inputs if inputs.reward_scale else _measured(self, inputs)
+            scales = self.policy.reward_scale = inputs.reward_scale or {}
+            scale = torch.tensor(list(scales.values()), dtype=torch.float32)
             self.reward_scale = scale.to(self.policy.device)
+            if checkpoint is None:
+                self.progress.completions = measured_completions(args.num_generations)
+                self.progress.sampled_tokens = inputs.scale_tokens
+                self.progress.seconds = inputs.scale_seconds
+        return inputs
 
     def train(self) -> Policy:
         """Runs to args.max_steps; writes metrics.jsonl, checkpoints and the final policy.
@@ -330,16 +332,21 @@ class CLPTrainer:
         progress = self.progress
         progress.step += 1
         progress.num_tokens += int(rollout.batch.attention_mask.sum())
+        progress.completions += len(rollout.completions)
+        progress.sampled_tokens += int(rollout.batch.completion_mask.sum())
+        progress.gradient_steps += done.passes
         progress.skipped_steps += done.skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if done.skipped else 0
         if rollout.log.extra:
             table = self.run / "completions.jsonl"
             append_completions(table, rollout, rows, self.policy.objectives, self.step)
+        step_time = time.perf_counter() - start
+        progress.seconds += step_time
         found = {
             "step": progress.step, **done.metrics, "learning_rate": lr,
             "num_tokens": progress.num_tokens, "skipped_steps": progress.skipped_steps,
             **rollout_metrics(rollout, conditions, done.stats, self.policy.objectives),
-            "step_time": time.perf_counter() - start,
+            "step_time": step_time,
         }  # fmt: skip
         metrics = {k: v if v is None or math.isfinite(v) else None for k, v in found.items()}
         self.log_history.append(metrics)
@@ -352,6 +359,20 @@ class CLPTrainer:
                 f"the loss or the gradient was not finite in {MOST_SKIPPED} steps in a row, up to "
                 f"step {self.step}",
             )
+
+
+def _measured(trainer: CLPTrainer, inputs: run_folder.Inputs) -> run_folder.Inputs:
+    """The inputs with the reward scale of a new run, and what it took to measure it."""
+    args, sampler, begin = trainer.args, trainer.sampler, time.perf_counter()
+    scales = measure_reward_scale(
+        sampler, trainer.reward_funcs, trainer.rows, trainer.sampling_params, args.num_generations,
+        pytorch_seed(args.seed * 1_000_003 + 400_000), trainer.state,
+        metric_names(trainer.policy.objectives),
+    )  # fmt: skip
+    return replace(
+        inputs, reward_scale=scales, scale_tokens=sampler.tokens_drawn,
+        scale_seconds=time.perf_counter() - begin,
+    )  # fmt: skip
 
 
 def _diverged(run: Path, what: str) -> FloatingPointError:

@@ -18,12 +18,14 @@ class Updated(NamedTuple):
     """What a step's updates were.
 
     Attributes:
+        passes: How many passes were made over the completions, each with its gradient.
         skipped: Whether a loss or a gradient was not finite.
         stats: Those of the completions before the first update.
         metrics: loss and grad_norm of the first update; the value head's and the clipping's if
             there are such.
     """
 
+    passes: int
     skipped: bool
     stats: TokenStats
     metrics: dict[str, float]
@@ -55,20 +57,21 @@ def update(
         explained = math.nan if skipped else value.fit(first.experience, args.max_grad_norm)
         metrics["value/explained_variance"] = explained
     lows = highs = 0
+    passes = 1
     for _ in range(1, args.num_iterations):
         if skipped:
             break
         optimizer.zero_grad(set_to_none=True)
         loss, low, high = accumulate_clipped_gradients(policy, head, args, batch, first)
         _, skipped = _step(optimizer, parameters, args, loss)
-        lows, highs = lows + low, highs + high
+        passes, lows, highs = passes + 1, lows + low, highs + high
     if args.num_iterations > 1:
         # The first pass counts too: its ratios are 1.
         tokens = int(batch.completion_mask.sum()) * args.num_iterations
         metrics["clip_ratio/low_mean"] = lows / tokens
         metrics["clip_ratio/high_mean"] = highs / tokens
         metrics["clip_ratio/region_mean"] = (lows + highs) / tokens
-    return Updated(skipped, first.stats, metrics)
+    return Updated(passes, skipped, first.stats, metrics)
 
 
 def _step(

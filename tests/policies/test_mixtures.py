@@ -15,9 +15,11 @@ from clp.engine.sampler import Sampler
 from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
 from clp.policies.policy import Policy
+from clp.training.rollout import make_batch
 
 PROMPTS = ["Tom had a red kite.", "Mia", "One day, the old dog was at the lake.", "Sam"]
 ROWS = [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.2, 0.8]]
+HOWS = [("geometric", None), ("probability", None), ("power", -1.0), ("power", -0.3)]
 
 
 def small(seed, hidden, dtype=torch.float32):
@@ -35,6 +37,15 @@ def tokenizer():
     return load_base("tiny")[1]
 
 
+def headed():
+    """A policy whose heads have random differences."""
+    policy = Policy.create("tiny", ["joy", "brief"], conditioning="head")
+    generator = torch.Generator().manual_seed(7)
+    for parameter in policy.trainable_parameters().values():
+        parameter.data.normal_(0, 0.02, generator=generator)
+    return policy
+
+
 def saved(models, tokenizer, folder):
     """The folder of each model, with the tokenizer."""
     for name, model in models.items():
@@ -48,7 +59,19 @@ def models():
     return {"joy": small(1, 16), "brief": small(2, 32)}
 
 
-def naive(networks, weights, tokenizer, prompt, row, count, mode="geometric"):
+def mixed_logits(logits, w, mode, exponent):
+    """Of logits [n, V] and weights [n], float64, as MOD writes them."""
+    kept = w != 0
+    logits, w = logits[kept], w[kept]
+    if mode == "geometric":
+        return w @ logits
+    if mode == "probability":
+        return (w @ torch.softmax(logits, -1)).log()
+    powers = w.log()[:, None] + exponent * torch.log_softmax(logits, -1)
+    return torch.logsumexp(powers, 0) / exponent
+
+
+def naive(networks, weights, tokenizer, prompt, row, count, mode="geometric", exponent=None):
     """Greedy tokens and log-probabilities by running every model on the whole text each time."""
     ids, logprobs = list(tokenizer(prompt)["input_ids"]), []
     start = len(ids)
@@ -56,30 +79,60 @@ def naive(networks, weights, tokenizer, prompt, row, count, mode="geometric"):
         with torch.no_grad():
             logits = torch.stack([run(torch.tensor([ids]))[0, -1] for run in networks]).double()
         w = weights(torch.tensor(row, dtype=torch.float64))
-        if mode == "geometric":
-            z = torch.log_softmax(w @ logits, -1)
-        else:
-            z = (w @ torch.softmax(logits, -1)).log()
+        z = torch.log_softmax(mixed_logits(logits, w, mode, exponent), -1)
         token = int(z.argmax())
         ids.append(token)
         logprobs.append(float(z[token]))
     return ids[start:], logprobs
 
 
-def check(policy, networks_of, weights, mode="geometric"):
+def check(policy, networks_of, weights, *how):
     """networks_of(row) gives the models of these weights as functions."""
     params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
     done = Sampler(policy).generate(PROMPTS, ROWS, params)
     for prompt, row, c in zip(PROMPTS, ROWS, done, strict=True):
-        ids, logprobs = naive(networks_of(row), weights, policy.tokenizer, prompt, row, 8, mode)
+        ids, logprobs = naive(networks_of(row), weights, policy.tokenizer, prompt, row, 8, *how)
         assert c.token_ids == ids
         assert c.logprobs == pytest.approx(logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["geometric", "probability"])
-def test_mod_is_the_weighted_sum_of_the_models_logits(models, tokenizer, mode):
+@pytest.mark.parametrize("how", HOWS)
+def test_mod_equals_a_loop_over_the_models(models, tokenizer, how):
     runs = [lambda ids, m=m: m(ids).logits for m in models.values()]
-    check(LogitMixture(models, tokenizer, mode=mode), lambda _: runs, lambda w: w, mode)
+    mixture = LogitMixture(models, tokenizer, mode=how[0], exponent=how[1])
+    check(mixture, lambda _: runs, lambda w: w, *how)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_temperature_and_filters_act_on_the_mixture(models, tokenizer, how):
+    """Of tokens drawn at temperature 0.7 among the likeliest three of the mixture."""
+    mixture = LogitMixture(models, tokenizer, mode=how[0], exponent=how[1])
+    params = SamplingParams(max_tokens=1, temperature=0.7, top_k=3, seed=4, n=40, logprobs=3)
+    row = [0.3, 0.7]
+    done = Sampler(mixture).generate([PROMPTS[0]], [row], params)
+    ids = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
+    with torch.no_grad():
+        logits = torch.stack([m(ids).logits[0, -1] for m in models.values()]).double()
+    z = mixed_logits(logits, torch.tensor(row, dtype=torch.float64), *how)
+    logp = torch.log_softmax(z / 0.7, -1)
+    best = set(logp.topk(3).indices.tolist())
+    assert {c.token_ids[0] for c in done} == best
+    for c in done:
+        assert c.logprobs[0] == pytest.approx(float(logp[c.token_ids[0]]), abs=1e-4)
+        assert c.top_logprobs[0] == pytest.approx({i: float(logp[i]) for i in best}, abs=1e-4)
+
+
+def test_a_token_costs_one_forward_of_each_model(models, tokenizer):
+    mixture = LogitMixture(models, tokenizer, mode="power", exponent=-1)
+    sampler, calls = Sampler(mixture), []
+    hooks = [
+        model.model.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        for name, model in models.items()
+    ]
+    sampler.generate([PROMPTS[1]], [ROWS[2]], SamplingParams(max_tokens=3, ignore_eos=True, seed=0))
+    for hook in hooks:
+        hook.remove()
+    assert calls == ["joy", "brief"] * 4  # one prefill, three tokens
 
 
 def test_ipa_adds_the_adapters_to_a_larger_base(models, tokenizer):
@@ -158,6 +211,10 @@ def test_load_reads_folders_and_compares_tokenizers(tmp_path, models, tokenizer)
         ({"alpha": 0}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),
         ({"mode": "probability", "alpha": 2.0}, "alone"),
+        ({"mode": "power", "exponent": -1, "base": small(1, 16)}, "alone"),
+        ({"mode": "power"}, "exponent must be a number from -100 to -0.01"),
+        ({"mode": "power", "exponent": 0.5}, "exponent must be a number from -100"),
+        ({"exponent": -1.0}, 'exponent must be None in mode "geometric", got -1.0'),
         ({"models": {"a": small(1, 16), "b": small(1, 16, torch.bfloat16)}}, "agree in dtype"),
     ],
 )
@@ -202,3 +259,63 @@ def test_a_mixture_of_parameters_samples_as_the_merged_model(tmp_path, tokenizer
 
     policy = Policy.from_models(places, conditioning=conditioning)
     check(policy, merged, lambda w: w.new_ones(1))
+
+
+@pytest.mark.parametrize("mode, exponent", [("probability", None), ("power", -0.5)])
+def test_weights_below_zero_are_refused_where_they_have_no_meaning(
+    models, tokenizer, mode, exponent
+):
+    sampler = Sampler(LogitMixture(models, tokenizer, mode=mode, exponent=exponent))
+    with pytest.raises(ValueError, match="weights must be >= 0 in mode"):
+        sampler.generate(PROMPTS[:1], [[1.5, -0.5]], simplex=False)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("conditioning", ["lora", "head"])
+def test_the_kl_of_a_mixture_is_exact(tokenizer, how, conditioning):
+    policy = randomised(0.15, 5, r=4) if conditioning == "lora" else headed()
+    mixture = LogitMixture.of_adapters(policy, mode=how[0], exponent=how[1])
+    assert mixture.reference is policy.reference is policy
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    params = SamplingParams(max_tokens=5, seed=2)
+    done = Sampler(mixture).generate(prompts, ROWS, params)
+    weights = torch.tensor(ROWS)
+    kl = mixture.token_kl(make_batch(mixture, prompts, done, weights), 0.8)
+    for i, (prompt, one) in enumerate(zip(prompts, done, strict=True)):
+        ids = torch.tensor([prompt + one.token_ids])
+        rows = []
+        with torch.no_grad():
+            for w in (*torch.eye(2), torch.zeros(2)):
+                with policy.steer(w[None]):
+                    rows.append(policy.model(ids).logits[0, len(prompt) - 1 : -1].double())
+        for t in range(len(one.token_ids)):
+            logits = torch.stack([row[t] for row in rows[:2]])
+            z = mixed_logits(logits, weights[i].double(), *how)
+            logp, logq = (torch.log_softmax(x / 0.8, -1) for x in (z, rows[2][t]))
+            assert float(kl[i, t]) == pytest.approx(float((logp.exp() * (logp - logq)).sum()),
+                                                    abs=2e-4)  # fmt: skip
+        assert not kl[i, len(one.token_ids) :].any()
+    at_corners = kl[:2].sum(1)
+    batch = make_batch(policy, prompts[:2], done[:2], weights[:2])
+    torch.testing.assert_close(at_corners[:, None], policy.token_kl(batch, 0.8).sum(1)[:, None],
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+def test_the_kl_of_a_mixture_does_not_depend_on_its_chunks(tokenizer, monkeypatch):
+    mixture = LogitMixture.of_adapters(randomised(0.15, 5, r=4))
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    done = Sampler(mixture).generate(prompts, ROWS, SamplingParams(max_tokens=5, seed=2))
+    batch = make_batch(mixture, prompts, done, torch.tensor(ROWS))
+    whole = mixture.token_kl(batch, 1.0)
+    monkeypatch.setattr("clp.policies.logit_mixture._LOGITS", 1)
+    torch.testing.assert_close(mixture.token_kl(batch, 1.0), whole)
+
+
+def test_a_mixture_of_whole_models_has_no_reference(models, tokenizer):
+    with pytest.raises(ValueError, match="no base model to which a KL"):
+        _ = LogitMixture(models, tokenizer).reference
+
+
+def test_the_parts_of_a_prompt_policy_cannot_be_mixed():
+    with pytest.raises(ValueError, match="conditioning 'prompt' does not"):
+        LogitMixture.of_adapters(Policy.create("tiny", ["joy", "brief"], conditioning="prompt"))

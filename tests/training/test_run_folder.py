@@ -669,10 +669,11 @@ def test_of_two_new_trainings_one_gets_the_folder(tmp_path, monkeypatch):
     won = []
 
     def prepare(self, *args):
-        real(self, *args)
+        measured = real(self, *args)
         if not won:
             won.append(1)
             won.append(CLPTrainer(args=config(tmp_path / "r")))
+        return measured
 
     monkeypatch.setattr(CLPTrainer, "prepare", prepare)
     with pytest.raises(ValueError, match="in use by another training"):
