@@ -59,10 +59,10 @@ def averaged(policy: Policy) -> Policy:
 
         y = x W^T + s (x A(w)^T) B(w)^T,  A(w) = sum_i w_i A_i,  B(w) = sum_i w_i B_i
 
-    Not the exact sum sum_i w_i s B_i A_i, but for m = 1 or w = e_i: at equal weights of unrelated
-    experts it is about half of it for m = 2. Published code that averages the state dicts of LoRA
-    files computes this. It costs adapters of m times the soup's rank. It can be sampled, evaluated
-    and exported; to be saved and trained there are the experts.
+    This is the exact sum sum_i w_i s B_i A_i only where w = e_i, or where all A_i or all B_i are
+    equal (and w sums to 1). Published code that averages the state dicts of LoRA files computes it.
+    It costs m^2 adapters. It can be sampled, evaluated and exported; to be saved and trained there
+    are the experts.
 
     Raises: ValueError for another conditioning, or adapters of different rank or alpha.
 

@@ -31,8 +31,9 @@ def find_method(name: str, options: Iterable[str] = ()) -> Method:
         known = ", ".join(METHODS)
         raise ValueError(f"method must be one of {known}, got {name!r}{closest(name, METHODS)}")
     given = set(options)
-    parameters = list(inspect.signature(METHODS[name]).parameters.values())[3:]
-    own = {p.name: p.default is p.empty for p in parameters}
+    parameters = inspect.signature(METHODS[name]).parameters.values()
+    shared = ("args", "folder", "budget")
+    own = {p.name: p.default is p.empty for p in parameters if p.name not in shared}
     for option in sorted(given - own.keys()):
         known = ", ".join(own) or "none"
         raise ValueError(

@@ -15,8 +15,9 @@ def warm_start(args: CLPConfig, folder: Path, *, budget: float = 1.0) -> Outcome
 
     CLP's objective and reference policy stay those of the base model.
     """
+    steps = steps_of(args, budget, 2)
     folders, used = train_experts(
-        args, folder.parent, steps_of(args, budget / 2, len(args.rewards))
+        args, folder.parent, steps_of(args, budget, 2 * len(args.rewards))
     )
     # The policy has its adapters already; CLPTrainer refuses settings of new ones.
     new = CLPConfig()
@@ -24,8 +25,6 @@ def warm_start(args: CLPConfig, folder: Path, *, budget: float = 1.0) -> Outcome
         args, r=new.r, lora_alpha=new.lora_alpha, target_modules=new.target_modules,
         exclude_modules=new.exclude_modules,
     )  # fmt: skip
-    policy, more = train_run(
-        args_of_start, folder / "clp", steps_of(args, budget / 2),
-        start=soup_of(args, folders),
-    )  # fmt: skip
+    start = soup_of(args, folders)
+    policy, more = train_run(args_of_start, folder / "clp", steps, start=start)
     return Outcome(on_grid(policy), used + more)
