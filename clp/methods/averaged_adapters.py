@@ -43,9 +43,9 @@ class AveragedAdapters(LoRA):
         """m^2 names."""
         return [f"{b}-{a}" for b in objectives for a in objectives]
 
-    def layer_weights(self, weights: Tensor) -> Tensor:
+    def layer_weights(self, condition: Tensor) -> Tensor:
         """[..., m] -> [..., m^2]: the outer product."""
-        return (weights[..., :, None] * weights[..., None, :]).flatten(-2)
+        return (condition[..., :, None] * condition[..., None, :]).flatten(-2)
 
     def save(
         self, model: nn.Module, objectives: Sequence[str], directory: Path, base_model: str
@@ -64,12 +64,15 @@ def averaged(policy: Policy) -> Policy:
     It costs m^2 adapters. It can be sampled, evaluated and exported; to be saved and trained there
     are the experts.
 
-    Raises: ValueError for another conditioning, or adapters of different rank or alpha.
+    Raises: ValueError for another conditioning, a policy with a kl_range, or adapters of different
+        rank or alpha.
 
     Source: Personalized Soups (arXiv:2310.11564), whose code averages A and B.
     """
     if policy.conditioning.name != "lora":
         raise ValueError(f"policy must have LoRA adapters, got {policy.conditioning.name!r}")
+    if policy.kl_range is not None:
+        raise ValueError("policy must be trained with one KL strength, not a kl_range")
     old = steered_layers(policy.model)
     shapes = {pair for x in old.values() for pair in zip(x.ranks, x.lora_alpha, strict=True)}
     if len(shapes) != 1:

@@ -20,10 +20,13 @@ def train_experts(args: CLPConfig, folder: Path, steps: int) -> tuple[list[Path]
     The runs are in `folder`/experts-<conditioning>-<steps>/<objective>, for every method that asks
     for experts of so many steps.
 
-    Raises: ValueError for conditioning "prompt", whose experts cannot be mixed; as train_run.
+    Raises: ValueError for conditioning "prompt", whose experts cannot be mixed, or a kl_range; as
+        train_run.
     """
     if args.conditioning == "prompt":
         raise ValueError("experts that are mixed need a conditioning other than 'prompt'")
+    if args.kl_range is not None:
+        raise ValueError(f"experts are trained with one KL strength, got kl_range={args.kl_range}")
     # A single objective has one weight, 1: nothing is drawn.
     args = replace(
         args,

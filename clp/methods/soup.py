@@ -38,9 +38,9 @@ def soup(
         base_model, dtype, device: As Policy.load.
 
     Raises:
-        ValueError: as Policy.load; no expert; one of several objectives, or of one that another
-            has; experts of different base models, tokenizers, conditioning, adapters (rank, alpha,
-            modules), or of which some have a reward scale. The message names the two.
+        ValueError: as Policy.load; no expert; one of several objectives, of one that another has,
+            or with a kl_range; experts of different base models, tokenizers, conditioning, adapters
+            (rank, alpha, modules), or of which some have a reward scale. The message names the two.
 
     Source: Rewarded Soups (arXiv:2306.04488).
     """
@@ -50,6 +50,10 @@ def soup(
         if len(expert.objectives) != 1:
             shown = ", ".join(expert.objectives)
             raise ValueError(f"expert {folder} must have one objective, got {shown}")
+        if expert.kl_range is not None:
+            raise ValueError(
+                f"expert {folder} must be trained with one KL strength, not a kl_range"
+            )
         (name,) = expert.objectives
         if name in experts:
             raise ValueError(f"expert {folder} has the objective of another one: {name}")

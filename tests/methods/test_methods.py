@@ -234,16 +234,19 @@ def test_bad_budgets_and_options_are_refused_before_anything_is_trained(
 
 
 @pytest.mark.parametrize(
-    "name, conditioning, message",
+    "name, settings, message",
     [
-        ("rewarded_soups", "prompt", "a conditioning other than 'prompt'"),
-        ("averaged_adapters", "head", "need conditioning='lora', got 'head'"),
+        ("rewarded_soups", {"conditioning": "prompt"}, "a conditioning other than 'prompt'"),
+        (
+            "averaged_adapters",
+            {"conditioning": "head", "r": 8},
+            "need conditioning='lora', got 'head'",
+        ),
+        ("warm_start", {"kl_range": [0.05, 0.3]}, r"one KL strength, got kl_range=\[0.05, 0.3\]"),
     ],
 )
-def test_methods_refuse_conditionings_that_they_have_no_use_for(
-    tmp_path, args, name, conditioning, message
-):
-    odd = replace(args, conditioning=conditioning, r=8)
+def test_methods_refuse_settings_that_they_have_no_use_for(tmp_path, args, name, settings, message):
+    odd = replace(args, **settings)
     with pytest.raises(ValueError, match=message):
         METHODS[name](odd, tmp_path / "task" / name)
     assert not (tmp_path / "task").exists()

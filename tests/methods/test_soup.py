@@ -207,6 +207,9 @@ def test_what_is_no_list_of_experts(tmp_path, loras):
     both.save(tmp_path / "both")
     with pytest.raises(ValueError, match="must have one objective, got joy, brief"):
         soup([tmp_path / "both"])
+    Policy.create("tiny", ["joy"], r=2, kl_range=(0.05, 0.3)).save(tmp_path / "strengths")
+    with pytest.raises(ValueError, match="strengths must be trained with one KL strength"):
+        soup([tmp_path / "strengths"])
     with pytest.raises(ValueError, match="at least one expert"):
         soup([])
     with pytest.raises(ValueError, match="holds no policy"):
@@ -219,5 +222,7 @@ def test_averaged_needs_equal_adapters(loras):
     layer.lora_alpha = (6, 4)
     with pytest.raises(ValueError, match=r"one \(rank, alpha\)"):
         averaged(policy)
+    with pytest.raises(ValueError, match="one KL strength, not a kl_range"):
+        averaged(Policy.create("tiny", ["joy", "brief"], kl_range=(0.05, 0.3)))
     with pytest.raises(ValueError, match="must have LoRA adapters, got 'head'"):
         averaged(Policy.create("tiny", ["joy", "brief"], conditioning="head"))
