@@ -5,12 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import moocore
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,11 +17,11 @@ from clp.data.conversation import encode_prompt
 from clp.data.files import write_whole
 from clp.data.prompts import columns
 from clp.data.scoring import RewardLog, dry_call, numbers_or_none, score
-from clp.data.weights import weight_grid
+from clp.data.weights import WeightSpec, parse_rows, weight_grid
 from clp.engine.requests import Completion, SamplingParams
 from clp.engine.sampler import Sampler, with_seeds
-from clp.policies.policy import Head, Policy
-from clp.policies.token_stats import token_stats
+from clp.evaluation.metrics import hypervolume, pareto, spearman
+from clp.policies.interface import Steerable
 from clp.rewards import RewardFunc, distinct_2
 from clp.training.rollout import make_batch, untrained_state
 
@@ -94,11 +92,12 @@ class Frontier:
 
 
 def evaluate(
-    policy: Policy,
+    policy: Steerable,
     reward_funcs: Mapping[str, RewardFunc],
     rows: Sequence[dict[str, Any]],
     *,
     params: SamplingParams,
+    weights: Sequence[WeightSpec] | None = None,
     seed: int = 0,
     kl: float | None = None,
     reference_point: Sequence[float] | None = None,
@@ -113,6 +112,7 @@ def evaluate(
             on two short completions before anything is sampled.
         rows: Held-out prompts (texts or conversations) with the rewards' columns.
         params: Sampling; its seed is ignored, n must be 1.
+        weights: The W weights to evaluate, on the simplex; None: those of `weight_grid(m)`.
         seed: Any integer. Prompt i draws with the same seed for all weights, so that points differ
             by their weights and not by luck.
         kl: The KL strength, if the policy has a range of them; None: its middle.
@@ -122,58 +122,86 @@ def evaluate(
             None, a TrainerState at step 0 of 0.
 
     Returns:
-        The frontier, and one dict per completion: prompt, weights (None: base), text, rewards (None
-        where an objective does not apply), and if reward functions log columns, "extra".
+        The frontier, and one dict per completion: prompt, weights (None: base), text, tokens (their
+        number), kl (to the base, summed over them), rewards (None where an objective does not
+        apply), and if reward functions log columns, "extra".
 
     Raises:
-        ValueError: before anything is sampled, objectives that differ, no rows, n other than 1, a
-            reference point that is not m finite numbers, a head that has no exact KL,
-            prompts that do not fit, or what clp.data.scoring.score raises of two short completions.
-            Afterwards, what it raises of the sampled ones, or an objective that applies to no
-            completion at some weights.
+        ValueError: before anything is sampled, objectives that differ, no rows, n other than 1, no
+            weights, weights off the simplex, a reference point that is not m finite numbers, a
+            policy without a base model or a head that has no exact KL, prompts that do not fit, or
+            what clp.data.scoring.score raises of two short completions. Afterwards, what it raises
+            of the sampled ones, or an objective that applies to no completion at some weights.
+    """
+    grid = weight_grid(len(policy.objectives))
+    if weights is not None:
+        grid = parse_rows(list(weights), len(weights), policy.objectives)
+    return evaluate_parts(
+        [(policy, grid)], reward_funcs, rows, params=params, seed=seed, kl=kl,
+        reference_point=reference_point, max_batch_size=max_batch_size, progress=progress,
+        trainer_state=trainer_state,
+    )  # fmt: skip
+
+
+def evaluate_parts(
+    parts: Sequence[tuple[Steerable, Tensor]],
+    reward_funcs: Mapping[str, RewardFunc],
+    rows: Sequence[dict[str, Any]],
+    *,
+    params: SamplingParams,
+    seed: int = 0,
+    kl: float | None = None,
+    reference_point: Sequence[float] | None = None,
+    max_batch_size: int = 64,
+    progress: bool = False,
+    trainer_state: Any = None,
+) -> tuple[Frontier, list[dict[str, Any]]]:
+    """As `evaluate`, of one curve that several policies make, each at its own weights [W, m].
+
+    They must have one base model, as policies that are trained for one set of weights each; it is
+    sampled once, from the first of them.
     """
     trainer_state = untrained_state() if trainer_state is None else trainer_state
-    if (given := tuple(reward_funcs)) != policy.objectives:
-        raise ValueError(f"reward_funcs must be {list(policy.objectives)}, got {list(given)}")
+    grid = torch.cat([weights for _, weights in parts])
+    if not len(grid):
+        raise ValueError("weights must hold at least one set of weights")
+    for policy, _ in parts:
+        if (given := tuple(reward_funcs)) != policy.objectives:
+            raise ValueError(f"reward_funcs must be {list(policy.objectives)}, got {list(given)}")
     if not rows:
         raise ValueError("rows holds no prompt")
     if params.n != 1:
         raise ValueError(f"n must be 1 in an evaluation, got {params.n}")
-    m = len(policy.objectives)
+    m = grid.shape[1]
     reference = check_reference_point(reference_point, m)
-    head = policy.head()
-    dry_call(reward_funcs, rows, policy.tokenizer, trainer_state)
-    grid = weight_grid(m)
-    # Weights of zero give the base model, which shares the batches.
-    sweep = torch.cat([grid, grid.new_zeros(1, m)])
-    everyone = [row for _ in sweep for row in rows]
-    sweep = torch.stack([policy.condition(Condition(w, kl), simplex=False) for w in sweep])
-    conditions = sweep.repeat_interleave(len(rows), 0)
+    for policy, _ in parts:
+        policy.reference.head()  # refuses a model without exact KL
+    tokenizer = parts[0][0].tokenizer
+    dry_call(reward_funcs, rows, tokenizer, trainer_state)
     generator = torch.Generator().manual_seed(seed % 2**64)
-    seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist() * len(sweep)
-    sampler = Sampler(policy, max_batch_size=min(max_batch_size, len(everyone)))
-    ids = [
-        encode_prompt(row["prompt"], policy.tokenizer, f"prompt {i}") for i, row in enumerate(rows)
-    ] * len(sweep)
-    each = with_seeds(params, seeds)
-    done = sampler.generate(ids, conditions, each, simplex=False, progress=progress)
+    seeds = torch.randint(2**62, (len(rows),), generator=generator).tolist()
+    ids = [encode_prompt(row["prompt"], tokenizer, f"prompt {i}") for i, row in enumerate(rows)]
+    prompts = _Prompts(ids, with_seeds(params, seeds), kl, max_batch_size, progress)
+    sampled = _sample(parts, prompts)
+    done = [c for _, _, completions in sampled for c in completions]
     texts = [c.text for c in done]
+    everyone = list(rows) * (len(grid) + 1)
     log = RewardLog()
     rewards = score(
         reward_funcs, [row["prompt"] for row in everyone], texts, columns(everyone),
         completion_ids=[c.token_ids for c in done], trainer_state=trainer_state, log=log,
     )  # fmt: skip
-    shape = (len(sweep), len(rows))
+    shape = (len(grid) + 1, len(rows))
     means = rewards.double().view(*shape, m).nanmean(1).numpy()
+    names = list(reward_funcs)
     for w, i in np.argwhere(np.isnan(means)).tolist():
         where = "the base model" if w == len(grid) else f"weights {grid[w].tolist()}"
         raise ValueError(
-            f"reward {policy.objectives[i]!r} returned None for all {len(rows)} completions of "
+            f"reward {names[i]!r} returned None for all {len(rows)} completions of "
             f"{where}; give prompts to which it applies"
         )
-    divergence, tokens = _kl_sums(
-        policy, head, ids, done, conditions, params.temperature, max_batch_size, progress
-    )
+    divergence = _kl_sums(sampled, prompts, params.temperature)
+    tokens = torch.tensor([len(c.token_ids) for c in done], dtype=torch.float64)
     kl_per_token = (divergence.view(shape).sum(1) / tokens.view(shape).sum(1)).tolist()
     distinct = [distinct_2(texts[i : i + len(rows)]) for i in range(0, len(texts), len(rows))]
     length = tokens.view(shape).mean(1).tolist()
@@ -182,7 +210,7 @@ def evaluate(
         for name in _RECORDED
     }
     front = Frontier(
-        objectives=list(policy.objectives),
+        objectives=names,
         weights=grid.double().numpy().round(6).tolist(),
         rewards=means[:-1].tolist(),
         base_rewards=means[-1].tolist(),
@@ -192,15 +220,15 @@ def evaluate(
         mean_length=length[:-1],
         base_mean_length=length[-1],
         spearman={
-            name: _spearman(grid[:, i].numpy(), means[:-1, i])
-            for i, name in enumerate(policy.objectives)
+            name: _number_or_none(spearman(grid[:, i].numpy(), means[:-1, i]))
+            for i, name in enumerate(names)
         },
-        hypervolume=_hypervolume(means[:-1], reference),
-        base_hypervolume=_hypervolume(means[-1:], reference),
+        hypervolume=hypervolume(means[:-1], reference),
+        base_hypervolume=hypervolume(means[-1:], reference),
         reference_point=reference,
         pareto=pareto(means[:-1]),
         prompts=len(rows),
-        kl=None if policy.kl_range is None else float(sweep[0, m]),
+        kl=float(sampled[0].conditions[0, m]) if parts[0][0].kl_range else None,
         seed=seed,
         **recorded,
         metrics=log.means(),
@@ -208,8 +236,10 @@ def evaluate(
     samples = [
         {
             "prompt": row["prompt"],
-            "weights": None if i >= len(grid) * len(rows) else conditions[i, :m].tolist(),
+            "weights": None if i >= len(grid) * len(rows) else grid[i // len(rows)].tolist(),
             "text": texts[i],
+            "tokens": len(done[i].token_ids),
+            "kl": float(divergence[i]),
             "rewards": numbers_or_none(rewards[i]),
         }
         | ({"extra": log.extra_of(i)} if log.extra else {})
@@ -231,42 +261,72 @@ def check_reference_point(point: Sequence[float] | None, m: int) -> list[float]:
     return found
 
 
-def _kl_sums(
-    policy: Policy,
-    head: Head,
-    prompt_ids: Sequence[list[int]],
-    done: Sequence[Completion],
-    conditions: Tensor,
-    temperature: float,
-    size: int,
-    progress: bool,
-) -> tuple[Tensor, Tensor]:
-    """KL to the base summed over each completion, and its number of tokens; float64 [N]."""
+class _Prompts(NamedTuple):
+    """P prompts as token ids, the parameters of each, the KL strength of all, sequences per batch,
+    progress bars or not."""
+
+    ids: list[list[int]]
+    params: list[SamplingParams]
+    kl: float | None
+    max_batch_size: int
+    progress: bool
+
+
+class _Sampled(NamedTuple):
+    """The completions of all prompts for each condition [W, c], W * P, from one policy."""
+
+    policy: Steerable
+    conditions: Tensor
+    completions: list[Completion]
+
+
+def _sample(parts: Sequence[tuple[Steerable, Tensor]], prompts: _Prompts) -> list[_Sampled]:
+    """Those of the parts, and of the base model at the end, with weights of zero."""
+    count = len(prompts.ids)
+
+    def sample(policy: Steerable, weights: Tensor) -> _Sampled:
+        given = [Condition(w, prompts.kl) for w in weights]
+        conditions = torch.stack([policy.condition(one, simplex=False) for one in given])
+        sampler = Sampler(
+            policy, max_batch_size=min(prompts.max_batch_size, count * len(conditions))
+        )
+        done = sampler.generate(
+            prompts.ids * len(conditions), conditions.repeat_interleave(count, 0),
+            prompts.params * len(conditions), simplex=False, progress=prompts.progress,
+        )  # fmt: skip
+        return _Sampled(policy, conditions, done)
+
+    first, weights = parts[0]
+    zero = torch.zeros(1, weights.shape[1], dtype=weights.dtype)
+    if first.reference is first:  # the base shares its batches
+        both = sample(first, torch.cat([weights, zero]))
+        own = _Sampled(first, both.conditions[:-1], both.completions[:-count])
+        base = _Sampled(first, both.conditions[-1:], both.completions[-count:])
+    else:
+        own, base = sample(first, weights), sample(first.reference, zero)
+    return [own, *(sample(policy, each) for policy, each in parts[1:]), base]
+
+
+def _kl_sums(sampled: Sequence[_Sampled], prompts: _Prompts, temperature: float) -> Tensor:
+    """KL to the base summed over each completion, float64 [N]; 0 for those of the base itself."""
     # Greedy sampling has no distribution; its KL is taken at temperature 1.
     tau = temperature or 1.0
+    size, count = prompts.max_batch_size, len(prompts.ids)
+    *own, base = sampled
+    total = sum(-(-len(each.completions) // size) for each in own)
     sums = []
-    starts = range(0, len(done), size)
-    for start in tqdm(starts, desc="KL to the base", unit="batch", disable=not progress):
-        chosen = slice(start, start + size)
-        batch = make_batch(policy, prompt_ids[chosen], done[chosen], conditions[chosen])
-        with torch.no_grad():
-            sums.append(token_stats(policy, batch, head, tau).kl.sum(1).double().cpu())
-    return torch.cat(sums), torch.tensor([len(c.token_ids) for c in done], dtype=torch.float64)
+    with tqdm(
+        total=total, desc="KL to the base", unit="batch", disable=not prompts.progress
+    ) as bar:
+        for policy, conditions, done in own:
+            ids, each = prompts.ids * len(conditions), conditions.repeat_interleave(count, 0)
+            for start in range(0, len(done), size):
+                chosen = slice(start, start + size)
+                batch = make_batch(policy, ids[chosen], done[chosen], each[chosen])
+                sums.append(policy.token_kl(batch, tau).sum(1).double().cpu())
+                bar.update()
+    return torch.cat([*sums, torch.zeros(len(base.completions), dtype=torch.float64)])
 
 
-def _spearman(weights: np.ndarray, rewards: np.ndarray) -> float | None:
-    if len(weights) < 2 or np.ptp(rewards) == 0:
-        return None
-    return float(stats.spearmanr(weights, rewards).statistic)
-
-
-def pareto(points: np.ndarray) -> list[bool]:
-    """For each of the points [W, m] whether no other is as large everywhere and larger somewhere.
-
-    Equal points do not dominate each other.
-    """
-    return moocore.is_nondominated(points, maximise=True, keep_weakly=True).tolist()  # type: ignore[no-any-return]
-
-
-def _hypervolume(points: np.ndarray, reference: Sequence[float]) -> float:
-    return float(moocore.hypervolume(points, ref=np.asarray(reference), maximise=True))
+def _number_or_none(value: np.ndarray) -> float | None:
+    return float(value) if np.isfinite(value) else None

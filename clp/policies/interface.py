@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from clp.data.condition import Condition, KLRange, parse_condition
 from clp.data.weights import WeightSpec
 from clp.policies.loading import context_length, drawable_ids, end_ids, vocab_size
+
+if TYPE_CHECKING:  # both import this file
+    from clp.policies.policy import Policy
+    from clp.policies.token_stats import Batch
 
 
 class Network(NamedTuple):
@@ -90,6 +94,27 @@ class Steerable(Protocol):
     @property
     def networks(self) -> Sequence[Network]:
         """The models whose logits make the next token."""
+
+    @property
+    def reference(self) -> "Policy":
+        """The policy that is the base model at weights of zero.
+
+        Raises: ValueError if the policy has no base model.
+        """
+        raise ValueError(f"{type(self).__name__} has no base model to measure KL to")
+
+    def token_kl(self, batch: "Batch", temperature: float) -> Tensor:
+        """Exact KL to the base model at every sampled token, without gradients.
+
+        Args:
+            batch: N sequences with up to C sampled tokens.
+            temperature: Of both distributions.
+
+        Returns: [N, C], float32, nats; zero where there is no token.
+
+        Raises: ValueError as `reference`.
+        """
+        raise ValueError(f"{type(self).__name__} has no base model to measure KL to")
 
     @property
     def device(self) -> torch.device:

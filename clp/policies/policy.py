@@ -21,6 +21,7 @@ from clp.policies.interface import Conditioning, Network, Steerable
 from clp.policies.loading import end_ids, load_base, torch_device
 from clp.policies.lora import LoRA
 from clp.policies.prompt import Prompt
+from clp.policies.token_stats import Batch, token_stats
 from clp_kernels.nn.experts import MixedLinear
 from clp_kernels.nn.inject_experts import differences, load_experts
 from clp_kernels.nn.probe import check_start
@@ -317,21 +318,6 @@ class Policy(Steerable):
         """Context in which example b of a batch runs with conditions[b] of conditions [B, c]."""
         return clp_kernels.steer(self.model, self.layer_weights(conditions))
 
-    @property
-    def reference(self) -> "Policy":
-        """The policy whose weights of zero give the base model: this one."""
-        return self
-
-    def token_kl(self, batch: "Batch", temperature: float) -> Tensor:
-        """KL_t(pi || pi_ref) in nats [N, C], exact, without gradients; zero where no token is.
-
-        Both under softmax(logits / temperature). Raises: ValueError as `head`.
-        """
-        from clp.policies.token_stats import token_stats
-
-        with torch.no_grad():
-            return token_stats(self, batch, self.head(), temperature).kl
-
     @contextmanager
     def base(self) -> Iterator[None]:
         """Context in which the model is its base model, without gradients.
@@ -340,6 +326,16 @@ class Policy(Steerable):
         """
         with torch.no_grad(), clp_kernels.steer(self.model, None):
             yield
+
+    @property
+    def reference(self) -> "Policy":
+        """This policy: weights of zero give its base model, if it has one (see `head`)."""
+        return self
+
+    def token_kl(self, batch: Batch, temperature: float) -> Tensor:
+        """As Steerable.token_kl."""
+        with torch.no_grad():
+            return token_stats(self, batch, self.head(), temperature).kl
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states [B, S, d] before the head; padding may be on either side."""

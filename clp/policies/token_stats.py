@@ -1,13 +1,15 @@
 """Log-probability, entropy and KL of sampled tokens under a policy, with gradients."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 import clp_kernels
-from clp.policies.policy import Head, Policy
+
+if TYPE_CHECKING:  # policy.py imports this file
+    from clp.policies.policy import Head, Policy
 
 
 @dataclass
@@ -50,7 +52,7 @@ class TokenStats:
 
 
 def token_stats(
-    policy: Policy, batch: Batch, head: Head, temperature: float, *, ref_logprobs: bool = False
+    policy: "Policy", batch: Batch, head: "Head", temperature: float, *, ref_logprobs: bool = False
 ) -> TokenStats:
     """Log-probability, entropy and exact KL to the base at every sampled token, with gradients.
 

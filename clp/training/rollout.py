@@ -16,7 +16,7 @@ from clp.data.prompts import columns
 from clp.data.scoring import RewardLog, numbers_or_none, score
 from clp.engine.requests import Completion, SamplingParams
 from clp.engine.sampler import Sampler, with_seeds
-from clp.policies.policy import Policy
+from clp.policies.interface import Steerable
 from clp.policies.token_stats import Batch, TokenStats
 from clp.rewards import RewardFunc
 
@@ -52,7 +52,7 @@ class Rollout:
 
 
 def make_batch(
-    policy: Policy,
+    policy: Steerable,
     prompt_ids: Sequence[list[int]],
     completions: Sequence[Completion],
     conditions: Tensor,
@@ -68,7 +68,7 @@ def make_batch(
 
 
 def _stacked(
-    policy: Policy, prompt_ids: Sequence[list[int]], completions: Sequence[Completion]
+    policy: Steerable, prompt_ids: Sequence[list[int]], completions: Sequence[Completion]
 ) -> tuple[Tensor, Tensor, int]:
     """Ids and mask [N, P + C], and C."""
     pad = policy.tokenizer.pad_token_id or 0

@@ -13,7 +13,8 @@ from rich.console import Console
 from tiny_runs import randomised
 
 from clp.engine.requests import SamplingParams
-from clp.evaluation.frontier import Frontier, evaluate, pareto
+from clp.evaluation.frontier import Frontier, evaluate
+from clp.evaluation.metrics import pareto
 from clp.evaluation.report import plot_frontier, print_frontier, print_samples, save_evaluation
 from clp.policies.policy import Policy
 from clp.rewards import distinct_2, load_rewards
