@@ -1,4 +1,4 @@
-"""The command line: clp train | sample | eval | export | info.
+"""The command line: clp train | sample | eval | compare | export | info.
 
 The commands import transformers, torch and matplotlib when they run: `clp --help` is immediate.
 """
@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from clp.cli import eval, export, info, sample, train
+from clp.cli import compare, eval, export, info, sample, train
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train.run,
     "sample": sample.run,
     "eval": eval.run,
+    "compare": compare.run,
     "export": export.run,
     "info": info.run,
 }

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clp_kernels
@@ -17,18 +16,14 @@ from clp.data.paths import model_location
 from clp.data.weights import WeightSpec
 from clp.policies.card import CONDITIONINGS, read_card, write_card
 from clp.policies.experts import Experts
+from clp.policies.head import Head, find_head
 from clp.policies.interface import Conditioning, Network, Steerable
 from clp.policies.loading import end_ids, load_base, torch_device
 from clp.policies.lora import LoRA
 from clp.policies.prompt import Prompt
 from clp.policies.token_stats import Batch, token_stats
-from clp_kernels.nn.experts import MixedLinear
 from clp_kernels.nn.inject_experts import differences, load_experts
 from clp_kernels.nn.probe import check_start
-from clp_kernels.nn.steering import SteeredLayer
-
-if TYPE_CHECKING:
-    from clp.policies.token_stats import Batch
 
 
 def _conditioning(name: str, kl_range: KLRange | None = None) -> LoRA | Experts:
@@ -39,24 +34,6 @@ def _conditioning(name: str, kl_range: KLRange | None = None) -> LoRA | Experts:
     if name == "lora":
         return LoRA(kl_range)
     return Prompt(kl_range) if name == "prompt" else Experts(name, kl_range)
-
-
-class Head(NamedTuple):
-    """An output head: logits = (h W^T + bias) / temperature.
-
-    Attributes:
-        weight: [V, d].
-        bias: [V] or None.
-        temperature: That of models which scale their logits (Granite, Cohere); 1 elsewhere.
-        ids: The token ids of its V rows, as `Steerable.drawable_ids`.
-        experts: The layer with differences from all rows of W and bias, if it is conditioned.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    temperature: float
-    ids: slice | Tensor
-    experts: MixedLinear | None
 
 
 class Policy(Steerable):
@@ -318,6 +295,16 @@ class Policy(Steerable):
         """Context in which example b of a batch runs with conditions[b] of conditions [B, c]."""
         return clp_kernels.steer(self.model, self.layer_weights(conditions))
 
+    @property
+    def reference(self) -> "Policy":
+        """This policy: weights of zero give its base model, if it has one (see `base`)."""
+        return self
+
+    def token_kl(self, batch: Batch, temperature: float) -> Tensor:
+        """As Steerable.token_kl. Raises: ValueError as `head`."""
+        with torch.no_grad():
+            return token_stats(self, batch, self.head(), temperature).kl
+
     @contextmanager
     def base(self) -> Iterator[None]:
         """Context in which the model is its base model, without gradients.
@@ -326,16 +313,6 @@ class Policy(Steerable):
         """
         with torch.no_grad(), clp_kernels.steer(self.model, None):
             yield
-
-    @property
-    def reference(self) -> "Policy":
-        """This policy: weights of zero give its base model, if it has one (see `head`)."""
-        return self
-
-    def token_kl(self, batch: Batch, temperature: float) -> Tensor:
-        """As Steerable.token_kl."""
-        with torch.no_grad():
-            return token_stats(self, batch, self.head(), temperature).kl
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states [B, S, d] before the head; padding may be on either side."""
@@ -352,31 +329,7 @@ class Policy(Steerable):
 
         Raises: ValueError if the logits are not that, as with a soft cap (Gemma 2).
         """
-        layer = self.model.get_output_embeddings()
-        experts = layer if isinstance(layer, MixedLinear) and layer.has_base else None
-        if experts is not None:
-            layer = experts.base_layer
-        if layer is None or isinstance(layer, SteeredLayer):
-            raise ValueError(f"{self.base_model} has no frozen linear output head to train on")
-        probe = torch.tensor([[0, 1, 2]], device=self.device)
-        with self.base():
-            hidden = self.hidden_states(probe, torch.ones_like(probe))
-            plain = F.linear(hidden, layer.weight, layer.bias).float()
-            actual = self.model(input_ids=probe).logits.float()
-        if not actual.isfinite().all():
-            raise ValueError(f"the logits of {self.base_model} are not finite: are its weights?")
-        scale = float((plain * actual).sum() / (plain * plain).sum())
-        error = float((actual - scale * plain).abs().max())
-        if not error <= 0.02 * float(actual.abs().max()):
-            raise ValueError(
-                f"the logits of {self.base_model} are not a linear function of its last hidden "
-                "state (a soft cap?); training needs that"
-            )
-        # A ratio within the rounding of the model's dtype is 1.
-        temperature = 1.0 if abs(scale - 1) < 0.01 else 1 / scale
-        ids = self.drawable_ids
-        bias = None if layer.bias is None else layer.bias[ids]
-        return Head(layer.weight[ids], bias, temperature, ids, experts)
+        return find_head(self)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import clp_kernels
+from clp.policies.head import Head
 
 if TYPE_CHECKING:  # policy.py imports this file
-    from clp.policies.policy import Head, Policy
+    from clp.policies.policy import Policy
 
 
 @dataclass
@@ -52,7 +53,7 @@ class TokenStats:
 
 
 def token_stats(
-    policy: "Policy", batch: Batch, head: "Head", temperature: float, *, ref_logprobs: bool = False
+    policy: "Policy", batch: Batch, head: Head, temperature: float, *, ref_logprobs: bool = False
 ) -> TokenStats:
     """Log-probability, entropy and exact KL to the base at every sampled token, with gradients.
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clp.policies.policy import Head, Policy
+from clp.policies.head import Head
+from clp.policies.policy import Policy
 from clp.policies.token_stats import Batch, TokenStats, token_stats
 from clp.training.config import CLPConfig
 from clp.training.gradient_checkpointing import checkpointing

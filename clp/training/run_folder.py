@@ -30,8 +30,8 @@ _FORMAT = 1
 _FUNCTION = "function:"  # begins what a reward is that was given in Python
 # What a resumed run may change: its folder, how often it saves, and what does not change a bit of
 # the result.
-_MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device", "eval_prompts",
-               "gradient_checkpointing"}  # fmt: skip
+MAY_CHANGE = {"resume", "output_dir", "save_steps", "save_total_limit", "device", "eval_prompts",
+              "gradient_checkpointing"}  # fmt: skip
 # Compared by their content.
 _IN_RUN_JSON = {"rewards", "prompts"}
 # What transformers reads of a model's folder.
@@ -230,7 +230,7 @@ def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, I
     if card is not None and card["objectives"] != list(then.rewards):
         own, recorded = ", ".join(card["objectives"]), ", ".join(then.rewards)
         raise ValueError(f"{found[-1]} has the objectives {own}; {run / 'run.json'} has {recorded}")
-    skipped = _MAY_CHANGE | _IN_RUN_JSON if then.prompts else _MAY_CHANGE | {"rewards"}
+    skipped = MAY_CHANGE | _IN_RUN_JSON if then.prompts else MAY_CHANGE | {"rewards"}
     for name in (item.name for item in fields(CLPConfig)):
         before, asked = getattr(saved, name), getattr(args, name)
         if name in skipped or before == asked or (name == "max_steps" and before < asked):

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clp.policies.policy import Head, Policy
+from clp.policies.head import Head
+from clp.policies.policy import Policy
 from clp.policies.token_stats import Batch, TokenStats
 from clp.training.config import CLPConfig
 from clp.training.gradients import accumulate_clipped_gradients, accumulate_gradients
