@@ -58,8 +58,10 @@ def values(folder: Path, **changes: Any) -> dict[str, Any]:
         "twice": {"method": "trained", "budget": 2, "learning_rate": 0.01},
         "points": {"method": "several", "weights": [[1, 0], "joy=0.5,brief=0.5", [0, 1]]},
     }
-    plain = {"output_dir": str(folder), "tasks": {"demo": TASK}, "methods": methods,
-             "seeds": [0, 1], "reference_point": "base", "num_prompts": 3, "max_tokens": 12}  # fmt: skip
+    plain = {
+        "output_dir": str(folder), "tasks": {"demo": TASK}, "methods": methods, "seeds": [0, 1],
+        "reference_point": "base", "num_prompts": 3, "max_tokens": 12,
+    }  # fmt: skip
     return {key: value for key, value in (plain | changes).items() if value is not None}
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from clp.data.files import write_whole
 
-_MARKERS = "osD^vP*X<>hp"
+_MARKERS = "osD^vPhX<>*p"
 
 
 def print_comparison(summary: Mapping[str, Any], console: Console) -> None:
@@ -25,9 +25,11 @@ def print_comparison(summary: Mapping[str, Any], console: Console) -> None:
 def _results(task: str, found: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
     names, methods = found["objectives"], found["methods"]
     first = next(iter(methods))
+    base = ", ".join(f"{n} {v:.3f}" for n, v in zip(names, found["base"]["rewards"], strict=True))
     point = ", ".join(f"{v:.3f}" for v in found["reference_point"])
     table = Table(
-        title=f"{task}: {found['prompts']} held-out prompts, seeds {summary['seeds']}",
+        title=f"{task}: {found['prompts']} held-out prompts, seeds {summary['seeds']}, base model: "
+        f"{base}",
         caption=f"{summary['intervals']}. Hypervolume over ({point}). Dominated: points that "
         f"some of {first}'s dominate / points of {first} that some of the method's dominate.",
     )
@@ -53,8 +55,9 @@ def _results(task: str, found: Mapping[str, Any], summary: Mapping[str, Any]) ->
             _shown(own["distinct_2"], digits=2),
         )
     table.add_section()
-    base = ", ".join(f"{n} {v:.3f}" for n, v in zip(names, found["base"]["rewards"], strict=True))
-    table.add_row(f"base: {base}", *[""] * 8, f"{found['base']['distinct_2']:.2f}")
+    own = found["base"]
+    volume, distinct = f"{own['hypervolume']:.3f}", f"{own['distinct_2']:.2f}"
+    table.add_row("base model", volume, *[""] * 6, "0", distinct)
     return table
 
 
@@ -146,8 +149,8 @@ def _draw_pair(axis: Any, found: Mapping[str, Any], pair: tuple[int, int]) -> No
         # A curve runs along the weights; on a lattice of three objectives there is none.
         line = "-" if len(names) == 2 else ""
         axis.plot(
-            mean[:, 0], mean[:, 1], line, marker=_MARKERS[k % len(_MARKERS)], markersize=5.5,
-            markeredgecolor="white", markeredgewidth=0.6, linewidth=1.4, color=color,
+            mean[:, 0], mean[:, 1], line, marker=_MARKERS[k % len(_MARKERS)], markersize=6.5,
+            markeredgecolor="white", markeredgewidth=0.5, linewidth=1.4, color=color,
             label=_label(name, method), zorder=3,
         )  # fmt: skip
         for center, spread in zip(mean, std, strict=True):

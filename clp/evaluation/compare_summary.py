@@ -196,6 +196,7 @@ def _of_task(comparison: Comparison, task: str) -> dict[str, Any]:
         "reference_point": base["reference_point"],
         "base": {
             "rewards": np.mean([front.base_rewards for front in one], 0).tolist(),
+            "hypervolume": float(np.mean([front.base_hypervolume for front in one])),
             "distinct_2": float(np.mean([front.base_distinct_2 for front in one])),
             "frozen": {name: base[name] for name in ("rewards", "std")},
         },

@@ -9,6 +9,7 @@ from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
+import tiny_compare
 import torch
 from processes import python
 from tiny_runs import records
@@ -16,6 +17,7 @@ from tiny_runs import records
 from clp import cli
 from clp.data.paths import TINY
 from clp.data.prompts import HELDOUT_PROMPTS
+from clp.methods.registry import METHODS
 from clp.policies.loading import torch_device
 from clp.policies.policy import Policy
 from clp.training.config import load_config
@@ -682,3 +684,33 @@ def test_an_interrupt_inside_an_exec_ends_with_130_too(tmp_path):
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     done = subprocess.run([sys.executable, "-m", "stopped"], env=os.environ | {"PYTHONPATH": path})
     assert done.returncode == 130
+
+
+def test_compare(clp, refused, monkeypatch, tmp_path):
+    for name, method in tiny_compare.FAKES.items():
+        monkeypatch.setitem(METHODS, name, method)
+    methods = {"points": {"method": "several", "weights": [[0, 1], [1, 0]]}}
+    given = tiny_compare.values(tmp_path / "out", methods=methods)
+    path = tiny_compare.write(tmp_path / "c.yaml", given)
+    said = clp("compare", path)
+    for text in ("demo: 3 held-out prompts, seeds [0, 1]", "points", "base model", "completions"):
+        assert text in said.out
+    assert "demo/seed-1/points" in said.err  # the progress bar's unit
+    found = json.loads((tmp_path / "out/compare.json").read_text())
+    assert found["tasks"]["demo"]["methods"]["points"]["used"]["completions"] == [8, 8]
+    assert (tmp_path / "out/compare-demo.png").read_bytes().startswith(b"\x89PNG")
+    tiny_compare.write(tmp_path / "c.yaml", given | {"num_prompts": 2})
+    assert "number of eval_prompts was 3 and is 2" in refused("compare", path)
+    assert "cannot be read" in refused("compare", tmp_path / "nothing.yaml")
+
+
+def test_compare_stopped_says_how_to_go_on(clp, monkeypatch, tmp_path):
+    monkeypatch.setitem(
+        METHODS, "trained", Mock(side_effect=KeyboardInterrupt, spec=tiny_compare.trained)
+    )
+    monkeypatch.setattr("clp.evaluation.compare_config.find_method", Mock())
+    methods = {"one": {"method": "trained"}}
+    path = tiny_compare.write(
+        tmp_path / "c.yaml", tiny_compare.values(tmp_path / "out", methods=methods)
+    )
+    assert "stopped; the same command goes on" in clp("compare", path, code=130).err

@@ -90,7 +90,8 @@ def test_the_figures_follow_from_the_files(done):
         assert own["inner_product"][0] == pytest.approx(np.mean(gains))
         assert own["range/joy"][0] == pytest.approx(np.mean([np.ptp(p[:, 0]) for p in points]))
         assert method["rewards"]["mean"] == np.mean(points, 0).tolist()
-        assert own["hypervolume"][1] < own["hypervolume"][0] < own["hypervolume"][2]
+        for value, low, high in own.values():
+            assert value is None or low <= value <= high
         for other, count in method["dominated_by"].items():
             rivals = [
                 json.loads((comparison.output_dir / f"demo/seed-{s}/{other}/frontier.json")
@@ -98,6 +99,8 @@ def test_the_figures_follow_from_the_files(done):
             ]  # fmt: skip
             each = [dominated(p, np.array(q)) for p, q in zip(points, rivals, strict=True)]
             assert count == np.mean(each)
+    widths = [m["figures"]["range/joy"] for m in task["methods"].values()]
+    assert any(low < high for _, low, high in widths)
     assert [task["methods"][n]["used"]["completions"] for n in task["methods"]] == [
         [8, 8], [16, 16], [8, 8],
     ]  # fmt: skip
@@ -274,17 +277,22 @@ def test_plots_of_one_and_of_three_objectives(tmp_path, rewards):
     assert hypervolume(front, found["reference_point"]) >= 0
 
 
-# Ends the process by SIGKILL at its first rename of a file, the next one at its second, ..., half
-# of them before and half after it, until one comes to the end. Children share the parent's imports.
+# A process ends by SIGKILL before or after a rename of a file, the next one at a later one of its
+# own, until one comes to the end. They share the imports of their parent, which has one thread.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 
+import matplotlib.pyplot
 import tiny_compare
+import torch
 from clp import cli
 from clp.evaluation import compare, compare_config, compare_report, compare_summary
 from clp.methods.registry import METHODS
+from clp.policies.policy import Policy
 
+torch.set_num_threads(1)
+Policy.create("tiny", ["joy"])
 METHODS.clear()
 METHODS.update(tiny_compare.FAKES)
 rename = Path.replace
@@ -304,7 +312,7 @@ def child(last):
     sys.argv = ["clp", "compare", sys.argv[1]]
     cli.main()
 
-for number in range(1, 40):
+for number in (4 * i + j for i in range(20) for j in (1, 2)):
     pid = os.fork()
     if pid == 0:
         try:
@@ -315,11 +323,12 @@ for number in range(1, 40):
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status != -signal.SIGKILL:
-        print(status, number)
+        print(status, number - 1)
         break
 """
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path):
     whole = load(tmp_path, seeds=[0], methods=SMALL)
     run_units(whole)
@@ -327,8 +336,8 @@ def test_killed_again_and_again(tmp_path):
     path = write(tmp_path / "c.yaml", values(tmp_path / "again", seeds=[0], methods=SMALL))
     places = ":".join(str(Path(__file__).resolve().parents[i]) for i in (1, 2))
     ended = python("-c", KILLED, str(path), PYTHONPATH=places)
-    status, kills = map(int, ended.stdout.split()[-2:])
-    assert status == 0 and kills > 8, ended.stderr
+    status, last = map(int, ended.stdout.split()[-2:])
+    assert status == 0 and last > 12, ended.stderr
     written = json.loads((tmp_path / "again/compare.json").read_text())
     assert without_seconds(written) == without_seconds(json.loads(json.dumps(found)))
     assert (tmp_path / "again/compare-demo.png").stat().st_size > 10_000

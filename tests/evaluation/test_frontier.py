@@ -7,15 +7,17 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from tiny_runs import randomised
 
 from clp.engine.requests import SamplingParams
-from clp.evaluation.frontier import Frontier, evaluate
+from clp.evaluation.frontier import Frontier, evaluate, evaluate_parts
 from clp.evaluation.metrics import pareto
 from clp.evaluation.report import plot_frontier, print_frontier, print_samples, save_evaluation
+from clp.policies.logit_mixture import LogitMixture
 from clp.policies.policy import Policy
 from clp.rewards import distinct_2, load_rewards
 
@@ -258,3 +260,86 @@ def test_all_that_decides_the_completions_is_recorded(tmp_path):
         "reward_specs": None, "prompts_file": None,
     }  # fmt: skip
     assert {name: found[name] for name in wanted} == wanted
+
+
+def test_given_weights_are_points_of_the_sweep(two):
+    """Prompts draw as in the sweep, so that the numbers are the same."""
+    front, samples = two
+    some, chosen = sweep(weights=["joy=0.3,brief=0.7", [1.0, 0.0]])
+    assert some.weights == [front.weights[3], front.weights[10]]
+    for name in ("rewards", "distinct_2", "mean_length"):
+        assert getattr(some, name) == [getattr(front, name)[i] for i in (3, 10)]
+    wanted = [front.kl_per_token[i] for i in (3, 10)]
+    assert some.kl_per_token == pytest.approx(wanted, rel=1e-4)
+    assert (some.base_rewards, some.prompts) == (front.base_rewards, 3)
+    assert some.pareto == [True, True] and some.spearman["joy"] in (1, -1)
+    assert [s["text"] for s in chosen[3:6]] == [s["text"] for s in samples[30:33]]
+
+
+def test_samples_have_their_kl_and_length(two):
+    front, samples = two
+    for i in range(11):
+        chunk = samples[3 * i : 3 * i + 3]
+        kl, tokens = (sum(s[key] for s in chunk) for key in ("kl", "tokens"))
+        assert kl / tokens == pytest.approx(front.kl_per_token[i])
+        assert tokens / 3 == pytest.approx(front.mean_length[i])
+    assert all(s["kl"] == 0 and s["tokens"] > 0 for s in samples[33:])
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [([[0.5, 0.6]], "sum to 1"), ([[1.0]], "2 entries"), ([], "at least one set of weights")],
+)
+def test_bad_weights_are_refused_before_anything_is_sampled(no_sampler, weights, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(weights=weights)
+
+
+def test_parts_make_one_curve(two):
+    """Each weight's completions are those of its own policy; the base is that of the first."""
+    weights = torch.tensor([[1.0, 0.0], [0.2, 0.8]])
+    other = randomised(0.1, 5, NAMES, r=2)
+    front, samples = evaluate_parts(
+        [(policy(), weights[:1]), (other, weights[1:])], rewards(), ROWS,
+        params=SamplingParams(max_tokens=10),
+    )  # fmt: skip
+    alone, _ = sweep(made=other, weights=weights[1:].tolist())
+    assert front.weights == [[1, 0], [0.2, 0.8]]
+    assert front.rewards == [two[0].rewards[10], alone.rewards[0]]
+    assert front.kl_per_token[1] == pytest.approx(alone.kl_per_token[0], rel=1e-4)
+    assert front.base_rewards == two[0].base_rewards and len(samples) == 9
+    with pytest.raises(ValueError, match="reward_funcs must be"):
+        evaluate_parts(
+            [(policy(), weights[:1]), (policy(["brief", "joy"]), weights[1:])], rewards(), ROWS,
+            params=SamplingParams(),
+        )  # fmt: skip
+
+
+class Twin(Policy):
+    """A policy whose base model is that of another one, as a mixture's is."""
+
+    @property
+    def reference(self):
+        return self.other
+
+    def token_kl(self, batch, temperature):
+        return torch.full(batch.completion_mask.shape, 0.5) * batch.completion_mask
+
+
+def test_the_base_is_sampled_from_the_reference_policy(two):
+    made = policy()
+    made.__class__ = Twin
+    made.other = policy()
+    front, samples = sweep(made=made)
+    assert front.kl_per_token == pytest.approx([0.5] * 11)
+    assert front.base_rewards == two[0].base_rewards and front.rewards == two[0].rewards
+    assert samples[-1]["weights"] is None and samples[-1]["text"] == two[1][-1]["text"]
+
+
+def test_a_policy_without_a_base_model_is_refused(no_sampler, monkeypatch):
+    models = {name: policy(["joy"]).model for name in NAMES}
+    mixture = LogitMixture(models, policy().tokenizer)
+    with pytest.raises(ValueError, match="base model"):
+        sweep(made=mixture)
+    with pytest.raises(ValueError):
+        sweep(made=Policy.from_models({"joy": "tiny", "brief": "tiny"}))
