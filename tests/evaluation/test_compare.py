@@ -136,6 +136,8 @@ def test_what_is_finished_is_not_done_again(done, monkeypatch):
 
 
 def test_methods_seeds_and_tasks_may_be_added(tmp_path, monkeypatch):
+    plot = Mock(side_effect=lambda front, path: path.touch())
+    monkeypatch.setattr("clp.evaluation.report.plot_frontier", plot)
     one = {"one": {"method": "trained"}}
     run_units(load(tmp_path, methods=one, seeds=[0]))
     before = (tmp_path / "out/demo/seed-0/one/frontier.json").read_bytes()
@@ -287,12 +289,14 @@ import matplotlib.pyplot
 import tiny_compare
 import torch
 from clp import cli
-from clp.evaluation import compare, compare_config, compare_report, compare_summary
+from clp.data.files import write_whole
+from clp.evaluation import report, compare, compare_config, compare_report, compare_summary
 from clp.methods.registry import METHODS
 from clp.policies.policy import Policy
 
 torch.set_num_threads(1)
 Policy.create("tiny", ["joy"])
+report.plot_frontier = lambda front, path: write_whole(path, b"a plot of a unit")
 METHODS.clear()
 METHODS.update(tiny_compare.FAKES)
 rename = Path.replace
