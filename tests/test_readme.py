@@ -19,6 +19,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("clp_kernels", "clp", "bench", "tests", "scripts")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# In place of bench/compare-demo.yaml.
+COMPARISON = """
+output_dir: runs/compare-demo
+seeds: [0]
+num_prompts: 2
+tasks:
+  demo: {rewards: [joy=sentiment, brief=brevity], max_steps: 1, num_prompts: 2, num_generations: 2,
+         max_completion_length: 8, scale_rewards: none}
+methods:
+  clp-lora: {method: clp}
+"""
 # Added to a command, so that it takes a second.
 SMALL = {
     "train": ["--max-steps", "2", "--num-prompts", "2", "--max-completion-length", "8"],
@@ -95,6 +106,8 @@ def run_snippets(
     (instruct / "tokenizer_config.json").write_text(json.dumps(settings))
     messages = [{"prompt": [{"role": "user", "content": p}]} for p in prompts]
     Path("chat.jsonl").write_text("".join(json.dumps(m) + "\n" for m in messages))
+    Path("bench").mkdir()
+    Path("bench/compare-demo.yaml").write_text(COMPARISON)
     for language, text in blocks(markdown):
         if language == "python":
             run_python(text)
@@ -158,6 +171,7 @@ def check_outputs() -> None:
     assert [line["line"] for line in lines] == [1, 2, 3]
     assert not [line for line in lines if "error" in line]
     assert Path("runs/mine/pareto.png").is_file()
+    assert Path("runs/compare-demo/compare-demo.png").is_file()
     assert Path("exported/joyful/adapter_model.safetensors").is_file()
 
 

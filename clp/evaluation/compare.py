@@ -102,7 +102,9 @@ def _load(comparison: Comparison, task: str) -> TaskData:
     inputs = Inputs.of(functions, args.rewards, load_prompts(args.prompts or TRAIN_PROMPTS))
     rows = load_prompts(args.eval_prompts or HELDOUT_PROMPTS)[: comparison.num_prompts]
     held_out = sha256(json.dumps(rows).encode()).hexdigest()
-    digests = {"rewards": inputs.rewards, "prompts": inputs.prompts, "eval_prompts": held_out}
+    # The order of the rewards is that of the weights.
+    rewards = list(inputs.rewards.items())
+    digests = {"rewards": rewards, "prompts": inputs.prompts, "eval_prompts": held_out}
     return TaskData(functions, rows, digests)
 
 

@@ -163,6 +163,7 @@ def test_methods_seeds_and_tasks_may_be_added(tmp_path, monkeypatch):
         ({"max_tokens": 3}, "max_tokens was 12 and is 3"),
         ({"tasks": {"demo": TASK | {"rewards": ["joy=sentiment", "brief=brevity"]}}},
          "content of rewards was"),
+        ({"tasks": {"demo": TASK | {"rewards": TASK["rewards"][::-1]}}}, "content of rewards was"),
         ({"reference_point": [0, 0]}, "has the reference_point"),
     ],
 )  # fmt: skip
