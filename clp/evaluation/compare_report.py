@@ -100,7 +100,7 @@ def plot_task(task: str, found: Mapping[str, Any], seeds: Sequence[int], path: P
     """Draws compare-TASK.png: each method's curve, mean over the seeds, with their spread.
 
     A panel for each pair of the first three objectives; one objective alone is drawn by method.
-    Ellipses have the standard deviations over the seeds as half axes.
+    Bars reach one standard deviation over the seeds to each side.
     """
     import matplotlib
 
@@ -119,7 +119,7 @@ def plot_task(task: str, found: Mapping[str, Any], seeds: Sequence[int], path: P
         _draw_one(axes[0], found)
     over = f"seed {seeds[0]}"
     if len(seeds) > 1:
-        over = f"mean of {len(seeds)} seeds, ellipses: their standard deviation"
+        over = f"mean of {len(seeds)} seeds, bars: their standard deviation"
     figure.suptitle(f"{task}: {found['prompts']} held-out prompts, {over}", fontsize=12)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.tight_layout(rect=(0, 0, 1, 1))
@@ -138,8 +138,6 @@ def _label(name: str, method: Mapping[str, Any]) -> str:
 
 
 def _draw_pair(axis: Any, found: Mapping[str, Any], pair: tuple[int, int]) -> None:
-    from matplotlib.patches import Ellipse
-
     names, base = found["objectives"], found["base"]["rewards"]
     for k, (name, method) in enumerate(found["methods"].items()):
         order = np.argsort(np.array(method["weights"])[:, 0], kind="stable")
@@ -153,12 +151,10 @@ def _draw_pair(axis: Any, found: Mapping[str, Any], pair: tuple[int, int]) -> No
             markeredgecolor="white", markeredgewidth=0.5, linewidth=1.4, color=color,
             label=_label(name, method), zorder=3,
         )  # fmt: skip
-        for center, spread in zip(mean, std, strict=True):
-            axis.add_patch(
-                Ellipse(
-                    tuple(center), *(2 * spread), color=color, alpha=0.15, linewidth=0, zorder=2
-                )
-            )
+        axis.errorbar(
+            mean[:, 0], mean[:, 1], std[:, 1], std[:, 0], fmt="none", ecolor=color, alpha=0.4,
+            elinewidth=1.2, zorder=2,
+        )  # fmt: skip
     x, y = (base[i] for i in pair)
     axis.plot([x], [y], "X", markersize=11, color="black", label="base model", zorder=4)
     axis.set_xlabel(f"{names[pair[0]]} (mean reward)")
