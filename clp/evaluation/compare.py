@@ -29,7 +29,7 @@ from clp.evaluation.compare_config import Comparison
 from clp.evaluation.frontier import Frontier, evaluate_parts
 from clp.evaluation.metrics import hypervolume
 from clp.evaluation.report import save_evaluation
-from clp.methods.registry import METHODS
+from clp.methods.registry import find_method
 from clp.rewards import RewardFunc, load_rewards
 from clp.training.run_folder import MAY_CHANGE, Inputs
 
@@ -168,7 +168,9 @@ def _run(comparison: Comparison, unit: Unit, data: TaskData, progress: bool) -> 
     entry, args = comparison.methods[unit.method], comparison.args(*unit)
     # Methods share runs beside their folders, which must have the task's settings.
     runs = folder / "runs" if entry.settings else folder
-    outcome = METHODS[entry.method](args, runs, budget=entry.budget, **entry.options)
+    outcome = find_method(entry.method, entry.options)(
+        args, runs, budget=entry.budget, **entry.options
+    )
     _write(folder / "budget.json", asdict(outcome.budget))
     most = comparison.max_tokens or args.max_completion_length
     base = read_base(comparison, unit.task)

@@ -15,16 +15,13 @@ from clp.evaluation.compare_config import load_comparison
 from clp.evaluation.compare_report import plot_task
 from clp.evaluation.compare_summary import read_unit, summarise
 from clp.evaluation.metrics import dominated, hypervolume
-from clp.methods.registry import METHODS
+from clp.methods import registry
 from clp.rewards import distinct_2
 
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
-    for name in [*METHODS]:
-        monkeypatch.delitem(METHODS, name)
-    for name, method in FAKES.items():
-        monkeypatch.setitem(METHODS, name, method)
+    monkeypatch.setattr(registry, "METHODS", dict(FAKES))
 
 
 SMALL = {
@@ -42,8 +39,7 @@ def done(tmp_path_factory):
     """A finished comparison: its folder, what was read, what was found."""
     folder = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
-        for name, method in FAKES.items():
-            patch.setitem(METHODS, name, method)
+        patch.setattr(registry, "METHODS", dict(FAKES))
         comparison = load(folder)
         run_units(comparison)
     return comparison, summarise(comparison)
@@ -129,7 +125,7 @@ def test_a_unit_is_read_as_it_was_evaluated(done):
 def test_what_is_finished_is_not_done_again(done, monkeypatch):
     comparison, found = done
     never = Mock(side_effect=AssertionError("trained again"))
-    monkeypatch.setitem(METHODS, "trained", never)
+    monkeypatch.setitem(registry.METHODS, "trained", never)
     monkeypatch.setattr("clp.evaluation.compare.evaluate_parts", never)
     run_units(comparison)
     assert summarise(comparison) == found
@@ -168,9 +164,9 @@ def test_methods_seeds_and_tasks_may_be_added(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_other_settings_are_refused(done, monkeypatch, tmp_path, changes, message):
-    monkeypatch.setitem(METHODS, "trained", Mock(side_effect=AssertionError("trained")))
+    monkeypatch.setitem(registry.METHODS, "trained", Mock(side_effect=AssertionError("trained")))
     path = write(tmp_path / "c.yaml", values(done[0].output_dir, **changes))
-    monkeypatch.setitem(METHODS, "trained", FAKES["trained"])
+    monkeypatch.setitem(registry.METHODS, "trained", FAKES["trained"])
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         run_units(load_comparison(path))
 
@@ -292,14 +288,13 @@ import torch
 from clp import cli
 from clp.data.files import write_whole
 from clp.evaluation import report, compare, compare_config, compare_report, compare_summary
-from clp.methods.registry import METHODS
+from clp.methods import registry
 from clp.policies.policy import Policy
 
 torch.set_num_threads(1)
 Policy.create("tiny", ["joy"])
 report.plot_frontier = lambda front, path: write_whole(path, b"a plot of a unit")
-METHODS.clear()
-METHODS.update(tiny_compare.FAKES)
+registry.METHODS = tiny_compare.FAKES
 rename = Path.replace
 
 def child(last):
