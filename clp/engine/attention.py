@@ -1,23 +1,18 @@
-"""Attention over the slots of a cache, behind transformers' attention interface.
+"""The plans of the sampler's forwards: attention over the slots of a cache.
 
-A step calls an unmodified model of transformers whose attention implementation is `slot_attention`
-and passes a plan as a keyword argument, which the model's code hands on. Inputs are [T, 1]: each
-token is a batch entry of its own. The plan alone knows to which slot and position a token belongs.
+clp/policies/attention.py says how a plan reaches the attention of a model. The plan alone knows to
+which slot and position a token belongs.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface
 
 from clp.engine.kv_cache import KVCache, Segment
+from clp.policies.attention import PaddedSequences, causal_mask
 from clp_kernels.ops.slot_attention import cpu as cpu_slot_attention
-
-IMPLEMENTATION = "clp_slots"
 
 
 class Prefill:
@@ -30,7 +25,6 @@ class Prefill:
     def __init__(self, cache: KVCache, segments: Sequence[Segment], device: torch.device) -> None:
         self.cache = cache
         self._later: list[tuple[Segment, slice]] = []
-        groups: list[list[tuple[int, int]]] = []  # (first token, number of tokens) of each segment
         first = 0
         slots: list[int] = []
         positions: list[int] = []
@@ -42,59 +36,35 @@ class Prefill:
             if start:
                 self._later.append((segment, slice(first, first + stop - start)))
             else:
-                starting.append((first, stop))
+                starting.append(range(first, first + stop))
             first += stop - start
-        for begin, count in sorted(starting, key=lambda pair: -pair[1]):
-            if not groups or 2 * count < groups[-1][0][1]:
-                groups.append([])
-            groups[-1].append((begin, count))
         self._target = _WriteIndex(cache, torch.tensor([slots, positions], device=device))
-        # Tokens by group, padded with the last one; and where each token's result stands.
-        padded = [[[b + min(i, n - 1) for i in range(g[0][1])] for b, n in g] for g in groups]
-        self._groups = [torch.tensor(tokens, device=device) for tokens in padded]
-        back, offset = [0] * first, 0
-        for group in groups:
-            for begin, count in group:
-                back[begin : begin + count] = range(offset, offset + count)
-                offset += group[0][1]
-        for _, here in self._later:
-            back[here] = range(offset, offset + here.stop - here.start)
-            offset += here.stop - here.start
-        self._back = torch.tensor(back, device=device)
+        self._starting = PaddedSequences(starting, device)
+        places, size = self._starting.places, self._starting.size
+        later = [token for _, here in self._later for token in range(here.start, here.stop)]
+        places.update(zip(later, range(size, size + len(later)), strict=True))
+        self._back = torch.tensor([places[token] for token in range(first)], device=device)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """q [T, H, 1, d], k and v [T, heads, 1, d] -> [T, 1, H, d]."""
+        self.cache.windows[layer] = window
         keys, values = self.cache.layer(layer, k, v)
         self._target.write(keys, k)
         self._target.write(values, v)
         q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
-        options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-        parts = []
-        for tokens in self._groups:
-            mask = _mask(0, tokens.shape[1], window, q.device)
-            own, ks, vs = (t[tokens].transpose(1, 2) for t in (q, k, v))
-            out = F.scaled_dot_product_attention(
-                own, ks, vs, mask, is_causal=mask is None, **options
-            )
-            parts.append(out.transpose(1, 2).flatten(0, 1))
+        parts = self._starting.attend(q, k, v, scale, window)
         for (slot, start, stop), here in self._later:
-            mask = _mask(start, stop, window, q.device)
+            mask = causal_mask(start, stop, window, q.device)
             own = q[here].transpose(0, 1)[None]
             cached = slice(slot, slot + 1), slice(None), slice(stop)
-            out = F.scaled_dot_product_attention(own, keys[cached], values[cached], mask, **options)
+            out = F.scaled_dot_product_attention(
+                own, keys[cached], values[cached], mask, scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # fmt: skip
             parts.append(out[0].transpose(0, 1))
         return torch.cat(parts)[self._back][:, None]
-
-
-def _mask(start: int, stop: int, window: int | None, device: torch.device) -> Any:
-    """[stop - start, stop]: what the tokens from `start` to before `stop` may see; None: causal."""
-    if window is not None and window < stop:
-        own = torch.arange(start, stop, device=device)[:, None]
-        seen = torch.arange(stop, device=device)
-        return (seen <= own) & (seen > own - window)
-    return causal_lower_right(stop - start, stop) if start else None
 
 
 class _WriteIndex:
@@ -147,6 +117,7 @@ class Decode:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """q [B, H, 1, d], k and v [B, heads, 1, d] -> [B, 1, H, d]."""
+        self.cache.windows[layer] = window
         keys, values = self.cache.layer(layer, k, v)
         if self._native is None:
             self._native = self._targets is None and cpu_slot_attention.why_not(q) is None
@@ -197,45 +168,3 @@ class Decode:
                 mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
             self._masks[window] = mask
         return self._masks[window]
-
-
-def slot_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    *,
-    slots: Prefill | Decode | None = None,
-    sliding_window: int | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attention over the slots; a function of transformers' attention interface.
-
-    Args:
-        module: The attention module; its layer_idx names the layer.
-        query, key, value: [T, heads, 1, d], one token per example.
-        attention_mask: Must be None; the plan, `slots`, has the mask.
-        dropout: Not applied: the sampler draws from the policy in evaluation mode.
-
-    Returns: [T, 1, heads, d], and None for the attention weights.
-    Raises: ValueError for attention that the plan does not compute.
-    """
-    odd = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
-    if attention_mask is not None:
-        odd.append("a mask of its own")
-    name = type(module).__name__
-    if slots is None:
-        raise ValueError(
-            f"{name} does not pass keyword arguments on to its attention, or another thread runs "
-            "it while a sampler does"
-        )
-    if odd:
-        raise ValueError(f"{name} has attention with {odd[0]}")
-    slots.cache.windows[module.layer_idx] = sliding_window
-    return slots.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
-
-
-AttentionInterface.register(IMPLEMENTATION, slot_attention)

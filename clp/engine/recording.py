@@ -79,7 +79,7 @@ class Recording:
 
 
 def record(model: Any, steered: Callable[[int], AbstractContextManager[Inputs]]) -> Recording:
-    """Records model(input_ids, position_ids, use_cache=False, slots=plan).logits.
+    """Records model(input_ids, position_ids, use_cache=False, plan=plan).logits.
 
     Args:
         model: A transformers model. Its steered layers run as they are.
@@ -112,9 +112,9 @@ def record(model: Any, steered: Callable[[int], AbstractContextManager[Inputs]])
 
 
 def step(model: Any, inputs: Inputs) -> Any:
-    """What the model, or its body, gives for the inputs while its attention is `slot_attention`."""
+    """What the model, or its body, gives for the inputs, inside `with_plans`."""
     tokens, positions, plan = inputs
-    return model(input_ids=tokens, position_ids=positions, use_cache=False, slots=plan)
+    return model(input_ids=tokens, position_ids=positions, use_cache=False, plan=plan)
 
 
 def _calls(model: Any, inputs: Inputs) -> list[_Call]:

@@ -1,15 +1,16 @@
 """A model of transformers whose attention runs through the slots of a cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
-from clp.engine.attention import IMPLEMENTATION, Decode, Prefill
+from clp.engine.attention import Decode, Prefill
 from clp.engine.kv_cache import KVCache
 from clp.engine.model_error import model_errors
 from clp.engine.recording import Inputs, Recording, step
+from clp.policies.attention import attention_configs, with_plans
 
 Steering = AbstractContextManager[Any]  # in which the model runs with the weights of its inputs
 
@@ -33,26 +34,11 @@ class SlotModel:
 
     def find_configs(self) -> None:
         """Finds the configurations, which may be others if the model has changed."""
-        modules = self.model.modules()
-        parts = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}
-        self.configs = [c for c in parts.values() if hasattr(c, "_attn_implementation")]
+        self.configs = attention_configs(self.model)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """function(*args, **kwargs) while the model's attention is `slot_attention`.
-
-        No context manager: Ctrl-C may come when a `with` block is entered or left, and the
-        configurations would stay changed.
-        """
-        before = [config._attn_implementation for config in self.configs]
-        try:
-            try:
-                set_attention(self.configs, [IMPLEMENTATION] * len(before))
-                return function(*args, **kwargs)
-            finally:
-                set_attention(self.configs, before)
-        except BaseException:
-            set_attention(self.configs, before)  # Ctrl-C may have come in the middle of it
-            raise
+        """function(*args, **kwargs) while the model's attention is `planned_attention`."""
+        return with_plans(self.configs, function, *args, **kwargs)
 
     def prefill(self, steering: Steering, tokens: Tensor, positions: Tensor, plan: Prefill) -> None:
         """Puts the keys and values of tokens [T, 1] at positions [T, 1] into their slots.
@@ -76,9 +62,3 @@ class SlotModel:
             else:
                 logits = self.run(step, self.model, inputs).logits
             return logits[:, -1]
-
-
-def set_attention(configs: Sequence[Any], implementations: Sequence[str | None]) -> None:
-    """Names the attention implementation in each configuration."""
-    for config, name in zip(configs, implementations, strict=True):
-        config._attn_implementation = name

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clp.policies.packed import Packed
 from clp_kernels.nn.experts import MixedLinear
 from clp_kernels.nn.steering import SteeredLayer
 
@@ -32,16 +33,17 @@ class Head(NamedTuple):
 
 
 def find_head(policy: "Policy") -> Head:
-    """As Policy.head: compares the head's product with the logits of the model on three tokens."""
+    """As Policy.head: compares the head's product with the logits of the model on four tokens."""
     layer = policy.model.get_output_embeddings()
     experts = layer if isinstance(layer, MixedLinear) and layer.has_base else None
     if experts is not None:
         layer = experts.base_layer
     if layer is None or isinstance(layer, SteeredLayer):
         raise ValueError(f"{policy.base_model} has no frozen linear output head to train on")
-    probe = torch.tensor([[0, 1, 2]], device=policy.device)
+    probe = torch.tensor([[0, 1, 2], [0, 1, 1]], device=policy.device)
+    packed = Packed(probe, torch.ones_like(probe), torch.zeros_like(probe))
     with policy.base():
-        hidden = policy.hidden_states(probe, torch.ones_like(probe))
+        hidden = policy.hidden_states(packed)[packed.places]
         plain = F.linear(hidden, layer.weight, layer.bias).float()
         actual = policy.model(input_ids=probe).logits.float()
     if not actual.isfinite().all():

@@ -11,7 +11,7 @@ from torch import Tensor
 import clp_kernels
 from clp.policies.interface import Network, Steerable
 from clp.policies.loading import end_ids, load_base, token_count, torch_device, vocab_size
-from clp.policies.policy import Policy, position_ids
+from clp.policies.policy import Policy
 from clp.policies.power_mean import power_mean
 from clp.policies.token_stats import Batch
 
@@ -258,7 +258,7 @@ def _steered_by_one(policy: Policy, index: int, weights: Tensor) -> clp_kernels.
 
 def _logits(model: Any, ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
     """Those that predict the tokens of completions [N, C], one row each: [T, V]."""
-    positions = position_ids(attention_mask)
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     output = model(
         input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
     )

@@ -14,12 +14,14 @@ from clp.data.condition import Condition, KLRange
 from clp.data.names import closest
 from clp.data.paths import model_location
 from clp.data.weights import WeightSpec
+from clp.policies.attention import attention_configs, with_plans
 from clp.policies.card import CONDITIONINGS, read_card, write_card
 from clp.policies.experts import Experts
 from clp.policies.head import Head, find_head
 from clp.policies.interface import Conditioning, Network, Steerable
 from clp.policies.loading import end_ids, load_base, torch_device
 from clp.policies.lora import LoRA
+from clp.policies.packed import Packed
 from clp.policies.prompt import Prompt
 from clp.policies.token_stats import Batch, token_stats
 from clp_kernels.nn.inject_experts import differences, load_experts
@@ -314,13 +316,16 @@ class Policy(Steerable):
         with torch.no_grad(), clp_kernels.steer(self.model, None):
             yield
 
-    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden states [B, S, d] before the head; padding may be on either side."""
-        output = self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask), use_cache=False,
+    def hidden_states(self, packed: Packed) -> Tensor:
+        """Last hidden states [T, d] of the packed tokens, before the head.
+
+        Inside `base`, or `steer` with the weights of each token's example.
+        """
+        output = with_plans(
+            attention_configs(self.model), self.model.base_model, input_ids=packed.tokens,
+            position_ids=packed.positions, use_cache=False, plan=packed,
         )  # fmt: skip
-        return output.last_hidden_state  # type: ignore[no-any-return]
+        return output.last_hidden_state[:, 0]  # type: ignore[no-any-return]
 
     def head(self) -> Head:
         """The output head and its conditioning, for the ids that the sampler draws from.
@@ -330,8 +335,3 @@ class Policy(Steerable):
         Raises: ValueError if the logits are not that, as with a soft cap (Gemma 2).
         """
         return find_head(self)
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count from 0 at the first real token of each example."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

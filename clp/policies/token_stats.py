@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 import clp_kernels
+from clp.policies.attention import rows
 from clp.policies.head import Head
+from clp.policies.packed import Packed
 
 if TYPE_CHECKING:  # policy.py imports this file
     from clp.policies.policy import Policy
@@ -33,7 +35,10 @@ class Batch:
 
     def part(self, chosen: slice) -> "Batch":
         """The sequences of a slice."""
-        return Batch(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+        part = Batch(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+        if self.base_ids is self.input_ids:
+            part.base_ids = part.input_ids
+        return part
 
 
 @dataclass
@@ -67,16 +72,25 @@ def token_stats(
     width = mask.shape[1]
     # The hidden state before a token predicts it.
     before = slice(-width - 1, -1)
-    with policy.steer(batch.conditions):
-        hidden = policy.hidden_states(batch.input_ids, batch.attention_mask)
+    layer_weights = policy.layer_weights(batch.conditions)
+    packed = Packed(batch.input_ids, batch.attention_mask, layer_weights)
+    with policy.steer(batch.conditions[packed.examples]):
+        hidden = policy.hidden_states(packed)
+    base = packed
+    if batch.base_ids is not batch.input_ids:
+        base = Packed(batch.base_ids, batch.base_mask, layer_weights)
     with policy.base():
-        ref_hidden = policy.hidden_states(batch.base_ids, batch.base_mask)
+        ref_hidden = policy.hidden_states(base)
     targets = batch.input_ids[:, -width:][mask]
     if isinstance(head.ids, Tensor):
         targets = torch.searchsorted(head.ids, targets)
-    weights = policy.layer_weights(batch.conditions).repeat_interleave(mask.sum(1), 0)
-    chosen = hidden[:, before][mask]
-    parts = _conditioned(head, chosen, ref_hidden[:, before][mask], weights)
+    chosen = rows(hidden, packed.places[:, before][mask])
+    parts = _conditioned(
+        head,
+        chosen,
+        rows(ref_hidden, base.places[:, before][mask]),
+        layer_weights.repeat_interleave(mask.sum(1), 0),
+    )
     found = clp_kernels.linear_logprob(
         parts.hidden,
         parts.head_weight,

@@ -5,7 +5,7 @@ dropout is on as well (OPT's reads `self.training`). A policy's model stays in e
 its log-probabilities are those that the sampler drew with; here its layers checkpoint in that mode.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from clp.policies.attention import attention_configs, with_plans
 
 
 def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
@@ -38,7 +40,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
     after both contexts have ended. Gradients have the bits of those without it. No layer changes
     its mode, and afterwards the model is as it was before.
     """
-    layers = checkpointed_layers(model)
+    layers, configs = checkpointed_layers(model), attention_configs(model)
     # In eval mode nothing is drawn, so no state of the generators needs to be kept.
     checkpoint = partial(
         torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False
@@ -49,7 +51,8 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             # `steer` finds the function by this name and passes it the weights.
             layer._gradient_checkpointing_func = checkpoint  # type: ignore[assignment]
-            layer.forward = partial(_forward, layer, layer.forward)  # type: ignore[method-assign]
+            forward = partial(_forward, configs, layer, layer.forward)
+            layer.forward = forward  # type: ignore[method-assign]
         yield
     finally:
         for layer, attributes in zip(layers, before, strict=True):
@@ -58,7 +61,11 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
             layer.__dict__.update(attributes)
 
 
-def _forward(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _forward(
+    configs: Sequence[Any], layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
+    # In the recomputation too attention must be that of Policy.hidden_states, which has ended.
+    planned = partial(with_plans, configs, forward, **kwargs)
+    return layer._gradient_checkpointing_func(planned, *args)

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clp.engine.attention import IMPLEMENTATION, Decode, Prefill, slot_attention
+from clp.engine.attention import Decode, Prefill
 from clp.engine.kv_cache import KVCache, Segment
 from clp.engine.slot_model import SlotModel
+from clp.policies.attention import IMPLEMENTATION, planned_attention
 
 D, DV = 8, 4  # keys and values of other widths
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6}
@@ -261,7 +262,7 @@ def test_a_run_names_the_function_in_every_configuration_and_puts_back_what_was(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"slots": None}, "Part does not pass keyword arguments on"),
+        ({"plan": None}, "Part does not pass keyword arguments on"),
         ({"softcap": 30.0}, "softcap"),
         ({"s_aux": torch.zeros(1)}, "s_aux"),
         ({"position_bias": torch.zeros(1)}, "position_bias"),
@@ -272,9 +273,9 @@ def test_attention_of_another_kind_is_refused(changes, message):
     tokens = Tokens([3])
     plan = Prefill(tokens.cache, [Segment(0, 0, 3)], torch.device("cpu"))
     q, k, v = tokens.at([(0, 0, 3)])
-    options = {"attention_mask": None, "scaling": 0.3, "slots": plan}
-    out, nothing = slot_attention(Part(None), q, k, v, softcap=None, **options)
+    options = {"attention_mask": None, "scaling": 0.3, "plan": plan}
+    out, nothing = planned_attention(Part(None), q, k, v, softcap=None, **options)
     close(out[:, 0], tokens.expected(0, 0, 3))
     assert nothing is None
     with pytest.raises(ValueError, match=message):
-        slot_attention(Part(None), q, k, v, **(options | changes))
+        planned_attention(Part(None), q, k, v, **(options | changes))

@@ -30,9 +30,9 @@ class Model(nn.Module):
         self.embed = nn.Embedding(16, WIDTH)
         self.body = body
 
-    def forward(self, input_ids, position_ids, use_cache, slots):
+    def forward(self, input_ids, position_ids, use_cache, plan):
         x = self.embed(input_ids)
-        x = slots.attend(0, x, x * 2, x + position_ids[..., None], None, None)
+        x = plan.attend(0, x, x * 2, x + position_ids[..., None], None, None)
         return SimpleNamespace(logits=self.body(x))
 
 

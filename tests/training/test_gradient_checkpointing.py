@@ -129,11 +129,12 @@ def test_the_dropout_of_these_models_is_not_zero():
     """In train mode the same forward gives other values: the test above could fail."""
     for name in ("gpt2", "gpt_neox", "opt", "biogpt"):
         policy = make_policy(name)
-        inputs = batch().input_ids, batch().attention_mask
-        with torch.no_grad(), policy.steer(batch().weights):
-            quiet = policy.hidden_states(*inputs)
+        given = batch()
+        inputs = {"input_ids": given.input_ids, "attention_mask": given.attention_mask}
+        with torch.no_grad(), policy.steer(given.weights):
+            quiet = policy.model(**inputs).logits
             policy.model.train()
-            assert not torch.equal(quiet, policy.hidden_states(*inputs))
+            assert not torch.equal(quiet, policy.model(**inputs).logits)
 
 
 def test_an_error_inside_leaves_the_model_as_it_was():
