@@ -102,7 +102,9 @@ class Sampler:
         """
         parsed = self.policy.condition(weights, simplex=simplex)
         params = SamplingParams() if params is None else params
-        request = make_request(self.policy, self.runner, prompt, parsed, params, 0, "prompt")
+        request = make_request(
+            self.policy, self.runner, _Limits(self.policy), prompt, parsed, params, 0, "prompt"
+        )
         self.scheduler.add(request.sequences)
         return request
 
@@ -200,8 +202,9 @@ class Sampler:
             params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"params must be one or {len(prompts)}, got {len(params)}")
+        limits = _Limits(self.policy)
         requests = [
-            make_request(policy, self.runner, prompt, own, one, i, f"prompt {i}")
+            make_request(policy, self.runner, limits, prompt, own, one, i, f"prompt {i}")
             for i, (prompt, own, one) in enumerate(zip(prompts, parsed, params, strict=True))
         ]
         for request in requests:
@@ -328,9 +331,19 @@ class Sampler:
         return done + self._apply_actions()
 
 
+class _Limits:
+    """What every request is checked by. transformers takes long to find it in a configuration:
+    once per request would be a tenth of the demo's training step."""
+
+    def __init__(self, policy: Steerable) -> None:
+        self.vocab_size, self.context_length = policy.vocab_size, policy.context_length
+        self.end_ids = policy.end_ids
+
+
 def make_request(
     policy: Steerable,
     runner: Runner,
+    limits: _Limits,
     prompt: Prompt,
     condition: Tensor,
     params: SamplingParams,
@@ -340,21 +353,21 @@ def make_request(
     """A checked request; `name` names the prompt in errors. Raises: as Sampler.submit."""
     if not isinstance(params, SamplingParams):
         raise TypeError(f"params of {name} must be SamplingParams, got {type(params).__name__}")
-    ids = parse_prompt(prompt, policy.tokenizer, policy.vocab_size, name)
+    ids = parse_prompt(prompt, policy.tokenizer, limits.vocab_size, name)
     ids = policy.conditioned_prompt(ids, condition)
-    room = min(policy.context_length, runner.max_length + 1) - len(ids)
+    room = min(limits.context_length, runner.max_length + 1) - len(ids)
     most = params.max_tokens or max(1, min(room, MOST_TOKENS))
     length = len(ids) + most
     shape = f"{name} has {len(ids)} tokens; with max_tokens={most} it exceeds"
-    if length > policy.context_length:
-        raise ValueError(f"{shape} the context of {policy.context_length}")
+    if length > limits.context_length:
+        raise ValueError(f"{shape} the context of {limits.context_length}")
     if not runner.fits(1, length - 1):
         raise ValueError(f"{shape} the cache of {runner.max_cache_bytes} bytes (cache_gib)")
-    last = policy.vocab_size - 1
+    last = limits.vocab_size - 1
     for token in params.stop_token_ids:
         if not 0 <= token <= last:
             raise ValueError(f"stop_token_ids must be from 0 to {last}, got {token}")
-    ends = frozenset() if params.ignore_eos else policy.end_ids
+    ends = frozenset() if params.ignore_eos else limits.end_ids
     stop_ids = ends | frozenset(params.stop_token_ids)
     seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
     key, own = policy.cache_key(condition), policy.layer_weights(condition)

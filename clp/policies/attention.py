@@ -115,10 +115,10 @@ def planned_attention(
     if plan is None:
         raise ValueError(
             f"{name} does not pass keyword arguments on to its attention, or another thread runs "
-            "it while a sampler does"
+            "it while a sampler or a training step does"
         )
     if odd:
-        raise ValueError(f"{name} has attention with {odd[0]}")
+        raise ValueError(f"{name} has attention with {odd[0]}, which is not supported")
     return plan.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
 
 

@@ -128,7 +128,8 @@ def end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     if known or tokenizer.eos_token == tokenizer.unk_token:
         found.append(tokenizer.eos_token_id)
     known = (i for i in found if isinstance(i, int | np.integer) and not isinstance(i, bool))
-    return frozenset(int(i) for i in known if 0 <= i < vocab_size(model))
+    rows = vocab_size(model)
+    return frozenset(int(i) for i in known if 0 <= i < rows)
 
 
 def base_config(model: Any) -> dict[str, Any]:

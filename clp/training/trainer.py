@@ -195,18 +195,19 @@ class CLPTrainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=args.peak_learning_rate, weight_decay=args.weight_decay
         )
+        if checkpoint is not None:
+            load_optimizer(checkpoint, self.parameters, self.optimizer)
+        # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
+        # Before the head: it says in its own words what is wrong with a model's attention.
+        self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
         self.head, self.value = self.policy.head(), None
         if args.baseline == "value":
             size, m = self.head.weight.shape[1], len(self.policy.objectives)
             columns = m + (self.policy.kl_range is not None)
             self.value = ValueHead(size, columns, m, pytorch_seed(args.seed))
             self.value.to(self.policy.device)
-        if checkpoint is not None:
-            load_optimizer(checkpoint, self.parameters, self.optimizer)
-            if self.value is not None:
+            if checkpoint is not None:
                 load_value_head(checkpoint, self.value)
-        # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
-        self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)
         lines = run_folder.lines_until(self.run / "metrics.jsonl", self.step)
         self.log_history: list[dict[str, Any]] = [json.loads(line) for line in lines]
         self.rows = fitting_rows(

@@ -192,7 +192,9 @@ def test_head_of_a_model_that_scales_its_logits(tmp_path):
 
 def test_head_refuses_a_soft_cap(tmp_path):
     torch.manual_seed(0)
-    config = transformers.Gemma2Config(**SMALL, final_logit_softcapping=0.1)
+    config = transformers.Gemma2Config(
+        **SMALL, final_logit_softcapping=0.1, attn_logit_softcapping=None
+    )
     model = transformers.Gemma2ForCausalLM(config)
     policy = Policy.create(with_tiny_tokenizer(model, tmp_path), ["a"])
     with pytest.raises(ValueError, match="not a linear function"):
