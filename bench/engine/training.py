@@ -31,7 +31,6 @@ from bench.timing import Protocol, Provider
 from clp import Policy
 from clp.engine.requests import Completion
 from clp.policies.loading import load_base
-from clp.policies.policy import position_ids
 from clp.policies.token_stats import Batch, token_stats
 from clp.training.rollout import make_batch
 
@@ -146,10 +145,8 @@ def _plain(models: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     before = slice(-mask.shape[1] - 1, -1)
 
     def hidden(model: Any) -> Tensor:
-        output = model.base_model(
-            input_ids=batch.base_ids, attention_mask=batch.base_mask,
-            position_ids=position_ids(batch.base_mask), use_cache=False,
-        )  # fmt: skip
+        # All sequences are of the same length: there is no padding.
+        output = model.base_model(input_ids=batch.base_ids, use_cache=False)
         states: Tensor = output.last_hidden_state[:, before][mask]
         return states
 

@@ -68,23 +68,28 @@ def test_a_model_of_learned_positions_is_its_base_at_the_start(conditioning, tmp
 
 @pytest.mark.parametrize("conditioning", ALL)
 def test_a_mixed_batch_is_the_loop_over_its_examples(policies, conditioning):
-    """Log-probabilities, entropy and KL, and the gradients of all trained parameters."""
+    """Log-probabilities, entropy and KL, and the gradients of all trained parameters.
+
+    Some examples share a prompt and weights, one of them its completion too.
+    """
     policy = policies[conditioning]
     head = policy.head()
+    examples = [*zip(range(5), range(5), strict=True), (1, 2), (3, 0), (1, 1)]
 
     def run(chosen):
+        prompts, done = zip(*chosen, strict=True)
         batch = make_batch(
-            policy, [PROMPTS[i] for i in chosen], [DONE[i] for i in chosen], WEIGHTS[chosen]
+            policy, [PROMPTS[i] for i in prompts], [DONE[i] for i in done], WEIGHTS[list(prompts)]
         )
         stats = token_stats(policy, batch, head, 0.8)
         total = (stats.logprobs * 1.3 + stats.entropy * 0.2 - stats.kl * 0.7).sum()
         return stats, torch.autograd.grad(total, list(policy.trainable_parameters().values()))
 
-    mixed, gradients = run(list(range(5)))
+    mixed, gradients = run(examples)
     sums = [torch.zeros_like(g) for g in gradients]
-    for i in range(5):
-        alone, found = run([i])
-        width = len(DONE[i].token_ids)
+    for i, example in enumerate(examples):
+        alone, found = run([example])
+        width = len(DONE[example[1]].token_ids)
         for name in ("logprobs", "entropy", "kl"):
             got = getattr(mixed, name)[i, :width]
             torch.testing.assert_close(got, getattr(alone, name)[0, :width], rtol=1e-4, atol=1e-5)
