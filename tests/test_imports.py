@@ -66,7 +66,6 @@ ALONE = {
     "transformers": (
         "clp/policies/",
         "clp/rewards.py",
-        "clp/engine/attention.py",
         "clp/training/gradient_checkpointing.py",
         "clp/training/rollout.py",
         "clp/training/reward_functions.py",
