@@ -52,9 +52,10 @@ def fitting_rows(
     # Shown only if it takes long.
     shown = tqdm(rows, desc="prompt lengths", unit="prompt", delay=2, leave=False)
     lengths: list[int] = []
+    vocab_size = policy.vocab_size
     for i, row in enumerate(shown):
         try:
-            ids = parse_prompt(row["prompt"], policy.tokenizer, policy.vocab_size, "the prompt")
+            ids = parse_prompt(row["prompt"], policy.tokenizer, vocab_size, "prompt")
         except ValueError as error:
             raise ValueError(f"{row_place(i, path)}: {error}") from error
         lengths.append(len(ids))

@@ -23,13 +23,15 @@ from clp.rewards import RewardFunc
 # docs/metrics.md explains each.
 _NAMES = (
     "step", "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std",
-    "kl", "alpha", "entropy", "completions/mean_length", "completions/min_length",
+    "kl", "entropy", "completions/mean_length", "completions/min_length",
     "completions/max_length", "completions/clipped_ratio", "completions/mean_terminated_length",
     "completions/min_terminated_length", "completions/max_terminated_length", "num_tokens",
-    "skipped_steps", "value/explained_variance",
-    "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean",
+    "skipped_steps",
     "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "step_time",
 )  # fmt: skip
+# Those of options: kl_range, baseline="value", num_iterations.
+OPTIONAL = ("alpha", "value/explained_variance", "clip_ratio/low_mean", "clip_ratio/high_mean",
+            "clip_ratio/region_mean")  # fmt: skip
 _OF_OBJECTIVE = ("rewards/{}/mean", "rewards/{}/std", "reward_weights/{}",
                  "reward_weights/{}/std")  # fmt: skip
 
@@ -144,12 +146,16 @@ def append_completions(
                 "rewards": dict(zip(objectives, numbers_or_none(rewards[i]), strict=True)),
                 "extra": rollout.log.extra_of(i),
             }
+            if alpha := conditions[i, len(objectives) :].tolist():
+                line["alpha"] = alpha[0]
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def metric_names(objectives: Sequence[str]) -> frozenset[str]:
     """The names of all metrics of a step, which reward functions may not log."""
-    return frozenset(_NAMES) | {each.format(n) for n in objectives for each in _OF_OBJECTIVE}
+    return frozenset(_NAMES + OPTIONAL) | {
+        each.format(n) for n in objectives for each in _OF_OBJECTIVE
+    }
 
 
 def rollout_metrics(

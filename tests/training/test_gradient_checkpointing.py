@@ -131,7 +131,7 @@ def test_the_dropout_of_these_models_is_not_zero():
         policy = make_policy(name)
         given = batch()
         inputs = {"input_ids": given.input_ids, "attention_mask": given.attention_mask}
-        with torch.no_grad(), policy.steer(given.weights):
+        with torch.no_grad(), policy.steer(given.conditions):
             quiet = policy.model(**inputs).logits
             policy.model.train()
             assert not torch.equal(quiet, policy.model(**inputs).logits)

@@ -50,7 +50,7 @@ def test_a_token_that_the_model_does_not_have_is_named_by_file_and_line(tmp_path
         part.save_pretrained(tmp_path / "base")
     path = write(tmp_path / "p.jsonl", "Tom had a kite", "<note> Mia was sad", "Tom")
     args = config(tmp_path / "r", model=str(tmp_path / "base"), prompts=path, max_steps=1)
-    with pytest.raises(ValueError, match=r"p\.jsonl:3: the prompt must hold token ids from 0 to"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:3: prompt must hold token ids from 0 to"):
         CLPTrainer(args=args)
     assert not (tmp_path / "r").exists()
 
@@ -111,7 +111,7 @@ def test_lengths_that_cannot_be_are_refused(policy, length, monkeypatch):
         ([5, 1024], "from 0 to 1023, got 1024"),
     ):
         monkeypatch.setattr("clp.engine.requests.encode_prompt", lambda *args, ids=ids: ids)
-        with pytest.raises(ValueError, match=rf"train_dataset\[0\]: the prompt .*{message}"):
+        with pytest.raises(ValueError, match=rf"train_dataset\[0\]: prompt .*{message}"):
             fitting_rows(rows, policy, sampler, 4)
     assert sampler.unfinished == 0
 

@@ -14,7 +14,7 @@ from tiny_runs import config, metrics, records
 from clp.engine.requests import SamplingParams
 from clp.evaluation.frontier import evaluate
 from clp.rewards import brevity, sentiment
-from clp.training.rollout import metric_names
+from clp.training.rollout import OPTIONAL, metric_names
 from clp.training.trainer import CLPTrainer
 
 ROWS = [{"prompt": "Tom had a red kite.", "gold": "red"}, {"prompt": "Mia was sad.", "gold": None}]
@@ -158,7 +158,8 @@ def test_metrics_follow_from_the_completions(run):
     table = records(folder / "completions.jsonl")
     seen = 0
     for step, row in enumerate(records(folder / "metrics.jsonl")):
-        assert metric_names(["length", "gold"]) == set(row) - {"length/first", "length/done"}
+        wanted = metric_names(["length", "gold"]) - set(OPTIONAL)
+        assert wanted == set(row) - {"length/first", "length/done"}
         mine = table[6 * step : 6 * step + 6]
         weighted = torch.tensor([
             sum(line["weights"][n] * (line["rewards"][n] or 0) for n in ("length", "gold"))
