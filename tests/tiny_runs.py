@@ -9,6 +9,12 @@ from clp.policies.policy import Policy
 from clp.training.config import CLPConfig
 from clp_kernels.nn.mixed_lora import steered_layers
 
+# Options of a training of a second.
+SMALL = [
+    "--num-prompts", "2", "--num-generations", "2", "--max-completion-length", "6",
+    "--max-steps", "1", "--r", "2",
+]  # fmt: skip
+
 
 def randomised(std, seed, objectives=("joy", "brief"), model="tiny", **options):
     """A policy whose adapters have random lora_B, so that the weights matter."""

@@ -53,13 +53,15 @@ def run(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from clp.data.condition import Condition, parse_condition
-    from clp.data.prompts import HELDOUT_PROMPTS, load_prompts
+    from clp.data.prompts import HELDOUT_PROMPTS, TRAIN_PROMPTS, load_prompts
     from clp.engine.requests import SamplingParams
     from clp.evaluation.frontier import check_reference_point, evaluate
     from clp.evaluation.report import FILES, print_frontier, print_samples, save_evaluation
     from clp.policies.card import read_card
     from clp.policies.policy import Policy
     from clp.rewards import load_rewards
+    from clp.training.prompt_lengths import fitting_rows
+    from clp.training.run_folder import had_other_prompts
 
     for name in ("num_prompts", "max_batch_size"):
         if getattr(command, name) < 1:
@@ -74,10 +76,11 @@ def run(argv: Sequence[str]) -> None:
     given = config.eval_prompts if command.prompts is None else command.prompts
     prompts = absolute(HELDOUT_PROMPTS if given is None else given)
     rows = load_prompts(prompts)[: command.num_prompts]
-    if given is None and config.prompts is not None:
+    embedded = config.prompts is None and not had_other_prompts(folder, load_prompts(TRAIN_PROMPTS))
+    if given is None and not embedded:
         print(
-            f"clp eval: the run's prompts were {config.prompts}; these are the embedded ones, "
-            "--prompts names others",
+            f"clp eval: the run's prompts were {config.prompts or 'given in Python'}; these are "
+            "the embedded ones, --prompts names others",
             file=sys.stderr,
         )
     specs = reward_locations(card["rewards"] if command.rewards is None else command.rewards)
@@ -98,6 +101,7 @@ def run(argv: Sequence[str]) -> None:
         folder, dtype=getattr(torch, config.dtype), base_model=command.base_model,
         device=command.device,
     )  # fmt: skip
+    fitting_rows(rows, policy, None, most, path=prompts)
     front, samples = evaluate(
         policy, rewards, rows, params=params, seed=command.seed, kl=command.kl,
         reference_point=reference_point, max_batch_size=command.max_batch_size, progress=True,

@@ -54,9 +54,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     keep: int,
     value: ValueHead | None = None,
+    settings: str = "",
 ) -> Path:
     """Writes run/checkpoint-<step>: the policy, optimizer.safetensors, value.safetensors if there
-    is a value head (its parameters and its optimizer's state), and state.json.
+    is a value head (its parameters and its optimizer's state), `settings` as training.yaml, for a
+    copy of the folder alone, and state.json.
 
     Files and folder are flushed to disk before the rename, so that a folder of that name is
     complete whenever the machine stops. On an error (disk full) the partial folder is removed and
@@ -76,6 +78,7 @@ def save_checkpoint(
             tensors = _optimizer_tensors(own, value.optimizer)
             tensors |= {name: p.detach().cpu().contiguous() for name, p in own.items()}
             (partial / "value.safetensors").write_bytes(safetensors.torch.save(tensors))
+        (partial / "training.yaml").write_text(settings, encoding="utf-8")
         (partial / "state.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
         for path in [*partial.rglob("*"), partial]:
             _flush(path)

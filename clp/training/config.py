@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -255,16 +256,24 @@ def load_config(path: str | Path) -> CLPConfig:
 
 
 def run_config(folder: Path) -> CLPConfig:
-    """The configuration of the run in a folder, or of the run whose checkpoint it is; the defaults
-    if it is neither.
+    """The settings of the training that made the policy in a folder: a run, a checkpoint or a copy
+    of one; the defaults, with a line on standard error, if it has none.
 
     Raises: ValueError as load_config.
     """
     parent = folder.resolve().parent
-    if not (folder / "config.yaml").is_file() and (parent / "run.json").is_file():
-        folder = parent
-    path = folder / "config.yaml"
-    return load_config(path) if path.is_file() else CLPConfig()
+    places = [folder / "config.yaml", folder / "training.yaml"]
+    if (parent / "run.json").is_file():
+        places.insert(1, parent / "config.yaml")
+    if (path := next(filter(Path.is_file, places), None)) is not None:
+        return load_config(path)
+    used = CLPConfig()
+    print(
+        f"{folder} has no settings of a training (config.yaml or training.yaml): dtype "
+        f"{used.dtype}, {used.max_completion_length} tokens per completion",
+        file=sys.stderr,
+    )
+    return used
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -18,23 +18,27 @@ from clp.policies.policy import Policy
 def fitting_rows(
     rows: Sequence[dict[str, Any]],
     policy: Policy,
-    sampler: Sampler,
+    sampler: Sampler | None,
     max_completion_length: int,
     max_prompt_length: int | None = None,
     path: str | Path | None = None,
+    *,
+    hint: str = "",
 ) -> list[dict[str, Any]]:
     """The rows whose prompts fit the model's context together with a completion.
 
     Args:
+        sampler: Whose cache the longest of them must fit; None: that is not looked at.
         max_prompt_length: Leaves out prompts of more tokens and says on standard error how many;
             None: a prompt that is too long is an error.
         path: The file that the rows are from, for messages; None for rows given in Python.
+        hint: How prompts that are too long can be left out, for messages.
 
     Raises:
         ValueError: a prompt that is too long for the context or for the sampler's cache, without
             tokens, with tokens that the model does not have, or refused by the chat template, with
-            its file and line; a max_prompt_length
-            that is larger than what fits; no prompt that is left.
+            its file and line; a max_prompt_length that is larger than what fits; no prompt that is
+            left.
     """
     prefix = policy.conditioning.longest_prefix(policy.objectives, policy.tokenizer)
     most = policy.context_length - max_completion_length - prefix
@@ -66,16 +70,16 @@ def fitting_rows(
         first = fits.index(False)
         raise ValueError(
             f"{row_place(first, path)}: the prompt has {lengths[first]} tokens, at most {most} fit "
-            f"({context}); {dropped} of {len(rows)} prompts are too long, and max_prompt_length "
-            "(--max-prompt-length) leaves them out"
+            f"({context}); {dropped} of {len(rows)} prompts are too long{hint}"
         )
     if dropped == len(rows):
         raise ValueError(f"all {len(rows)} prompts have more than {limit} tokens")
     if dropped:
         text = f"left out {dropped} of {len(rows)} prompts: they have more than {limit} tokens"
         tqdm.write(text, file=sys.stderr)
-    longest = max((length, i) for i, length in enumerate(lengths) if fits[i])[1]
-    _try(policy, sampler, rows[longest], max_completion_length, row_place(longest, path))
+    if sampler is not None:
+        longest = max((length, i) for i, length in enumerate(lengths) if fits[i])[1]
+        _try(policy, sampler, rows[longest], max_completion_length, row_place(longest, path))
     return [row for row, fit in zip(rows, fits, strict=True) if fit]
 
 

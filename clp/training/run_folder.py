@@ -156,13 +156,27 @@ class Inputs:
                 insides[name] = insides_of(function)
         else:
             rewards |= _rewards_of(specs)
-        digest = hashlib.sha256()
-        for row in rows:
-            columns = [[name, plain(row[name])] for name in sorted(row)]
-            text = json.dumps(columns)
-            digest.update(text.encode() + b"\n")
         draw = None if draw_weights is None else name_of(draw_weights)
-        return cls(rewards, digest.hexdigest(), insides=insides, draw_weights=draw)
+        return cls(rewards, _rows_digest(rows), insides=insides, draw_weights=draw)
+
+
+def had_other_prompts(folder: Path, rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether the run in a folder, or whose checkpoint it is, was trained on others than these.
+
+    False if that is not known.
+    """
+    for run in (folder, folder.resolve().parent):
+        if (inputs := _read_inputs(run)) is not None:
+            return inputs.prompts != _rows_digest(rows)
+    return False
+
+
+def _rows_digest(rows: Sequence[dict[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        columns = [[name, plain(row[name])] for name in sorted(row)]
+        digest.update(json.dumps(columns).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def check_free(run: Path, *, resume: bool = False) -> None:

@@ -129,8 +129,6 @@ class CLPTrainer:
             path = args.prompts or TRAIN_PROMPTS
             train_dataset = load_prompts(path)
         self.rows = check_prompts(train_dataset)
-        if args.eval_prompts is not None:
-            load_prompts(args.eval_prompts)  # before a training whose evaluation would fail
         specs = args.rewards if reward_funcs is None else None
         inputs = run_folder.Inputs.of(named, specs, self.rows, draw_weights)
         # Functions given in Python have no name in a file, built-in ones aside: clp eval then asks.
@@ -210,15 +208,8 @@ class CLPTrainer:
                 load_value_head(checkpoint, self.value)
         lines = run_folder.lines_until(self.run / "metrics.jsonl", self.step)
         self.log_history: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        self.rows = fitting_rows(
-            self.rows, self.policy, self.sampler, args.max_completion_length,
-            args.max_prompt_length, prompts,
-        )  # fmt: skip
+        self.rows = _usable_rows(self, prompts)
         self.draw = condition_draws(args, self.policy.objectives, self.draw_weights)
-        dry_call(
-            self.reward_funcs, self.rows, self.policy.tokenizer, self.state,
-            metric_names(self.policy.objectives), args.num_generations, prompts,
-        )  # fmt: skip
         self.reward_scale: Tensor | None = None
         if args.scale_rewards == "reference":
             inputs = inputs if inputs.reward_scale else _measured(self, inputs)
@@ -279,8 +270,9 @@ class CLPTrainer:
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
         keep = self.args.save_total_limit
+        settings = replace(self.args, resume=False).to_yaml()
         return save_checkpoint(
-            self.run, self.progress, self.policy, self.optimizer, keep, self.value
+            self.run, self.progress, self.policy, self.optimizer, keep, self.value, settings
         )
 
     @property
@@ -360,6 +352,30 @@ class CLPTrainer:
                 f"the loss or the gradient was not finite in {MOST_SKIPPED} steps in a row, up to "
                 f"step {self.step}",
             )
+
+
+def _usable_rows(trainer: CLPTrainer, path: str | Path | None) -> list[dict[str, Any]]:
+    """The training prompts that fit; prompts and held-out prompts are looked at as they are used.
+
+    Raises: ValueError, TypeError as fitting_rows and dry_call.
+    """
+    args, policy = trainer.args, trainer.policy
+    rows = fitting_rows(
+        trainer.rows, policy, trainer.sampler, args.max_completion_length, args.max_prompt_length,
+        path, hint=", and max_prompt_length (--max-prompt-length) leaves them out",
+    )  # fmt: skip
+    checked = [(rows, path)]
+    if (held_out := args.eval_prompts) is not None:
+        found = fitting_rows(
+            load_prompts(held_out), policy, None, args.max_completion_length, path=held_out
+        )
+        checked.append((found, held_out))
+    for each, source in checked:
+        dry_call(
+            trainer.reward_funcs, each, policy.tokenizer, trainer.state,
+            metric_names(policy.objectives), args.num_generations, source,
+        )  # fmt: skip
+    return rows
 
 
 def _measured(trainer: CLPTrainer, inputs: run_folder.Inputs) -> run_folder.Inputs:

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from tiny_runs import SMALL
 
 from clp import cli
 
@@ -39,3 +40,12 @@ def refused(clp):
         return said
 
     return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["clp", "train", "--output-dir", str(folder), *SMALL])
+        cli.main()
+    return folder

@@ -5,14 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
 import tiny_compare
 import torch
 from processes import python
-from tiny_runs import records
+from tiny_runs import SMALL, records
 
 from clp import cli
 from clp.data.paths import TINY
@@ -21,20 +20,6 @@ from clp.methods.registry import METHODS
 from clp.policies.loading import torch_device
 from clp.policies.policy import Policy
 from clp.training.config import load_config
-
-SMALL = [
-    "--num-prompts", "2", "--num-generations", "2", "--max-completion-length", "6",
-    "--max-steps", "1", "--r", "2",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["clp", "train", "--output-dir", str(folder), *SMALL])
-        cli.main()
-    return folder
 
 
 def test_train_with_a_file_and_options(clp, tmp_path):
@@ -199,59 +184,6 @@ def test_eval_into_another_folder_says_how_it_was_made(clp, monkeypatch, trained
     assert {name: front[name] for name in wanted} == wanted
     assert len(list((tmp_path / "new/er").iterdir())) == 3
     assert {p.name: p.stat().st_mtime_ns for p in trained.iterdir()} == before
-
-
-@pytest.mark.parametrize("how", ["path", "dot", "link"])
-def test_eval_of_a_checkpoint_takes_the_configuration_of_its_run(
-    clp, monkeypatch, trained, tmp_path, how
-):
-    """Its prompts and length; from a copy of a checkpoint, that has no run, the defaults."""
-    (tmp_path / "p.jsonl").write_text('{"prompt": "Tom"}\n{"prompt": "Mia"}\n')
-    copied = tmp_path / "run"
-    shutil.copytree(trained, copied)
-    config = load_config(copied / "config.yaml")
-    config = replace(config, eval_prompts=str(tmp_path / "p.jsonl"), max_completion_length=5)
-    (copied / "config.yaml").write_text(config.to_yaml())
-    checkpoint = copied / "checkpoint-000001"
-    if how == "dot":
-        monkeypatch.chdir(checkpoint)
-    (tmp_path / "latest").symlink_to(checkpoint)
-    clp("eval", {"path": checkpoint, "dot": ".", "link": tmp_path / "latest"}[how])
-    front = json.loads((checkpoint / "frontier.json").read_text())
-    assert (front["prompts"], front["max_tokens"]) == (2, 5)
-
-
-@pytest.mark.parametrize("name", ["best", "../moved/checkpoint-000001/"])
-def test_eval_of_a_checkpoint_that_has_moved(clp, monkeypatch, trained, tmp_path, name):
-    """Renamed in its run, so that it is not deleted when newer ones come; or with its run."""
-    (tmp_path / "p.jsonl").write_text('{"prompt": "Tom"}\n{"prompt": "Mia"}\n')
-    copied = tmp_path / "moved"
-    shutil.copytree(trained, copied)
-    config = load_config(copied / "config.yaml")
-    config = replace(config, eval_prompts=str(tmp_path / "p.jsonl"), max_completion_length=5)
-    (copied / "config.yaml").write_text(config.to_yaml())
-    (copied / "checkpoint-000001").rename(copied / name)
-    monkeypatch.chdir(copied)
-    clp("eval", name, "--num-prompts", "3")
-    front = json.loads((copied / name / "frontier.json").read_text())
-    assert (front["prompts"], front["max_tokens"]) == (2, 5)
-
-
-def test_eval_takes_the_dtype_of_the_run(clp, monkeypatch, trained, tmp_path):
-    """The adapters have learned on a base model that is rounded so."""
-    copied, seen = tmp_path / "run", []
-    shutil.copytree(trained, copied)
-    config = replace(load_config(copied / "config.yaml"), dtype="bfloat16")
-    (copied / "config.yaml").write_text(config.to_yaml())
-
-    def look(policy, *args, **kwargs):
-        seen.append(policy.model.dtype)
-        raise ValueError("looked")
-
-    monkeypatch.setattr("clp.evaluation.frontier.evaluate", look)
-    for folder in (copied, copied / "checkpoint-000001"):
-        clp("eval", folder, code=2)
-    assert seen == [torch.bfloat16] * 2
 
 
 def test_what_a_run_names_is_found_from_elsewhere(clp, monkeypatch, tmp_path):
@@ -647,18 +579,6 @@ def test_resume_of_a_folder_that_is_not_there_trains_nothing(refused, monkeypatc
 def test_logprobs_that_would_not_be_shown_are_refused(refused, trained):
     argv = ["sample", trained, "Tom", "--weights", "joy=1", "--logprobs", "2"]
     assert "--logprobs goes with --output" in refused(*argv)
-
-
-def test_eval_says_that_it_takes_the_embedded_prompts(clp, trained, tmp_path):
-    copied = tmp_path / "run"
-    shutil.copytree(trained, copied)
-    config = replace(load_config(copied / "config.yaml"), prompts="/mine.jsonl")
-    (copied / "config.yaml").write_text(config.to_yaml())
-    printed = clp("eval", copied, "--num-prompts", "1", "--max-tokens", "1")
-    assert "prompts were /mine.jsonl; these are the embedded ones" in printed.err
-    assert (
-        "embedded ones" not in clp("eval", trained, "--num-prompts", "1", "--max-tokens", "1").err
-    )
 
 
 def test_names_are_listed_before_they_are_imported():
