@@ -22,7 +22,14 @@ LARGEST_BATCH = 2**20
 _UNUSED = {
     "full": ("r", "lora_alpha"),
     "attention": ("r", "lora_alpha", "target_modules"),
-    "head": ("r", "lora_alpha", "target_modules", "exclude_modules"),
+    # No gradient passes the layers that would recompute.
+    "head": (
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "exclude_modules",
+        "gradient_checkpointing",
+    ),
 }
 
 

@@ -97,16 +97,21 @@ def put_experts(
     names = distinct_names("names", names)
     if dtype not in checks.FLOATS:
         raise ValueError(f"dtype must be a floating dtype, got {dtype}")
+    faults: dict[str, str] = {}
     for name, module in targets.items():
-        fault = why_bypassed(module)
         if not name or not can_be_mixed(module):
-            fault = f"is a {type(module).__name__}, not a linear layer, an embedding or a norm"
-        if fault:
-            hint = f"; exclude_modules={[name.rpartition('.')[2]]} leaves it out"
-            raise ValueError(
-                f"{name or 'the model'} {fault}: experts cannot be mixed there"
-                f"{hint if excludable and name else ''}"
-            )
+            kind = type(module).__name__
+            faults[name] = f"is a {kind}, not a linear layer, an embedding or a norm"
+        elif fault := why_bypassed(module):
+            faults[name] = fault
+    if faults:
+        name, fault = next(iter(faults.items()))
+        last = list(dict.fromkeys(odd.rpartition(".")[2] for odd in faults))
+        hint = f"; exclude_modules={last} leaves out all such modules"
+        raise ValueError(
+            f"{name or 'the model'} {fault}: experts cannot be mixed there"
+            f"{hint if excludable and all(faults) else ''}"
+        )
     words = input_embedding(model)
     flattened = flattened_targets(
         model, [name for name, m in targets.items() if not isinstance(m, nn.Embedding)]

@@ -191,3 +191,8 @@ def test_paths_may_be_objects(load, tmp_path):
     config = CLPConfig(output_dir=tmp_path / "r", prompts=tmp_path / "p.jsonl")
     assert config == CLPConfig(output_dir=f"{tmp_path}/r", prompts=f"{tmp_path}/p.jsonl")
     assert load(config.to_yaml()) == config
+
+
+def test_what_a_conditioning_has_no_use_for_is_refused():
+    with pytest.raises(ValueError, match="gradient_checkpointing must be left out with conditio"):
+        CLPConfig(conditioning="head", gradient_checkpointing=True)
