@@ -11,7 +11,7 @@ import yaml
 from tiny_runs import randomised
 
 from clp.data.weights import parse_rows
-from clp.methods.method import Budget, Outcome, Part, on_grid, steps_of
+from clp.methods.method import NOTHING, Budget, Outcome, Part, on_grid, steps_of
 from clp.training.config import CLPConfig
 from clp.training.trainer import CLPTrainer
 
@@ -27,20 +27,31 @@ def budget_of(args: CLPConfig, steps: int, seconds: float) -> Budget:
     return Budget(completions, completions * 4, completions * len(args.rewards), steps, seconds)
 
 
-def trained(args: CLPConfig, folder: Path, *, budget: float = 1.0) -> Outcome:
+def trained(
+    args: CLPConfig, folder: Path, *, budget: float = 1.0, check_only: bool = False
+) -> Outcome:
     """One run, resumed if it is there."""
     start, steps = time.perf_counter(), steps_of(args, budget)
+    if check_only:
+        return NOTHING
     run = replace(args, output_dir=str(folder / "run"), max_steps=steps, resume=True)
     policy = CLPTrainer(args=run).train()
     return Outcome(on_grid(policy), budget_of(args, steps, time.perf_counter() - start))
 
 
 def several(
-    args: CLPConfig, folder: Path, *, budget: float = 1.0, weights: Sequence[Any]
+    args: CLPConfig,
+    folder: Path,
+    *,
+    budget: float = 1.0,
+    check_only: bool = False,
+    weights: Sequence[Any],
 ) -> Outcome:
     """A random policy for each of the weights."""
     names = [spec.partition("=")[0] for spec in args.rewards]
     rows = parse_rows(weights, len(weights), names)
+    if check_only:
+        return NOTHING
     parts = [
         Part(randomised(0.1, args.seed + i, names, r=2), row[None]) for i, row in enumerate(rows)
     ]

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from clp.data.weights import WeightSpec, parse_rows, parse_weights
 
+# Nearer to 0 or 1, alpha / (1 - alpha) or its inverse loses its digits in float32.
+SMALLEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -44,11 +47,14 @@ class KLRange(NamedTuple):
 
     @classmethod
     def parse(cls, value: Any, name: str = "kl_range") -> "KLRange":
-        """From two numbers. Raises: ValueError unless 0 < low < high < 1."""
+        """From two numbers. Raises: ValueError unless SMALLEST <= low < high <= 1 - SMALLEST."""
         numbers = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
         plain = [isinstance(v, Real) and not isinstance(v, bool) for v in numbers]
-        if plain != [True, True] or not 0 < numbers[0] < numbers[1] < 1:
-            raise ValueError(f"{name} must be two numbers, 0 < low < high < 1, got {value!r}")
+        least, most = SMALLEST, 1 - SMALLEST
+        if plain != [True, True] or not least <= numbers[0] < numbers[1] <= most:
+            raise ValueError(
+                f"{name} must be two numbers, {least:g} <= low < high <= {most}, got {value!r}"
+            )
         return cls(float(numbers[0]), float(numbers[1]))
 
 

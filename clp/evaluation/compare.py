@@ -83,6 +83,15 @@ def run_units(comparison: Comparison, *, progress: bool = False) -> None:
             read_base(comparison, task)
         for unit in units(comparison):
             _check_record(comparison, unit, data[unit.task])
+        for task in comparison.tasks:
+            done = [u for u in units(comparison) if _finished(comparison.output_dir / u.folder)]
+            known = read_base(comparison, task, data[task])
+            if known is None and any(unit.task == task for unit in done):
+                path = comparison.output_dir / task / "base.json"
+                raise ValueError(
+                    f"{path} is missing, which the finished units of {task!r} were measured with: "
+                    "name another output_dir, or delete the folder of the task"
+                )
         todo = [u for u in units(comparison) if not _finished(comparison.output_dir / u.folder)]
         total = len(comparison.tasks) * len(comparison.seeds) * len(comparison.methods)
         with tqdm(total=total, initial=total - len(todo), unit="unit", disable=not progress) as bar:
@@ -156,7 +165,7 @@ def _check_record(comparison: Comparison, unit: Unit, data: TaskData) -> None:
     if differences:
         raise ValueError(
             f"{folder} belongs to a comparison with other settings: {'; '.join(differences)}. Name "
-            "another output_dir, give the method another name, or delete this folder"
+            "another output_dir, or give the method another name"
         )
 
 
@@ -173,13 +182,13 @@ def _run(comparison: Comparison, unit: Unit, data: TaskData, progress: bool) -> 
     )
     _write(folder / "budget.json", asdict(outcome.budget))
     most = comparison.max_tokens or args.max_completion_length
-    base = read_base(comparison, unit.task)
+    base = read_base(comparison, unit.task, data)
     front, samples = evaluate_parts(
         outcome.parts, data.reward_funcs, data.rows, params=SamplingParams(max_tokens=most),
         seed=unit.seed, max_batch_size=BATCH, progress=progress,
     )  # fmt: skip
     if base is None:
-        base = _freeze_base(comparison, unit.task, front, samples)
+        base = _freeze_base(comparison, unit.task, data, front, samples)
     front = _measured_from(front, base["reference_point"])
     front = replace(
         front, run=str(folder), reward_specs=args.rewards,
@@ -189,32 +198,62 @@ def _run(comparison: Comparison, unit: Unit, data: TaskData, progress: bool) -> 
 
 
 def _freeze_base(
-    comparison: Comparison, task: str, front: Frontier, samples: list[dict[str, Any]]
+    comparison: Comparison,
+    task: str,
+    data: TaskData,
+    front: Frontier,
+    samples: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Writes base.json: mean and standard deviation of the base's rewards over the prompts."""
+    """Writes base.json: mean and standard deviation of the base's rewards over the prompts, and
+    what they were measured on."""
     own = [sample["rewards"] for sample in samples[-front.prompts :]]
     point = comparison.reference_points[task]
     base = {
         "rewards": front.base_rewards,
         "std": np.nanstd(np.array(own, dtype=float), 0).tolist(),
         "reference_point": front.base_rewards if point == "base" else point,
+        "measured_on": _measured_on(comparison, task, data),
     }
     _write(comparison.output_dir / task / "base.json", base)
     return base
 
 
-def read_base(comparison: Comparison, task: str) -> dict[str, Any] | None:
+def _measured_on(comparison: Comparison, task: str, data: TaskData) -> dict[str, Any]:
+    args = comparison.args(task, next(iter(comparison.methods)), comparison.seeds[0])
+    found = {
+        "model": args.model, "dtype": args.dtype, "num_prompts": len(data.rows),
+        "max_tokens": comparison.max_tokens or args.max_completion_length,
+        "rewards": data.digests["rewards"], "eval_prompts": data.digests["eval_prompts"],
+    }  # fmt: skip
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+
+def read_base(
+    comparison: Comparison, task: str, data: TaskData | None = None
+) -> dict[str, Any] | None:
     """What base.json holds: rewards, std and reference_point, each [m]; None before it is written.
 
-    Raises: ValueError for another file of that name, or another reference point.
+    Args:
+        data: What it must have been measured on; None: that is not looked at.
+
+    Raises: ValueError for another file of that name, another reference point, or one that was
+        measured on something else.
     """
     path = comparison.output_dir / task / "base.json"
     if not path.is_file():
         return None
     base, m = read_json(path), len(comparison.tasks[task]["rewards"])
     names = ("rewards", "std", "reference_point")
-    if not isinstance(base, dict) or any(len(base.get(name) or ()) != m for name in names):
+    if not isinstance(base, dict) or not all(_are_numbers(base.get(name), m) for name in names):
         raise ValueError(f"{path} must be an object with {', '.join(names)}, {m} numbers each")
+    now = None if data is None else _measured_on(comparison, task, data)
+    if now is not None and (then := base.get("measured_on")) != now:
+        before = then if isinstance(then, dict) else {}
+        odd = [name for name in now if before.get(name) != now[name]]
+        raise ValueError(
+            f"{path} was measured with another {', '.join(odd)}: name another output_dir, or "
+            "delete the folder of the task"
+        )
     point = comparison.reference_points[task]
     if base["reference_point"] != (base["rewards"] if point == "base" else point):
         raise ValueError(
@@ -222,6 +261,14 @@ def read_base(comparison: Comparison, task: str) -> dict[str, Any] | None:
             f"{point}"
         )
     return base
+
+
+def _are_numbers(values: Any, m: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == m
+        and all(type(value) in (int, float) for value in values)
+    )
 
 
 def _measured_from(front: Frontier, point: list[float]) -> Frontier:

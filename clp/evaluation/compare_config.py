@@ -8,9 +8,7 @@ from typing import Any, Literal
 
 from clp.data.names import closest
 from clp.data.paths import check_folder, home_expanded
-from clp.data.weights import parse_rows
 from clp.evaluation.frontier import check_reference_point
-from clp.methods.method import steps_of
 from clp.methods.registry import find_method
 from clp.training.config import CLPConfig, config_from, located, read_yaml
 
@@ -21,7 +19,7 @@ _OWN = {"output_dir", "resume", "seed"}
 _OF_TASK = {"model", "rewards", "prompts", "eval_prompts", "max_prompt_length", "max_steps",
             "num_prompts", "num_generations", "max_completion_length", "dtype"}  # fmt: skip
 # Names are those of folders. Runs that several methods share are in experts-...
-_NAME = re.compile(r"(?!experts-)[A-Za-z0-9][\w.+-]*", re.ASCII)
+_NAME = re.compile(r"(?!experts-|compare)[A-Za-z0-9][\w.+-]{0,99}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,12 @@ def load_comparison(path: str | Path) -> Comparison:
         else _count("max_tokens", values["max_tokens"]),
     )
     for method, entry in found.methods.items():
-        for task, names in objectives.items():
+        for task in objectives:
             args = found.args(task, method, found.seeds[0])
             try:
-                steps_of(args, entry.budget)
-                if (rows := entry.options.get("weights")) is not None:
-                    rows = rows if isinstance(rows, list) else [rows]
-                    parse_rows(rows, len(rows), names)
+                find_method(entry.method, entry.options)(
+                    args, found.output_dir, budget=entry.budget, check_only=True, **entry.options
+                )
             except ValueError as error:
                 raise ValueError(f"task {task!r}, method {method!r}: {error}") from error
     check_folder(found.output_dir, ["compare.json"])
@@ -126,8 +123,8 @@ def _named(values: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
     for name, own in sections.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(
-                f"{key}: {name!r} must be letters, digits and . _ + -, with a letter or digit "
-                "first, and not begin with 'experts-'"
+                f"{key}: {name!r:.120} must be at most 100 letters, digits and . _ + -, with a "
+                "letter or digit first, and not begin with 'experts-' or 'compare'"
             )
         if not isinstance(own, dict):
             raise ValueError(f"{key}: {name!r} must hold a mapping, got {own!r}")
@@ -147,6 +144,7 @@ def _task(name: str, own: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{where}: unknown key {key!r}{closest(str(key), _SETTINGS)}")
     if "rewards" not in own:
         raise ValueError(f"{where}: rewards is missing: a list such as [joy=sentiment, brevity]")
+    _check_draws(where, own)
     try:
         config_from(own)
     except ValueError as error:
@@ -163,6 +161,7 @@ def _entry(name: str, own: dict[str, Any]) -> Entry:
             f"{where}: all methods of a task are compared under one reference_point, which stands "
             "at the top of the file"
         )
+    _check_draws(where, own)
     settings, options = {}, {}
     for key, value in own.items():
         if key in _OWN:
@@ -180,6 +179,11 @@ def _entry(name: str, own: dict[str, Any]) -> Entry:
         hint = "" if "did you mean" in str(error) else next(filter(None, hints), "")
         raise ValueError(f"{where}: {error}{hint}") from error
     return Entry(own["method"], own.get("budget", 1), settings, options)
+
+
+def _check_draws(where: str, own: Mapping[str, Any]) -> None:
+    if own.get("weight_draws") == "function":
+        raise ValueError(f"{where}: weight_draws must be one that needs no function of Python's")
 
 
 def _seeds(seeds: Any) -> list[int]:

@@ -65,7 +65,7 @@ def read_unit(folder: Path) -> tuple[Frontier, Swept, dict[str, float]]:
     texts = [sample["text"] for sample in samples]
     chunks = [texts[i : i + shape[0]] for i in range(0, len(texts), shape[0])]
     swept = Swept(
-        np.array(front.weights), table("rewards"), table("kl"), table("tokens"),
+        np.array(front.weights), table("rewards"), table("kl_to_base"), table("tokens"),
         [_bigrams(chunk) for chunk in chunks],
     )  # fmt: skip
     return front, swept, read_json(folder / "budget.json")

@@ -46,7 +46,7 @@ class Frontier:
             of `rewards`, or the base's point; 0 if none of them exceeds it in every objective.
         reference_point: [m]. pareto: [W], whether no other point dominates this one; equal points
             do not dominate each other.
-        kl: The KL strength alpha that the policy was steered by; None if it has no range of them.
+        alpha: The KL strength that the policy was steered by; None if it has no range of them.
         prompts, seed: how many prompts, and the seed of the completions.
         max_tokens, temperature, top_k, top_p, min_p, stop, stop_token_ids, ignore_eos: how the
             completions were sampled; see SamplingParams.
@@ -70,7 +70,7 @@ class Frontier:
     reference_point: list[float]
     pareto: list[bool]
     prompts: int
-    kl: float | None
+    alpha: float | None
     seed: int
     max_tokens: int | None
     temperature: float
@@ -123,7 +123,7 @@ def evaluate(
 
     Returns:
         The frontier, and one dict per completion: prompt, weights (None: base), text, tokens (their
-        number), kl (to the base, summed over them), rewards (None where an objective does not
+        number), kl_to_base (nats, summed over them), rewards (None where an objective does not
         apply), and if reward functions log columns, "extra".
 
     Raises:
@@ -228,7 +228,7 @@ def evaluate_parts(
         reference_point=reference,
         pareto=pareto(means[:-1]),
         prompts=len(rows),
-        kl=float(sampled[0].conditions[0, m]) if parts[0][0].kl_range else None,
+        alpha=float(sampled[0].conditions[0, m]) if parts[0][0].kl_range else None,
         seed=seed,
         **recorded,
         metrics=log.means(),
@@ -239,7 +239,7 @@ def evaluate_parts(
             "weights": None if i >= len(grid) * len(rows) else grid[i // len(rows)].tolist(),
             "text": texts[i],
             "tokens": len(done[i].token_ids),
-            "kl": float(divergence[i]),
+            "kl_to_base": float(divergence[i]),
             "rewards": numbers_or_none(rewards[i]),
         }
         | ({"extra": log.extra_of(i)} if log.extra else {})
@@ -253,7 +253,9 @@ def check_reference_point(point: Sequence[float] | None, m: int) -> list[float]:
 
     Raises: ValueError unless it is m finite numbers.
     """
-    found = [0.0] * m if point is None else [float(value) for value in point]
+    # An integer may be too large for a float.
+    given = [0.0] * m if point is None else point
+    found = [float(value) if abs(value) < 1e300 else math.inf for value in given]
     if len(found) != m:
         raise ValueError(f"reference_point must have {m} entries, got {len(found)}")
     if not all(map(math.isfinite, found)):

@@ -20,7 +20,8 @@ FILES = ("samples.jsonl", "pareto.png", "frontier.json")
 
 def print_frontier(front: Frontier, console: Console) -> None:
     """Rewards, KL, distinct-2 and length for each of the weights; the figures below."""
-    table = Table(title=f"{front.prompts} held-out prompts per line", caption=_figures(front))
+    title = f"{front.prompts} held-out prompts per line{_strength(front)}"
+    table = Table(title=title, caption=_figures(front))
     for name in front.objectives:
         table.add_column(f"w {name}", justify="right")
     for name in front.objectives:
@@ -40,6 +41,10 @@ def print_frontier(front: Frontier, console: Console) -> None:
         f"{front.base_mean_length:.1f}", "",
     )  # fmt: skip
     console.print(table)
+
+
+def _strength(front: Frontier) -> str:
+    return "" if front.alpha is None else f", KL strength {front.alpha:.3g}"
 
 
 def _figures(front: Frontier) -> str:
@@ -133,5 +138,5 @@ def _draw_front(axis: Any, front: Frontier) -> None:
     axis.set_xlabel(f"{front.objectives[0]} (mean reward)")
     axis.set_ylabel(f"{front.objectives[1]} (mean reward)")
     volumes = f"{front.hypervolume:.3f}, base {front.base_hypervolume:.3f}"
-    axis.set_title(f"One policy: hypervolume {volumes}")
+    axis.set_title(f"Hypervolume {volumes}{_strength(front)}")
     axis.figure.colorbar(points, ax=axis, label=f"weight of {front.objectives[0]}")

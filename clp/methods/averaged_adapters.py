@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import clp_kernels
-from clp.methods.experts import train_experts
-from clp.methods.method import Outcome, on_grid, steps_of
+from clp.methods.experts import check_experts, train_experts
+from clp.methods.method import NOTHING, Outcome, on_grid, steps_of
 from clp.methods.soup import soup_of
 from clp.policies.loading import load_base
 from clp.policies.lora import LoRA
@@ -17,7 +17,9 @@ from clp.training.config import CLPConfig
 from clp_kernels.nn.mixed_lora import steered_layers
 
 
-def averaged_adapters(args: CLPConfig, folder: Path, *, budget: float = 1.0) -> Outcome:
+def averaged_adapters(
+    args: CLPConfig, folder: Path, *, budget: float = 1.0, check_only: bool = False
+) -> Outcome:
     """Rewarded Soups whose experts' A and B are averaged separately (see `averaged`).
 
     Each of the m experts has 1/m of the budget.
@@ -27,6 +29,9 @@ def averaged_adapters(args: CLPConfig, folder: Path, *, budget: float = 1.0) -> 
     if args.conditioning != "lora":
         raise ValueError(f"averaged adapters need conditioning='lora', got {args.conditioning!r}")
     steps = steps_of(args, budget, len(args.rewards))
+    check_experts(args)
+    if check_only:
+        return NOTHING
     folders, used = train_experts(args, folder.parent, steps)
     return Outcome(on_grid(averaged(soup_of(args, folders))), used)
 

@@ -10,6 +10,14 @@ from clp.methods.runs import train_run
 from clp.training.config import CLPConfig
 
 
+def check_experts(args: CLPConfig) -> None:
+    """Raises: ValueError for "prompt", whose experts cannot be mixed, or a kl_range."""
+    if args.conditioning == "prompt":
+        raise ValueError("experts that are mixed need a conditioning other than 'prompt'")
+    if args.kl_range is not None:
+        raise ValueError(f"experts are trained with one KL strength, got kl_range={args.kl_range}")
+
+
 def train_experts(args: CLPConfig, folder: Path, steps: int) -> tuple[list[Path], Budget]:
     """Trains one expert per objective for so many steps; their run folders, and the budget of all.
 
@@ -20,13 +28,9 @@ def train_experts(args: CLPConfig, folder: Path, steps: int) -> tuple[list[Path]
     The runs are in `folder`/experts-<conditioning>-<steps>/<objective>, for every method that asks
     for experts of so many steps.
 
-    Raises: ValueError for conditioning "prompt", whose experts cannot be mixed, or a kl_range; as
-        train_run.
+    Raises: ValueError as check_experts and train_run.
     """
-    if args.conditioning == "prompt":
-        raise ValueError("experts that are mixed need a conditioning other than 'prompt'")
-    if args.kl_range is not None:
-        raise ValueError(f"experts are trained with one KL strength, got kl_range={args.kl_range}")
+    check_experts(args)
     # A single objective has one weight, 1: nothing is drawn.
     args = replace(
         args,

@@ -1,6 +1,5 @@
 """What a method is: settings and a budget in, policies for evaluation and what they used out."""
 
-import math
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -60,24 +59,34 @@ class Method(Protocol):
             finished run is loaded and a partial one resumed, so that a call after a kill goes on.
             Single-objective experts are beside it, for all methods of this folder's parent.
         budget: Multiplies the steps of all the method's runs together.
+        check_only: Only check the arguments, and return NOTHING.
         options: The method's own.
 
     Raises: ValueError for a bad budget or option; as CLPTrainer.
     """
 
     def __call__(
-        self, args: CLPConfig, folder: Path, *, budget: float = 1.0, **options: Any
+        self,
+        args: CLPConfig,
+        folder: Path,
+        *,
+        budget: float = 1.0,
+        check_only: bool = False,
+        **options: Any,
     ) -> Outcome: ...
+
+
+NOTHING = Outcome([], Budget(0, 0, 0, 0, 0.0))
 
 
 def steps_of(args: CLPConfig, budget: float, runs: int = 1) -> int:
     """Steps of each of `runs` equal runs that share a budget: max_steps * budget / runs, rounded.
 
-    Raises: ValueError for a budget that is not a positive number, or that leaves a run no step.
+    Raises: ValueError for a budget that is not a number in (0, 1e6], or that leaves a run no step.
     """
     bad = isinstance(budget, bool) or not isinstance(budget, int | float)
-    if bad or not 0 < budget < math.inf:
-        raise ValueError(f"budget must be a positive number, got {budget!r}")
+    if bad or not 0 < budget <= 1e6:
+        raise ValueError(f"budget must be a positive number up to 1e6, got {budget!r:.50}")
     steps = round(args.max_steps * budget / runs)
     if steps < 1:
         raise ValueError(

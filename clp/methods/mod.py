@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from clp.data.names import closest
-from clp.methods.experts import train_experts
-from clp.methods.method import Outcome, on_grid, steps_of
+from clp.methods.experts import check_experts, train_experts
+from clp.methods.method import NOTHING, Outcome, on_grid, steps_of
 from clp.methods.soup import soup_of
 from clp.policies.logit_mixture import LogitMixture
 from clp.training.config import CLPConfig
@@ -13,7 +13,12 @@ _NAMED = ("reverse_kl", "forward_kl")
 
 
 def mod(
-    args: CLPConfig, folder: Path, *, budget: float = 1.0, divergence: str | float = "reverse_kl"
+    args: CLPConfig,
+    folder: Path,
+    *,
+    budget: float = 1.0,
+    check_only: bool = False,
+    divergence: str | float = "reverse_kl",
 ) -> Outcome:
     """Multi-objective decoding (arXiv:2406.18853): no training beside that of the experts.
 
@@ -26,6 +31,9 @@ def mod(
     """
     exponent = _exponent(divergence)
     steps = steps_of(args, budget, len(args.rewards))
+    check_experts(args)
+    if check_only:
+        return NOTHING
     folders, used = train_experts(args, folder.parent, steps)
     mode = "geometric" if exponent is None else "power"
     mixture = LogitMixture.of_adapters(soup_of(args, folders), mode=mode, exponent=exponent)

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from clp.data.weights import WeightSpec, parse_rows
-from clp.methods.experts import train_experts
-from clp.methods.method import Outcome, Part, steps_of
+from clp.methods.experts import check_experts, train_experts
+from clp.methods.method import NOTHING, Outcome, Part, steps_of
 from clp.methods.runs import train_run
 from clp.methods.soup import soup_of
 from clp.training.config import CLPConfig
 
 
 def one_per_weight(
-    args: CLPConfig, folder: Path, *, budget: float = 1.0, weights: Sequence[WeightSpec]
+    args: CLPConfig,
+    folder: Path,
+    *,
+    budget: float = 1.0,
+    check_only: bool = False,
+    weights: Sequence[WeightSpec],
 ) -> Outcome:
     """Trains a policy for each of the weights, with these alone, and evaluates it at these alone.
 
@@ -32,6 +37,10 @@ def one_per_weight(
     corners, inner = rows[rows.amax(1) == 1], rows[rows.amax(1) < 1]
     experts = rows.shape[1] if len(corners) else 0
     steps = steps_of(args, budget, experts + len(inner))
+    if experts:
+        check_experts(args)
+    if check_only:
+        return NOTHING
     parts, used = [], []
     if experts:
         folders, spent = train_experts(args, folder.parent, steps)
@@ -44,7 +53,7 @@ def one_per_weight(
         corner_probability=CLPConfig.corner_probability,
     )
     for row in inner:
-        place = folder / "-".join(f"{w:g}" for w in row.tolist())
+        place = folder / "-".join(f"{w:.9g}" for w in row.tolist())
         draw = partial(_always, row.tolist())
         policy, spent = train_run(fixed, place, steps, draw_weights=draw)
         parts.append(Part(policy, row[None]))
@@ -56,6 +65,7 @@ def _checked(weights: Sequence[WeightSpec], objectives: list[str]) -> Tensor:
     if isinstance(weights, str) or not isinstance(weights, Sequence) or not weights:
         raise ValueError(f"weights must be a list of weights, got {weights!r}")
     rows = parse_rows(weights, len(weights), objectives)
+    rows = rows / rows.sum(1, keepdim=True)  # they may be 1e-3 off the simplex
     if len(rows.unique(dim=0)) != len(rows):
         raise ValueError(f"weights must be distinct, got {rows.tolist()}")
     return rows

@@ -32,7 +32,7 @@ def find_method(name: str, options: Iterable[str] = ()) -> Method:
         raise ValueError(f"method must be one of {known}, got {name!r}{closest(name, METHODS)}")
     given = set(options)
     parameters = inspect.signature(METHODS[name]).parameters.values()
-    shared = ("args", "folder", "budget")
+    shared = ("args", "folder", "budget", "check_only")
     own = {p.name: p.default is p.empty for p in parameters if p.name not in shared}
     for option in sorted(given - own.keys()):
         known = ", ".join(own) or "none"

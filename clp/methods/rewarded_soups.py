@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from clp.methods.experts import train_experts
-from clp.methods.method import Outcome, on_grid, steps_of
+from clp.methods.experts import check_experts, train_experts
+from clp.methods.method import NOTHING, Outcome, on_grid, steps_of
 from clp.methods.soup import soup_of
 from clp.training.config import CLPConfig
 
 
-def rewarded_soups(args: CLPConfig, folder: Path, *, budget: float = 1.0) -> Outcome:
+def rewarded_soups(
+    args: CLPConfig, folder: Path, *, budget: float = 1.0, check_only: bool = False
+) -> Outcome:
     """Rewarded Soups (arXiv:2306.04488) with the exact sum of the experts' differences.
 
         theta(w) = theta_ref + sum_i w_i delta_i
@@ -16,5 +18,8 @@ def rewarded_soups(args: CLPConfig, folder: Path, *, budget: float = 1.0) -> Out
     Each of the m experts has 1/m of the budget. See clp.methods.soup.
     """
     steps = steps_of(args, budget, len(args.rewards))
+    check_experts(args)
+    if check_only:
+        return NOTHING
     folders, used = train_experts(args, folder.parent, steps)
     return Outcome(on_grid(soup_of(args, folders)), used)

@@ -1,6 +1,7 @@
 """Conditioning "prompt": the weights stand in the prompt, and one adapter serves all of them."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class Prompt(LoRA):
         [joy 0.70 brief 0.30] Once upon a time
 
     as token ids after the BOS token, and has one adapter, "shared". Weights of zero leave both away
-    and give the base model. With a range of KL strengths it reads "[joy 0.70 brief 0.30 kl 0.050]".
+    and give the base model. With a range of KL strengths it reads "[joy 0.70 brief 0.30 kl 0.05]".
     """
 
     name = "prompt"
@@ -42,12 +43,16 @@ class Prompt(LoRA):
 
     def longest_prefix(self, objectives: Sequence[str], tokenizer: Any) -> int:
         """Each number adds as many ids as in the longest text in which it alone is another."""
-        digits = [2] * len(objectives) + ([] if self.kl_range is None else [3])
-        even = torch.full((len(digits),), 0.5, dtype=torch.float32)
+        said = [torch.arange(101) / 100] * len(objectives)
+        if self.kl_range is not None:
+            low, high = (math.floor(math.log10(alpha)) for alpha in self.kl_range)
+            three = torch.arange(100, 1000) / 100
+            said.append(torch.cat([three * 10.0**e for e in range(low, high + 1)]))
+        even = torch.full((len(said),), 0.5, dtype=torch.float32)
         plain = most = len(self._encoded(even, objectives, tokenizer))
-        for i, places in enumerate(digits):
-            values = even.repeat(10**places + 1, 1)
-            values[:, i] = torch.arange(len(values)) / 10**places
+        for i, column in enumerate(said):
+            values = even.repeat(len(column), 1)
+            values[:, i] = column
             longest = max(len(self._encoded(v, objectives, tokenizer)) for v in values)
             most += longest - plain
         return most
@@ -81,8 +86,8 @@ class Prompt(LoRA):
 
 
 def prefix_text(condition: Tensor, objectives: Sequence[str]) -> str:
-    """The condition [c] as a prompt says it: weights with two decimals, alpha with three."""
+    """The condition [c] as a prompt says it: two decimals for a weight, three digits for alpha."""
     values = condition.tolist()
     said = [f"{name} {value:.2f}" for name, value in zip(objectives, values, strict=False)]
-    said += [f"kl {alpha:.3f}" for alpha in values[len(objectives) :]]
+    said += [f"kl {alpha:.3g}" for alpha in values[len(objectives) :]]
     return f"[{' '.join(said)}] "

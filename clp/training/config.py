@@ -170,7 +170,10 @@ class CLPConfig:
             at_least["max_prompt_length"] = 1
         for name, low in at_least.items():
             if values[name] < low:
-                raise ValueError(f"{name} must be at least {low}, got {values[name]}")
+                hint = ""
+                if name == "num_generations" and values[name] == 1:
+                    hint = ', or 1 with baseline="value"'
+                raise ValueError(f"{name} must be at least {low}{hint}, got {values[name]}")
         for name in ("num_prompts", "num_generations", "micro_batch_size"):
             if values[name] > LARGEST_BATCH:
                 raise ValueError(f"{name} must be at most {LARGEST_BATCH}, got {values[name]}")

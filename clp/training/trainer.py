@@ -364,17 +364,23 @@ def _usable_rows(trainer: CLPTrainer, path: str | Path | None) -> list[dict[str,
         trainer.rows, policy, trainer.sampler, args.max_completion_length, args.max_prompt_length,
         path, hint=", and max_prompt_length (--max-prompt-length) leaves them out",
     )  # fmt: skip
-    checked = [(rows, path)]
+    reserved = metric_names(policy.objectives)
+
+    def call(each: Sequence[dict[str, Any]], source: str | Path | None) -> None:
+        dry_call(
+            trainer.reward_funcs, each, policy.tokenizer, trainer.state, reserved,
+            args.num_generations, source,
+        )  # fmt: skip
+
+    call(rows, path)
     if (held_out := args.eval_prompts) is not None:
         found = fitting_rows(
             load_prompts(held_out), policy, None, args.max_completion_length, path=held_out
         )
-        checked.append((found, held_out))
-    for each, source in checked:
-        dry_call(
-            trainer.reward_funcs, each, policy.tokenizer, trainer.state,
-            metric_names(policy.objectives), args.num_generations, source,
-        )  # fmt: skip
+        try:
+            call(found, held_out)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"eval_prompts {held_out}: {error}") from error
     return rows
 
 

@@ -1,6 +1,7 @@
 """Comparisons of small methods: what is refused, what is written, what a kill leaves."""
 
 import json
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,6 +18,8 @@ from clp.evaluation.compare_summary import read_unit, summarise
 from clp.evaluation.metrics import dominated, hypervolume
 from clp.methods import registry
 from clp.rewards import distinct_2
+
+REAL = dict(registry.METHODS)
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +190,7 @@ def with_method(**own):
         ({"output_dir": None}, "output_dir must be a folder"),
         ({"tasks": None}, "tasks must map names"),
         ({"methods": {}}, "methods must map names"),
-        ({"methods": {"a/b": {"method": "trained"}}}, "'a/b' must be letters"),
+        ({"methods": {"a/b": {"method": "trained"}}}, "'a/b' must be at most 100 letters"),
         ({"methods": {"experts-1": {"method": "trained"}}}, "not begin with 'experts-'"),
         ({"methods": {"a": {"method": "trained"}, "A": {"method": "trained"}}}, "upper and lower"),
         ({"methods": {"a": None}}, "'a' must hold a mapping"),
@@ -202,8 +205,8 @@ def with_method(**own):
         (with_method(max_steps=3), "max_steps belongs to the task"),
         (with_method(rewards=["brevity"]), "rewards belongs to the task"),
         (with_method(seed=3), "seed is set by the comparison"),
-        (with_method(budget=0), "budget must be a positive number"),
-        (with_method(budget="2"), "budget must be a positive number"),
+        (with_method(budget=0), "budget must be a positive number up to 1e6"),
+        (with_method(budget="2"), "budget must be a positive number up to 1e6"),
         (with_method(reference_point=[0, 0]), "compared under one reference_point"),
         ({"tasks": {"demo": {"max_steps": 2}}}, "task 'demo': rewards is missing"),
         ({"tasks": {"demo": TASK | {"alhpa": 1}}}, "unknown key 'alhpa'; did you mean 'alpha'"),
@@ -260,6 +263,70 @@ def test_two_comparisons_do_not_share_a_folder(done, tmp_path):
 
     with _locked(comparison.output_dir), pytest.raises(ValueError, match="in use by another"):
         run_units(comparison)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"method": "rewarded_soups", "conditioning": "prompt"}, "other than 'prompt'"),
+        ({"method": "averaged_adapters", "conditioning": "prompt"}, "need conditioning='lora'"),
+        ({"method": "warm_start", "budget": 2, "kl_range": [0.1, 0.2]}, "one KL strength"),
+        ({"method": "mod", "divergence": "foo"}, "divergence must be one of"),
+        ({"method": "rewarded_soups", "budget": 0.2}, "leave a step to each of 2 runs"),
+        ({"method": "one_per_weight", "weights": []}, "must be a list of weights"),
+        ({"method": "one_per_weight", "weights": None}, "must be a list of weights"),
+        ({"method": "one_per_weight", "weights": [[1, 0], [1, 0]]}, "weights must be distinct"),
+        ({"method": "clp", "weight_draws": "function"}, "needs no function of Python's"),
+        ({"method": "clp", "conditioning": "ful"}, "did you mean 'full'"),
+    ],
+)
+def test_what_a_method_refuses_is_refused_before_the_first_one_trains(
+    tmp_path, monkeypatch, method, message
+):
+    monkeypatch.setattr(registry, "METHODS", REAL | FAKES)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, methods={"one": {"method": "trained"}, "odd": method})
+
+
+@pytest.mark.parametrize("name", ["compare.json", "compare-x", "a" * 300, "experts-lora-2"])
+def test_names_that_the_folder_needs_for_itself_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="must be at most 100 letters"):
+        load(tmp_path, tasks={name: TASK})
+
+
+def test_a_base_that_was_measured_on_something_else_is_refused(done, tmp_path):
+    """As after the folder of a unit was deleted by hand."""
+    folder = tmp_path / "out"
+    shutil.copytree(done[0].output_dir, folder)
+    for unit in (folder / "demo").glob("seed-*"):
+        shutil.rmtree(unit)
+    path = folder / "demo/base.json"
+    before = path.read_bytes()
+    rewards = TASK | {"rewards": ["joy=sentiment", "brief=brevity"]}
+    for changes, what in (
+        ({"num_prompts": 2}, "num_prompts, eval_prompts"),
+        ({"max_tokens": 3}, "max_tokens"),
+        ({"tasks": {"demo": rewards}}, "rewards"),
+    ):
+        with pytest.raises(ValueError, match=rf"base\.json was measured with another {what}: name"):
+            run_units(load_comparison(write(tmp_path / "c.yaml", values(folder, **changes))))
+    assert path.read_bytes() == before
+
+
+def test_a_base_that_is_lost_or_damaged_is_refused(done, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(done[0].output_dir, folder)
+    path = folder / "demo/base.json"
+    whole = json.loads(path.read_text())
+    for odd in ({"std": ["a", "b"]}, {"rewards": 3}, {"reference_point": None}):
+        path.write_text(json.dumps(whole | odd))
+        with pytest.raises(ValueError, match="must be an object with rewards, std, reference_po"):
+            run_units(load_comparison(write(tmp_path / "c.yaml", values(folder))))
+    path.unlink()
+    for seeds in ([0, 1], [0, 1, 2]):
+        with pytest.raises(ValueError, match=r"base\.json is missing, which the finished units of"):
+            run_units(load_comparison(write(tmp_path / "c.yaml", values(folder, seeds=seeds))))
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("rewards", [["brevity"], ["joy=sentiment", "brevity", "readability"]])

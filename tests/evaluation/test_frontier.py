@@ -280,10 +280,10 @@ def test_samples_have_their_kl_and_length(two):
     front, samples = two
     for i in range(11):
         chunk = samples[3 * i : 3 * i + 3]
-        kl, tokens = (sum(s[key] for s in chunk) for key in ("kl", "tokens"))
+        kl, tokens = (sum(s[key] for s in chunk) for key in ("kl_to_base", "tokens"))
         assert kl / tokens == pytest.approx(front.kl_per_token[i])
         assert tokens / 3 == pytest.approx(front.mean_length[i])
-    assert all(s["kl"] == 0 and s["tokens"] > 0 for s in samples[33:])
+    assert all(s["kl_to_base"] == 0 and s["tokens"] > 0 for s in samples[33:])
 
 
 @pytest.mark.parametrize(

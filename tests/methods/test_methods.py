@@ -9,7 +9,7 @@ from tiny_runs import config, metrics, records
 
 from clp.data.weights import weight_grid
 from clp.methods.experts import train_experts
-from clp.methods.method import Budget, steps_of
+from clp.methods.method import NOTHING, Budget, steps_of
 from clp.methods.one_per_weight import one_per_weight
 from clp.methods.registry import METHODS, find_method
 from clp.methods.runs import train_run
@@ -163,6 +163,22 @@ def test_one_per_weight_takes_its_corners_from_the_experts(folder, args):
     assert inner.budget.gradient_steps == 1
 
 
+def test_weights_within_the_tolerance_of_the_simplex_are_on_it(folder, args):
+    """A corner that is 1.0005 is the expert's, and weights that differ have runs of their own."""
+    near = [[1.0005, 0], [0.3333333, 0.6666667], [0.3333334, 0.6666666]]
+    outcome = one_per_weight(args, folder / "near", budget=1, weights=near)
+    assert [len(part.weights) for part in outcome.parts] == [1, 1, 1]
+    assert outcome.parts[0].weights.tolist() == [[1, 0]]
+    assert len([p for p in (folder / "near").iterdir() if p.is_dir()]) == 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_checking_alone_trains_nothing(tmp_path, args, name):
+    options = {"weights": [[1, 0], [0.5, 0.5]]} if name == "one_per_weight" else {}
+    assert METHODS[name](args, tmp_path / "a", budget=1, check_only=True, **options) is NOTHING
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("few")
 def test_a_method_goes_on_after_a_kill_and_counts_the_whole_run(tmp_path, args, monkeypatch):
     scaled = replace(args, scale_rewards="reference")
@@ -214,8 +230,10 @@ def test_unknown_methods_and_options(name, options, message):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("clp", {"budget": 0}, "budget must be a positive number, got 0"),
-        ("clp", {"budget": True}, "budget must be a positive number, got True"),
+        ("clp", {"budget": 0}, "budget must be a positive number up to 1e6, got 0"),
+        ("clp", {"budget": 1e308}, "budget must be a positive number up to 1e6, got 1e"),
+        ("clp", {"budget": 10**400}, "budget must be a positive number up to 1e6, got 1000"),
+        ("clp", {"budget": True}, "budget must be a positive number up to 1e6, got True"),
         ("rewarded_soups", {"budget": 0.1}, "budget must leave a step to each of 2 runs; 0.1"),
         ("mod", {"divergence": "forward"}, "forward_kl or a number, got 'forward'"),
         ("mod", {"divergence": 0.0}, "divergence must be a number from 0.01 to 100, got 0.0"),

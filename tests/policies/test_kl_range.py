@@ -127,7 +127,7 @@ def test_files_and_export_keep_the_strength(policies, conditioning, tmp_path):
             torch.testing.assert_close(plain(ids).logits, wanted, rtol=1e-3, atol=1e-4)
     elif conditioning == "prompt":
         record = json.loads((tmp_path / "out/prompt_prefix.json").read_text())
-        assert record["text"] == "[joy 0.30 brief 0.70 kl 0.100] "
+        assert record["text"] == "[joy 0.30 brief 0.70 kl 0.1] "
         assert record["token_ids"] == policy.conditioned_prompt([1], row[0])[1:]
 
 
@@ -139,6 +139,20 @@ def test_no_text_of_the_condition_is_longer_than_what_is_kept_free(policies):
     strengths = policy.kl_range.draw(300, generator)
     drawn = torch.cat([weights, strengths[:, None]], 1)
     assert max(len(policy.conditioned_prompt([], row)) for row in drawn) <= longest < 60
+
+
+@pytest.mark.parametrize("ends", [(1e-4, 4e-4), (1e-6, 1 - 1e-6), (0.011, 0.012)])
+@pytest.mark.parametrize("conditioning", ["lora", "full", "prompt"])
+def test_the_ends_of_narrow_and_wide_ranges_differ_and_are_finite(conditioning, ends):
+    policy = Policy.create("tiny", ["a", "b"], conditioning=conditioning, kl_range=ends)
+    rows = [policy.condition(Condition([0.5, 0.5], kl)) for kl in ends]
+    weights = [policy.layer_weights(row) for row in rows]
+    assert all(w.isfinite().all() for w in weights)
+    prompts = [policy.conditioned_prompt([1], row) for row in rows]
+    assert not torch.equal(*weights) or prompts[0] != prompts[1]
+    assert max(map(len, prompts)) - 1 <= policy.conditioning.longest_prefix(
+        policy.objectives, policy.tokenizer
+    )
 
 
 def test_training_with_a_range_draws_records_and_resumes_exactly(tmp_path):
@@ -167,7 +181,8 @@ def test_evaluation_at_a_strength(policies, tmp_path):
         kl: evaluate(policies["full"], rewards, rows, params=params, kl=kl)[0]
         for kl in (0.05, 0.4, None)
     }
-    assert found[0.05].kl == pytest.approx(0.05) and found[None].kl == pytest.approx(0.02**0.5)
+    assert found[0.05].alpha == pytest.approx(0.05)
+    assert found[None].alpha == pytest.approx(0.02**0.5)
     # Random differences, interpolated towards the base.
     assert max(found[0.4].kl_per_token) < min(found[0.05].kl_per_token)
 
@@ -203,12 +218,13 @@ def test_a_strength_for_a_policy_of_one_strength_is_refused():
 
 @pytest.mark.parametrize(
     "value",
-    [[0.4, 0.05], [0.1, 0.1], [0.1, 1.0], [0.0, 0.5], [0.1], [0.1, 0.2, 0.3], "01", ["a"]],
-)
+    [[0.4, 0.05], [0.1, 0.1], [0.1, 1.0], [0.0, 0.5], [0.5, 0.9999999], [1e-39, 0.1], [0.1],
+     [0.1, 0.2, 0.3], "01", ["a"]],
+)  # fmt: skip
 def test_a_range_that_is_none_is_refused(value):
-    with pytest.raises(ValueError, match="kl_range must be two numbers, 0 < low < high < 1, got"):
+    with pytest.raises(ValueError, match=r"kl_range must be two numbers, 1e-06 <= .* got"):
         CLPConfig(kl_range=value)
-    with pytest.raises(ValueError, match="kl_range must be two numbers, 0 < low < high < 1, got"):
+    with pytest.raises(ValueError, match=r"kl_range must be two numbers, 1e-06 <= .* got"):
         Policy.create("tiny", ["joy"], kl_range=value)
 
 

@@ -183,17 +183,21 @@ def test_head_of_a_plain_model_has_temperature_one():
     assert weight.dim() == 2 and bias is None and temperature == 1 and experts is None
 
 
-def test_head_of_a_model_that_scales_its_logits(tmp_path):
+@pytest.mark.parametrize("scaling", [4.0, 1.009])
+def test_head_of_a_model_that_scales_its_logits(tmp_path, scaling):
     torch.manual_seed(0)
-    model = transformers.GraniteForCausalLM(transformers.GraniteConfig(**SMALL, logits_scaling=4.0))
+    config = transformers.GraniteConfig(**SMALL, logits_scaling=scaling)
+    model = transformers.GraniteForCausalLM(config)
     policy = Policy.create(with_tiny_tokenizer(model, tmp_path), ["a"])
-    assert policy.head()[2] == pytest.approx(4.0, rel=1e-3)
+    assert policy.head()[2] == pytest.approx(scaling, rel=1e-4)
 
 
-def test_head_refuses_a_soft_cap(tmp_path):
+@pytest.mark.parametrize("cap", [0.1, 30.0, 1e4])
+def test_head_refuses_a_soft_cap(tmp_path, cap):
+    """One that hardly bends the probe's logits too: those of a trained model may be larger."""
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
-        **SMALL, final_logit_softcapping=0.1, attn_logit_softcapping=None
+        **SMALL, final_logit_softcapping=cap, attn_logit_softcapping=None
     )
     model = transformers.Gemma2ForCausalLM(config)
     policy = Policy.create(with_tiny_tokenizer(model, tmp_path), ["a"])
