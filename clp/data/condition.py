@@ -1,18 +1,15 @@
 """Conditions: what steers one completion, and the row of numbers that policies take of it."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clp.data.kl_range import KLRange
 from clp.data.weights import WeightSpec, parse_rows, parse_weights
-
-# Nearer to 0 or 1, alpha / (1 - alpha) or its inverse loses its digits in float32.
-SMALLEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -29,33 +26,10 @@ class Condition:
     kl: float | None = None
 
 
-class KLRange(NamedTuple):
-    """The strengths alpha, from low to high, that a policy is trained on (CLPConfig.kl_range)."""
-
-    low: float
-    high: float
-
-    @property
-    def middle(self) -> float:
-        """The geometric mean, around which log-uniform draws are symmetric."""
-        return math.sqrt(self.low * self.high)
-
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Log-uniform strengths [count], float32."""
-        place = torch.rand(count, dtype=torch.float64, generator=generator)
-        return (self.low * (self.high / self.low) ** place).float()
-
-    @classmethod
-    def parse(cls, value: Any, name: str = "kl_range") -> "KLRange":
-        """From two numbers. Raises: ValueError unless SMALLEST <= low < high <= 1 - SMALLEST."""
-        numbers = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
-        plain = [isinstance(v, Real) and not isinstance(v, bool) for v in numbers]
-        least, most = SMALLEST, 1 - SMALLEST
-        if plain != [True, True] or not least <= numbers[0] < numbers[1] <= most:
-            raise ValueError(
-                f"{name} must be two numbers, {least:g} <= low < high <= {most}, got {value!r}"
-            )
-        return cls(float(numbers[0]), float(numbers[1]))
+def draw_strengths(kl_range: KLRange, count: int, generator: torch.Generator) -> Tensor:
+    """Log-uniform strengths [count] of the range, float32."""
+    place = torch.rand(count, dtype=torch.float64, generator=generator)
+    return (kl_range.low * (kl_range.high / kl_range.low) ** place).float()
 
 
 def beta(alpha: Tensor | float) -> Any:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clp.data.condition import KLRange
 from clp.data.files import write_whole
 from clp.data.json_lines import read_json
+from clp.data.kl_range import KLRange
 
 CONDITIONINGS = ("lora", "full", "attention", "head", "prompt")
 

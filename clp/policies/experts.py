@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from clp.data.condition import KLRange, beta
+from clp.data.condition import beta
 from clp.data.files import whole_file
+from clp.data.kl_range import KLRange
 from clp.policies.interface import Conditioning
 from clp.policies.loading import load_base
 from clp_kernels import inject_experts

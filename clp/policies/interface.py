@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from clp.data.condition import Condition, KLRange, parse_condition
+from clp.data.condition import Condition, parse_condition
+from clp.data.kl_range import KLRange
 from clp.data.weights import WeightSpec
 from clp.policies.loading import context_length, drawable_ids, end_ids, vocab_size
 

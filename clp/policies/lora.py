@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import clp_kernels
-from clp.data.condition import KLRange, beta
+from clp.data.condition import beta
+from clp.data.kl_range import KLRange
 from clp.policies.interface import Conditioning
 from clp.policies.loading import model_path
 from clp_kernels.nn.mixed_lora import steered_layers

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import clp_kernels
-from clp.data.condition import Condition, KLRange
+from clp.data.condition import Condition
+from clp.data.kl_range import KLRange
 from clp.data.names import closest
 from clp.data.paths import model_location
 from clp.data.weights import WeightSpec

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from clp.data.condition import KLRange
+from clp.data.kl_range import KLRange
 from clp.data.names import closest
 from clp.data.paths import absolute, home_expanded, model_location, reward_locations
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from clp.data.condition import KLRange
+from clp.data.condition import draw_strengths
+from clp.data.kl_range import KLRange
 from clp.data.weights import draw_from_dirichlet, draw_from_grid, draw_on_faces, parse_rows
 from clp.training.config import CLPConfig
 
@@ -27,7 +28,7 @@ def condition_draws(
 
     def both(count: int, generator: torch.Generator) -> Tensor:
         weights = draw(count, generator)
-        return torch.cat([weights, strengths.draw(count, generator)[:, None]], 1)
+        return torch.cat([weights, draw_strengths(strengths, count, generator)[:, None]], 1)
 
     return both
 

@@ -625,10 +625,8 @@ def test_compare(clp, refused, monkeypatch, tmp_path):
 
 
 def test_compare_stopped_says_how_to_go_on(clp, monkeypatch, tmp_path):
-    monkeypatch.setitem(
-        METHODS, "trained", Mock(side_effect=KeyboardInterrupt, spec=tiny_compare.trained)
-    )
-    monkeypatch.setattr("clp.evaluation.compare_config.find_method", Mock())
+    monkeypatch.setitem(METHODS, "trained", tiny_compare.trained)
+    monkeypatch.setattr("tiny_compare.CLPTrainer", Mock(side_effect=KeyboardInterrupt))
     methods = {"one": {"method": "trained"}}
     path = tiny_compare.write(
         tmp_path / "c.yaml", tiny_compare.values(tmp_path / "out", methods=methods)

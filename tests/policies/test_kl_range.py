@@ -10,6 +10,7 @@ from steered_policies import DONE, PROMPTS, policy_of
 from tiny_runs import config, metrics
 
 from clp import CLPConfig, CLPTrainer, Condition, LogitMixture, Policy, Sampler, SamplingParams
+from clp.data.condition import draw_strengths
 from clp.evaluation.frontier import evaluate
 from clp.policies.loading import load_base
 from clp.policies.token_stats import token_stats
@@ -136,7 +137,7 @@ def test_no_text_of_the_condition_is_longer_than_what_is_kept_free(policies):
     longest = policy.conditioning.longest_prefix(policy.objectives, policy.tokenizer)
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(300, 2, generator=generator)
-    strengths = policy.kl_range.draw(300, generator)
+    strengths = draw_strengths(policy.kl_range, 300, generator)
     drawn = torch.cat([weights, strengths[:, None]], 1)
     assert max(len(policy.conditioned_prompt([], row)) for row in drawn) <= longest < 60
 

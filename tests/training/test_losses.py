@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import clp_kernels
-from clp.data.condition import KLRange
+from clp.data.condition import draw_strengths
+from clp.data.kl_range import KLRange
 from clp.data.weights import draw_from_dirichlet, weight_grid
 from clp.policies.experts import Experts
 from clp.policies.lora import LoRA
@@ -220,7 +221,7 @@ def train_table(rewards, alpha, how, conditioning=None):
         if conditioning is None:
             alphas = torch.full((groups,), alpha)
         else:
-            alphas = conditioning.kl_range.draw(groups, generator)
+            alphas = draw_strengths(conditioning.kl_range, groups, generator)
         with clp_kernels.steer(table, layer_weights(with_strengths(weights, alphas))):
             logp = torch.log_softmax(table(torch.ones(groups, 1)), -1).repeat_interleave(k, 0)
         seeds = torch.arange(groups * k) + 10_000 * step
