@@ -142,15 +142,16 @@ def with_plans(
     before = [config._attn_implementation for config in configs]
     try:
         try:
-            _set_attention(configs, [IMPLEMENTATION] * len(before))
+            set_attention(configs, [IMPLEMENTATION] * len(before))
             return function(*args, **kwargs)
         finally:
-            _set_attention(configs, before)
+            set_attention(configs, before)
     except BaseException:
-        _set_attention(configs, before)  # Ctrl-C may have come in the middle of it
+        set_attention(configs, before)  # Ctrl-C may have come in the middle of it
         raise
 
 
-def _set_attention(configs: Sequence[Any], implementations: Sequence[str | None]) -> None:
+def set_attention(configs: Sequence[Any], implementations: Sequence[str | None]) -> None:
+    """Names the attention implementation in each configuration."""
     for config, name in zip(configs, implementations, strict=True):
         config._attn_implementation = name

@@ -12,9 +12,9 @@ from decoding_alone import new_spread_policy
 
 import clp_kernels
 from clp.engine import locks
-from clp.engine.attention import IMPLEMENTATION
 from clp.engine.sampler import Sampler, SamplingParams
-from clp.engine.slot_model import SlotModel, set_attention
+from clp.engine.slot_model import SlotModel
+from clp.policies.attention import IMPLEMENTATION, set_attention, with_plans
 from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
 
@@ -240,7 +240,8 @@ def test_ctrl_c_anywhere_restores_the_configuration(policy):
     """KeyboardInterrupt at every line that changes it, and at every call out of those."""
     model = SlotModel(policy.model)
     config = policy.model.config
-    codes = {model.run.__func__.__code__, set_attention.__code__}
+    functions = (model.run.__func__, with_plans, set_attention)
+    codes = {function.__code__ for function in functions}
 
     def interrupted(at):
         """Whether there was an event number `at` to interrupt."""

@@ -37,7 +37,8 @@ MODELS = {
     "opt": {"ffn_dim": 64},
     "biogpt": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.5},
-    "bloom": {"n_layer": LAYERS, "n_head": 2},
+    "granite": {},
+    "olmo2": {},
 }
 
 
