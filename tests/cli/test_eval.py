@@ -84,7 +84,8 @@ def test_a_held_out_prompt_that_is_too_long_is_named_by_file_and_line(refused, t
     path.write_text('{"prompt": "Tom"}\n')
     said = refused("train", "--output-dir", tmp_path / "r", "--rewards", "rouge", "--eval-prompts",
                    path, "--prompts", _with_references(tmp_path))  # fmt: skip
-    assert "rouge needs the column 'reference'" in said and not (tmp_path / "r").exists()
+    assert f"eval_prompts {path}: rouge needs the column 'reference'" in said
+    assert not (tmp_path / "r").exists()
 
 
 def _with_references(folder):

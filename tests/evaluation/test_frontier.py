@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -105,6 +105,9 @@ def test_json_plot_and_tables(two, tmp_path):
     print_frontier(front, console)
     print_samples(front, samples, console)
     assert "joy 0.50 brief 0.50" in text.getvalue() and "base" in text.getvalue()
+    assert "KL strength" not in text.getvalue()
+    print_frontier(replace(front, alpha=0.1), console)
+    assert "KL strength 0.1" in text.getvalue()
 
 
 @pytest.fixture

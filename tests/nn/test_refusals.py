@@ -609,3 +609,13 @@ def test_a_model_that_needs_more_than_token_ids_is_injected(kind: str) -> None:
         config = getattr(transformers, f"{kind}Config")(**sizes, num_hidden_layers=1)
     model = getattr(transformers, f"{kind}Model")(config)
     assert inject(model, ["a", "b"], r=2)
+
+
+def test_where_no_target_can_be_steered_nothing_is_advised():
+    """As in a model that accelerate has spread: leaving out all of them leaves nothing."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer in model:
+        layer.register_forward_hook(lambda module, args, output: output)
+    with pytest.raises(ValueError, match="so does every other target") as caught:
+        inject(model, ["a"], r=2)
+    assert "exclude_modules" not in str(caught.value)

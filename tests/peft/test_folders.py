@@ -352,6 +352,18 @@ def test_a_regex_is_not_run(tmp_path: Path) -> None:
     assert load_adapters(model, [folder]) == [name]
 
 
+def test_an_adapter_of_an_embedding_is_refused_as_one(tmp_path: Path) -> None:
+    """By a regex, as PEFT takes it too; the file has the embedding's own weight or not."""
+    config = peft.LoraConfig(r=4, target_modules=r".*(embed_tokens|q_proj)")
+    model = peft.get_peft_model(llama(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    refused = "it is an adapter of an embedding, which is not supported"
+    with pytest.raises(ValueError, match=refused):
+        load_adapters(llama(), [tmp_path / "a"])
+
+
 def test_saved_embeddings_are_refused_with_what_to_do(tmp_path: Path) -> None:
     base = llama()
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
