@@ -1,9 +1,10 @@
 """The command line: clp train | sample | eval | compare | export | info.
 
-The commands import transformers, torch and matplotlib when they run: `clp --help` is immediate.
+Each command is a module of its own, which is imported where Ctrl-C is handled already. It imports
+transformers, torch and matplotlib when it runs: `clp --help` is immediate.
 """
 
-import importlib.metadata
+import importlib
 import io
 import os
 import signal
@@ -12,16 +13,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from clp.cli import compare, eval, export, info, sample, train
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": train.run,
-    "sample": sample.run,
-    "eval": eval.run,
-    "compare": compare.run,
-    "export": export.run,
-    "info": info.run,
-}
+COMMANDS = ("train", "sample", "eval", "compare", "export", "info")
 
 
 def main() -> None:
@@ -83,16 +75,23 @@ def main() -> None:
 def _run(name: str, argv: Sequence[str]) -> None:
     if name in ("--help", "-h"):
         print("clp: one policy for every trade-off between objectives\n")
-        for run in COMMANDS.values():
-            print(f"  {(run.__doc__ or '').splitlines()[0]}")
+        for command in COMMANDS:
+            print(f"  {(_imported(command).__doc__ or '').splitlines()[0]}")
         print("\nOptions of a command: clp COMMAND --help; the version: clp --version")
     elif name == "--version":
         # Of what is installed: clp_kernels.__version__ would import torch.
-        print(f"clp {importlib.metadata.version('clp-steer')}")
+        from importlib.metadata import version
+
+        print(f"clp {version('clp-steer')}")
     elif name in COMMANDS:
-        COMMANDS[name](argv)
+        _imported(name)(argv)
     else:
         _end(2, f"clp: unknown command {name!r}; one of {', '.join(COMMANDS)}\n")
+
+
+def _imported(command: str) -> Callable[[Sequence[str]], None]:
+    run: Callable[[Sequence[str]], None] = importlib.import_module(f"clp.cli.{command}").run
+    return run
 
 
 def _end(code: int, message: str = "") -> NoReturn:

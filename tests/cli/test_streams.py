@@ -9,6 +9,7 @@ import pytest
 
 PRELUDE = """
 import atexit, builtins, os, signal, sys
+import clp.cli.info
 from clp import cli
 
 atexit.register(lambda: "twice" in sys.argv and os.kill(os.getpid(), signal.SIGINT))
@@ -28,14 +29,28 @@ def info(argv):
     print(sys.stdin.isatty(), "é")
     print("said", file=sys.stderr)
 
-cli.COMMANDS["info"] = info
+clp.cli.info.run = info
 cli.main()
 """
 
 
-def ended(redirections, *argv):
+IMPORTING = """
+import signal, sys
+
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "tyro":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Stop())
+from clp import cli
+cli.main()
+"""
+
+
+def ended(redirections, *argv, script=PRELUDE):
     """What a command says on standard error, and how it ends."""
-    shell = ["sh", "-c", f'exec "$@" {redirections}', "sh", sys.executable, "-c", PRELUDE]
+    shell = ["sh", "-c", f'exec "$@" {redirections}', "sh", sys.executable, "-c", script]
     # Buffered, as it is by default: the output fails when it is flushed.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     # The tests may run in the background of a script, where SIGINT is ignored.
@@ -75,6 +90,11 @@ def test_bad_input_keeps_its_code_without_room_to_say_it():
 )  # fmt: skip
 def test_ctrl_c_that_becomes_another_error(kind):
     assert ended(">/dev/null", "info", "signal", kind) == (130, "clp info: stopped\n")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["sample", "x"]])
+def test_ctrl_c_while_a_command_is_imported(argv):
+    assert ended(">/dev/null", *argv, script=IMPORTING) == (130, f"clp {argv[0]}: stopped\n")
 
 
 def test_a_second_ctrl_c_does_not_interrupt_the_end():

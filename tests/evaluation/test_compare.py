@@ -166,17 +166,20 @@ def test_methods_seeds_and_tasks_may_be_added(tmp_path, monkeypatch):
         ({"reference_point": [0, 0]}, "has the reference_point"),
     ],
 )  # fmt: skip
-def test_other_settings_are_refused(done, monkeypatch, tmp_path, changes, message):
-    monkeypatch.setitem(registry.METHODS, "trained", Mock(side_effect=AssertionError("trained")))
-    path = write(tmp_path / "c.yaml", values(done[0].output_dir, **changes))
-    monkeypatch.setitem(registry.METHODS, "trained", FAKES["trained"])
+def test_other_settings_are_refused(done, monkeypatch, changes, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
-        run_units(load_comparison(path))
+        run_without_training(monkeypatch, load(done[0].output_dir.parent, **changes))
 
 
-def test_where_it_runs_and_what_it_saves_may_change(done, tmp_path):
+def test_where_it_runs_and_what_it_saves_may_change(done, monkeypatch):
     tasks = {"demo": TASK | {"device": "cpu", "save_steps": 2}}
-    run_units(load_comparison(write(tmp_path / "c.yaml", values(done[0].output_dir, tasks=tasks))))
+    run_without_training(monkeypatch, load(done[0].output_dir.parent, tasks=tasks))
+
+
+def run_without_training(monkeypatch, comparison):
+    for name in ("trained", "several"):
+        monkeypatch.setitem(registry.METHODS, name, Mock(side_effect=AssertionError("trained")))
+    run_units(comparison)
 
 
 def with_method(**own):

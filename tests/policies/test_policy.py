@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import randomised
 
 import clp_kernels
-from clp import cli
+from clp.cli import export
 from clp.data.paths import TINY
 from clp.data.weights import weight_grid
 from clp.policies.loading import load_base, torch_device
@@ -80,7 +80,7 @@ def test_adapters_of_the_embedded_model_name_a_folder_that_peft_loads(tmp_path):
     policy.save(tmp_path / "p")
     assert json.loads((tmp_path / "p" / "clp.json").read_text())["base_model"] == "tiny"
     folders = [str(tmp_path / "p"), str(tmp_path / "out")]
-    cli.COMMANDS["export"]([*folders, "--weights", "joy=1,brief=0"])
+    export.run([*folders, "--weights", "joy=1,brief=0"])
     for folder in ("p/adapters/joy", "out"):
         loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / folder).eval()
         with torch.no_grad():
