@@ -35,7 +35,7 @@ class EvalCommand:
     seed: int = 0
     """Seed of the completions."""
     kl: float | None = None
-    """KL strength alpha, if the run has a kl_range; default: the middle of it."""
+    """KL strength alpha, if the run has a kl_range; default: its geometric mean."""
     reference_point: list[float] | None = None
     """Reference point of the hypervolume; default: the origin."""
     max_batch_size: int = 128

@@ -21,7 +21,7 @@ class ExportCommand:
     weights: str
     """Such as "joy=0.7,brief=0.3"."""
     kl: float | None = None
-    """KL strength alpha, if the run has a kl_range; default: the middle of it."""
+    """KL strength alpha, if the run has a kl_range; default: its geometric mean."""
     simplex: bool = True
     """Refuse weights that are negative or have a sum other than 1."""
     base_model: str | None = None

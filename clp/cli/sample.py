@@ -37,8 +37,8 @@ class SampleCommand:
     weights: str | None = None
     """Of prompts without their own, such as "joy=0.7,brief=0.3"."""
     kl: float | None = None
-    """KL strength alpha of those without their own, if the run has a kl_range; default: the middle
-    of it."""
+    """KL strength alpha of those without their own, if the run has a kl_range; default: its
+    geometric mean."""
     simplex: bool = True
     """Refuse weights that are negative or have a sum other than 1."""
     max_batch_size: int = 64

@@ -19,7 +19,7 @@ class Condition:
     Attributes:
         weights: Of the objectives; see clp.data.weights.parse_weights.
         kl: The KL strength alpha, for a policy that is trained on a range of them; None: the
-            middle of its range (KLRange.middle).
+            geometric mean of the range (KLRange.middle).
     """
 
     weights: WeightSpec

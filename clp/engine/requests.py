@@ -1,7 +1,7 @@
 """What is asked of the sampler and what it answers: prompts, parameters, completions."""
 
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor
 
 from clp.data.conversation import encode_prompt, is_conversation
-from clp.data.names import closest
 
 # Bounds on a single request, so that none can ask for all memory.
 MOST_COMPLETIONS = 1024
@@ -137,21 +136,6 @@ class SamplingParams:
         if len(values) > most:
             raise ValueError(f"{name} must hold at most {most} {what}, got {len(values)}")
         object.__setattr__(self, name, tuple(values))
-
-    @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> "SamplingParams":
-        """From a mapping such as a line of JSON.
-
-        Raises: ValueError for an unknown name or a bad value.
-        """
-        known = {f.name for f in fields(cls)}
-        for name in options:
-            if name not in known:
-                raise ValueError(
-                    f"unknown sampling parameter {name!r}{closest(str(name), known)}; there are "
-                    f"{', '.join(f.name for f in fields(cls))}"
-                )
-        return cls(**options)
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,8 @@ def _check_record(comparison: Comparison, unit: Unit, data: TaskData) -> None:
         raise ValueError(f"{folder / 'unit.json'} must hold an object")
     differences = [
         f"{name} was {then.get(name)!r:.100} and is {now.get(name)!r:.100}"
-        for name in sorted(then.keys() | now.keys())
+        # Digests last: they tell a reader least.
+        for name in sorted(then.keys() | now.keys(), key=lambda k: (k.startswith("content of"), k))
         if then.get(name) != now.get(name)
     ]
     if differences:

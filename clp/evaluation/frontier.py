@@ -115,7 +115,7 @@ def evaluate(
         weights: The W weights to evaluate, on the simplex; None: those of `weight_grid(m)`.
         seed: Any integer. Prompt i draws with the same seed for all weights, so that points differ
             by their weights and not by luck.
-        kl: The KL strength, if the policy has a range of them; None: its middle.
+        kl: The KL strength, if the policy has a range; None: its geometric mean.
         reference_point: Of the hypervolume; the origin if None, since built-in rewards are >= 0.
         max_batch_size: Sequences decoded together.
         trainer_state: What reward functions get under that name, such as CLPTrainer's `state`; if

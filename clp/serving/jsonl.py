@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from clp.data.condition import Condition
 from clp.data.conversation import is_conversation, message_text, user_message
 from clp.data.json_lines import Line, read_lines
+from clp.data.names import closest
 from clp.engine.requests import Completion, SamplingParams
 from clp.engine.sampler import Sampler
 from clp.engine.sequence import Request
@@ -32,6 +33,10 @@ from clp.serving.resumable_output import (
 
 # Requests that wait, run, or wait to be given out, in batches: enough that a free slot finds one.
 QUEUED_BATCHES = 4
+
+# The fields of a line that are no sampling parameters, and all of them.
+_OWN_FIELDS = ("prompt", "weights", "kl", "id")
+_FIELDS = (*_OWN_FIELDS, *(field.name for field in fields(SamplingParams)))
 
 
 class Defaults(NamedTuple):
@@ -160,8 +165,12 @@ def _submit(sampler: Sampler, line: Line, defaults: Defaults, base_seed: int) ->
     row: dict[str, Any] = {}
     try:
         row = line.parse()
-        own = {k: v for k, v in row.items() if k not in ("prompt", "weights", "kl", "id")}
-        params = SamplingParams.parse(asdict(defaults.params) | own)
+        for name in row:
+            if name not in _FIELDS:
+                hint = closest(name, _FIELDS)
+                raise ValueError(f"unknown field {name!r}{hint}; there are {', '.join(_FIELDS)}")
+        own = {k: v for k, v in row.items() if k not in _OWN_FIELDS}
+        params = replace(defaults.params, **own)
         if params.seed is None:
             params = replace(params, seed=line_seed(base_seed, line.number))
         if "prompt" not in row:

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, TextIO
 
 from clp.data.condition import Condition
@@ -43,7 +43,7 @@ def prompt_loop(
 
     Args:
         params, weights, kl: To begin with; weights of None: equal for all objectives; a kl of
-            None: the middle of the policy's range, if it has one.
+            None: the geometric mean of the policy's range, if it has one.
         simplex: Refuse weights off the simplex.
         chat: What is typed is the next message of a conversation; the first of n completions is the
             answer that the next one follows.
@@ -116,7 +116,8 @@ class _Loop:
                 self.steer_by(rest, self.kl)
             self.out.write(self.shown() + "\n")
         elif name == "kl":
-            self.steer_by(self.weights, _strength(rest))
+            if rest:
+                self.steer_by(self.weights, _strength(rest))
             self.out.write(self.shown() + "\n")
         elif name == "set":
             self._set(*_split(rest))
@@ -142,7 +143,7 @@ class _Loop:
         if not text:
             example = _shown(getattr(self.params, name))
             raise ValueError(f"/set {name} needs a value, such as {example}")
-        self.params = SamplingParams.parse(asdict(self.params) | {name: _value(name, text)})
+        self.params = replace(self.params, **{name: _value(name, text)})
         self.out.write(f"{name} {_shown(getattr(self.params, name))}\n")
 
     def complete(self, prompt: str) -> None:

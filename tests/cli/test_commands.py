@@ -380,21 +380,21 @@ def test_ctrl_c_before_the_first_step_leaves_no_run(clp, monkeypatch, tmp_path):
 def test_too_little_memory_is_one_line(clp, monkeypatch, on_a_gpu):
     error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
     ask = Mock(side_effect=error) if on_a_gpu else lambda argv: torch.empty(2**50)
-    monkeypatch.setitem(cli.COMMANDS, "info", ask)
+    monkeypatch.setattr("clp.cli.info.run", ask)
     (line,) = clp("info", code=2).err.splitlines()
     assert line.startswith("clp info: error: not enough memory: ") and " to allocate " in line
 
 
 def test_another_error_of_pytorch_is_raised(clp, monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "info", lambda argv: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr("clp.cli.info.run", lambda argv: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         clp("info", code=2)
 
 
 def info_prints(what):
     """Arguments of a Python whose `clp info` prints this."""
-    code = f"cli.COMMANDS['info'] = lambda argv: {what}; sys.argv = ['clp', 'info']; cli.main()"
-    return ["-c", f"import sys; from clp import cli; {code}"]
+    code = f"info.run = lambda argv: {what}; sys.argv = ['clp', 'info']; cli.main()"
+    return ["-c", f"import sys; from clp import cli; from clp.cli import info; {code}"]
 
 
 def test_a_terminal_without_the_characters():

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -108,6 +110,16 @@ def test_json_plot_and_tables(two, tmp_path):
     assert "KL strength" not in text.getvalue()
     print_frontier(replace(front, alpha=0.1), console)
     assert "KL strength 0.1" in text.getvalue()
+
+
+def test_the_page_on_metrics_has_the_fields_of_both_files(two):
+    front, samples = two
+    page = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+    _, first, second = re.split(r"^\*\*.*?\*\*", page.read_text(encoding="utf-8"), flags=re.M)
+    # The names stand at the beginning of an item or a sentence, before its colon.
+    for part, names in ((first, set(asdict(front))), (second, {*samples[0], "extra"})):
+        heads = re.findall(r"(?:^- |\. )((?:`\w+`,?\s*)+):", part, flags=re.M)
+        assert set(re.findall(r"`(\w+)`", " ".join(heads))) == names
 
 
 @pytest.fixture

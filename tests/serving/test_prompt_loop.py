@@ -55,12 +55,13 @@ def test_a_prompt_is_continued_with_equal_weights(sampler):
 
 def test_the_strength_is_set_and_shown(sampler):
     own = Sampler(policy_of("lora", kl_range=(0.05, 0.4)), max_batch_size=4)
-    shown = typed(own, "/kl 0.1", "/w 1,0", "/kl 2", "/kl low", "Tom", kl=0.05)
+    shown = typed(own, "/kl 0.1", "/w 1,0", "/kl 2", "/kl low", "/kl", "Tom", kl=0.05)
     assert shown[0] == "weights joy=0.5,brief=0.5; kl 0.05; /help lists the commands"
     assert shown[1:3] == ["weights joy=0.5,brief=0.5; kl 0.1", "weights joy=1,brief=0; kl 0.1"]
     assert shown[3].startswith("error: kl must be in [0.05, 0.4]")
     assert shown[4] == "error: /kl needs a number, such as /kl 0.05, got 'low'"
-    assert shown[5:-1] == expected(own, "Tom", Condition([1, 0], 0.1))
+    assert shown[5] == shown[2]
+    assert shown[6:-1] == expected(own, "Tom", Condition([1, 0], 0.1))
     assert typed(sampler, "/kl 0.1")[1].startswith("error: kl must be left out")
 
 
