@@ -162,7 +162,7 @@ def classifier(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from clp.policies.loading import load_errors
+    from clp.policies.loading import loading
 
     folder = home_expanded(path)
     wrong = f"{str(folder)!r} is not a folder with a sequence classifier"
@@ -172,7 +172,7 @@ def classifier(
     if (folder / "adapter_config.json").exists():  # its load report would hide the base model's
         raise ValueError(f"{problem}it has an adapter_config.json; merge the adapter first")
     local = {"local_files_only": True, "trust_remote_code": False}
-    with load_errors(wrong):
+    with loading(wrong):
         tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left", **local)
         # A "_attn_implementation" in config.json may name a kernel to download, and wins over the
         # argument unless the config comes as an object (transformers 5.23).

@@ -261,21 +261,24 @@ class Runner:
 
     @locked
     def _prepare(self) -> None:
-        weights = self.state.weights[:1].fill_(1 / self.state.weights.shape[1])
-        try:
-            for network, model in zip(self.networks, self.models, strict=True):
-                prepare(model, network.steer, weights, recorded=not weights.is_cuda)
-        finally:
-            weights.zero_()
+        """Checks the models and records their decode steps."""
+        self._check(self.models, recorded=not self.state.weights.is_cuda)
         self.renew()
+
+    def _check(self, models: Seq[SlotModel], *, recorded: bool) -> None:
+        weights = torch.full_like(self.state.weights[:1], 1 / self.state.weights.shape[1])
+        for network, model in zip(self.networks, models, strict=True):
+            prepare(model, network.steer, weights, recorded=recorded)
 
     @locked
     def renew(self) -> bool:
         """Compares the models with what they were at the last call; whether they are unchanged.
 
-        The recording of a model that has changed is not used: the model itself runs.
+        The recording of a model that has changed is not used: the model itself runs, after the
+        check of a new sampler's model.
 
-        Raises: RuntimeError if the policy has another model, dtype or device.
+        Raises: RuntimeError if the policy has another model, dtype or device; ValueError for a
+            model that a new sampler would refuse.
         """
         models = [network.model for network in self.policy.networks]
         if [id(model) for model in models] != [id(one.model) for one in self.models]:
@@ -289,11 +292,16 @@ class Runner:
                     f"{self._kind[1]} when this sampler was made: make a new Sampler"
                 )
         known = {id(model): ModelState(model) for model in models}
-        before, self._states = self._states, [known[id(model)] for model in models]
+        before, states = self._states, [known[id(model)] for model in models]
+        pairs = list(zip(before, states, strict=False))
+        # With code of the caller's, such as a hook, no two states are the same: it would be checked
+        # at every call.
+        if any(not (o.own_code or n.own_code or o.same_calls(n)) for o, n in pairs):
+            self._check([SlotModel(model) for model in models], recorded=False)
+        self._states = states
         for one, state in zip(self.models, self._states, strict=True):
             recording = one.recording
             one.recording_is_valid = recording is not None and recording.state.same_calls(state)
-        pairs = list(zip(before, self._states, strict=False))
         unchanged = all(o.same_calls(n) and o.addresses == n.addresses for o, n in pairs)
         if not before or not unchanged or len(self.policy.tokenizer) != self._tokens:
             self._follow_models()

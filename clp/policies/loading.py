@@ -1,6 +1,7 @@
 """Loading a base model and its tokenizer, and what a loaded one allows: lengths, ids, devices."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,14 @@ def model_path(name: str) -> str:
     return str(TINY) if name == "tiny" else name
 
 
-class load_errors:
-    """Context in which what transformers raises for a bad folder is a ValueError with `problem`.
+# While transformers loads a model it replaces `tie_weights` of all models. Of two threads at once
+# the second restores what the first has put there, after which no model of the process is tied.
+_LOADING = threading.RLock()
+
+
+class loading:
+    """Context of transformers' loading: what it raises for a bad folder is a ValueError with
+    `problem`, and one thread is in it at a time.
 
     A class, because the library tokenizers raises Exception itself, and an except clause for that
     would take every other error too. Wrap nothing but transformers' own calls.
@@ -39,9 +46,10 @@ class load_errors:
         self.problem = problem
 
     def __enter__(self) -> None:
-        return None
+        _LOADING.acquire()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        _LOADING.release()
         if kind is Exception or isinstance(error, LOAD_ERRORS):
             raise ValueError(f"{self.problem}: {error}") from error
 
@@ -57,7 +65,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     path = model_path(model_location(name))
     if (Path(path) / "adapter_config.json").exists():
         raise ValueError(f"model {name!r} is an adapter; give its base model, or a merged one")
-    with load_errors(f"model {name!r} cannot be loaded"):
+    with loading(f"model {name!r} cannot be loaded"):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     named = config.architectures if isinstance(config.architectures, list) else []
@@ -67,7 +75,7 @@ def load_base(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         raise ValueError(f"model {name!r} is not a causal LM: it holds {shown}")
     # Given explicitly because a config.json may name code to fetch in its place.
     attention = "sdpa" if getattr(transformers, causal[0])._supports_sdpa else "eager"
-    with load_errors(f"model {name!r} cannot be loaded"):
+    with loading(f"model {name!r} cannot be loaded"):
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, attn_implementation=attention, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True,

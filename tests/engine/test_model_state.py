@@ -443,6 +443,23 @@ def test_a_sampler_refuses_a_policy_with_another_model(policy):
         ask(sampler)
 
 
+def test_a_sampler_refuses_a_model_that_a_new_one_would_refuse(policy):
+    """Attention to both sides, as LLM2Vec sets it, which the slots do not compute."""
+    sampler = Sampler(policy)
+    wanted = ask(sampler)
+    attention = [one.self_attn for one in policy.model.base_model.layers]
+    for one in attention:
+        one.is_causal = False
+    for _ in range(2):  # also at the second call
+        with pytest.raises(ValueError, match="does not support LlamaForCausalLM: its logits diff"):
+            ask(sampler)
+    with pytest.raises(ValueError, match="its logits differ"):
+        Sampler(policy)
+    for one in attention:
+        one.is_causal = True
+    assert ask(sampler) == wanted == ask(Sampler(policy))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_sampler_refuses_a_model_that_has_got_another_dtype(base, dtype):
     model = copy.deepcopy(base[0])

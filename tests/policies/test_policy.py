@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -72,6 +73,14 @@ def test_modules_are_left_out():
     names = list(steered_layers(policy.model))
     assert not any(name.endswith("q_proj") for name in names)
     assert sum(name.endswith("up_proj") for name in names) == len(policy.model.model.layers) - 1
+
+
+def test_policies_are_made_in_several_threads():
+    """transformers' loading is for one thread at a time; it broke every later one."""
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: Policy.create("tiny", ["a"]), range(4)))
+    made.append(Policy.create("tiny", ["a"]))
+    assert all(torch.equal(logits(one, [[0.5]] * 2), logits(made[0], [[0.5]] * 2)) for one in made)
 
 
 def test_adapters_of_the_embedded_model_name_a_folder_that_peft_loads(tmp_path):
