@@ -26,7 +26,9 @@ def named_functions(
         named = dict(reward_funcs)
     else:
         named = {_name(function): function for function in reward_funcs}
-    if not named or len(named) != len(reward_funcs):
+    if not named:
+        raise ValueError("reward_funcs must have at least one function, got none")
+    if len(named) != len(reward_funcs):
         raise ValueError(
             f"reward_funcs must have distinct names, got {list(named)}; a mapping names them"
         )

@@ -20,7 +20,7 @@ class Updated(NamedTuple):
 
     Attributes:
         passes: How many passes were made over the completions, each with its gradient.
-        skipped: Whether a loss or a gradient was not finite.
+        skipped: Whether a loss or a gradient was not finite, that of the value head included.
         stats: Those of the completions before the first update.
         metrics: loss and grad_norm of the first update; the value head's and the clipping's if
             there are such.
@@ -55,7 +55,10 @@ def update(
     norm, skipped = _step(optimizer, parameters, args, first.loss)
     metrics = {"loss": first.loss, "grad_norm": norm}
     if value is not None:
-        explained = math.nan if skipped else value.fit(first.experience, args.max_grad_norm)
+        explained = math.nan
+        if not skipped:
+            explained, finite = value.fit(first.experience, args.max_grad_norm)
+            skipped = not finite
         metrics["value/explained_variance"] = explained
     lows = highs = 0
     passes = 1

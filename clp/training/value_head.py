@@ -67,25 +67,27 @@ class ValueHead(nn.Module):
         inner = F.linear(inputs, self.weight_1, self.bias_1).tanh()
         return F.linear(inner, self.weight_2, self.bias_2)
 
-    def fit(self, parts: Sequence[Experience], max_grad_norm: float) -> float:
+    def fit(self, parts: Sequence[Experience], max_grad_norm: float) -> tuple[float, bool]:
         """FIT_UPDATES updates that lower the squared error to the targets, mean over the tokens.
 
-        An update whose gradient is not finite is left out. Gradients are clipped to max_grad_norm,
-        apart from the policy's.
+        Gradients are clipped to max_grad_norm, apart from the policy's. From the first one on that
+        is not finite, nothing changes any more.
 
-        Returns: the share of the variance of the returns that the values before explained; it is
-            not finite if the returns are all the same.
+        Returns: the share of the variance of the returns that the values before explained, which is
+            not finite if the returns are all the same; and whether all gradients were finite.
         """
         seen = Experience(*(torch.cat(column) for column in zip(*parts, strict=True)))
         known = ~seen.targets.isnan()
         targets = seen.targets.nan_to_num(nan=0.0)
+        left = seen.advantages.var(correction=0) / seen.returns.var(correction=0)
+        explained = 1 - float(left)
         for _ in range(FIT_UPDATES):
             self.optimizer.zero_grad(set_to_none=True)
             error = (self(seen.hidden, seen.conditions) - targets) * known
             loss = error.square().sum(1).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(self.parameters(), max_grad_norm)
-            if bool(norm.isfinite()):
-                self.optimizer.step()
-        left = seen.advantages.var(correction=0) / seen.returns.var(correction=0)
-        return 1 - float(left)
+            if not bool(norm.isfinite()):
+                return explained, False
+            self.optimizer.step()
+        return explained, True

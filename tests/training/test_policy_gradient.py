@@ -119,7 +119,7 @@ def test_the_value_head_does_not_change_how_the_policy_is_clipped(tmp_path):
             args=config(tmp_path / str(learns), baseline="value", max_grad_norm=1e-3)
         )
         if not learns:
-            trainer.value.fit = lambda *args: 0.0
+            trainer.value.fit = lambda *args: (0.0, True)
         row = trainer.train_step()
         steps[learns] = [row["loss"], row["grad_norm"], *parameters_of(trainer)]
     assert steps[False][:2] == steps[True][:2]
@@ -139,7 +139,7 @@ def test_values_are_0_at_the_start_and_learn_what_the_returns_are():
     shares = []
     for _ in range(60):
         left = first - head(hidden, conditions)[:, 0].detach()
-        shares.append(head.fit([Experience(hidden, conditions, targets, first, left)], 1.0))
+        shares.append(head.fit([Experience(hidden, conditions, targets, first, left)], 1.0)[0])
     assert shares[0] == 0 and shares[-1] > 0.8
     values = head(hidden, conditions).detach()
     torch.testing.assert_close(values.mean(0), torch.tensor([3.0, -2.0, 0.5]), atol=0.1, rtol=0)
@@ -159,6 +159,18 @@ def test_a_gradient_that_is_not_finite_leaves_the_value_head_as_it_was(tmp_path,
     assert row["skipped_steps"] == 1 and row["value/explained_variance"] is None
     after = (*trainer.value.parameters(), *trainer.parameters.values())
     assert all(map(torch.equal, before, after))
+
+
+def test_a_value_head_whose_gradient_is_not_finite_counts_as_a_skipped_step(tmp_path):
+    trainer = CLPTrainer(args=config(tmp_path / "r", baseline="value"))
+    trainer.train_step()
+    before = [p.detach().clone() for p in trainer.value.parameters()]
+    hook = trainer.value.bias_2.register_hook(lambda gradient: gradient * float("nan"))
+    assert trainer.train_step()["skipped_steps"] == 1
+    assert all(map(torch.equal, before, trainer.value.parameters()))
+    assert trainer.progress.skipped_in_a_row == 1
+    hook.remove()
+    assert trainer.train_step()["skipped_steps"] == 1 and trainer.progress.skipped_in_a_row == 0
 
 
 def test_a_later_pass_that_is_not_finite_ends_the_step_and_counts_once(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import date
 from enum import Enum
 from fractions import Fraction
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from operator import itemgetter
 from pathlib import Path
 
@@ -252,6 +252,31 @@ def made_class(sign):
     return Made()
 
 
+def judging(judge):
+    """A class whose call is inherited, and whose other methods read the closure."""
+
+    class Judging(Signed):
+        @property
+        def longest(self):
+            return max(map(judge, "ab"))
+
+        @cached_property
+        def judged(self):
+            return judge
+
+        def score(self, completions, **columns):
+            return list(map(self.judged, completions))
+
+    return Judging(1)
+
+
+def scaled_class(factor):
+    class Scaled(Signed):
+        weight = factor
+
+    return Scaled(1)
+
+
 class Beside(Signed):
     """Holds what changes by itself, and what has no numbers to read."""
 
@@ -326,6 +351,11 @@ def by_judge(judge):
         (matching("a"), matching("b")),
         (Slotted(1), Slotted(-1)),
         (made_class(1), made_class(-1)),
+        (judging(len), judging(ord)),
+        (judging(lambda text: text.count("a")), judging(lambda text: -len(text))),
+        (scaled_class(1), scaled_class(2)),
+        (held(judging(len)), held(judging(ord))),
+        (held(type(judging(len))), held(type(judging(ord)))),
         (Beside(1), Beside(-1)),
         (Scorer(1), Scorer(-1)),
         (Table(1), Table(-1)),
@@ -346,6 +376,8 @@ def by_judge(judge):
     ids=["other functions", "other parameters", "closures", "constants", "lambdas", "operators",
          "wraps", "wrapped lambdas", "defaults", "objects in closures", "objects in partials",
          "lambdas in partials", "methods", "objects", "modules in closures", "slots", "classes",
+         "functions in classes", "lambdas in classes", "numbers in classes",
+         "objects of classes in closures", "classes in closures",
          "objects with threads", "buffers", "large tensors", "built-in functions",
          "methods of texts", "namespaces", "lists", "behind a large list", "getters", "enum keys",
          "path keys", "sets of paths", "modules",

@@ -353,7 +353,8 @@ def test_python_interface_with_functions_and_columns(tmp_path):
     ("keywords", "message"),
     [
         ({"reward_funcs": [sentiment, sentiment]}, "distinct names"),
-        ({"reward_funcs": []}, "distinct names"),
+        ({"reward_funcs": []}, "reward_funcs must have at least one function"),
+        ({"reward_funcs": {}}, "reward_funcs must have at least one function"),
         ({"reward_funcs": {"a-b": sentiment}}, "identifier"),
         (
             {"reward_funcs": {"a": "sentiment"}},
