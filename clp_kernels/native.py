@@ -19,6 +19,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of clp::
 _REBUILD = "reinstall from source with a C++17 compiler, and nvcc for the GPU"
 
 
+class BackendError(RuntimeError, ValueError):
+    """The backend that a call or the environment names does not exist, or cannot run the call."""
+
+
 @cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """(module, None), or (None, why it is missing)."""
@@ -30,7 +34,10 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, f"clp_kernels.{name} does not load: {error}"
     if name == "_cpu":
-        module.isa()  # raises if the environment names an instruction set that is not here
+        try:
+            module.isa()
+        except ValueError as error:  # the environment names an instruction set that is not here
+            raise BackendError(str(error)) from None
     return module, None
 
 
@@ -60,7 +67,7 @@ def cpu_missing() -> str | None:
     """None if the CPU kernels can run, else a sentence that says why not.
 
     Raises:
-        ValueError: CLP_KERNELS_CPU_ISA names no instruction set, or one this machine lacks.
+        BackendError: CLP_KERNELS_CPU_ISA names no instruction set, or one this machine lacks.
     """
     return _load("_cpu")[1]
 
@@ -128,7 +135,7 @@ def isa() -> str:
 
     Raises:
         RuntimeError: the CPU kernels are missing.
-        ValueError: CLP_KERNELS_CPU_ISA names no instruction set, or one this machine lacks.
+        BackendError: CLP_KERNELS_CPU_ISA names no instruction set, or one this machine lacks.
     """
     name: str = cpu().isa()
     return name

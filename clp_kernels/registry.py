@@ -22,16 +22,13 @@ import torch
 from torch import Tensor
 
 from clp_kernels import native
+from clp_kernels.native import BackendError
 
 # (op, backend, compute capability) of every GPU kernel whose tests have passed on hardware, with
 # the rows in bench/results/ that show it. Empty: no GPU kernel has run on a GPU yet.
 VERIFIED: frozenset[tuple[str, str, tuple[int, int]]] = frozenset()
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
-
-
-class BackendError(RuntimeError, ValueError):
-    """The backend that a call or the environment names does not exist, or cannot run the call."""
 
 
 def _none(*_: Any) -> None:

@@ -21,6 +21,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OTHERS = {
     b"\x1f\x8b": "compressed by gzip", b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"BZh": "compressed by bzip2", b"\xfd7zXZ\x00": "compressed by xz", b"PK\x03\x04": "a zip file",
+    b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
 }  # fmt: skip
 
@@ -44,7 +45,7 @@ class Line(NamedTuple):
 def read_lines(stream: BinaryIO, name: str = "the input") -> Iterator[Line]:
     """The lines that are not blank, one at a time.
 
-    Raises: ValueError with the name if the stream is compressed or UTF-16.
+    Raises: ValueError with the name if the stream is compressed, UTF-16 or UTF-32.
     """
     number = 0
     while raw := stream.readline(MOST_LINE_BYTES + 1):

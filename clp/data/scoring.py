@@ -62,7 +62,11 @@ class RewardLog:
             raise TypeError(f"log_metric: name must be a string, got {reprlib.repr(name)}")
         if name in self.reserved:
             raise ValueError(f"log_metric: {name!r} is a metric of the trainer's; choose another")
-        self.metrics.setdefault(name, []).append(float(value))
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"log_metric: {name!r} must be a number, got {value!r:.80}") from None
+        self.metrics.setdefault(name, []).append(number)
 
     def check(self, count: int) -> None:
         """Raises ValueError if a column does not have one value per completion."""

@@ -9,7 +9,7 @@ from torch import Tensor
 import clp_kernels
 from clp.engine.model_error import ModelError
 from clp.policies.power_mean import power_mean
-from clp_kernels.registry import BackendError
+from clp_kernels.native import BackendError
 
 
 def mixture(logits: Sequence[Tensor], mixing: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

@@ -11,8 +11,8 @@ from clp.engine.kv_cache import BLOCK, Segment
 from clp.engine.model_error import ModelError, model_errors
 from clp.engine.recording import LARGEST_BATCH, Inputs, Unrecordable, record
 from clp.engine.slot_model import SlotModel
+from clp_kernels.native import BackendError
 from clp_kernels.nn.steering import BusyError
-from clp_kernels.registry import BackendError
 
 
 def prepare(slot_model: SlotModel, steer: Any, weights: Tensor, *, recorded: bool) -> None:

@@ -299,9 +299,11 @@ class steer:
 
 
 def _as_tensor(weights: Any, names: Sequence[str]) -> Tensor:
-    """Lists of numbers as float64. Raises: ValueError for lists of unequal length, TypeError for
-    anything else, such as mappings."""
+    """Lists of numbers as float64, or of tensors. Raises: ValueError for lists of unequal length,
+    TypeError for anything else, such as mappings."""
     try:
+        if isinstance(weights, list | tuple):
+            weights = [row.tolist() if isinstance(row, Tensor) else row for row in weights]
         return torch.as_tensor(weights, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         kind = ValueError if isinstance(error, ValueError) else TypeError

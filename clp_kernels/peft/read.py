@@ -126,6 +126,11 @@ def _read_adapter(folder: Path, model: nn.Module, dtype: torch.dtype) -> Adapter
     """Reads and checks one folder against the model, which stays as it is."""
     config, file = _read_config(folder), folder / CONFIG
     keys = _read_keys(folder / TENSORS)
+    if embedded := [key for key in keys if "lora_embedding_" in key]:
+        raise ValueError(
+            f"{folder / TENSORS}: key {_short(min(embedded))} is of an adapter of an embedding, "
+            "which is not supported: train one whose target_modules name linear layers alone"
+        )
     targets = _targets(config, file, model, keys)
     flag = bool(config.get("fan_in_fan_out"))
     if flag not in {is_transposed(layer) for layer in targets.values()}:
@@ -150,6 +155,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not needed.is_file():
             pickled = needed.name == TENSORS and (folder / "adapter_model.bin").exists()
             hint = "; only safetensors are read, not adapter_model.bin" if pickled else ""
+            if inner := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
+                hint = f"; there are adapters in its folders {', '.join(inner)}"
             raise ValueError(f"{needed} must be a file, found none{hint}")
     with file.open("rb") as stream:
         data = stream.read(_MAX_CONFIG_BYTES + 1)
@@ -339,11 +346,6 @@ def _foreign_key(
         message += (
             "; it is a weight of the base model: save the adapter again with PEFT's "
             "save_pretrained(..., save_embedding_layers=False)"
-        )
-    elif "lora_embedding_" in key:
-        message += (
-            "; it is an adapter of an embedding, which is not supported: train one whose "
-            "target_modules name linear layers alone"
         )
     elif keys:
         message += _compared(keys, targets)

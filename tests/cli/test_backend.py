@@ -1,6 +1,7 @@
 """CLP_KERNELS_BACKEND on the command line: what it names is what is wrong, not the model."""
 
 import pytest
+from processes import python
 
 from clp.engine.sampler import Sampler
 from clp.policies.policy import Policy
@@ -26,6 +27,15 @@ def test_one_line(monkeypatch, clp, tmp_path, saved, command, value):
     error = clp(command, *argv, code=2).err.splitlines()[-1]
     assert error.startswith(f"clp {command}: error: CLP_KERNELS_BACKEND")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["eval", "sample"])
+def test_an_instruction_set_that_is_not_there(saved, command):
+    """It is read once per process."""
+    argv = [str(saved), *(["Hi", "--weights", "joy=1"] if command == "sample" else [])]
+    done = python("-m", "clp.cli", command, *argv, CLP_KERNELS_CPU_ISA="sse9")
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"clp {command}: error: CLP_KERNELS_CPU_ISA must be one of scalar")
 
 
 def test_the_model_is_not_blamed(monkeypatch, saved):

@@ -92,7 +92,8 @@ def test_an_empty_file_with_a_byte_order_mark_holds_no_line():
 @pytest.mark.parametrize(
     ("data", "what"),
     [(gzip.compress(b"{}", mtime=0), "gzip"), (bz2.compress(b"{}"), "bzip2"),
-     (lzma.compress(b"{}"), "xz"), ("{}".encode("utf-16"), "UTF-16")],
+     (lzma.compress(b"{}"), "xz"), ("{}".encode("utf-16"), "UTF-16"),
+     ("{}".encode("utf-32"), "UTF-32"), ("\ufeff{}".encode("utf-32-be"), "UTF-32")],
 )  # fmt: skip
 def test_what_is_no_text_is_named(data, what):
     with pytest.raises(ValueError, match=f"^in.jsonl cannot be read: it is .*{what}"):

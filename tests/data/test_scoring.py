@@ -480,6 +480,12 @@ def test_async_functions_that_end_themselves_are_named(error):
 # What functions log
 
 
+@pytest.mark.parametrize("value", [None, "much", [1]])
+def test_a_metric_that_is_no_number_is_named(value):
+    with pytest.raises((TypeError, ValueError), match="log_metric: 'cost' must be a number, got"):
+        RewardLog().log_metric("cost", value)
+
+
 def test_logs():
     def function(completions, log_extra, log_metric, **kwargs):
         log_extra("size", np.array([1.5, math.nan]))

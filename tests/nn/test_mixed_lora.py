@@ -223,6 +223,17 @@ def test_steer_refuses_example_ids(ids: object, error: type[Exception]) -> None:
         steer(steered(stack()), torch.zeros(2, 2), example_ids=ids)
 
 
+def test_rows_may_be_tensors() -> None:
+    """As the sampler takes them."""
+    model, x = steered(stack()), torch.randn(2, 6)
+    with steer(model, torch.tensor([[0.75, 0.25], [0.5, 0.5]])):
+        wanted = model(x)
+    first = torch.tensor([0.75, 0.25], requires_grad=True)
+    for rows in ([first, torch.tensor([0.5, 0.5])], (first, [0.5, torch.tensor(0.5)])):
+        with steer(model, rows):
+            assert torch.equal(model(x), wanted)
+
+
 def test_steer_needs_a_steered_layer() -> None:
     with pytest.raises(ValueError, match="no MixedLoRALinear layer"):
         steer(stack(), [[1.0]])

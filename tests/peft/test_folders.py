@@ -352,16 +352,29 @@ def test_a_regex_is_not_run(tmp_path: Path) -> None:
     assert load_adapters(model, [folder]) == [name]
 
 
-def test_an_adapter_of_an_embedding_is_refused_as_one(tmp_path: Path) -> None:
-    """By a regex, as PEFT takes it too; the file has the embedding's own weight or not."""
-    config = peft.LoraConfig(r=4, target_modules=r".*(embed_tokens|q_proj)")
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("targets", [r".*(embed_tokens|q_proj)", ["q_proj", "embed_tokens"]])
+def test_an_adapter_of_an_embedding_is_refused_as_one(
+    tmp_path: Path, targets: str | list[str], saved: bool
+) -> None:
+    """By a regex or by its name; the file has the embedding's own weight or not."""
+    config = peft.LoraConfig(r=4, target_modules=targets)
     model = peft.get_peft_model(llama(), config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
-    refused = "it is an adapter of an embedding, which is not supported"
+        model.save_pretrained(tmp_path / "a", save_embedding_layers=saved)
+    refused = "is of an adapter of an embedding, which is not supported"
     with pytest.raises(ValueError, match=refused):
         load_adapters(llama(), [tmp_path / "a"])
+
+
+def test_adapters_in_folders_of_the_folder_are_named(tmp_path: Path) -> None:
+    """PEFT writes an adapter that has a name of its own into a folder of that name."""
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]), "joy")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"found none; there are adapters in its folders joy$"):
+        load_adapters(llama(), [tmp_path])
+    load_adapters(llama(), [tmp_path / "joy"])
 
 
 def test_saved_embeddings_are_refused_with_what_to_do(tmp_path: Path) -> None:
