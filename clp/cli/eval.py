@@ -101,7 +101,8 @@ def run(argv: Sequence[str]) -> None:
         folder, dtype=getattr(torch, config.dtype), base_model=command.base_model,
         device=command.device,
     )  # fmt: skip
-    fitting_rows(rows, policy, None, most, path=prompts)
+    setting = "max_completion_length" if command.max_tokens is None else "max_tokens"
+    fitting_rows(rows, policy, None, most, path=prompts, setting=setting)
     front, samples = evaluate(
         policy, rewards, rows, params=params, seed=command.seed, kl=command.kl,
         reference_point=reference_point, max_batch_size=command.max_batch_size, progress=True,

@@ -50,6 +50,10 @@ class RewardLog:
         """Adds values of a column of the objective's own: in all, one per completion."""
         if not isinstance(column, str):
             raise TypeError(f"log_extra: column must be a string, got {reprlib.repr(column)}")
+        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+            raise TypeError(
+                f"log_extra: {column!r} needs a list, one value per completion, got {values!r:.80}"
+            )
         logged = self.extra.setdefault(objective, {})
         logged.setdefault(column, []).extend(_json(value) for value in values)
 
@@ -64,8 +68,9 @@ class RewardLog:
             raise ValueError(f"log_metric: {name!r} is a metric of the trainer's; choose another")
         try:
             number = float(value)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"log_metric: {name!r} must be a number, got {value!r:.80}") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"log_metric: {name!r} must be a number, got {value!r:.80}") from None
         self.metrics.setdefault(name, []).append(number)
 
     def check(self, count: int) -> None:

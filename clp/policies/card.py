@@ -47,6 +47,8 @@ def read_card(directory: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         unfinished = any(directory.glob("checkpoint-*/clp.json"))
         hint = "; the training has not ended: name one of its checkpoints" if unfinished else ""
+        if not directory.is_dir():
+            hint = "; there is no such folder"
         raise ValueError(f"{directory} holds no policy: {path} is missing{hint}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error

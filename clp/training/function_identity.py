@@ -47,6 +47,9 @@ _BY_ITSELF = {"asyncio", "concurrent", "contextvars", "http", "io", "logging", "
               "queue", "random", "selectors", "socket", "sqlite3", "ssl", "subprocess", "tempfile",
               "thread", "threading", "urllib", "weakref"}  # fmt: skip
 
+# What every module has; parameters, buffers and other modules are looked at by themselves.
+_OF_MODULES = frozenset(vars(nn.Module()))
+
 
 def plain(value: Any) -> Any:
     """A value as JSON has it: equal for equal ones, in whatever order a mapping holds its keys."""
@@ -87,6 +90,8 @@ def insides_of(function: Any) -> str:
         again = id(value) in kept
         kept[id(value)] = value  # so that no id is given twice
         shown, held = (type(value).__qualname__, []) if again else _inside(value)
+        if not _is_found_by_name(type(value)):
+            held = [*held, type(value)]
         # Plain values here and now, in full: they are many, and Python may share them.
         parts = [_plain_text(one) for one in held]
         text = "\n".join([shown, *("object" if part is None else part for part in parts)])
@@ -160,9 +165,12 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
     if isinstance(value, CodeType):
         return f"{kind} {value.co_qualname}", [value.co_code, value.co_names, value.co_consts]
     if isinstance(value, nn.Module):
-        own = {name: one for name, one in vars(value).items() if not name.startswith("_")}
-        names = [f"{name} {type(one).__qualname__}" for name, one in value.named_modules()]
-        return f"{kind} {digest([*value.parameters(), *value.buffers()])} {names}", [own]
+        own = {name: one for name, one in vars(value).items() if name not in _OF_MODULES}
+        tensors = dict(
+            [*value.named_parameters(recurse=False), *value.named_buffers(recurse=False)]
+        )
+        numbers = f"{list(tensors)} {digest(tensors.values())}"
+        return f"{kind} {numbers}", [own, dict(value.named_children())]
     if isinstance(value, Tensor):
         dense = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
         numbers = digest([value.detach()]) if dense else ""
@@ -173,30 +181,31 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
         numbers = hashlib.sha256(value.tobytes()).hexdigest()
         return f"{kind} {value.dtype} {list(value.shape)} {numbers}", []
     if isinstance(value, type):
-        # Another class of this name is a class that a function has made.
         insides = [] if _is_found_by_name(value) else [dict(vars(value)), value.__bases__]
         return f"{kind} {value.__module__}.{value.__qualname__}", insides
     if isinstance(value, property):
         return kind, [value.fget]
+    if isinstance(value, staticmethod | classmethod):
+        return kind, [value.__func__]
     if isinstance(value, ModuleType):
         return f"{kind} {value.__name__}", []
     if isinstance(value, BuiltinFunctionType | MethodWrapperType | MethodDescriptorType):
         owner = getattr(value, "__self__", None)
         held = [] if owner is None or isinstance(owner, ModuleType) else [owner]
         return f"{kind} {getattr(value, '__module__', None)}.{value.__qualname__}", held
-    wrapped = getattr(value, "__wrapped__", None) if callable(value) else None
-    if wrapped is not None:  # as of functools.lru_cache
-        return kind, [wrapped]
     if type(value).__module__.partition(".")[0].lstrip("_") in _BY_ITSELF:
         return kind, []
     if callable(as_array := getattr(value, "to_numpy", None)):  # pandas and its like
         return kind, [as_array()]
     slots = [name for one in type(value).__mro__ for name in _slots(one)]
     attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return kind, [attributes | getattr(value, "__dict__", {}), type(value)]
+    return kind, [attributes | getattr(value, "__dict__", {})]
 
 
 def _is_found_by_name(kind: type) -> bool:
+    """Whether it is not one of several of its name, as a class that a function makes is."""
+    if kind.__module__ == "builtins":
+        return True
     try:
         return attrgetter(kind.__qualname__)(sys.modules.get(kind.__module__)) is kind
     except AttributeError:  # as of "make.<locals>.Reward"

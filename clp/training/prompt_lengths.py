@@ -24,6 +24,7 @@ def fitting_rows(
     path: str | Path | None = None,
     *,
     hint: str = "",
+    setting: str = "max_completion_length",
 ) -> list[dict[str, Any]]:
     """The rows whose prompts fit the model's context together with a completion.
 
@@ -33,6 +34,7 @@ def fitting_rows(
             None: a prompt that is too long is an error.
         path: The file that the rows are from, for messages; None for rows given in Python.
         hint: How prompts that are too long can be left out, for messages.
+        setting: What the caller's max_completion_length comes from, for messages.
 
     Raises:
         ValueError: a prompt that is too long for the context or for the sampler's cache, without
@@ -44,11 +46,10 @@ def fitting_rows(
     most = policy.context_length - max_completion_length - prefix
     context = (
         f"the model's context of {policy.context_length} tokens less "
-        f"max_completion_length={max_completion_length}"
-        + (f" and {prefix} for the weights" if prefix else "")
+        f"{setting}={max_completion_length}" + (f" and {prefix} for the weights" if prefix else "")
     )
     if most < 1:
-        raise ValueError(f"max_completion_length leaves no room for a prompt: {context} is {most}")
+        raise ValueError(f"{setting} leaves no room for a prompt: {context} is {most}")
     if max_prompt_length is not None and max_prompt_length > most:
         raise ValueError(
             f"max_prompt_length must be at most {most} ({context}), got {max_prompt_length}"

@@ -23,16 +23,11 @@ def named_functions(
     if callable(reward_funcs) or isinstance(reward_funcs, str):
         reward_funcs = [reward_funcs]
     if isinstance(reward_funcs, Mapping):
-        named = dict(reward_funcs)
+        pairs = list(reward_funcs.items())
     else:
-        named = {_name(function): function for function in reward_funcs}
-    if not named:
-        raise ValueError("reward_funcs must have at least one function, got none")
-    if len(named) != len(reward_funcs):
-        raise ValueError(
-            f"reward_funcs must have distinct names, got {list(named)}; a mapping names them"
-        )
-    for name, function in named.items():
+        pairs = [(_name(function), function) for function in reward_funcs]
+    named: dict[str, RewardFunc] = {}
+    for name, function in pairs:
         if isinstance(function, PreTrainedModel):
             raise ValueError(
                 f"reward_funcs: {name!r} is a model; clp.rewards.classifier makes a function of "
@@ -48,6 +43,13 @@ def named_functions(
                 f"reward_funcs: {name!r} cannot name an objective, which takes an identifier; a "
                 'mapping gives names, as in {"joy": function}'
             )
+        if name in named:
+            raise ValueError(
+                f"reward_funcs must have distinct names, got {name!r} twice; a mapping names them"
+            )
+        named[name] = function
+    if not named:
+        raise ValueError("reward_funcs must have at least one function, got none")
     return named
 
 

@@ -72,6 +72,13 @@ def test_eval_says_that_prompts_given_in_python_are_not_there(clp, trained, tmp_
         assert "the run's prompts were given in Python; these are the embedded ones" in said
 
 
+def test_what_is_wrong_with_an_evaluation_is_named_as_it_was_given(refused, trained):
+    said = refused("eval", trained, "--max-tokens", 4000)
+    assert "error: max_tokens leaves no room for a prompt" in said
+    said = refused("eval", trained / "checkpoint-7")
+    assert "checkpoint-7/clp.json is missing; there is no such folder" in said
+
+
 def test_a_held_out_prompt_that_is_too_long_is_named_by_file_and_line(refused, trained, tmp_path):
     """By eval, and by train, before it trains."""
     path = tmp_path / "held.jsonl"

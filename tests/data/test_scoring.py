@@ -480,10 +480,18 @@ def test_async_functions_that_end_themselves_are_named(error):
 # What functions log
 
 
-@pytest.mark.parametrize("value", [None, "much", [1]])
+@pytest.mark.parametrize("value", [None, "much", [1], 10**400])
 def test_a_metric_that_is_no_number_is_named(value):
     with pytest.raises((TypeError, ValueError), match="log_metric: 'cost' must be a number, got"):
         RewardLog().log_metric("cost", value)
+
+
+@pytest.mark.parametrize("values", [None, 3, "abc"])
+def test_a_column_that_is_no_list_is_named(values):
+    log = RewardLog()
+    with pytest.raises(TypeError, match="log_extra: 'size' needs a list, one value per completion"):
+        log.log_extra("joy", "size", values)
+    assert log.extra == {}
 
 
 def test_logs():

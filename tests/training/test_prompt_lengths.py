@@ -102,6 +102,10 @@ def test_lengths_that_cannot_be_are_refused(policy, length, monkeypatch):
     context = policy.context_length
     with pytest.raises(ValueError, match="max_completion_length leaves no room for a prompt"):
         fitting_rows(rows, policy, sampler, context)
+    with pytest.raises(
+        ValueError, match=f"^max_tokens leaves no room .* less max_tokens={context}"
+    ):
+        fitting_rows(rows, policy, None, context, setting="max_tokens")
     with pytest.raises(ValueError, match=f"max_prompt_length must be at most {context - 4}"):
         fitting_rows(rows, policy, sampler, 4, context - 3)
     with pytest.raises(ValueError, match="all 2 prompts have more than"):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import date
 from enum import Enum
 from fractions import Fraction
-from functools import cached_property, partial, wraps
+from functools import cached_property, lru_cache, partial, update_wrapper, wraps
 from operator import itemgetter
 from pathlib import Path
 
@@ -252,6 +252,10 @@ def made_class(sign):
     return Made()
 
 
+def negative(text):
+    return -len(text)
+
+
 def judging(judge):
     """A class whose call is inherited, and whose other methods read the closure."""
 
@@ -268,6 +272,52 @@ def judging(judge):
             return list(map(self.judged, completions))
 
     return Judging(1)
+
+
+class Decorated:
+    def __init__(self, function, factor):
+        update_wrapper(self, function)
+        self.function, self.factor = function, factor
+
+    def __call__(self, **columns):
+        return [self.factor * value for value in self.function(**columns)]
+
+
+class Sign(torch.nn.Module):
+    def __init__(self, sign):
+        super().__init__()
+        self._sign = sign
+
+    def forward(self, completions, **columns):
+        return [self._sign * len(text) for text in completions]
+
+
+def local_module(judge):
+    class Local(torch.nn.Module):
+        def forward(self, completions, **columns):
+            return list(map(judge, completions))
+
+    return Local()
+
+
+def by_class_method(judge):
+    class Judged(Signed):
+        @classmethod
+        def longest(cls, completions):
+            return list(map(judge, completions))
+
+        def score(self, completions, **columns):
+            return self.longest(completions)
+
+    return Judged(1)
+
+
+def called_words(judge):
+    class Words(UserList):
+        def __call__(self, completions, **columns):
+            return list(map(judge, completions))
+
+    return Words(["a"])
 
 
 def scaled_class(factor):
@@ -351,11 +401,18 @@ def by_judge(judge):
         (matching("a"), matching("b")),
         (Slotted(1), Slotted(-1)),
         (made_class(1), made_class(-1)),
-        (judging(len), judging(ord)),
+        (judging(len), judging(negative)),
         (judging(lambda text: text.count("a")), judging(lambda text: -len(text))),
         (scaled_class(1), scaled_class(2)),
-        (held(judging(len)), held(judging(ord))),
-        (held(type(judging(len))), held(type(judging(ord)))),
+        (Decorated(brevity, 1), Decorated(brevity, -1)),
+        (held(lru_cache(held(1))), held(lru_cache(held(2)))),
+        (Sign(1), Sign(-1)),
+        (held(torch.nn.Sequential(Sign(1))), held(torch.nn.Sequential(Sign(-1)))),
+        (local_module(len), local_module(negative)),
+        (by_class_method(len), by_class_method(negative)),
+        (called_words(len), called_words(negative)),
+        (held(judging(len)), held(judging(negative))),
+        (held(type(judging(len))), held(type(judging(negative)))),
         (Beside(1), Beside(-1)),
         (Scorer(1), Scorer(-1)),
         (Table(1), Table(-1)),
@@ -377,6 +434,8 @@ def by_judge(judge):
          "wraps", "wrapped lambdas", "defaults", "objects in closures", "objects in partials",
          "lambdas in partials", "methods", "objects", "modules in closures", "slots", "classes",
          "functions in classes", "lambdas in classes", "numbers in classes",
+         "decorators that are objects", "cached functions", "private attributes of modules",
+         "modules in modules", "modules of classes", "class methods", "lists that are called",
          "objects of classes in closures", "classes in closures",
          "objects with threads", "buffers", "large tensors", "built-in functions",
          "methods of texts", "namespaces", "lists", "behind a large list", "getters", "enum keys",

@@ -352,7 +352,9 @@ def test_python_interface_with_functions_and_columns(tmp_path):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"reward_funcs": [sentiment, sentiment]}, "distinct names"),
+        ({"reward_funcs": [sentiment, sentiment]}, "distinct names, got 'sentiment' twice"),
+        ({"reward_funcs": (f for f in [sentiment, sentiment])}, "distinct names"),
+        ({"reward_funcs": ["org/a", "org/b"]}, "must be functions, got 'org/a'; specifications"),
         ({"reward_funcs": []}, "reward_funcs must have at least one function"),
         ({"reward_funcs": {}}, "reward_funcs must have at least one function"),
         ({"reward_funcs": {"a-b": sentiment}}, "identifier"),
