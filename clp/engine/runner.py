@@ -62,7 +62,9 @@ class Runner:
         self.state = SlotState(max_slots, len(own), device, dtype)
         self.graphs = CudaGraphs() if self.spare else None
         self._steering: dict[tuple[int, int, int], Any] = {}
-        self._states: list[ModelState] = []  # of the models, when they were last compared
+        # Of the models, when they were last compared, and when they were last checked.
+        self._states: list[ModelState] = []
+        self._checked: list[ModelState] = []
         self._follow_models()
         self._prepare()
         self.bytes_per_token = sum(model.cache.bytes_per_token for model in self.models)
@@ -296,8 +298,10 @@ class Runner:
         pairs = list(zip(before, states, strict=False))
         # With code of the caller's, such as a hook, no two states are the same: it would be checked
         # at every call.
-        if any(not (o.own_code or n.own_code or o.same_calls(n)) for o, n in pairs):
+        checked = list(zip(self._checked or states, states, strict=True))
+        if any(not (then.same_calls(now) or now.own_code) for then, now in checked):
             self._check([SlotModel(model) for model in models], recorded=False)
+        self._checked = [then if now.own_code else now for then, now in checked]
         self._states = states
         for one, state in zip(self.models, self._states, strict=True):
             recording = one.recording
