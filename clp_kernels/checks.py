@@ -209,8 +209,8 @@ _RANGES: dict[str, Callable[[Any], Any]] = {
 
 
 def is_number(value: object, number: float) -> bool:
-    """Whether this is a plain number, not a tensor, and equal to `number`."""
-    return not isinstance(value, Tensor) and value == number
+    """Whether this is a plain number, not a tensor or an array, and equal to `number`."""
+    return not isinstance(value, Tensor) and getattr(value, "ndim", 0) == 0 and value == number
 
 
 def describe(value: object) -> str:

@@ -58,6 +58,12 @@ def mix_models(
     for name, model in zip(names, models, strict=True):
         if all_steered(model):
             raise ValueError(f"models must be plain, {name} has steered layers already")
+        # PEFT's layers read attributes of the linear layers inside them, which would be mixed.
+        if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+            raise ValueError(
+                f"models must be plain, {name} has adapters of PEFT: merge them first "
+                "(merge_and_unload)"
+            )
     for name, model in zip(names[1:], models[1:], strict=True):
         refuse_other_architecture(models[0], model, f"{names[0]} and {name}")
     targets = conditioned(models[0], conditioning)

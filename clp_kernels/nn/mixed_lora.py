@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from clp_kernels.checks import accumulator
 from clp_kernels.invariant import is_batch_invariant
@@ -203,6 +204,9 @@ def why_not_plain(layer: nn.Module, *forwards: Any) -> str | None:
     for name in CALLED:
         if vars(layer).get(name):
             return f"is a {type(layer).__name__} with {shown_call(name)}"
+    for name in ("weight", "bias"):
+        if isinstance(getattr(type(layer), name, None), property) and not is_parametrized(layer):
+            return f"is a {type(layer).__name__} whose {name} is a property"
     for name, value in [
         *layer.named_parameters(recurse=False),
         *layer.named_buffers(recurse=False),

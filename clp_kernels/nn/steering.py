@@ -299,18 +299,30 @@ class steer:
 
 
 def _as_tensor(weights: Any, names: Sequence[str]) -> Tensor:
-    """Lists of numbers as float64, or of tensors. Raises: ValueError for lists of unequal length,
-    TypeError for anything else, such as mappings."""
+    """Lists of numbers or tensors as float64. Tensors in them get their gradients.
+
+    Raises: ValueError for lists of unequal length, TypeError for anything else, such as mappings.
+    """
     try:
-        if isinstance(weights, list | tuple):
-            weights = [row.tolist() if isinstance(row, Tensor) else row for row in weights]
-        return torch.as_tensor(weights, dtype=torch.float64)
+        return _stacked(weights)
     except (TypeError, ValueError, RuntimeError) as error:
         kind = ValueError if isinstance(error, ValueError) else TypeError
         raise kind(
             f"weights must be numbers [B, {len(names)}], a column for each of {', '.join(names)}, "
             f"got {reprlib.repr(weights)} ({error})"
         ) from None
+
+
+def _stacked(weights: Any) -> Tensor:
+    if _holds_tensors(weights):
+        return torch.stack([_stacked(row) for row in weights])
+    return torch.as_tensor(weights, dtype=torch.float64)
+
+
+def _holds_tensors(weights: Any) -> bool:
+    # torch.as_tensor takes tensors in lists without their graph.
+    is_list = isinstance(weights, list | tuple)
+    return is_list and any(isinstance(row, Tensor) or _holds_tensors(row) for row in weights)
 
 
 def _claim(shared: list[Steering]) -> None:

@@ -156,7 +156,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             pickled = needed.name == TENSORS and (folder / "adapter_model.bin").exists()
             hint = "; only safetensors are read, not adapter_model.bin" if pickled else ""
             if inner := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}")):
-                hint = f"; there are adapters in its folders {', '.join(inner)}"
+                hint += f"; there are adapters in its folders {_short(inner)}"
             raise ValueError(f"{needed} must be a file, found none{hint}")
     with file.open("rb") as stream:
         data = stream.read(_MAX_CONFIG_BYTES + 1)

@@ -228,10 +228,26 @@ def test_rows_may_be_tensors() -> None:
     model, x = steered(stack()), torch.randn(2, 6)
     with steer(model, torch.tensor([[0.75, 0.25], [0.5, 0.5]])):
         wanted = model(x)
-    first = torch.tensor([0.75, 0.25], requires_grad=True)
-    for rows in ([first, torch.tensor([0.5, 0.5])], (first, [0.5, torch.tensor(0.5)])):
+    first, one = torch.tensor([0.75, 0.25]), torch.tensor(0.5)
+    for rows in (
+        [first, torch.tensor([0.5, 0.5])],
+        (first, [0.5, one]),
+        [[0.75, 0.25], (one, one)],
+    ):
         with steer(model, rows):
             assert torch.equal(model(x), wanted)
+    with pytest.raises(TypeError, match=r"weights must be numbers \[B, 2\], .*equal size"):
+        steer(model, [first, one])
+
+
+def test_tensors_in_rows_get_their_gradients() -> None:
+    model, x = steered(stack()), torch.randn(2, 6)
+    whole = torch.tensor([[0.75, 0.25], [0.5, 0.5]], requires_grad=True)
+    row, one = torch.tensor([0.75, 0.25], requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    for weights in (whole, [row, [one, 0.5]]):
+        with steer(model, weights):
+            model(x).square().sum().backward()
+    assert torch.equal(row.grad, whole.grad[0]) and one.grad == whole.grad[1, 0] != 0
 
 
 def test_steer_needs_a_steered_layer() -> None:

@@ -48,6 +48,14 @@ class Named(nn.Linear):
     """A subclass that computes what nn.Linear does."""
 
 
+class Equalised(nn.Linear):
+    """As StyleGAN's layers scale their weights; nn.Linear's own parameter is behind it."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return 2 * self._parameters["weight"]
+
+
 class DoubledConv1D(Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -77,6 +85,8 @@ def layer_of(kind: str) -> nn.Module:
         layer.register_full_backward_pre_hook(lambda *_: None)
     elif kind == "an old weight norm":
         torch.nn.utils.spectral_norm(layer)
+    elif kind == "a weight that is a property":
+        layer.__class__ = Equalised
     elif kind == "a tensor subclass":
         weight = layer.weight.detach().as_subclass(Scaled)
         layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -93,8 +103,17 @@ OWN = {
     "a backward hook": "is a Linear with backward hooks",
     "a backward pre-hook": "is a Linear with backward pre hooks",
     "an old weight norm": "is a Linear with forward pre hooks",
+    "a weight that is a property": "is a Equalised whose weight is a property",
     "a tensor subclass": "is a Linear whose weight is a Scaled",
 }
+
+
+def test_models_with_adapters_of_peft_are_refused_until_they_are_merged() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    models = [peft.get_peft_model(small_model("llama"), config) for _ in NAMES]
+    with pytest.raises(ValueError, match=f"{NAMES[0]} has adapters of PEFT: merge them first"):
+        mix_models(models, NAMES)
+    mix_models([model.merge_and_unload() for model in models], NAMES)
 
 
 @pytest.mark.parametrize("kind", OWN)

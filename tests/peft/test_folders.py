@@ -372,9 +372,15 @@ def test_adapters_in_folders_of_the_folder_are_named(tmp_path: Path) -> None:
     """PEFT writes an adapter that has a name of its own into a folder of that name."""
     model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj"]), "joy")
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"found none; there are adapters in its folders joy$"):
+    with pytest.raises(
+        ValueError, match=r"found none; there are adapters in its folders \['joy'\]$"
+    ):
         load_adapters(llama(), [tmp_path])
     load_adapters(llama(), [tmp_path / "joy"])
+    (tmp_path / CONFIG).write_text("{}")
+    (tmp_path / "adapter_model.bin").touch()
+    with pytest.raises(ValueError, match=r"not adapter_model\.bin; there are .* \['joy'\]$"):
+        load_adapters(llama(), [tmp_path])
 
 
 def test_saved_embeddings_are_refused_with_what_to_do(tmp_path: Path) -> None:
