@@ -210,7 +210,7 @@ _RANGES: dict[str, Callable[[Any], Any]] = {
 
 def is_number(value: object, number: float) -> bool:
     """Whether this is a plain number, not a tensor or an array, and equal to `number`."""
-    return not isinstance(value, Tensor) and getattr(value, "ndim", 0) == 0 and value == number
+    return not hasattr(value, "__len__") and bool(value == number)
 
 
 def describe(value: object) -> str:

@@ -300,3 +300,10 @@ def test_all_that_tie_stay_and_the_lowest_id_is_greedy(
     many = z.expand(40, 6).contiguous()
     drawn = draw(many, temperature=1e-5, seed=torch.arange(40), position=torch.zeros(40).long())
     assert set(drawn[0].tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p"])
+@pytest.mark.parametrize("value", [[1], np.array([1, 1]), np.array(1)])
+def test_lists_and_arrays_are_refused_by_name(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a number or a tensor, got"):
+        sample(torch.zeros(2, 4), seed=1, position=0, **{name: value})
