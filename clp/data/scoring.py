@@ -50,7 +50,8 @@ class RewardLog:
         """Adds values of a column of the objective's own: in all, one per completion."""
         if not isinstance(column, str):
             raise TypeError(f"log_extra: column must be a string, got {reprlib.repr(column)}")
-        if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        no_list = isinstance(values, str | bytes) or getattr(values, "ndim", 1) == 0
+        if no_list or not isinstance(values, Iterable):
             raise TypeError(
                 f"log_extra: {column!r} needs a list, one value per completion, got {values!r:.80}"
             )

@@ -314,15 +314,19 @@ def _as_tensor(weights: Any, names: Sequence[str]) -> Tensor:
 
 
 def _stacked(weights: Any) -> Tensor:
-    if _holds_tensors(weights):
+    # torch.as_tensor takes tensors in lists without their graph, and refuses arrays of negative
+    # strides or another byte order, and those of no dimension in lists.
+    if isinstance(weights, list | tuple) and any(map(_is_or_holds_array, weights)):
         return torch.stack([_stacked(row) for row in weights])
+    if _is_or_holds_array(weights) and not isinstance(weights, Tensor):
+        weights = weights.tolist()
     return torch.as_tensor(weights, dtype=torch.float64)
 
 
-def _holds_tensors(weights: Any) -> bool:
-    # torch.as_tensor takes tensors in lists without their graph.
-    is_list = isinstance(weights, list | tuple)
-    return is_list and any(isinstance(row, Tensor) or _holds_tensors(row) for row in weights)
+def _is_or_holds_array(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_is_or_holds_array, value))
+    return hasattr(value, "tolist")
 
 
 def _claim(shared: list[Steering]) -> None:

@@ -122,6 +122,8 @@ def _fixed_weights(
             raise ValueError(f"{expected}, got the unknown names {sorted(unknown)}")
         weights = [weights.get(name, 0.0) for name in names]
     listed = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    if isinstance(listed, list):  # of numbers, or of tensors and arrays of no dimension
+        listed = [w.tolist() if hasattr(w, "tolist") else w for w in listed]
     if not isinstance(listed, list) or len(listed) != len(names):
         raise ValueError(f"{expected}, got {weights}")
     if not all(isinstance(w, Real) and math.isfinite(w) for w in listed):

@@ -486,7 +486,7 @@ def test_a_metric_that_is_no_number_is_named(value):
         RewardLog().log_metric("cost", value)
 
 
-@pytest.mark.parametrize("values", [None, 3, "abc"])
+@pytest.mark.parametrize("values", [None, 3, "abc", torch.tensor(1.0), np.array(3)])
 def test_a_column_that_is_no_list_is_named(values):
     log = RewardLog()
     with pytest.raises(TypeError, match="log_extra: 'size' needs a list, one value per completion"):

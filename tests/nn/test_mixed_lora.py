@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_models import logits_of, plain_logits, small_model, state
@@ -234,6 +235,10 @@ def test_rows_may_be_tensors() -> None:
         (first, [0.5, one]),
         [[0.75, 0.25], (one, one)],
     ):
+        with steer(model, rows):
+            assert torch.equal(model(x), wanted)
+    grid = np.array([[0.5, 0.5], [0.75, 0.25]], dtype=np.float32)[::-1]
+    for rows in (grid, grid.astype(">f8"), list(grid), [[np.array(0.75), 0.25], (one, one)]):
         with steer(model, rows):
             assert torch.equal(model(x), wanted)
     with pytest.raises(TypeError, match=r"weights must be numbers \[B, 2\], .*equal size"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -442,6 +443,21 @@ def test_export_of_a_narrow_adapter_is_not_rounded_again(tmp_path: Path) -> None
     exact = 1.5 * (0.3 * B[0] @ A[0] - 0.7 * B[1] @ A[1])
     mixed = stored[f"{CONV}.lora_B.weight"].double() @ stored[f"{CONV}.lora_A.weight"].double()
     torch.testing.assert_close(mixed, exact, rtol=1e-6, atol=1e-7)
+
+
+def test_weights_of_an_export_may_be_tensors_and_arrays(tmp_path: Path) -> None:
+    """As a list, or by name; also of 16 bits and of no dimension."""
+    model = saved_net(tmp_path / "adapters")
+    row = torch.tensor([0.75, 0.25], dtype=torch.bfloat16)
+    export_adapter(model, [0.75, 0.25], tmp_path / "0")
+    wanted = load_file(tmp_path / "0" / TENSORS)
+    given = [row, list(row), {"joy": row[0], "brief": row[1]}, row.float().numpy(),
+             [np.array(0.75), np.float32(0.25)]]  # fmt: skip
+    for i, weights in enumerate(given, 1):
+        export_adapter(model, weights, tmp_path / str(i))
+        assert all(
+            map(torch.equal, load_file(tmp_path / str(i) / TENSORS).values(), wanted.values())
+        )
 
 
 @pytest.mark.parametrize(
