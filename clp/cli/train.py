@@ -28,9 +28,15 @@ def run(argv: Sequence[str]) -> None:
     folder = home_expanded(config.output_dir)
     if config.resume and not given and (folder / "config.yaml").is_file():
         config = parsed(CLPConfig.of_run(folder))
-    elif config == CLPConfig(resume=True, output_dir=config.output_dir) and not folder.exists():
+    elif config.resume and not given and not (folder / "clp.json").is_file():
+        from clp.training.run_folder import MAY_CHANGE
+
         # A job that is started again and again gives --resume with all options of its run.
-        raise ValueError(f"{folder} holds no run to resume, and no options of a new one are given")
+        also = {name: getattr(config, name) for name in (*MAY_CHANGE, "max_steps")}
+        if config == CLPConfig(**also):
+            raise ValueError(
+                f"{folder} holds no run to resume, and no options of a new one are given"
+            )
     from clp.training.checkpoint import checkpoints
     from clp.training.trainer import CLPTrainer
 

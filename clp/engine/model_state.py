@@ -212,7 +212,7 @@ def _held_by(function: FunctionType, files: set[str]) -> dict[Any, Any]:
             held[name] = cell.cell_contents
     if function.__module__ in files:
         known = function.__globals__
-        named = _names_of(function.__code__)
+        named = names_of(function.__code__)
         held |= {n: known[n] for n in named if n in known and _is_read(known[n])}
     return held
 
@@ -225,8 +225,9 @@ def _is_read(value: Any) -> bool:
 
 
 @functools.cache
-def _names_of(code: CodeType) -> frozenset[str]:
-    inner = (_names_of(const) for const in code.co_consts if isinstance(const, CodeType))
+def names_of(code: CodeType) -> frozenset[str]:
+    """The names of globals and attributes in a function's code, and in the functions inside it."""
+    inner = (names_of(const) for const in code.co_consts if isinstance(const, CodeType))
     return frozenset(code.co_names).union(*inner)
 
 

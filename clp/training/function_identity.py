@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clp.engine.model_state import digest
+from clp.engine.model_state import digest, names_of
 
 # Objects of one function that are looked at: some lead to everything in the process.
 MOST_OBJECTS = 10_000
@@ -160,7 +160,11 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
         return kind, [value.__func__, value.__self__]
     if isinstance(value, FunctionType):
         cells = [_content(cell) for cell in value.__closure__ or ()]
-        held = [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
+        # Two files may be loaded as modules of one name.
+        named = {n: value.__globals__.get(n) for n in sorted(names_of(value.__code__))}
+        constants = {n: one for n, one in named.items() if _plain_text(one) is not None}
+        held = [value.__code__, value.__defaults__, value.__kwdefaults__, cells, vars(value),
+                constants]  # fmt: skip
         return f"{kind} {value.__module__}", held
     if isinstance(value, CodeType):
         return f"{kind} {value.co_qualname}", [value.co_code, value.co_names, value.co_consts]

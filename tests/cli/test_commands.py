@@ -576,6 +576,17 @@ def test_resume_of_a_folder_that_is_not_there_trains_nothing(refused, monkeypatc
     assert "mistyped holds no run to resume" in error and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("options", [[], ["--max-steps", "400", "--device", "cpu"]])
+def test_resume_of_a_folder_without_a_run_trains_nothing(refused, monkeypatch, tmp_path, options):
+    """Such as one that was made for a log; what may change describes no new run."""
+    monkeypatch.setattr("clp.policies.policy.load_base", pytest.fail)
+    (tmp_path / "log.txt").touch()
+    for folder in (tmp_path, tmp_path / "mistyped"):
+        error = refused("train", "--resume", "--output-dir", folder, *options)
+        assert f"{folder.name} holds no run to resume" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
 def test_logprobs_that_would_not_be_shown_are_refused(refused, trained):
     argv = ["sample", trained, "Tom", "--weights", "joy=1", "--logprobs", "2"]
     assert "--logprobs goes with --output" in refused(*argv)

@@ -274,6 +274,21 @@ def judging(judge):
     return Judging(1)
 
 
+def with_attributes(sign):
+    def reward(completions, **columns):
+        return [float(reward.sign * len(text)) for text in completions]
+
+    reward.sign = sign
+    return reward
+
+
+def of_a_file(sign):
+    """As frameworks load the file of a reward, under a name of their own."""
+    values = {"__name__": "custom_module", "SIGN": sign}
+    exec("def score(completions, **_): return [SIGN * len(text) for text in completions]", values)
+    return values["score"]
+
+
 class Decorated:
     def __init__(self, function, factor):
         update_wrapper(self, function)
@@ -404,6 +419,8 @@ def by_judge(judge):
         (judging(len), judging(negative)),
         (judging(lambda text: text.count("a")), judging(lambda text: -len(text))),
         (scaled_class(1), scaled_class(2)),
+        (with_attributes(1), with_attributes(-1)),
+        (of_a_file(1), of_a_file(-1)),
         (Decorated(brevity, 1), Decorated(brevity, -1)),
         (held(lru_cache(held(1))), held(lru_cache(held(2)))),
         (Sign(1), Sign(-1)),
@@ -434,7 +451,8 @@ def by_judge(judge):
          "wraps", "wrapped lambdas", "defaults", "objects in closures", "objects in partials",
          "lambdas in partials", "methods", "objects", "modules in closures", "slots", "classes",
          "functions in classes", "lambdas in classes", "numbers in classes",
-         "decorators that are objects", "cached functions", "private attributes of modules",
+         "attributes of functions", "constants of files", "decorators that are objects",
+         "cached functions", "private attributes of modules",
          "modules in modules", "modules of classes", "class methods", "lists that are called",
          "objects of classes in closures", "classes in closures",
          "objects with threads", "buffers", "large tensors", "built-in functions",
