@@ -351,7 +351,9 @@ _NOT_LISTS = (list, tuple, str, bytes, Mapping, set, frozenset)
 
 
 def _checked(objective: str, values: Any, count: int) -> list[float]:
-    if hasattr(values, "tolist"):
+    if isinstance(values, torch.Tensor) and values.ndim > 1:
+        values = list(values.flatten(1))  # each row must hold one number, as of a reward model
+    elif hasattr(values, "tolist"):
         values = values.tolist()
     elif isinstance(values, Iterable) and not isinstance(values, _NOT_LISTS):
         values = list(itertools.islice(values, count + 1))
@@ -366,7 +368,11 @@ def _checked(objective: str, values: Any, count: int) -> list[float]:
 def _number(objective: str, row: int, value: Any) -> float:
     if value is None:
         return math.nan
-    plain: Any = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy, torch
+    # numpy, torch; as in TRL, a tensor of one element in whatever shape is a number.
+    one = getattr(value, "ndim", None) == 0 or (
+        isinstance(value, torch.Tensor) and value.numel() == 1
+    )
+    plain: Any = value.item() if one else value
     if isinstance(plain, Decimal):
         plain = float(plain)
     came = f"reward {objective!r}, row {row}: expected a finite number, got {reprlib.repr(plain)}"

@@ -73,6 +73,8 @@ def test_score():
         pytest.param(array.array("d", [1, 0]), id="array.array"),
         torch.tensor([1.0, 0.0], requires_grad=True),
         np.ma.masked_array([1.0, 0.0]),
+        torch.tensor([[1.0], [0.0]]),  # logits of a reward model, which TRL 1.16 takes
+        [torch.tensor([1.0]), torch.tensor([[0.0]])],
     ],
     ids=str,
 )
@@ -87,7 +89,7 @@ def test_score_accepts_numbers(values):
         ("0.5", TypeError, "'0.5', a str"),
         (1j, TypeError, "1j, a complex"),
         ([0.5], TypeError, "a list"),
-        (torch.ones(1), TypeError, "a Tensor"),
+        (torch.ones(2), TypeError, "a Tensor"),
         ((1.0,), TypeError, "a tuple"),
         (b"1", TypeError, "a bytes"),
         (np.str_("x"), TypeError, "'x', a str_"),
@@ -114,6 +116,7 @@ def test_score_refuses_values(bad, error, message):
         (np.zeros(2), ValueError, "got 2$"),
         (0.5, TypeError, "got 0.5$"),
         (torch.tensor(0.5), TypeError, "got 0.5$"),
+        (torch.zeros(2, 1), ValueError, "got 2$"),
         (None, TypeError, "got None$"),
         ("abc", TypeError, "got 'abc'$"),
         ({0: 1, 1: 1, 2: 1}, TypeError, "got {"),
