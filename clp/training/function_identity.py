@@ -160,11 +160,11 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
         return kind, [value.__func__, value.__self__]
     if isinstance(value, FunctionType):
         cells = [_content(cell) for cell in value.__closure__ or ()]
-        # Two files may be loaded as modules of one name.
-        named = {n: value.__globals__.get(n) for n in sorted(names_of(value.__code__))}
-        constants = {n: one for n, one in named.items() if _plain_text(one) is not None}
-        held = [value.__code__, value.__defaults__, value.__kwdefaults__, cells, vars(value),
-                constants]  # fmt: skip
+        # Two files may be loaded as modules of one name. What is found by its name is the same.
+        known = value.__globals__
+        named = {n: known[n] for n in names_of(value.__code__) if n in known}
+        own = {n: one for n, one in named.items() if not _is_found_by_name(one)}
+        held = [value.__code__, value.__defaults__, value.__kwdefaults__, cells, vars(value), own]
         return f"{kind} {value.__module__}", held
     if isinstance(value, CodeType):
         return f"{kind} {value.co_qualname}", [value.co_code, value.co_names, value.co_consts]
@@ -206,12 +206,14 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
     return kind, [attributes | getattr(value, "__dict__", {})]
 
 
-def _is_found_by_name(kind: type) -> bool:
-    """Whether it is not one of several of its name, as a class that a function makes is."""
-    if kind.__module__ == "builtins":
+def _is_found_by_name(value: Any) -> bool:
+    """Whether a class or function is the only one of its name, unlike one that a function makes."""
+    if not isinstance(value, type | FunctionType | BuiltinFunctionType):
+        return isinstance(value, ModuleType)
+    if value.__module__ == "builtins":
         return True
     try:
-        return attrgetter(kind.__qualname__)(sys.modules.get(kind.__module__)) is kind
+        return attrgetter(value.__qualname__)(sys.modules.get(value.__module__)) is value
     except AttributeError:  # as of "make.<locals>.Reward"
         return False
 

@@ -285,7 +285,18 @@ def with_attributes(sign):
 def of_a_file(sign):
     """As frameworks load the file of a reward, under a name of their own."""
     values = {"__name__": "custom_module", "SIGN": sign}
-    exec("def score(completions, **_): return [SIGN * len(text) for text in completions]", values)
+    text = "def score(completions, **_): return [float(SIGN == 0) for text in completions]"
+    exec(text, values)
+    return values["score"]
+
+
+def by_a_helper(expression):
+    values = {"__name__": "custom_module"}
+    exec(
+        f"def helper(text): return {expression}\n"
+        "def score(completions, **_): return [helper(text) for text in completions]",
+        values,
+    )
     return values["score"]
 
 
@@ -421,6 +432,9 @@ def by_judge(judge):
         (scaled_class(1), scaled_class(2)),
         (with_attributes(1), with_attributes(-1)),
         (of_a_file(1), of_a_file(-1)),
+        (of_a_file(["a", "b"]), of_a_file(["a", "c"])),
+        (of_a_file({"a": {"e": 1}}), of_a_file({"a": {"e": 2}})),
+        (by_a_helper("len(text)"), by_a_helper("-len(text)")),
         (Decorated(brevity, 1), Decorated(brevity, -1)),
         (held(lru_cache(held(1))), held(lru_cache(held(2)))),
         (Sign(1), Sign(-1)),
@@ -451,7 +465,8 @@ def by_judge(judge):
          "wraps", "wrapped lambdas", "defaults", "objects in closures", "objects in partials",
          "lambdas in partials", "methods", "objects", "modules in closures", "slots", "classes",
          "functions in classes", "lambdas in classes", "numbers in classes",
-         "attributes of functions", "constants of files", "decorators that are objects",
+         "attributes of functions", "constants of files", "lists of files",
+         "dicts of files", "helpers of files", "decorators that are objects",
          "cached functions", "private attributes of modules",
          "modules in modules", "modules of classes", "class methods", "lists that are called",
          "objects of classes in closures", "classes in closures",
