@@ -1,7 +1,7 @@
 """What is asked of the sampler and what it answers: prompts, parameters, completions."""
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -71,11 +71,11 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    stop: Sequence[str] = field(default_factory=tuple)
-    stop_token_ids: Sequence[int] = field(default_factory=tuple)
+    stop: Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     n: int = 1
-    logprobs: int = 0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, off in {"stop": (), "stop_token_ids": (), "logprobs": 0}.items():
@@ -114,10 +114,11 @@ class SamplingParams:
         if type(self.ignore_eos) is not bool:
             raise ValueError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         self._check_list("stop", MOST_STOPS, "non-empty strings", str)
-        if not all(0 < len(s) <= MOST_STOP_LENGTH for s in self.stop):
+        lengths = [len(s) for s in self.stop or ()]
+        if not all(0 < length <= MOST_STOP_LENGTH for length in lengths):
             raise ValueError(
                 f"stop must hold non-empty strings of at most {MOST_STOP_LENGTH} characters, "
-                f"got lengths {[len(s) for s in self.stop]}"
+                f"got lengths {lengths}"
             )
         self._check_list("stop_token_ids", MOST_STOP_IDS, "token ids", int)
 

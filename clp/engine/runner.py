@@ -239,7 +239,7 @@ class Runner:
                 logits.index_select(-2, index),
                 {} if logits.dim() == 2 else self._mixing(first + index),
                 [p.temperature for p in params],
-                [p.logprobs for p in params],
+                [p.logprobs or 0 for p in params],
                 self._ids,
             )
         return dict(zip(asked, found, strict=True))

@@ -364,11 +364,12 @@ def make_request(
     if not runner.fits(1, length - 1):
         raise ValueError(f"{shape} the cache of {runner.max_cache_bytes} bytes (cache_gib)")
     last = limits.vocab_size - 1
-    for token in params.stop_token_ids:
+    stops = params.stop_token_ids or ()
+    for token in stops:
         if not 0 <= token <= last:
             raise ValueError(f"stop_token_ids must be from 0 to {last}, got {token}")
     ends = frozenset() if params.ignore_eos else limits.end_ids
-    stop_ids = ends | frozenset(params.stop_token_ids)
+    stop_ids = ends | frozenset(stops)
     seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
     key, own = policy.cache_key(condition), policy.layer_weights(condition)
     return Request(policy.tokenizer, ids, own, params, stop_ids, key, most, seed, prompt_index)

@@ -144,7 +144,7 @@ class Request:
 
     def new_text(self) -> Text:
         """The text of one of its completions, without tokens yet."""
-        return Text(self.tokenizer, self.prompt_ids, self.params.stop, self._special)
+        return Text(self.tokenizer, self.prompt_ids, self.params.stop or (), self._special)
 
     @property
     def prefill_length(self) -> int:

@@ -71,6 +71,14 @@ def test_sample_from_prompts(clp, trained):
     assert lines[1].startswith("[joy=0.7,brief=0.3] Mia was sad.")
 
 
+def test_none_turns_a_sampling_parameter_off(clp, trained):
+    given = ["sample", trained, "Mia was sad.", "--weights", "joy=1,brief=0", "--seed", "1"]
+    off = ["--stop", "None", "--stop-token-ids", "None", "--logprobs", "None", "--seed", "1"]
+    assert clp(*given, "--max-tokens", "6", *off).out == clp(*given, "--max-tokens", "6").out
+    # Without a bound on the tokens: as many as the context allows, and an end before them.
+    assert clp(*given, "--max-tokens", "None", "--stop", "sad", ".").out.startswith("[joy=1,")
+
+
 def test_sample_from_a_file_with_a_row_a_prompt(clp, trained, tmp_path):
     rows = [
         {"prompt": "Tom had a red kite.", "weights": [1, 0], "seed": 3},
