@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from clp.engine.model_error import is_out_of_memory
+
 COMMANDS = ("train", "sample", "eval", "compare", "export", "info")
 
 
@@ -57,9 +59,7 @@ def main() -> None:
         said = " ".join(str(error).split()) or "not enough memory"
         _end(2, f"clp {name}: error: {said}\n")
     except RuntimeError as error:
-        # PyTorch has a class of its own for a GPU's memory alone. It is not imported for its name.
-        memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-        if stopped or not memory:
+        if stopped or not is_out_of_memory(error):
             raise
         _end(2, f"clp {name}: error: not enough memory: {' '.join(str(error).split())}\n")
     finally:

@@ -150,5 +150,5 @@ def _context(tokenizer: Any, prompt_ids: Sequence[int]) -> tuple[list[int], str]
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
-    with model_errors(Exception):
+    with model_errors():
         return str(tokenizer.decode(ids, skip_special_tokens=True))

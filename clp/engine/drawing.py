@@ -41,19 +41,27 @@ def draw(
         raise
     except ValueError:
         # On the CPU the op refuses a batch with logits that are not finite; the others go on.
-        drawn = _draw_finite(logits, mixing | options)
+        good = _finite_examples(logits)
+        if bool(good.all()):
+            mixed = clp_kernels.mix_logits(logits, **mixing) if mixing else logits
+            if bool(_finite_examples(mixed).all()):
+                raise  # a fault of the engine
+            text = "the logits cannot be sampled: their mixture is not finite"
+            raise ModelError(ValueError(text)) from None
+        drawn = _draw_finite(logits, mixing | options, good)
     if isinstance(ids, slice):
         return drawn
     return drawn._replace(tokens=torch.where(drawn.tokens < 0, drawn.tokens, ids[drawn.tokens]))
 
 
-def _draw_finite(logits: Tensor, options: dict[str, Any]) -> clp_kernels.Sample:
+def _finite_examples(logits: Tensor) -> Tensor:
+    """Bool [B]: as the op decides. Minus infinity excludes a token."""
     by_example = logits if logits.dim() == 2 else logits.transpose(0, 1).flatten(1)
-    # As the op decides: minus infinity excludes a token.
-    good = (by_example < torch.inf).all(1) & by_example.isfinite().any(1)
+    return (by_example < torch.inf).all(1) & by_example.isfinite().any(1)
+
+
+def _draw_finite(logits: Tensor, options: dict[str, Any], good: Tensor) -> clp_kernels.Sample:
     count = good.shape[0]
-    if bool(good.all()):
-        raise ModelError(ValueError("the logits cannot be sampled: their mixture is not finite"))
     tokens = torch.full((count,), -1, device=good.device)
     logprobs = torch.full((count,), float("nan"), dtype=torch.float32, device=good.device)
     if bool(good.any()):

@@ -59,7 +59,7 @@ def _difference(slot_model: SlotModel, steer: Any, weights: Tensor) -> str | Non
     ids = [min(i, config.vocab_size - 1) for i in range(1, 6)]
     tokens = torch.tensor(ids, device=device)[:, None]
     positions = torch.arange(5, device=device)[:, None]
-    with model_errors(Exception), steer(weights):
+    with model_errors(), steer(weights):
         wanted = model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
     if not bool(wanted.isfinite().all()):
         raise ValueError(f"the logits of {type(model).__name__} are not finite: are its weights?")

@@ -20,18 +20,46 @@ class ModelError(Exception):
 
 
 class model_errors:
-    """Context for one call: an exception of one of `kinds` becomes a ModelError.
+    """Context for one call of a model or a tokenizer: whatever it raises becomes a ModelError.
 
-    `Exception` is for calls of a model or a tokenizer alone: their code is anyone's, and may raise
-    anything. Nothing of the engine's bookkeeping belongs inside.
+    A model calls the engine's attention, and its own code may raise anything. So an error whose
+    innermost frame is of this package, and that neither PyTorch nor the package raises on purpose
+    (AttributeError, TypeError, AssertionError, ...), is a fault of the engine and raised as it is.
     """
-
-    def __init__(self, *kinds: type[Exception]) -> None:
-        self.kinds = kinds
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, self.kinds):
+        if isinstance(error, Exception) and not _of_the_engine(error):
             raise ModelError(error) from error
+
+
+class memory_errors:
+    """Context for one call that needs memory: a lack of it becomes a ModelError."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and is_out_of_memory(error):
+            raise ModelError(error) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is short. PyTorch has a class for a GPU's alone, and a text for the CPU's."""
+    name = type(error).__name__  # not imported for this: it takes seconds
+    return (
+        isinstance(error, MemoryError)
+        or name == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
+def _of_the_engine(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    on_purpose = isinstance(error, (ValueError, RuntimeError, MemoryError))
+    return module.partition(".")[0] == "clp" and not on_purpose

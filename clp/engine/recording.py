@@ -102,7 +102,7 @@ def record(model: Any, steered: Callable[[int], AbstractContextManager[Inputs]])
         with steered(batch) as inputs:
             wanted = step(model, inputs).logits
             try:
-                with model_errors(Exception):  # calls of PyTorch that do not fit the batch size
+                with model_errors():  # calls of PyTorch that do not fit the batch size
                     got = made(inputs, batch)
             except ModelError as error:
                 raise Unrecordable(f"{at} the recorded calls fail: {error}") from error

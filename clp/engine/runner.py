@@ -18,7 +18,7 @@ from clp.engine.drawing import draw, mixture, top_logprobs
 from clp.engine.kv_cache import BLOCK, Segment, rounded
 from clp.engine.locks import locked, locks_of
 from clp.engine.model_check import prepare
-from clp.engine.model_error import model_errors
+from clp.engine.model_error import memory_errors
 from clp.engine.model_state import ModelState
 from clp.engine.scheduler import Action, Clear, Copy, CopyEach, Move, Place, Resize, Vacate
 from clp.engine.sequence import Sequence
@@ -118,13 +118,12 @@ class Runner:
     def apply(self, action: Action) -> None:
         """Does what the scheduler has decided.
 
-        Raises: ModelError if there is no memory for it: PyTorch raises RuntimeError then, of which
-            torch.OutOfMemoryError is one, or Python MemoryError.
+        Raises: ModelError if there is no memory for it.
         """
         match action:
             case Resize() | Copy() | CopyEach():
                 calls: Any = {Resize: self.resize, Copy: self.copy, CopyEach: self.copy_each}
-                with model_errors(RuntimeError, MemoryError):
+                with memory_errors():
                     calls[type(action)](*action)
             case Place():
                 self.state.place(*action)
@@ -211,7 +210,7 @@ class Runner:
         options = {"seed": state.seed[here], "position": state.drawn[here]}
         for name, value in zip(FILTERS, filters, strict=True):
             options[name] = getattr(state, name)[here] if value is None else value
-        with model_errors(torch.OutOfMemoryError):
+        with memory_errors():
             drawn = draw(mixed, mixing, options, self._ids)
         state.advance(here, drawn.tokens, padded=targets is not None)
         return drawn, mixed
@@ -234,7 +233,7 @@ class Runner:
             return {}
         params = [sequences[i].request.params for i in asked]
         index = torch.tensor(asked, device=logits.device)
-        with model_errors(torch.OutOfMemoryError):
+        with memory_errors():
             found = top_logprobs(
                 logits.index_select(-2, index),
                 {} if logits.dim() == 2 else self._mixing(first + index),

@@ -45,18 +45,18 @@ class SlotModel:
 
         The body alone runs: a prompt's last token goes through the head in a decode step.
 
-        Raises: ModelError for whatever the model raises.
+        Raises: ModelError for what the model raises.
         """
-        with model_errors(Exception), steering:
+        with model_errors(), steering:
             self.run(step, self.model.base_model, Inputs(tokens, positions, plan))
 
     def logits(self, steering: Steering, tokens: Tensor, positions: Tensor, plan: Decode) -> Tensor:
         """Logits [B, V] of one token per slot: tokens [B, 1] at positions [B, 1].
 
-        Raises: ModelError for whatever the model raises.
+        Raises: ModelError for what the model raises.
         """
         inputs = Inputs(tokens, positions, plan)
-        with model_errors(Exception), steering:
+        with model_errors(), steering:
             if self.recording is not None and self.recording_is_valid:
                 logits = self.recording(inputs, len(tokens))
             else:

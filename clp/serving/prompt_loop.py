@@ -14,6 +14,7 @@ from clp.data.json_lines import parse_json
 from clp.data.weights import WeightSpec
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
+from clp.engine.sequence import Request
 
 HELP = """\
 a text                        is continued; one that begins with / is typed with //
@@ -69,17 +70,20 @@ def prompt_loop(
             return
         if not line:
             continue
+        request = None
         try:
             if line.startswith("/") and not line.startswith("//"):
                 loop.command(*_split(line[1:]))
             else:
-                loop.complete(line.removeprefix("/"))
+                request = loop.submit(line.removeprefix("/"))
         except (ValueError, TypeError) as error:
-            out.write(f"error: {' '.join(str(error).split())}\n")
+            loop.show_error(str(error))
+        if request is not None:
+            loop.complete(request)
 
 
 class _Loop:
-    """The current weights and parameters."""
+    """The current weights, parameters and conversation."""
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class _Loop:
         spec = [1 / m] * m if weights is None else weights
         self.weights: WeightSpec = spec
         self.kl: float | None = None
+        self.asked_for: Any = None
         self.steer_by(spec, kl)
 
     def steer_by(self, weights: WeightSpec, kl: float | None) -> None:
@@ -146,13 +151,19 @@ class _Loop:
         self.params = replace(self.params, **{name: _value(name, text)})
         self.out.write(f"{name} {_shown(getattr(self.params, name))}\n")
 
-    def complete(self, prompt: str) -> None:
-        """Shows the n completions, one below the other, the first of them as it is drawn."""
-        asked_for: Any = prompt
+    def show_error(self, error: str) -> None:
+        self.out.write(f"error: {' '.join(error.split())}\n")
+
+    def submit(self, prompt: str) -> Request:
+        """Raises: ValueError or TypeError for a prompt that the sampler refuses."""
+        self.asked_for = prompt
         if self.messages is not None:
-            asked_for = [*self.messages, user_message(prompt)]
+            self.asked_for = [*self.messages, user_message(prompt)]
         condition = Condition(self.weights, self.kl)
-        request = self.sampler.submit(asked_for, condition, self.params, simplex=self.simplex)
+        return self.sampler.submit(self.asked_for, condition, self.params, simplex=self.simplex)
+
+    def complete(self, request: Request) -> None:
+        """Shows the n completions, one below the other, the first of them as it is drawn."""
         n, answer = self.params.n, ""
         waiting: list[list[str]] = [[] for _ in range(n)]
         ended = [False] * n
@@ -185,9 +196,9 @@ class _Loop:
         if asked and current < n:
             self.out.write(" [stopped]\n")
         if errors:
-            raise ValueError(errors[0])
-        if self.messages is not None:
-            self.messages = [*asked_for, {"role": "assistant", "content": answer}]
+            self.show_error(errors[0])
+        elif self.messages is not None:
+            self.messages = [*self.asked_for, {"role": "assistant", "content": answer}]
 
     def _begin(self, index: int) -> None:
         if self.params.n > 1:

@@ -15,7 +15,7 @@ import torch
 from decoding_alone import TOLERANCE, Alone, spread_policy, token_ids, without_end
 
 import clp_kernels
-from clp.engine.attention import Decode
+from clp.engine.attention import Decode, Prefill
 from clp.engine.detokenizer import Text
 from clp.engine.sampler import Sampler, SamplingParams
 from clp.engine.scheduler import Scheduler
@@ -356,12 +356,12 @@ def test_a_failed_copy_does_not_end_the_next_one_in_the_queue(sampler):
     requests = [sampler.submit(IDS[:30], "joy=1", SamplingParams(max_tokens=9, seed=1))]
     sampler.step()
     sampler.step()
-    with failing(sampler.runner, "copy", 1, RuntimeError("copy")):
+    with failing(sampler.runner, "copy", 1, torch.OutOfMemoryError("copy")):
         for ids in (IDS[:28], IDS[50:60]):
             requests.append(sampler.submit(ids, "joy=1", SamplingParams(max_tokens=3, seed=1)))
         sampler.finish(requests)
     errors = [r.completions[0].error for r in requests]
-    assert errors == ["RuntimeError: copy", "RuntimeError: copy", None]
+    assert errors == ["OutOfMemoryError: copy", "OutOfMemoryError: copy", None]
     Alone().check(requests[2])
 
 
@@ -483,22 +483,60 @@ def test_ctrl_c_between_two_lines_loses_no_token_no_text_and_no_copy():
             assert len(mine.top_logprobs or ()) == len(other.top_logprobs or ())
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["next_batch", "prefilled", "remove", "apply", "top_logprobs", "place", "advance", "vacate"],
-)
-def test_a_fault_of_the_sampler_is_raised_and_ends_no_request(sampler, name):
+FAULTS = {
+    "a fault of Python's": AttributeError("a fault"),
+    "which PyTorch reports": RuntimeError("a fault"),
+    "which an op refuses": ValueError("a fault"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("name", ["next_batch", "prefilled", "remove", "apply", "top_logprobs",
+                                  "place", "advance", "vacate", "copy", "resize"])  # fmt: skip
+def test_a_fault_of_the_sampler_is_raised_and_ends_no_request(sampler, name, fault):
     """The sampler goes on as after Ctrl-C."""
     requests = good_ones(sampler, 2, max_tokens=5)
     sampler.step()
     requests += good_ones(sampler, 3, max_tokens=3, n=2)
     runner = sampler.runner
     owner = next(o for o in (sampler.scheduler, runner, runner.state) if hasattr(o, name))
-    fault = failing(owner, name, 1, AttributeError("a fault"))
-    with fault, pytest.raises(AttributeError, match="a fault"):
+    with failing(owner, name, 1, fault), pytest.raises(type(fault), match="a fault"):
         while sampler.unfinished:
             sampler.step()
     assert not any(c.error for request in requests for c in request.completions)
+    sampler.finish(requests)
+    whole_and_right(*requests)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("plan", [Prefill, Decode])
+def test_a_fault_of_the_attention_is_raised_and_ends_no_request(sampler, plan, recorded):
+    """Though a model calls it, whose own errors end the sequences of the forward."""
+    source = "def attend(plan, *_): plan.cash.layer(0)"
+    exec(source, module := {"__name__": "clp.engine.attention"})
+    requests = good_ones(sampler, 2, max_tokens=5)
+    sampler.runner.models[0].recording_is_valid &= recorded
+    with (
+        patch.object(plan, "attend", module["attend"]),
+        pytest.raises(AttributeError, match="cash"),
+    ):
+        while sampler.unfinished:
+            sampler.step()
+    assert not any(c.error for request in requests for c in request.completions)
+    sampler.finish(requests)
+    whole_and_right(*requests)
+
+
+def test_a_fault_of_a_draw_is_raised(sampler):
+    """It is not taken for logits that are not finite."""
+    requests = good_ones(sampler, 2, max_tokens=5)
+    state = sampler.runner.state
+    sampler.step()
+    right, state.seed = state.seed, state.seed[:, None]
+    with pytest.raises(ValueError, match="seed must be a number or have shape"):
+        while sampler.unfinished:
+            sampler.step()
+    state.seed = right
     sampler.finish(requests)
     whole_and_right(*requests)
 

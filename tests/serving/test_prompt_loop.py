@@ -136,6 +136,14 @@ def test_a_failed_forward_is_one_line_of_error(sampler, failing):
     assert any(text == "error: RuntimeError: no memory" for text in shown)
 
 
+def test_a_fault_of_the_sampler_is_raised(monkeypatch):
+    """It is no line of error, after which the loop would go on."""
+    own = Sampler(Policy.create("tiny", ["joy", "brief"], r=2), max_batch_size=4)
+    monkeypatch.setattr(own.scheduler, "prefilled", lambda batch: None + 1)
+    with pytest.raises(TypeError, match="NoneType"):
+        typed(own, "Tom had a red kite.")
+
+
 def test_several_completions_stand_below_each_other(sampler):
     texts = expected(sampler, "Tom had a red kite.", [0.5, 0.5], n=3)
     shown = typed(sampler, "/set n 3", "Tom had a red kite.")
