@@ -259,9 +259,9 @@ def _kind(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _types(value: Any) -> Any:
     """The type of a value, and of what a list or mapping holds."""
-    held = value.values() if isinstance(value, Mapping) else value
+    parts = value.values() if isinstance(value, Mapping) else value
     if isinstance(value, Mapping | list | tuple):
-        return type(value), frozenset(map(_types, held))
+        return type(value), frozenset(map(_types, parts))
     return type(value)
 
 

@@ -104,8 +104,8 @@ class ModelState:
         while self._functions:
             function = self._functions.pop()
             self._calls.extend((function.__code__, function.__defaults__, function.__kwdefaults__))
-            if held := _held_by(function, files):
-                self._add(held, self._calls)
+            if named := _read_by(function, files):
+                self._add(named, self._calls)
         # Each with its address: one that `.data` has replaced is another.
         self.addresses = [t.data_ptr() if _has_memory(t) else id(t) for t in self._tensors]
         # The content alone of what is trained, and where PyTorch does not count the writes.
@@ -165,7 +165,7 @@ class ModelState:
                     if kind is FunctionType:
                         self._functions.append(value)
                     else:
-                        waiting.append(_held(value, kind))
+                        waiting.append(_contents(value, kind))
 
 
 def _may_read(hook: Any) -> bool:
@@ -176,7 +176,7 @@ def _has_memory(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
-def _held(value: Any, kind: Any) -> Mapping[Any, Any]:
+def _contents(value: Any, kind: Any) -> Mapping[Any, Any]:
     """What a value of this kind holds, by name, key or place."""
     if kind is dict:
         return value  # type: ignore[no-any-return]
@@ -204,17 +204,17 @@ def _slots(kind: type) -> list[tuple[str, Any]]:
     return [(name, slot) for name, slot in each if isinstance(slot, MemberDescriptorType)]
 
 
-def _held_by(function: FunctionType, files: set[str]) -> dict[Any, Any]:
+def _read_by(function: FunctionType, files: set[str]) -> dict[Any, Any]:
     """What a function reads: its attributes, its closure, and in these files what it names."""
-    held: dict[Any, Any] = dict(function.__dict__)
+    read: dict[Any, Any] = dict(function.__dict__)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # empty
-            held[name] = cell.cell_contents
+            read[name] = cell.cell_contents
     if function.__module__ in files:
         known = function.__globals__
         named = names_of(function.__code__)
-        held |= {n: known[n] for n in named if n in known and _is_read(known[n])}
-    return held
+        read |= {n: known[n] for n in named if n in known and _is_read(known[n])}
+    return read
 
 
 def _is_read(value: Any) -> bool:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clp.data.conversation import message_text
-from clp.data.files import write_whole
+from clp.data.files import flush, write_whole
 from clp.evaluation.frontier import Frontier
 
 # The last says what the others belong to.
@@ -69,6 +69,8 @@ def save_evaluation(front: Frontier, samples: Sequence[dict[str, Any]], folder: 
         written[0].write_text(text, encoding="utf-8")
         plot_frontier(front, written[1])
         front.save(written[2])
+        for path in written:
+            flush(path)
         for path in written:
             path.replace(folder / path.name)
 

@@ -1,8 +1,6 @@
 """Conditionings "full", "attention" and "head": experts as differences from the base model."""
 
 import hashlib
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clp.data.condition import beta
-from clp.data.files import whole_file
+from clp.data.files import whole_file, whole_folder
 from clp.data.kl_range import KLRange
 from clp.policies.interface import Conditioning
 from clp.policies.loading import load_base
@@ -160,15 +158,9 @@ class Experts(Conditioning):
                     for w, state in zip(weights, states, strict=True):
                         total += w * state[name].double().cpu()
                     parameter.copy_(total)
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with whole_folder(folder) as partial:
             plain.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return f"model: {folder}"
 
 

@@ -1,7 +1,6 @@
 """Checkpoints: complete or absent. A folder is written under another name and renamed."""
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from clp.data.files import whole_folder
 from clp.data.json_lines import read_json
 from clp.policies.policy import Policy
 from clp.training.value_head import ValueHead
@@ -60,16 +60,11 @@ def save_checkpoint(
     is a value head (its parameters and its optimizer's state), `settings` as training.yaml, for a
     copy of the folder alone, and state.json.
 
-    Files and folder are flushed to disk before the rename, so that a folder of that name is
-    complete whenever the machine stops. On an error (disk full) the partial folder is removed and
-    the earlier checkpoints stay. Afterwards only the newest `keep` remain; folders with other
-    names than checkpoint-<number> are not counted.
+    It is a `whole_folder`: on an error (disk full) the earlier checkpoints stay. Afterwards only
+    the newest `keep` remain; folders with other names than checkpoint-<number> are not counted.
     """
     final = run / f"checkpoint-{progress.step:06d}"
-    partial = run / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(final) as partial:
         policy.save(partial)
         tensors = _optimizer_tensors(policy.trainable_parameters(), optimizer)
         (partial / "optimizer.safetensors").write_bytes(safetensors.torch.save(tensors))
@@ -80,13 +75,6 @@ def save_checkpoint(
             (partial / "value.safetensors").write_bytes(safetensors.torch.save(tensors))
         (partial / "training.yaml").write_text(settings, encoding="utf-8")
         (partial / "state.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
-        for path in [*partial.rglob("*"), partial]:
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _flush(run)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -206,11 +194,3 @@ def _optimizer_tensors(
         for key in _MOMENTS:
             tensors[f"{name}.{key}"] = state[key].detach().cpu().contiguous()
     return tensors
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

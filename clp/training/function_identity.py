@@ -89,14 +89,14 @@ def insides_of(function: Any) -> str:
         value = waiting.popleft()
         again = id(value) in kept
         kept[id(value)] = value  # so that no id is given twice
-        shown, held = (type(value).__qualname__, []) if again else _inside(value)
+        shown, contents = (type(value).__qualname__, []) if again else _inside(value)
         if not _is_found_by_name(type(value)):
-            held = [*held, type(value)]
+            contents = [*contents, type(value)]
         # Plain values here and now, in full: they are many, and Python may share them.
-        parts = [_plain_text(one) for one in held]
+        parts = [_plain_text(one) for one in contents]
         text = "\n".join([shown, *("object" if part is None else part for part in parts)])
         found.update(f"{text}\n\n".encode(errors="surrogatepass"))
-        waiting.extend(one for one, part in zip(held, parts, strict=True) if part is None)
+        waiting.extend(one for one, part in zip(contents, parts, strict=True) if part is None)
     return found.hexdigest()
 
 
@@ -164,8 +164,9 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
         known = value.__globals__
         named = {n: known[n] for n in names_of(value.__code__) if n in known}
         own = {n: one for n, one in named.items() if not _is_found_by_name(one)}
-        held = [value.__code__, value.__defaults__, value.__kwdefaults__, cells, vars(value), own]
-        return f"{kind} {value.__module__}", held
+        code = value.__code__, value.__defaults__, value.__kwdefaults__
+        contents = [*code, cells, vars(value), own]
+        return f"{kind} {value.__module__}", contents
     if isinstance(value, CodeType):
         return f"{kind} {value.co_qualname}", [value.co_code, value.co_names, value.co_consts]
     if isinstance(value, nn.Module):
@@ -195,8 +196,8 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
         return f"{kind} {value.__name__}", []
     if isinstance(value, BuiltinFunctionType | MethodWrapperType | MethodDescriptorType):
         owner = getattr(value, "__self__", None)
-        held = [] if owner is None or isinstance(owner, ModuleType) else [owner]
-        return f"{kind} {getattr(value, '__module__', None)}.{value.__qualname__}", held
+        contents = [] if owner is None or isinstance(owner, ModuleType) else [owner]
+        return f"{kind} {getattr(value, '__module__', None)}.{value.__qualname__}", contents
     if type(value).__module__.partition(".")[0].lstrip("_") in _BY_ITSELF:
         return kind, []
     if callable(as_array := getattr(value, "to_numpy", None)):  # pandas and its like

@@ -230,8 +230,8 @@ def load_experts(
     put_experts(model, names, targets, dtype)
     with torch.no_grad():
         for i, state in enumerate(states):
-            for key, held in expert_state(model, i).items():
-                held.copy_(state[key])
+            for key, parameter in expert_state(model, i).items():
+                parameter.copy_(state[key])
 
 
 def _inside(model: nn.Module, names: Sequence[str], argument: str) -> dict[str, nn.Module]:

@@ -24,7 +24,7 @@ def sample(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
     Deterministic; a row's bits do not depend on the other rows or their filters. A row without
     filters is read once (twice in probability mode). With a filter argument the workspace also
-    holds V floats a row; a row that a filter applies to is mixed into it and read again, once to
+    holds V floats per row; a row that a filter applies to is mixed into it and read again, once to
     draw and about three times each for top-k and top-p.
 
     Raises: as `cpu.sample`; RuntimeError for sizes beyond the launch limits in

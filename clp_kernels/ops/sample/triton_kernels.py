@@ -183,7 +183,7 @@ def narrow_kernel(
     first adds up the sums of round r - 1, which fixes digit r - 1, then sums the amounts of the
     ids whose higher digits are those found, by their digit r. Every program of a row adds up the
     same sums in the same order, so all find the same digit; the first one notes it. Round ROUNDS
-    has one program a row and only notes the key: prefix[ROUNDS, b], at least least[b].
+    has one program per row and only notes the key: prefix[ROUNDS, b], at least least[b].
 
     prefix [ROUNDS + 1, B] int64, amounts [2, ROUNDS + 1, B] float64 (what is above, what is
     needed), parts [2, B, slices, 16] float64, written in even and in odd rounds.

@@ -7,7 +7,7 @@
 
 namespace clp {
 
-// Vocabulary ids a slice. Constant, because the order of the sums must not depend on the machine;
+// Vocabulary ids per slice. Constant, because the order of the sums must not depend on the machine;
 // 4096 logits are 16 KB, which the first-level cache keeps between the two passes of `sum_exp`.
 constexpr int64_t kMixSlice = 4096;
 

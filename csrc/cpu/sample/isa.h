@@ -7,7 +7,7 @@
 
 namespace clp {
 
-// Vocabulary ids a slice. Constant, because the order of the sums must not depend on the machine;
+// Vocabulary ids per slice. Constant, because the order of the sums must not depend on the machine;
 // 4096 mixed logits are 16 KB and stay in the first-level cache between the two passes.
 constexpr int64_t kSampleSlice = 4096;
 constexpr int64_t kSampleGroup = 64;  // ids that one step reads

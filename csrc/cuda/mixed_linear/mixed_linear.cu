@@ -88,7 +88,7 @@ cudaError_t enqueue(const MixedLinearCuda& a, cudaStream_t stream) {
   if (a.tokens.T <= 8) return launch_tiles<T, 4, 1>(a, stream);
   if (a.tokens.T <= 16) return launch_tiles<T, 4, 2>(a, stream);
   if (a.tokens.T <= 32) return launch_tiles<T, 4, 4>(a, stream);
-  // Two sums a tile: 64 rows beside 64 tokens would not fit the registers.
+  // Two sums per tile: 64 rows beside 64 tokens would not fit the registers.
   return launch_tiles<T, 2, 8>(a, stream);
 }
 

@@ -15,7 +15,7 @@
 namespace clp {
 namespace {
 
-constexpr unsigned kMaxRanks = 8;  // blocks a row; clusters beyond 8 are not portable
+constexpr unsigned kMaxRanks = 8;  // blocks per row; clusters beyond 8 are not portable
 
 struct alignas(16) FilterPartial {
   double sum;     // of exp((z - maximum) / temperature)
@@ -165,7 +165,7 @@ struct FilterArgs {
   SampleArgs sample;
   const FilterPartial* partials;  // [B, slices]
   const float* mixed;             // [B, slices * kSlice]
-  unsigned slices, ranks;         // ranks: blocks a row
+  unsigned slices, ranks;         // ranks: blocks per row
 };
 
 __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(const FilterArgs f) {
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_kernel(const FilterA
   }
   // A power of two, so that a single id of the largest z has exactly the mass it is.
   row.scale = scalbn(1.0, kUnitBits - ilogb(row.total));
-  row.slope = float(kBinsPerUnit / row.temperature);
+  row.bins_per_unit = float(kBinsPerUnit / row.temperature);
 
   uint32_t least = key_of(-FLT_MAX);
   const int64_t top_k = a.top_k ? a.top_k[b] : 0;
@@ -268,7 +268,7 @@ cudaError_t sample_filter_cuda(const SampleArgs& a, const void* terms, void* wor
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
 
-  // Several blocks a row while rows are few; the bits do not depend on how many.
+  // Several blocks per row while rows are few; the bits do not depend on how many.
   unsigned ranks = 1;
   while (major >= 9 && ranks < kMaxRanks && ranks < slices && a.B * ranks < 128) ranks *= 2;
   const FilterArgs args{a, partials, mixed, slices, ranks};

@@ -1,6 +1,6 @@
 // The normalisers of probability mode: maximum and log-sum-exp of every source row, from which
 // mix.cuh makes log(w_i softmax(l_i)). One block sums a fixed slice of a source row, one
-// warp a row combines the slices in a fixed order. Part of sample.cu.
+// warp per row combines the slices in a fixed order. Part of sample.cu.
 #pragma once
 
 #include "cuda/sample/mix.cuh"
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   partials[blockIdx.x] = {sum, peak, 0.0f};
 }
 
-// One warp a row. A source that makes the row bad gets NaN, as does one of negative weight.
+// One warp per row. A source that makes the row bad gets NaN, as does one of negative weight.
 __global__ void __launch_bounds__(32)
     normalise_kernel(const SampleArgs a, unsigned slices, const SourcePartial* partials,
                      SourceTerm* terms) {

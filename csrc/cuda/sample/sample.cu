@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   *out = {best.score, first + best.place, peak, sum, best.logit, 0.0f};
 }
 
-// One warp a row: lane i takes partials i, i + 32, ... in order, then a fixed tree over the lanes.
+// One warp per row: lane i takes partials i, i + 32, ... in order, then a fixed tree over the lanes.
 __global__ void __launch_bounds__(32 * kCombineRows)
     sample_combine_kernel(const SampleArgs a, unsigned slices, const Partial* partials) {
   const int64_t b = int64_t(blockIdx.x) * kCombineRows + threadIdx.x / 32;

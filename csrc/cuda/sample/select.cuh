@@ -56,7 +56,7 @@ struct Row {
   float peak;
   double temperature, total;  // total: of exp((z - peak) / temperature)
   double scale;               // units of mass in exp(0)
-  float slope;                // bins of the first round a unit of z
+  float bins_per_unit;        // bins of the first round per unit of z
 
   __device__ __forceinline__ double mass(float value) const {
     return exp((double(value) - double(peak)) / temperature);
@@ -66,7 +66,7 @@ struct Row {
   }
   // Never lower for a smaller value: each operation rounds monotonically.
   __device__ __forceinline__ uint32_t first_bin(float value) const {
-    const float distance = __fmul_rn(__fsub_rn(peak, value), slope);
+    const float distance = __fmul_rn(__fsub_rn(peak, value), bins_per_unit);
     return uint32_t(fminf(distance, float(kBins - 1)));
   }
 };
