@@ -223,8 +223,15 @@ class CLPConfig:
                     f"{name} must be left out with weight_draws={self.weight_draws!r}, which does "
                     f"not use it, got {values[name]}"
                 )
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay must be finite and >= 0, got {self.weight_decay}")
+        # Less would divide the logits to infinity in float32, and more the sampler refuses.
+        if not 1e-6 <= self.temperature <= 1e6:
+            raise ValueError(f"temperature must be in [1e-06, 1e+06], got {self.temperature:g}")
+        # Their product is a float32 in the optimizer.
+        for name in ("learning_rate", "weight_decay"):
+            if (values[name] or 0) > 1e6:
+                raise ValueError(f"{name} must be at most 1e+06, got {values[name]:g}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
 
     @property
     def peak_learning_rate(self) -> float:
@@ -269,14 +276,19 @@ def run_config(folder: Path) -> CLPConfig:
     """The settings of the training that made the policy in a folder: a run, a checkpoint or a copy
     of one; the defaults, with a line on standard error, if it has none.
 
+    The settings of the run come before those that a checkpoint of it has, whose run may have been
+    continued with others. A checkpoint that was copied into another run has its own.
+
     Raises: ValueError as load_config.
     """
     parent = folder.resolve().parent
     places = [folder / "config.yaml", folder / "training.yaml"]
     if (parent / "run.json").is_file():
-        places.insert(1, parent / "config.yaml")
-    if (path := next(filter(Path.is_file, places), None)) is not None:
-        return load_config(path)
+        places.append(parent / "config.yaml")
+    found = [load_config(path) for path in places if path.is_file()]
+    if found:
+        same_run = found[-1].output_dir == found[0].output_dir
+        return found[-1] if same_run and not places[0].is_file() else found[0]
     used = CLPConfig()
     print(
         f"{folder} has no settings of a training (config.yaml or training.yaml): dtype "

@@ -63,6 +63,19 @@ def test_a_copy_of_a_checkpoint_alone_has_the_settings_of_its_training(clp, trai
     assert "has no settings of a training" in said and "float32, 48 tokens" in said
 
 
+def test_a_checkpoint_that_was_copied_into_another_run_has_its_own_settings(clp, trained, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    config = replace(load_config(other / "config.yaml"), output_dir=str(other))
+    (other / "config.yaml").write_text(replace(config, max_completion_length=5).to_yaml())
+    copied = other / "from_trained"
+    shutil.copytree(trained / "checkpoint-000001", copied)
+    clp("eval", copied, "--num-prompts", "2")
+    own = load_config(trained / "config.yaml").max_completion_length
+    assert own != 5
+    assert json.loads((copied / "frontier.json").read_text())["max_tokens"] == own
+
+
 def test_eval_says_that_prompts_given_in_python_are_not_there(clp, trained, tmp_path):
     rows = [{"prompt": "Tom"}, {"prompt": "Mia"}]
     args = replace(load_config(trained / "config.yaml"), output_dir=str(tmp_path / "r"))
