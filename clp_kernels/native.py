@@ -24,8 +24,12 @@ class BackendError(RuntimeError, ValueError):
 
 
 @cache
-def _load(name: str) -> tuple[ModuleType | None, str | None]:
-    """(module, None), or (None, why it is missing)."""
+def load(name: str) -> tuple[ModuleType | None, str | None]:
+    """A compiled module by name, once: (module, None), or (None, why it is missing).
+
+    Raises:
+        BackendError: CLP_KERNELS_CPU_ISA names no instruction set, or one this machine lacks.
+    """
     try:
         module = importlib.import_module(f"clp_kernels.{name}")
         module.use_torch(_torch_objects())
@@ -69,7 +73,7 @@ def cpu_missing() -> str | None:
     Raises:
         BackendError: CLP_KERNELS_CPU_ISA names no instruction set, or one this machine lacks.
     """
-    return _load("_cpu")[1]
+    return load("_cpu")[1]
 
 
 @cache
@@ -79,11 +83,11 @@ def cuda_missing() -> str | None:
         return "PyTorch sees no CUDA device"
     if torch.version.cuda is None:
         return "this PyTorch drives its GPUs with ROCm, the kernels are CUDA"
-    module, reason = _load("_cuda")
+    module, reason = load("_cuda")
     if module is None:
         return reason
     capability = torch.cuda.get_device_capability()
-    if not any(_runs_on(built, capability) for built in module.ARCHITECTURES):
+    if not any(runs_on(built, capability) for built in module.ARCHITECTURES):
         built_for = ", ".join(module.ARCHITECTURES)
         return f"clp_kernels._cuda is built for {built_for}, the GPU has capability {capability}"
     return None
@@ -111,10 +115,10 @@ def has_native_gemm(dtype: torch.dtype) -> bool:
 def _present(name: str, missing: str | None) -> Any:
     if missing is not None:
         raise RuntimeError(missing)
-    return _load(name)[0]
+    return load(name)[0]
 
 
-def _runs_on(built: str, capability: tuple[int, int]) -> bool:
+def runs_on(built: str, capability: tuple[int, int]) -> bool:
     """Whether code for "sm_80" runs there: same major, same or later minor ("sm_90a": equal)."""
     digits = built.removeprefix("sm_").rstrip("a")
     major, minor = int(digits[:-1]), int(digits[-1])

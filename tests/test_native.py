@@ -62,13 +62,13 @@ def test_missing_module_says_why(
     monkeypatch: pytest.MonkeyPatch, error: ImportError, sentence: str
 ) -> None:
     monkeypatch.setattr(native.importlib, "import_module", Mock(side_effect=error))
-    native._load.cache_clear()
+    native.load.cache_clear()
     try:
         assert sentence in str(native.cpu_missing())
         with pytest.raises(RuntimeError, match=r"clp_kernels\._cpu"):
             cpu_sample.sample(arguments())
     finally:
-        native._load.cache_clear()
+        native.load.cache_clear()
 
 
 def draw_by_name(**changed: object) -> None:
@@ -111,4 +111,4 @@ def test_arguments_are_bound_by_name(changed: dict[str, object], message: str) -
     ],
 )
 def test_architectures(built: str, capability: tuple[int, int], runs: bool) -> None:
-    assert native._runs_on(built, capability) == runs
+    assert native.runs_on(built, capability) == runs

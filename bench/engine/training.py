@@ -117,7 +117,7 @@ def providers(
     for name, policy in policies.items():
         for equal in (False, True):
             run = partial(_step, policy, policy.head(), batch(policy, equal))
-            check = partial(_gate, wanted, name == "prompt")
+            check = partial(gate, wanted, name == "prompt")
             found.append(Provider(name + "_equal" * equal, run, check))
     return found
 
@@ -164,7 +164,13 @@ def _plain(models: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return logprobs.detach(), found.kl.detach()
 
 
-def _gate(wanted: tuple[Tensor, Tensor], other_prompt: bool, got: tuple[Tensor, Tensor]) -> float:
+def gate(wanted: tuple[Tensor, Tensor], other_prompt: bool, got: tuple[Tensor, Tensor]) -> float:
+    """The error gate of (log-probabilities, KL); gives the share of the bounds.
+
+    other_prompt: as "prompt" has; the values must only be finite then.
+
+    Raises: AssertionError, which says what is wrong.
+    """
     logprobs, kl = got
     if other_prompt:
         assert bool(logprobs.isfinite().all() and kl.isfinite().all()), "a value is not finite"

@@ -64,7 +64,7 @@ class Text:
             before = len(self._written)
             self._written += self._special[token]
             self._hidden.append((before, len(self._written)))
-            return self._search(before)
+            return self.search(before)
         self._window.append(token)
         whole = self.decode(self._window)
         if whole.endswith("\ufffd"):
@@ -76,7 +76,7 @@ class Text:
         before = len(self._written)
         self.text += gain
         self._written += gain
-        return self._search(before)
+        return self.search(before)
 
     def _shorten(self) -> None:
         """Drops tokens that end before the last CONTEXT ones, where a character ends."""
@@ -85,8 +85,8 @@ class Text:
         self._whole = [n - first for n in self._whole if n > first]
         self._shown = self.decode(self._window)
 
-    def _search(self, before: int) -> bool:
-        """Searches stop strings that end after the first `before` characters."""
+    def search(self, before: int) -> bool:
+        """Whether the text has met a stop string that ends after the first `before` characters."""
         ends = [
             (at + len(s), place, at)
             for place, s in enumerate(self._stop)

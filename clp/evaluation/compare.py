@@ -78,7 +78,7 @@ def run_units(comparison: Comparison, *, progress: bool = False) -> None:
             Afterwards, what a method or an evaluation raises.
     """
     data = {task: _load(comparison, task) for task in comparison.tasks}
-    with _locked(comparison.output_dir):
+    with locked(comparison.output_dir):
         for task in comparison.tasks:
             read_base(comparison, task)
         for unit in units(comparison):
@@ -118,7 +118,8 @@ def _load(comparison: Comparison, task: str) -> TaskData:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other comparisons out of this output_dir. Raises: ValueError if one is there."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -16,7 +16,7 @@ from clp.policies.power_mean import power_mean
 from clp.policies.token_stats import Batch
 
 # Of one model that token_kl holds at a time, prompts included: 256 MiB in float32.
-_LOGITS = 2**26
+LOGITS = 2**26
 
 
 class LogitMixture(Steerable):
@@ -202,7 +202,7 @@ class LogitMixture(Steerable):
         """
         policy, mask = self.reference, batch.completion_mask
         kl = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        size = max(1, _LOGITS // (self.vocab_size * batch.input_ids.shape[1]))
+        size = max(1, LOGITS // (self.vocab_size * batch.input_ids.shape[1]))
         for first in range(0, len(mask), size):
             part = batch.part(slice(first, first + size))
             here, ids = part.completion_mask, self.drawable_ids

@@ -361,10 +361,13 @@ class FakeVllm:
 
 
 def test_vllm_is_stepped_until_all_are_done(monkeypatch, work) -> None:
-    """With an engine in its place, of vLLM's names."""
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
-    engine = peers.Vllm(None, 6, 80)
-    monkeypatch.setattr(engine, "_start", FakeVllm)
+    """With a package in its place, of vLLM's names."""
+    fake = SimpleNamespace(
+        SamplingParams=SimpleNamespace,
+        LLM=lambda **_: SimpleNamespace(llm_engine=FakeVllm()),
+    )
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    engine = peers.Vllm(SimpleNamespace(save_pretrained=lambda folder: None), 6, 80)
     batch = work.batch(0, 1)
     served = engine.serve(batch, greedy=False)
     assert served.tokens == [[i] * n for i, n in enumerate(batch.lengths)]
@@ -393,9 +396,9 @@ def test_a_conditioning_whose_start_is_not_the_base_is_refused():
     from bench.engine import training
 
     zero = torch.zeros(2, 3)
-    assert training._gate((zero, zero[0]), False, (zero, zero[0])) == 0
+    assert training.gate((zero, zero[0]), False, (zero, zero[0])) == 0
     for got in ((zero + 1e-3, zero[0]), (zero, zero[0] + 1e-3)):
         with pytest.raises(AssertionError):
-            training._gate((zero, zero[0]), False, got)
+            training.gate((zero, zero[0]), False, got)
     with pytest.raises(AssertionError, match="not finite"):
-        training._gate((zero, zero[0]), True, (zero / 0, zero[0]))
+        training.gate((zero, zero[0]), True, (zero / 0, zero[0]))

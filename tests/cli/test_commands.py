@@ -617,8 +617,9 @@ def test_resume_of_a_checkpoint_names_the_run(refused, monkeypatch, trained):
 def test_an_interrupt_inside_an_exec_ends_with_130_too(tmp_path):
     """CPython makes it a death by SIGINT under `python -m`; dataclasses exec when they are made."""
     (tmp_path / "stopped.py").write_text(
-        "from clp.cli import _end\n"
-        "try:\n    exec('raise KeyboardInterrupt')\nexcept KeyboardInterrupt:\n    _end(130)\n"
+        "import sys\nfrom clp.cli import info, main\n"
+        "info.run = lambda argv: exec('raise KeyboardInterrupt')\n"
+        "sys.argv[1:] = ['info']\nmain()\n"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     done = subprocess.run([sys.executable, "-m", "stopped"], env=os.environ | {"PYTHONPATH": path})

@@ -438,7 +438,7 @@ def test_a_sequence_that_was_done_when_ctrl_c_came_draws_no_more(sampler):
 
 def test_ctrl_c_between_two_lines_loses_no_token_no_text_and_no_copy():
     """At every third line of what a step writes down; then the sampler goes on."""
-    written = (Scheduler.prefilled, Sequence.append, Text.add, Text._search)
+    written = (Scheduler.prefilled, Sequence.append, Text.add, Text.search)
     codes = {function.__code__ for function in written}
     params = [
         SamplingParams(max_tokens=8, seed=1, n=2, stop=["the", " a"]),

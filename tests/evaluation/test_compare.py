@@ -11,7 +11,7 @@ from processes import python
 from tiny_compare import FAKES, TASK, values, write
 from tiny_runs import records
 
-from clp.evaluation.compare import run_units
+from clp.evaluation.compare import locked, run_units
 from clp.evaluation.compare_config import load_comparison
 from clp.evaluation.compare_report import plot_task
 from clp.evaluation.compare_summary import read_unit, summarise
@@ -255,16 +255,15 @@ def test_a_name_twice_is_refused(tmp_path):
     ],
 )
 def test_bad_inputs_are_refused_before_anything_is_trained(tmp_path, monkeypatch, task, message):
-    monkeypatch.setattr("clp.evaluation.compare._run", Mock(side_effect=AssertionError("trained")))
+    trained = Mock(side_effect=AssertionError("trained"))
+    monkeypatch.setattr("clp.evaluation.compare.find_method", trained)
     with pytest.raises(ValueError, match=message):
         run_units(load(tmp_path, tasks={"demo": TASK, "bad": task}, reference_point=None))
 
 
 def test_two_comparisons_do_not_share_a_folder(done, tmp_path):
     comparison, _ = done
-    from clp.evaluation.compare import _locked
-
-    with _locked(comparison.output_dir), pytest.raises(ValueError, match="in use by another"):
+    with locked(comparison.output_dir), pytest.raises(ValueError, match="in use by another"):
         run_units(comparison)
 
 

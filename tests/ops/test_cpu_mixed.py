@@ -428,13 +428,13 @@ def test_equal_rows_are_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 alone; see tests/ops/mixed_linear/test_expert_steps.py for 16 bits."""
     monkeypatch.setattr(cpu_mixed_linear, "has_native_gemm", lambda _: True)
     merged: list[torch.dtype] = []
-    one_product = cpu_mixed_linear._merged
+    one_product = cpu_mixed_linear.merged
 
     def spy(x: Tensor, *rest: Any) -> Tensor:
         merged.append(x.dtype)
         return one_product(x, *rest)
 
-    monkeypatch.setattr(cpu_mixed_linear, "_merged", spy)
+    monkeypatch.setattr(cpu_mixed_linear, "merged", spy)
     x, E, c = torch.randn(40, 64), torch.randn(3, 50, 64) / 8, torch.randn(3, 50)
     rows = torch.rand(1, 3).expand(40, 3)
     got = mixed_linear(x, E, rows, bias=c, backend="cpu")
@@ -666,6 +666,6 @@ def test_memory_of_forward_and_backward_in_bfloat16():
     """At most 1.1 times the frozen layer's, whose y and dx are 8 MB."""
     case = bench_mixed_lora.Case(1024, 2048, 8, 4, 16, "bfloat16", grad=True)
     data = bench_mixed_lora.inputs(case, torch.device("cpu"))
-    run = bench_mixed_lora._ours(data, bench_mixed_lora._public("cpu"))
+    run = next(p.run for p in bench_mixed_lora.providers(data) if p.name == "cpu")
     run()
     assert peak_bytes_cpu(run) <= 1.1 * 2 * 2048 * 1024 * 2

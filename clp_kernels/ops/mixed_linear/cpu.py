@@ -46,7 +46,7 @@ def mixed_linear(inputs: Inputs) -> Tensor:
     elif invariant or tokens <= NATIVE_ROWS or x.dtype != torch.float32:
         y = mix_products(inputs._replace(x=rows))
     elif bool((weights == weights[:1]).all()):
-        y = _merged(rows, expert_weight, weights[0], bias)
+        y = merged(rows, expert_weight, weights[0], bias)
     else:
         per_token = token_weights(weights, example_ids, tokens)
         y = torch.zeros(tokens, out_features, dtype=torch.float32)
@@ -97,7 +97,7 @@ def mix_products(inputs: Inputs, isa: str = "") -> Tensor:
     return y
 
 
-def _merged(x: Tensor, expert_weight: Tensor, row: Tensor, bias: Tensor | None) -> Tensor:
+def merged(x: Tensor, expert_weight: Tensor, row: Tensor, bias: Tensor | None) -> Tensor:
     """One product with sum_i row[i] W_i in float32, for a batch whose weights are all equal."""
     weight = torch.zeros(expert_weight.shape[1:], dtype=torch.float32)
     for w, expert in zip(row, expert_weight, strict=True):

@@ -28,11 +28,12 @@ from clp_kernels.ops.mixed_lora.reference import Inputs
 from clp_kernels.ops.mixed_lora.triton_plan import Plan, Tile, plan
 from clp_kernels.ops.triton_launch import KINDS, Variant, distinct, matrix, variant
 
-_cached_plan = lru_cache(maxsize=4096)(plan)
+# `plan` with its answers kept, since every call asks.
+cached_plan = lru_cache(maxsize=4096)(plan)
 
 # Unmeasured starting points: programs that fill a large GPU about four times, the fewest tokens
 # worth a plane of their own, elements a program sums.
-_PROGRAMS, _TOKENS_PER_PLANE, _SUM_BLOCK = 512, 256, 1024
+_PROGRAMS, TOKENS_PER_PLANE, _SUM_BLOCK = 512, 256, 1024
 
 
 def why_not(inputs: Inputs, *_: object) -> str | None:
@@ -75,7 +76,7 @@ def _aligned(*tensors: Tensor) -> bool:
 def _plan_for(inputs: Inputs, x: Tensor, features: int, path: str | None) -> Plan:
     capability, invariant = triton_launch.capability_of(x), inputs.invariant
     tokens, rank = x.numel() // x.shape[-1], inputs.lora_A.shape[:2].numel()
-    chosen = _cached_plan(tokens, x.shape[-1], features, rank, x.dtype, capability, invariant)
+    chosen = cached_plan(tokens, x.shape[-1], features, rank, x.dtype, capability, invariant)
     if path is None:
         return chosen
     if path not in ("fused", "split"):
@@ -236,7 +237,7 @@ def mixed_lora_backward(
 def gradient_splits(tokens: int, in_features: int, out_features: int, rank: int) -> int:
     """Into how many parts the tokens are split for dA and dB: a function of the sizes alone."""
     tiles = triton.cdiv(rank, 64) * triton.cdiv(max(1, in_features + out_features), 128)
-    return max(1, min(_PROGRAMS // tiles, tokens // _TOKENS_PER_PLANE))
+    return max(1, min(_PROGRAMS // tiles, tokens // TOKENS_PER_PLANE))
 
 
 def _adapter_settings(

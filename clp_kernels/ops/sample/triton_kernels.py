@@ -15,7 +15,7 @@ from clp_kernels.ops.mix_logits.triton_kernels import COUNTS, mixed
 DIGIT = tl.constexpr(4)
 ROUNDS = tl.constexpr(8)
 # Partials of a filter that are added up at a time.
-_CHUNK = tl.constexpr(32)
+CHUNK = tl.constexpr(32)
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _order_key(z):
 
 
 @triton.jit
-def _gumbel(seed, position, slice_id, BLOCK: tl.constexpr):
+def gumbel(seed, position, slice_id, BLOCK: tl.constexpr):
     """The noise of the ids of a slice, float64 [BLOCK]; one Philox call serves four ids.
 
     u = (x + 0.5) / 2^32 is exact, so log(u) has full precision also where u is near 1.
@@ -95,7 +95,7 @@ def partials_kernel(
     tl.store(parts_ptr + pid, maximum.to(tl.float64))
     tl.store(parts_ptr + count + pid, tl.where(finite, tl.sum(masses, axis=0), 0.0))
     if seed_ptr is not None:
-        noise = _gumbel(tl.load(seed_ptr + b), tl.load(position_ptr + b), slice_id, BLOCK)
+        noise = gumbel(tl.load(seed_ptr + b), tl.load(position_ptr + b), slice_id, BLOCK)
         score = tl.where(temperature == 0, z.to(tl.float64), scaled + noise)
         score = tl.where(kept, score, float("-inf"))
         best = tl.max(score, axis=0)
@@ -205,8 +205,8 @@ def narrow_kernel(
     if round_id > 0:
         sums = tl.full((16,), 0.0, tl.float64)
         old = parts_ptr + (((round_id - 1) % 2) * rows + b) * slices * 16
-        for start in range(0, slices, _CHUNK):
-            s = start + tl.arange(0, _CHUNK)
+        for start in range(0, slices, CHUNK):
+            s = start + tl.arange(0, CHUNK)
             places = old + s[:, None] * 16 + bins[None, :]
             sums += tl.sum(tl.load(places, mask=(s < slices)[:, None], other=0.0), axis=0)
         before = (round_id - 1) * rows + b

@@ -149,7 +149,7 @@ def test_zero_rows_are_the_base_product_bit_for_bit(
     if mode == "large":
         # Starts the accumulator from the low-rank part, as large tiles do.
         monkeypatch.setattr(
-            backend, "_cached_plan", lambda *args: replace(plan(*args), low_rank_first=True)
+            backend, "cached_plan", lambda *args: replace(plan(*args), low_rank_first=True)
         )
     path = mode if mode in ("fused", "split") else None
     inputs = draw(Case(dtype=F16, lora_dtype=F16, batch=4, tokens=5, kind="zero"))
@@ -221,7 +221,7 @@ def test_two_runs_give_the_same_bits(path: str) -> None:
 @interpreted
 def test_gradients_of_split_tokens_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = draw(Case(dtype=F16, lora_dtype=F32, layout="flat", tokens=150, batch=3))
-    monkeypatch.setattr(backend, "_TOKENS_PER_PLANE", 40)
+    monkeypatch.setattr(backend, "TOKENS_PER_PLANE", 40)
     assert backend.gradient_splits(150, 64, 64, 16) == 3
     cases.judge_lora([inputs], [run(inputs)])
 

@@ -22,8 +22,6 @@ from clp_kernels.ops.sample.reference import Inputs
 
 pytestmark = CPU_KERNELS
 
-_cpu: Any = native._load("_cpu")[0]
-
 
 def draw(args: Draw, isa: str = "") -> tuple[Tensor, Tensor, Tensor]:
     """Without filters the two log-probabilities are equal, but for greedy rows."""
@@ -48,7 +46,7 @@ def assert_equals_reference(args: Draw, atol: float = 1e-6, rtol: float = 1e-6) 
 
 @pytest.mark.parametrize(("counter", "key"), cases.PHILOX_ANSWERS)
 def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...]) -> None:
-    found = _cpu.philox(list(counter), list(key))
+    found = native.cpu().philox(list(counter), list(key))
     assert " ".join(f"{word:08x}" for word in found) == cases.PHILOX_ANSWERS[counter, key]
 
 
@@ -57,7 +55,7 @@ def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...]) ->
 @pytest.mark.parametrize("position", [0, 7, 2**32 - 1, 2**32, 2**63 - 1])
 def test_uniform_bits(isa: str, seed: int, position: int) -> None:
     out = np.empty(1003)
-    _cpu.uniform(seed, position, len(out), out.ctypes.data, isa)
+    native.cpu().uniform(seed, position, len(out), out.ctypes.data, isa)
     wanted = reference.philox_uniform(torch.tensor([seed]), torch.tensor([position]), len(out))
     assert out.tobytes() == wanted.numpy().tobytes()
     assert 0 < out.min() < out.max() < 1
@@ -74,7 +72,7 @@ def test_error_of_exponentials(
     """What csrc/cpu/simd.h says of them: 1.2 ulp."""
     x = np.linspace(low, high, 500_003, dtype=np.float32)
     out = np.empty_like(x)
-    getattr(_cpu, name)(x.ctypes.data, len(x), out.ctypes.data, isa)
+    getattr(native.cpu(), name)(x.ctypes.data, len(x), out.ctypes.data, isa)
     wanted = exact(x.astype(np.float64))
     ulp = np.spacing(wanted.astype(np.float32)).astype(np.float64)
     assert np.max(np.abs(out - wanted) / ulp) < 1.25

@@ -136,7 +136,7 @@ def call(logits: Tensor, **changes: Any) -> Draw:
 @triton.jit
 def words_kernel(seed_ptr, position_ptr, out_ptr, BLOCK: tl.constexpr):
     """The noise that `partials_kernel` adds, of the second slice."""
-    noise = kernels._gumbel(tl.load(seed_ptr), tl.load(position_ptr), 1, BLOCK)
+    noise = kernels.gumbel(tl.load(seed_ptr), tl.load(position_ptr), 1, BLOCK)
     tl.store(out_ptr + tl.arange(0, BLOCK), noise)
 
 
@@ -209,7 +209,7 @@ def test_two_filters_over_several_slices_and_tiles(monkeypatch: pytest.MonkeyPat
     """9,001 ids: nine slices, and three programs of up to eight tiles for each digit."""
     # Partials in several portions, as in the largest vocabularies.
     monkeypatch.setattr(backend, "COMBINE_BLOCK", 4)
-    monkeypatch.setattr(kernels, "_CHUNK", tl.constexpr(2))
+    monkeypatch.setattr(kernels, "CHUNK", tl.constexpr(2))
     args = call(
         torch.randn(2, 9001).mul(2).round(decimals=1),
         top_k=torch.tensor([500, 0]),
