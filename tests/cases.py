@@ -458,6 +458,14 @@ def mixed_runs(
 # mix_logits.
 
 
+def mixture_plain(logits: Tensor, weights: Tensor, mode: str) -> Tensor:
+    """The mixture of logits [m, B, V] with weights [B, m], in the dtype of the logits."""
+    columns = weights.t()[:, :, None].to(logits.dtype)
+    if mode == "geometric":
+        return (columns * logits).sum(0)
+    return torch.logsumexp(columns.log() + logits.log_softmax(-1), dim=0)
+
+
 class MixtureInputs(NamedTuple):
     """The gradient of the mixture, and the arguments of mix_logits' backends but the mode."""
 

@@ -13,11 +13,11 @@ from typing import Any
 import cases
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import BF16, F16, F32, F64, MODES, Runs
 from torch import Tensor
 
 from clp_kernels import linear_logprob, mix_logits, sample
+from clp_kernels.ops.linear_logprob.head import Inputs as HeadInputs
 from clp_kernels.testing import WEIGHT_KINDS, expanded, noncontiguous, weight_rows
 
 
@@ -138,16 +138,9 @@ def mix_logits_case(case: Case) -> Runs:
         return {"z": mix_logits(**tensors, mode=case.mode)}
 
     def plain(logits: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        return {"z": plain_mixture(logits, weights, case.mode)}
+        return {"z": cases.mixture_plain(logits, weights, case.mode)}
 
     return cases.three_runs(public, plain, inputs, dz)
-
-
-def plain_mixture(logits: Tensor, weights: Tensor, mode: str) -> Tensor:
-    columns = weights.t()[:, :, None].to(logits.dtype)
-    if mode == "geometric":
-        return (columns * logits).sum(0)
-    return torch.logsumexp(columns.log() + logits.log_softmax(-1), dim=0)
 
 
 def linear_logprob_case(case: Case) -> Runs:
@@ -176,22 +169,11 @@ def linear_logprob_case(case: Case) -> Runs:
         return {k: getattr(out, k) for k in names}
 
     def plain(hidden, head_weight, weights=None, bias=None):  # type: ignore[no-untyped-def]
-        def log_softmax(states: Tensor) -> Tensor:
-            rows = states.reshape(-1, dim).to(head_weight.dtype)
-            if weights is None:
-                z = F.linear(rows, head_weight, bias)
-            else:
-                z = cases.linear_plain(rows, head_weight, weights[token_rows], bias)
-            tau = torch.as_tensor(temperature).expand(case.leading).reshape(-1, 1)
-            return (z / tau.to(z.dtype)).log_softmax(-1)
-
-        logp, y = log_softmax(hidden), targets.reshape(-1)
-        used, p = y != -100, log_softmax(hidden).exp()
-        columns = {"logprobs": logp.gather(-1, y.clamp(min=0)[:, None])[:, 0]}
-        if case.extras:
-            columns["entropy"] = -(p * logp).sum(-1)
-            columns["kl"] = (p * (logp - log_softmax(ref_hidden))).sum(-1)
-        return {k: (v * used).view(case.leading) for k, v in columns.items()}
+        states, ref = (t.reshape(-1, dim).to(head_weight.dtype) for t in (hidden, ref_hidden))
+        tau = torch.as_tensor(temperature).expand(case.leading).flatten()
+        given = (states, head_weight, targets.flatten(), bias, weights, token_rows, tau, ref)
+        outputs = cases.head_outputs(HeadInputs(*given, invariant=False))
+        return {k: v.view(case.leading) for k, v in zip(names, outputs, strict=False)}
 
     return cases.three_runs(public, plain, inputs, upstream)
 
@@ -215,7 +197,7 @@ def sample_case(case: Case) -> Runs:
     def logprobs(dtype: torch.dtype) -> dict[str, Tensor]:
         z = logits.to(dtype)
         if weights is not None:
-            z = plain_mixture(z, weights, case.mode)
+            z = cases.mixture_plain(z, weights, case.mode)
         tau = torch.as_tensor(temperature).to(dtype).reshape(-1, 1)
         logp = (z / tau).log_softmax(-1).gather(-1, got.tokens[:, None])[:, 0]
         return {"logprobs": logp, "filtered_logprobs": logp}
