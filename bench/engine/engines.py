@@ -24,7 +24,6 @@ from clp_kernels import save_adapters
 
 NO_END = -1  # of continuous batching: an end token that is never drawn
 PAGE = 256  # tokens of a page of transformers' continuous batching (its default)
-GIB = 2**30
 
 
 class Engine(ABC):

@@ -106,10 +106,8 @@ def inputs(case: Case, device: torch.device) -> tuple[dict[str, Policy], Any, Ca
     return policies, plain, batch
 
 
-def providers(
-    made: tuple[dict[str, Policy], Any, Callable[..., Any]], *, compiled: bool = False
-) -> Sequence[Provider]:
-    """All of them; `compiled` has no use here."""
+def providers(made: tuple[dict[str, Policy], Any, Callable[..., Any]]) -> Sequence[Provider]:
+    """All of them."""
     policies, plain, batch = made
     first = batch(policies["lora"], False)
     found = [Provider("base", partial(_plain, plain, first), lambda _: 0.0)]
