@@ -4,6 +4,7 @@ Each command is a module of its own, which is imported where Ctrl-C is handled a
 transformers, torch and matplotlib when it runs: `clp --help` is immediate.
 """
 
+import atexit
 import importlib
 import io
 import os
@@ -38,6 +39,15 @@ def main() -> None:
         stopped.append(number)
         raise KeyboardInterrupt
 
+    def stop_soon(lost: "sys.UnraisableHookArgs") -> None:
+        """A KeyboardInterrupt inside a finalizer is lost: it is raised once more a little later."""
+        if not isinstance(lost.exc_value, KeyboardInterrupt):
+            hook(lost)
+            return
+        signal.signal(signal.SIGALRM, stop_now)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    hook, sys.unraisablehook = sys.unraisablehook, stop_soon
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
         signal.signal(signal.SIGINT, stop_now)
     try:
@@ -63,8 +73,10 @@ def main() -> None:
             raise
         _end(2, f"clp {name}: error: not enough memory: {' '.join(str(error).split())}\n")
     finally:
+        sys.unraisablehook = hook
         if signal.getsignal(signal.SIGINT) is stop_now:
-            # A second Ctrl-C must not interrupt the interpreter's end.
+            # Ctrl-C must not interrupt the interpreter's end, which may take seconds.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
             after = signal.SIG_IGN if stopped else signal.default_int_handler
             signal.signal(signal.SIGINT, after)
         if stopped and isinstance(sys.exception(), Exception):

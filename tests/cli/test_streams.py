@@ -8,7 +8,7 @@ import sys
 import pytest
 
 PRELUDE = """
-import atexit, builtins, os, signal, sys
+import atexit, builtins, os, signal, sys, time
 import clp.cli.info
 from clp import cli
 
@@ -22,6 +22,12 @@ def info(argv):
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:  # as PyTorch's C++ does, and what imports a module
             raise getattr(builtins, argv[1])("could not determine the shape") from None
+    if argv == ["finalizer"]:
+        class Ending:
+            def __del__(self):
+                signal.raise_signal(signal.SIGINT)
+        Ending()
+        time.sleep(60)
     if argv == ["fail"]:
         raise ValueError("wrong")
     with open(os.devnull) as file:
@@ -100,6 +106,15 @@ def test_ctrl_c_while_a_command_is_imported(argv):
 def test_a_second_ctrl_c_does_not_interrupt_the_end():
     stopped = ended(">/dev/null", "info", "signal", "KeyboardInterrupt", "twice")
     assert stopped == (130, "clp info: stopped; could not determine the shape\n")
+
+
+def test_ctrl_c_inside_a_finalizer_stops():
+    """Python reports it as an error that is ignored, and goes on."""
+    assert ended(">/dev/null", "info", "finalizer") == (130, "clp info: stopped\n")
+
+
+def test_ctrl_c_after_the_end_of_a_command_changes_nothing():
+    assert ended(">/dev/null", "info", "twice") == (0, "said\n")
 
 
 def test_ctrl_c_stays_ignored_where_it_was():
