@@ -2,12 +2,11 @@
 
 import contextlib
 import functools
-import hashlib
 import operator
 import sys
 from argparse import Namespace
 from collections import UserDict, UserList, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import CodeType, FunctionType, MemberDescriptorType, MethodType, SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from clp.policies.checksum import checksums, has_memory
 from clp_kernels.nn.probe import OneExamplePerWeights
 from clp_kernels.nn.steering import SteeredLayer
 
@@ -29,8 +29,6 @@ _OURS = frozenset({OneExamplePerWeights})
 # Of transformers' hooks that stay on a model after a call with output_hidden_states=True: they do
 # nothing in other calls.
 _CAPTURE = "transformers.utils.output_capturing"
-# Columns of a checksum. A prime, so that rows of a matrix that trade places are in other columns.
-WIDTH = 4099
 # The sampler changes it for each forward.
 _NOT_READ = frozenset({"_attn_implementation_internal"})
 # Kinds of values that count with what they hold.
@@ -107,11 +105,11 @@ class ModelState:
             if named := _read_by(function, files):
                 self._add(named, self._calls)
         # Each with its address: one that `.data` has replaced is another.
-        self.addresses = [t.data_ptr() if _has_memory(t) else id(t) for t in self._tensors]
+        self.addresses = [t.data_ptr() if has_memory(t) else id(t) for t in self._tensors]
         # The content alone of what is trained, and where PyTorch does not count the writes.
         read = [t.requires_grad or t.is_inference() for t in self._tensors]
         self._values = [None if r else t._version for r, t in zip(read, self._tensors, strict=True)]
-        self._values += _checksums(self._tensors)
+        self._values += checksums(self._tensors)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -172,10 +170,6 @@ def _may_read(hook: Any) -> bool:
     return type(hook) not in _OURS and getattr(hook, "__module__", None) != _CAPTURE
 
 
-def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested
-
-
 def _contents(value: Any, kind: Any) -> Mapping[Any, Any]:
     """What a value of this kind holds, by name, key or place."""
     if kind is dict:
@@ -229,68 +223,6 @@ def names_of(code: CodeType) -> frozenset[str]:
     """The names of globals and attributes in a function's code, and in the functions inside it."""
     inner = (names_of(const) for const in code.co_consts if isinstance(const, CodeType))
     return frozenset(code.co_names).union(*inner)
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Equal for tensors that hold the same values in the same dtypes, on whatever device."""
-    return hashlib.sha256(repr(_checksums(list(tensors))).encode()).hexdigest()
-
-
-def _checksums(tensors: list[Tensor]) -> list[int]:
-    """Checksums of what the tensors hold; small ones of a kind are joined first.
-
-    Subclasses are left out: a quantised weight may not have these ops.
-    """
-    flat: list[Tensor] = []
-    small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_quantized
-        if plain and _has_memory(tensor) and not tensor.is_meta and tensor.numel():
-            one = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-            if one.numel() > WIDTH:
-                flat.append(one)
-            else:
-                small.setdefault((one.dtype, one.device), []).append(one)
-    flat.extend(map(torch.cat, small.values()))
-    on: dict[torch.device, list[Tensor]] = {}
-    for one in flat:
-        on.setdefault(one.device, []).append(one)
-    return [value for device, some in on.items() for value in _mixed(some, _factors(device))]
-
-
-def _mixed(flat: list[Tensor], factors: Tensor) -> list[int]:
-    """Of each tensor [n] a sum over the column sums, modulo 2^64, of its words of 8 bytes.
-
-    A change of one word is always seen; two words that trade places a multiple of WIDTH apart are
-    not. It reads 17 GB/s on two cores (SHA-256: 1.8), as fast as a decoding step reads the weights.
-    """
-    sums = factors.new_zeros(len(flat), len(factors))
-    for row, one in zip(sums.unbind(), flat, strict=True):
-        _add_words(row, one)
-    return ((sums ^ (sums >> 32)) * factors).sum(1).tolist()  # type: ignore[no-any-return]
-
-
-def _add_words(sums: Tensor, flat: Tensor) -> None:
-    size = flat.element_size()
-    first = -flat.storage_offset() * size % 8 // size  # a word begins at a multiple of 8 bytes
-    last = first + (flat.numel() - first) * size // 8 * 8 // size
-    words = flat[first:last].view(torch.int64)
-    # The highest bit of a word, a sign, is lost in a sum if an even number of words change it: some
-    # columns get a word more than others, so that the number is not even in all.
-    whole = max(0, len(words) - 1) // WIDTH * WIDTH
-    sums[:WIDTH] = words[:whole].view(-1, WIDTH).sum(0)
-    sums[1 : 1 + len(words) - whole] += words[whole:]
-    if first or last < flat.numel():
-        rest = torch.cat([flat[:first], flat[last:]]).view(torch.uint8)
-        sums[len(sums) - len(rest) :] = rest
-
-
-@functools.cache
-def _factors(device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    # A column for the last words, and for the bytes before and after all words.
-    count = WIDTH + 1 + 2 * 8
-    return torch.randint(2**62, (count,), generator=generator).mul(2).add(1).to(device)
 
 
 def _same(ours: list[Any], theirs: list[Any]) -> bool:

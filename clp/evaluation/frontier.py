@@ -1,7 +1,6 @@
 """Evaluation: sweep the weight grid on held-out prompts, in mixed batches; numbers and a front."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -253,14 +252,13 @@ def check_reference_point(point: Sequence[float] | None, m: int) -> list[float]:
 
     Raises: ValueError unless it is m finite numbers.
     """
-    # An integer may be too large for a float.
-    given = [0.0] * m if point is None else point
-    found = [float(value) if abs(value) < 1e300 else math.inf for value in given]
-    if len(found) != m:
-        raise ValueError(f"reference_point must have {m} entries, got {len(found)}")
-    if not all(map(math.isfinite, found)):
-        raise ValueError(f"reference_point must be finite, got {found}")
-    return found
+    given = [0.0] * m if point is None else list(point)
+    if len(given) != m:
+        raise ValueError(f"reference_point must have {m} entries, got {len(given)}")
+    # An integer may be too large for a float. NaN is not less.
+    if not all(abs(value) < 1e300 for value in given):
+        raise ValueError(f"reference_point must be finite, got {given}")
+    return [float(value) for value in given]
 
 
 class _Prompts(NamedTuple):

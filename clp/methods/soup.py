@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import clp_kernels
-from clp.engine.model_state import digest
+from clp.policies.checksum import digest
 from clp.policies.experts import Experts
 from clp.policies.loading import load_base, torch_device
 from clp.policies.lora import LoRA

@@ -22,9 +22,15 @@ def write_card(
     reward_scale: Mapping[str, float] | None,
     ends: Sequence[int],
     kl_range: KLRange | None,
+    base_digests: Mapping[str, str] | None,
     digests: Mapping[str, str],
 ) -> None:
-    """Writes clp.json; `digests` are those of the files of adapters or experts in the folder."""
+    """Writes clp.json.
+
+    Args:
+        base_digests: Of the base model's parameters, by dtype; None if they are not known.
+        digests: Of the files of adapters or experts in the folder.
+    """
     card = {
         "format": 1,
         "conditioning": conditioning,
@@ -34,6 +40,7 @@ def write_card(
         "reward_scale": None if reward_scale is None else dict(reward_scale),
         "ends": list(ends),
         "kl_range": None if kl_range is None else list(kl_range),
+        "base_digests": None if base_digests is None else dict(base_digests),
         "adapters": dict(digests),
     }
     write_whole(directory / "clp.json", (json.dumps(card, indent=2) + "\n").encode())
@@ -67,6 +74,9 @@ def read_card(directory: Path) -> dict[str, Any]:
     ends = card.setdefault("ends", [])
     if not isinstance(ends, list) or not all(type(end) is int and end >= 0 for end in ends):
         raise ValueError(f"{path}: ends must be a list of token ids, got {ends!r:.200}")
+    known = card.setdefault("base_digests", None)
+    if known is not None and not isinstance(known, dict):
+        raise ValueError(f"{path}: base_digests must map dtypes to digests, got {known!r:.200}")
     if (kl_range := card.setdefault("kl_range", None)) is not None:
         card["kl_range"] = KLRange.parse(kl_range, f"{path}: kl_range")
     if not all(isinstance(spec, str) for spec in card["rewards"]):

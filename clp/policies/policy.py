@@ -17,6 +17,7 @@ from clp.data.paths import model_location
 from clp.data.weights import WeightSpec
 from clp.policies.attention import attention_configs, with_plans
 from clp.policies.card import CONDITIONINGS, read_card, write_card
+from clp.policies.checksum import digest
 from clp.policies.experts import Experts
 from clp.policies.head import Head, find_head
 from clp.policies.interface import Conditioning, Network, Steerable
@@ -39,6 +40,27 @@ def _conditioning(name: str, kl_range: KLRange | None = None) -> LoRA | Experts:
     return Prompt(kl_range) if name == "prompt" else Experts(name, kl_range)
 
 
+def _base_of(recorded: str, given: str | None, directory: Path) -> str:
+    """Where a policy's base model is: where it is said to be, or else where its card says.
+
+    Raises: ValueError for a path where nothing is.
+    """
+    try:
+        return model_location(recorded if given is None else given)
+    except ValueError as error:
+        if given is not None:
+            raise
+        raise ValueError(
+            f"{error}; {directory / 'clp.json'} names it: if it has moved, base_model "
+            "(--base-model) says where it is"
+        ) from error
+
+
+def _digests(base: Any) -> dict[str, str]:
+    """By the dtype of a base model, which it depends on, a digest of its parameters."""
+    return {str(base.dtype).removeprefix("torch."): digest(base.parameters())}
+
+
 class Policy(Steerable):
     """One policy pi(y | x; w) for all weights w over the objectives.
 
@@ -53,6 +75,7 @@ class Policy(Steerable):
         base_model: What the base was loaded from ("tiny", an absolute path or a hub name); for a
             mixture of whole models, what the first of them was.
         ends: Token ids that end a completion, beside those of model and tokenizer.
+        base_digests: Of the base model's parameters, by dtype; None if they are not known.
     """
 
     def __init__(
@@ -65,8 +88,10 @@ class Policy(Steerable):
         reward_scale: Mapping[str, float] | None = None,
         conditioning: Conditioning | None = None,
         ends: Sequence[int] = (),
+        base_digests: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model
+        self.base_digests = base_digests
         self.ends = tuple(ends)
         self.conditioning = conditioning or LoRA()
         self.tokenizer = tokenizer
@@ -118,6 +143,7 @@ class Policy(Steerable):
         if not isinstance(how, LoRA) and not (r is None and lora_alpha is None):
             raise ValueError(f"r and lora_alpha must be None with {conditioning!r}: no adapters")
         model, tokenizer = load_base(base_model, dtype)
+        digests = _digests(model)
         if isinstance(how, LoRA):
             how.inject(
                 model, objectives, r=8 if r is None else r,
@@ -129,7 +155,8 @@ class Policy(Steerable):
                 model, objectives, target_modules=target_modules, exclude_modules=exclude_modules
             )
         check_start(model)
-        return cls(model.to(device), tokenizer, objectives, base_model, rewards, conditioning=how)
+        model = model.to(device)
+        return cls(model, tokenizer, objectives, base_model, rewards, None, how, (), digests)
 
     @classmethod
     def load(
@@ -148,25 +175,22 @@ class Policy(Steerable):
 
         Raises:
             ValueError: no clp.json, a malformed one, an adapter or expert that does not match its
-                recorded digest or the base model, or a device that is not here.
+                recorded digest or the base model, another base model than the one that it was made
+                from (checked if it was saved in this dtype), or a device that is not here.
         """
         directory, device = Path(directory), torch_device(device)
         card = read_card(directory)
         how = _conditioning(card["conditioning"], card["kl_range"])
-        try:
-            base = model_location(card["base_model"] if base_model is None else base_model)
-        except ValueError as error:
-            if base_model is not None:
-                raise
-            raise ValueError(
-                f"{error}; {directory / 'clp.json'} names it: if it has moved, base_model "
-                "(--base-model) says where it is"
-            ) from error
+        base = _base_of(card["base_model"], base_model, directory)
         model, tokenizer = load_base(base, dtype)
+        digests = _digests(model)
         how.load(model, card["objectives"], directory, card["adapters"])
+        known = card["base_digests"] or {}
+        if any(known.get(kind, own) != own for kind, own in digests.items()):
+            raise ValueError(f"{directory} was made from other parameters than those of {base}")
         return cls(
             model.to(device), tokenizer, card["objectives"], base, card["rewards"],
-            card["reward_scale"], how, card["ends"],
+            card["reward_scale"], how, card["ends"], known | digests,
         )  # fmt: skip
 
     @classmethod
@@ -215,6 +239,7 @@ class Policy(Steerable):
                 )
         ends = frozenset().union(*(end_ids(*one) for one in loaded.values()))
         objectives, model = list(models), loaded[first][0]
+        digests = None if base is None else _digests(model)
         if base is None:
             parts = [part for part, _ in loaded.values()]
             model = clp_kernels.mix_models(parts, objectives, conditioning=conditioning)
@@ -227,7 +252,7 @@ class Policy(Steerable):
         return cls(
             model.to(device), loaded[first][1], objectives,
             model_location(models[first] if base is None else base), conditioning=how,
-            ends=sorted(ends),
+            ends=sorted(ends), base_digests=digests,
         )  # fmt: skip
 
     def save(self, directory: str | Path) -> None:
@@ -242,7 +267,7 @@ class Policy(Steerable):
         digests = how.save(self.model, self.objectives, directory, self.base_model)
         write_card(
             directory, self.base_model, how.name, self.objectives, self.rewards, self.reward_scale,
-            self.ends, self.kl_range, digests,
+            self.ends, self.kl_range, self.base_digests, digests,
         )  # fmt: skip
 
     def export(self, weights: WeightSpec | Condition, folder: str | Path) -> str:

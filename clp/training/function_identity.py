@@ -35,7 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clp.engine.model_state import digest, names_of
+from clp.engine.model_state import names_of
+from clp.policies.checksum import digest
 
 # Objects of one function that are looked at: some lead to everything in the process.
 MOST_OBJECTS = 10_000

@@ -28,9 +28,9 @@ from transformers import TrainerState
 from clp.data.prompts import TRAIN_PROMPTS, check_prompts, load_prompts
 from clp.data.scoring import dry_call
 from clp.engine.model_error import NotFiniteError
-from clp.engine.model_state import digest
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
+from clp.policies.checksum import digest
 from clp.policies.loading import base_config
 from clp.policies.policy import Policy
 from clp.rewards import RewardFunc

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from decoding_alone import token_ids
 from torch import nn
 
-from clp.engine.model_state import WIDTH, ModelState
+from clp.engine.model_state import ModelState
 from clp.engine.sampler import Sampler, SamplingParams
+from clp.policies.checksum import WIDTH
 from clp.policies.loading import load_base
 from clp.policies.logit_mixture import LogitMixture
 from clp_kernels.nn.mixed_lora import steered_layers

@@ -235,6 +235,32 @@ def test_experts_of_another_model_and_other_cards_are_refused(policies, tmp_path
         Policy.load(tmp_path / "p")
 
 
+@pytest.mark.parametrize("conditioning", ["lora", *EXPERTS, "prompt"])
+def test_a_base_with_other_parameters_is_refused(tmp_path, conditioning):
+    """Though it has the same shapes: the policy would be that of no training."""
+    base, other = tmp_path / "base", tmp_path / "other"
+    for folder, scale in ((base, 1.0), (other, 1.05)):
+        model, tokenizer = load_base("tiny")
+        next(model.parameters()).data.mul_(scale)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    made = Policy.create(str(base), ["joy", "brief"], conditioning=conditioning)
+    made.save(tmp_path / "p")
+    again = Policy.load(tmp_path / "p")
+    again.save(tmp_path / "again")
+    shutil.copytree(base, tmp_path / "moved")
+    refusal = f"was made from other parameters than those of {other}"
+    for folder in (tmp_path / "p", tmp_path / "again"):
+        Policy.load(folder, base_model=str(tmp_path / "moved"))
+        with pytest.raises(ValueError, match=refusal):
+            Policy.load(folder, base_model=str(other))
+    # In another dtype nothing is known of it, until it is saved in that too.
+    Policy.load(tmp_path / "p", base_model=str(base), dtype=torch.bfloat16).save(tmp_path / "p")
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match="was made from other parameters"):
+            Policy.load(tmp_path / "p", base_model=str(other), dtype=dtype)
+
+
 def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
     policy = policy_of("head")
     policy.model.lm_head.expert_weight.data[1, 3, 4] = float("nan")
