@@ -4,25 +4,30 @@ The name of a function must be that of before. What it computes may have changed
 what it reads is a state); it is compared only to see whether two functions have changed places.
 """
 
+import contextlib
+import copyreg
 import hashlib
 import json
+import pickle
 import re
 import sys
-from collections import deque
-from collections.abc import Mapping, Set
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Mapping, Set, ValuesView
 from dataclasses import is_dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from functools import partial
-from operator import attrgetter, itemgetter, methodcaller
+from itertools import islice
+from operator import attrgetter, itemgetter
 from pathlib import PurePath
 from types import (
     BuiltinFunctionType,
     CellType,
     CodeType,
     FunctionType,
+    MemberDescriptorType,
     MethodDescriptorType,
     MethodType,
     MethodWrapperType,
@@ -40,33 +45,42 @@ from clp.policies.checksum import digest
 
 # Objects of one function that are looked at: some lead to everything in the process.
 MOST_OBJECTS = 10_000
-# Types whose repr is their value.
-_VALUES = (str, float, bytes, bytearray, complex, range, re.Pattern, date, time, timedelta, Decimal,
-           Fraction, PurePath, UUID, itemgetter, attrgetter, methodcaller)  # fmt: skip
+# Types whose repr is their value; NumPy's scalars are some.
+_VALUES = frozenset({type(None), int, str, float, bytes, bytearray, complex, range, np.generic,
+                     re.Pattern, date, time, timedelta, Decimal, Fraction, PurePath, UUID,
+                     itemgetter, attrgetter})  # fmt: skip
+# Types that are described by what they are made for; their subclasses may have attributes too.
+_BASES = _VALUES | {dict, list, tuple, deque, set, frozenset, partial, property, Tensor, np.ndarray}
 # Parts of the standard library whose objects change by themselves, such as threads and locks.
 _BY_ITSELF = {"asyncio", "concurrent", "contextvars", "http", "io", "logging", "multiprocessing",
-              "queue", "random", "selectors", "socket", "sqlite3", "ssl", "subprocess", "tempfile",
-              "thread", "threading", "urllib", "weakref"}  # fmt: skip
+              "os", "queue", "random", "selectors", "socket", "sqlite3", "ssl", "subprocess",
+              "tempfile", "thread", "threading", "urllib", "weakref"}  # fmt: skip
+# Libraries of tables: what their attributes hold changes by itself too.
+_TABLES = {"pandas", "polars"}
+# Libraries that register hooks by themselves; those of the caller count.
+_OF_HOOKS = {"torch", "transformers", "accelerate", "peft", "clp", "clp_kernels"}
 
 # What every module has; parameters, buffers and other modules are looked at by themselves.
 _OF_MODULES = frozenset(vars(nn.Module()))
+_HOOKS = sorted(name for name in _OF_MODULES if name.endswith("_hooks"))
 
 
 def plain(value: Any) -> Any:
     """A value as JSON has it: equal for equal ones, in whatever order a mapping holds its keys."""
-    if value is None or isinstance(value, str | int | float):
+    kind = type(value)  # not isinstance or the object's own: it may pose as another, or answer all
+    if value is None or issubclass(kind, str | int | float):
         return value
-    if isinstance(value, Mapping):
+    if issubclass(kind, Mapping):
         return {"keys": sorted([repr(k), plain(v)] for k, v in value.items())}
-    if isinstance(value, list | tuple):
+    if issubclass(kind, list | tuple):
         return [plain(one) for one in value]
-    if isinstance(value, set | frozenset):
+    if issubclass(kind, set | frozenset):
         return {"set": sorted(json.dumps(plain(one)) for one in value)}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {type(value).__name__: plain(vars(value))}
-    if hasattr(value, "tolist"):
+    if is_dataclass(kind):
+        return {kind.__name__: plain(vars(value))}
+    if hasattr(kind, "tolist"):
         return plain(value.tolist())
-    return {type(value).__name__: _without_address(value)}
+    return {kind.__name__: _without_address(value)}
 
 
 def name_of(function: Any) -> str:
@@ -75,11 +89,17 @@ def name_of(function: Any) -> str:
     Texts, which may be secret, count by their digests; of other values that it binds, such as a
     cache that fills, the kind alone.
     """
-    if isinstance(function, partial):
+    kind = type(function)
+    if issubclass(kind, partial):
         keywords = {name: _kind(value) for name, value in function.keywords.items()}
         bound = json.dumps([list(map(_kind, function.args)), keywords], sort_keys=True)
         return f"{name_of(function.func)} with {bound}"
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
+    if kind is MethodType:
+        return name_of(function.__func__)
+    try:  # not getattr: an object may answer to any name
+        return str(object.__getattribute__(function, "__qualname__"))
+    except AttributeError:
+        return kind.__qualname__
 
 
 def insides_of(function: Any) -> str:
@@ -103,21 +123,117 @@ def insides_of(function: Any) -> str:
 
 def _plain_text(value: Any) -> str | None:
     """A value that holds no others, in full; None for others."""
-    if value is None or isinstance(value, _VALUES):
-        return f"{type(value).__qualname__} {value!r}"
-    if isinstance(value, int):
-        return f"{type(value).__qualname__} {hex(value)}"
-    return None
+    kind = type(value)
+    if kind in _VALUES:
+        return _text(value)
+    base = _base(kind)
+    return _text(value) if base in _VALUES and not _own(value, base) else None
+
+
+def _base(kind: type) -> type:
+    """Which of _BASES a type is, or object. Not by isinstance: an object may pose as another."""
+    base = next((one for one in kind.__mro__ if one in _BASES), object)
+    return object if base is np.generic and issubclass(kind, np.void) else base  # it holds others
+
+
+def _text(value: Any) -> str:
+    kind = type(value)
+    if issubclass(kind, int):
+        return f"{kind.__qualname__} {hex(value)}"
+    if kind in _VALUES:
+        return f"{kind.__qualname__} {value!r}"
+    # What the caller's own class prints may be less.
+    for shown in _of_class(kind, "__repr__"):
+        if not isinstance(shown, FunctionType) or _library(shown) in sys.stdlib_module_names:
+            break
+    return f"{kind.__qualname__} {shown(value)}"
+
+
+def _of_class(kind: type, name: str) -> list[Any]:
+    """What a class and then its bases have under a name; objects may answer to any name."""
+    return [vars(one)[name] for one in kind.__mro__ if name in vars(one)]
+
+
+def _library(code: Any) -> str:
+    """The first name of the module that a function or an object's class is from."""
+    owner = code if isinstance(code, type | FunctionType) else type(code)
+    return str(owner.__module__).partition(".")[0]
+
+
+def _is_of_caller(hook: Any) -> bool:
+    while isinstance(hook, partial | MethodType):
+        hook = hook.func if isinstance(hook, partial) else hook.__func__
+    return _library(hook) not in _OF_HOOKS
+
+
+def _attributes(value: Any, base: type = object) -> dict[str, Any]:
+    """Those that classes before `base` add. Not by getattr: an object may answer to any name."""
+    kind, found = type(value), dict[str, Any]()
+    for one in kind.__mro__[: kind.__mro__.index(base)]:
+        for name, slot in vars(one).items() if "__slots__" in vars(one) else ():
+            if isinstance(slot, MemberDescriptorType):
+                with contextlib.suppress(AttributeError):  # not set
+                    found.setdefault(name, slot.__get__(value))
+    return found | (object.__getattribute__(value, "__dict__") if kind.__dictoffset__ else {})
+
+
+def _own(value: Any, base: type) -> dict[str, Any]:
+    """What an object of a subclass holds beside what its base is made for."""
+    kind, found = type(value), _attributes(value, base)
+    if issubclass(kind, Enum):  # its name, and what is known of it by its class
+        return {name: one for name, one in found.items() if not name.startswith("_")}
+    if issubclass(kind, defaultdict):
+        found["default_factory"] = vars(defaultdict)["default_factory"].__get__(value)
+    if issubclass(kind, deque) and value.maxlen is not None:
+        found["maxlen"] = value.maxlen
+    return found
+
+
+def _changes_by_itself(kind: type) -> bool:
+    random = kind is torch.Generator or kind.__module__.startswith("numpy.random")
+    return random or _library(kind).lstrip("_") in _BY_ITSELF or issubclass(kind, Iterator)
+
+
+def _reduced(value: Any, attributes: dict[str, Any]) -> list[Any]:
+    """What pickle keeps of an object of a class written in C, whose state is in no attributes."""
+    kind = type(value)
+    if any(map(_changes_by_itself, kind.__mro__)):
+        return []
+    own = [*_of_class(kind, "__reduce_ex__")[:-1], *_of_class(kind, "__reduce__")[:-1]]
+    own = [one for one in own if not isinstance(one, FunctionType)]
+    try:
+        if kind in copyreg.dispatch_table:
+            kept: Any = copyreg.dispatch_table[kind](value)
+        elif own:
+            kept = own[0](value, 4) if own[0].__name__ == "__reduce_ex__" else own[0](value)
+        else:
+            return []
+    except (TypeError, ValueError, RuntimeError, pickle.PickleError):  # it cannot be pickled
+        return []
+    if isinstance(kept, str):  # a name
+        return [] if attributes else [kept]
+
+    # Iterators are over what it holds; some classes keep the attributes too.
+    def is_new(part: Any) -> bool:
+        if type(part) is dict:
+            return part.keys() != attributes.keys()
+        return not (part is None or (type(part) in (tuple, list) and not part))
+
+    contents = [list(part) if isinstance(part, Iterator) else part for part in kept[1:]]
+    return [kept[0], *contents] if (contents := list(filter(is_new, contents))) else []
 
 
 def _kind(value: Any) -> Any:
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, PurePath):
+    kind = type(value)
+    if issubclass(kind, np.generic):
+        value = value.item()
+    if issubclass(kind, PurePath):
         value = str(value)
-    if isinstance(value, str):
+    kind = type(value)  # not isinstance: an object may pose as another
+    if issubclass(kind, str):
         return f"text {hashlib.sha256(value.encode(errors='surrogatepass')).hexdigest()[:12]}"
-    plain_number = isinstance(value, int | float) and not _is_huge(value)
-    return value if value is None or plain_number else type(value).__name__
+    plain_number = issubclass(kind, int | float) and not _is_huge(value)
+    return value if value is None or plain_number else kind.__name__
 
 
 def _is_huge(value: Any) -> bool:
@@ -129,15 +245,29 @@ def _without_address(value: Any) -> str:
     return re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def _key(value: Any) -> str:
-    """A key or a member, by what orders it: others than plain ones by their kind."""
-    if isinstance(value, Enum):
-        return f"{type(value).__qualname__}.{value.name}"
-    if isinstance(value, tuple):
-        return f"({','.join(map(_key, value[:100]))})"
-    if isinstance(value, frozenset):
-        return f"{{{','.join(sorted(map(_key, value)))}}}"
-    return _plain_text(value) or type(value).__qualname__
+def _key(value: Any, depth: int = 2) -> str:
+    """A key or a member, by what orders it: others than plain ones by what they hold near by."""
+    kind = type(value)
+    if issubclass(kind, Enum):
+        return f"{kind.__qualname__}.{value._name_}"
+    if (plain_text := _plain_text(value)) is not None:
+        return plain_text
+    base = _base(kind)
+    if base is tuple:
+        return f"({','.join(_key(one, depth) for one in islice(tuple.__iter__(value), 100))})"
+    if base in (set, frozenset):
+        return f"{{{','.join(sorted(_key(one, depth) for one in base.__iter__(value)))}}}"
+    if issubclass(kind, type | FunctionType | BuiltinFunctionType):
+        return f"{kind.__qualname__} {value.__module__}.{value.__qualname__}"
+    shown = _text(value) if base in _VALUES else kind.__qualname__
+    if depth == 0:
+        return shown
+    own = [(name, _key(one, depth - 1)) for name, one in _own(value, base).items()]
+    if base is dict:
+        own += [(_key(name, 0), _key(one, depth - 1)) for name, one in dict.items(value)]
+    if base is list:
+        own += [("", _key(one, depth - 1)) for one in islice(list.__iter__(value), 100)]
+    return f"{shown} {sorted(own)}" if own else shown
 
 
 def _inside(value: Any) -> tuple[str, list[Any]]:
@@ -145,84 +275,105 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
 
     Those of _BY_ITSELF count by their kind.
     """
+    base = _base(type(value))
+    if base is object:
+        return _inside_others(value)
+    shown, contents = _inside_base(value, base)
+    return shown, [*contents, own] if (own := _own(value, base)) else contents
+
+
+def _inside_base(value: Any, base: type) -> tuple[str, list[Any]]:
+    """As its base has it: the caller's class may have methods of other meanings."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    if (plain_text := _plain_text(value)) is not None:
-        return plain_text, []
-    if isinstance(value, Mapping):
-        keys = sorted(value, key=_key)
-        return f"{kind} {list(map(_key, keys))}", [value[key] for key in keys]
-    if isinstance(value, list | tuple | deque):
-        return kind, list(value)
-    if isinstance(value, Set):
-        return kind, sorted(value, key=_key)
-    if isinstance(value, partial):
+    if base in _VALUES:
+        return _text(value), []
+    if base is dict:
+        ordered = issubclass(type(value), OrderedDict)
+        pairs = [(_key(key), one) for key, one in dict.items(value)]
+        pairs = pairs if ordered else sorted(pairs, key=itemgetter(0))
+        return f"{kind} {[key for key, _ in pairs]}", [one for _, one in pairs]
+    if base in (list, tuple, deque):
+        return kind, list(base.__iter__(value))  # type: ignore[attr-defined]
+    if base in (set, frozenset):
+        return kind, sorted(base.__iter__(value), key=_key)  # type: ignore[attr-defined]
+    if base is partial:
         return kind, [value.func, value.args, value.keywords]
-    if isinstance(value, MethodType):
+    if base is property:
+        return kind, [value.fget, *filter(None, [value.fset, value.fdel])]
+    if base is Tensor:
+        dense = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+        numbers = digest([value.detach()]) if dense else ""
+        return f"{kind} {value.dtype} {list(value.shape)} {numbers}", []
+    array = np.ndarray.view(value, np.ndarray)
+    if array.dtype.hasobject:
+        return f"{kind} {list(array.shape)}", array.ravel().tolist()
+    numbers = hashlib.sha256(array.tobytes()).hexdigest()
+    return f"{kind} {array.dtype} {list(array.shape)} {numbers}", []
+
+
+def _inside_others(value: Any) -> tuple[str, list[Any]]:
+    cls = type(value)
+    kind = f"{cls.__module__}.{cls.__qualname__}"
+    if cls is MethodType:
         return kind, [value.__func__, value.__self__]
-    if isinstance(value, FunctionType):
+    if cls is FunctionType:
         cells = [_content(cell) for cell in value.__closure__ or ()]
         # Two files may be loaded as modules of one name. What is found by its name is the same.
         known = value.__globals__
         named = {n: known[n] for n in names_of(value.__code__) if n in known}
         own = {n: one for n, one in named.items() if not _is_found_by_name(one)}
         code = value.__code__, value.__defaults__, value.__kwdefaults__
-        contents = [*code, cells, vars(value), own]
-        return f"{kind} {value.__module__}", contents
-    if isinstance(value, CodeType):
+        return f"{kind} {value.__module__}", [*code, cells, vars(value), own]
+    if cls is CodeType:
         return f"{kind} {value.co_qualname}", [value.co_code, value.co_names, value.co_consts]
-    if isinstance(value, nn.Module):
+    if issubclass(cls, nn.Module):
         own = {name: one for name, one in vars(value).items() if name not in _OF_MODULES}
         tensors = dict(
             [*value.named_parameters(recurse=False), *value.named_buffers(recurse=False)]
         )
         numbers = f"{list(tensors)} {digest(tensors.values())}"
+        hooks = {
+            name: list(filter(_is_of_caller, vars(value).get(name, {}).values())) for name in _HOOKS
+        }
+        own |= {name: some for name, some in hooks.items() if some}
         return f"{kind} {numbers}", [own, dict(value.named_children())]
-    if isinstance(value, Tensor):
-        dense = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
-        numbers = digest([value.detach()]) if dense else ""
-        return f"{kind} {value.dtype} {list(value.shape)} {numbers}", []
-    if isinstance(value, np.ndarray):
-        if value.dtype.hasobject:
-            return f"{kind} {list(value.shape)}", value.ravel().tolist()
-        numbers = hashlib.sha256(value.tobytes()).hexdigest()
-        return f"{kind} {value.dtype} {list(value.shape)} {numbers}", []
-    if isinstance(value, type):
+    if issubclass(cls, type):
         insides = [] if _is_found_by_name(value) else [dict(vars(value)), value.__bases__]
         return f"{kind} {value.__module__}.{value.__qualname__}", insides
-    if isinstance(value, property):
-        return kind, [value.fget]
-    if isinstance(value, staticmethod | classmethod):
+    if issubclass(cls, staticmethod | classmethod):
         return kind, [value.__func__]
-    if isinstance(value, ModuleType):
+    if issubclass(cls, ModuleType):
         return f"{kind} {value.__name__}", []
-    if isinstance(value, BuiltinFunctionType | MethodWrapperType | MethodDescriptorType):
+    if issubclass(cls, BuiltinFunctionType | MethodWrapperType | MethodDescriptorType):
         owner = getattr(value, "__self__", None)
         contents = [] if owner is None or isinstance(owner, ModuleType) else [owner]
         return f"{kind} {getattr(value, '__module__', None)}.{value.__qualname__}", contents
-    if type(value).__module__.partition(".")[0].lstrip("_") in _BY_ITSELF:
+    if _changes_by_itself(cls):
         return kind, []
-    if callable(as_array := getattr(value, "to_numpy", None)):  # pandas and its like
-        return kind, [as_array()]
-    slots = [name for one in type(value).__mro__ for name in _slots(one)]
-    attributes = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return kind, [attributes | getattr(value, "__dict__", {})]
+    for to_numpy in _of_class(cls, "to_numpy"):
+        if _library(to_numpy) in _TABLES:
+            names = [name for name in ("columns", "index") if hasattr(cls, name)]
+            return kind, [to_numpy(value), *(getattr(value, name) for name in names)]
+    if not any(isinstance(one, FunctionType) for one in _of_class(cls, "__iter__")):
+        if issubclass(cls, Mapping):
+            return kind, [dict(value)]
+        if issubclass(cls, Set | ValuesView):
+            return kind, sorted(value, key=_key) if issubclass(cls, Set) else list(value)
+    attributes = _attributes(value)
+    attributes.pop("_inverted_", None)  # of a flag: it is there once it was asked for
+    return kind, [attributes, *_reduced(value, attributes)]
 
 
 def _is_found_by_name(value: Any) -> bool:
     """Whether a class or function is the only one of its name, unlike one that a function makes."""
-    if not isinstance(value, type | FunctionType | BuiltinFunctionType):
-        return isinstance(value, ModuleType)
+    if not issubclass(type(value), type | FunctionType | BuiltinFunctionType):
+        return issubclass(type(value), ModuleType)
     if value.__module__ == "builtins":
         return True
     try:
         return attrgetter(value.__qualname__)(sys.modules.get(value.__module__)) is value
     except AttributeError:  # as of "make.<locals>.Reward"
         return False
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    found = vars(kind).get("__slots__", ())
-    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def _content(cell: CellType) -> Any:

@@ -10,15 +10,20 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
-from collections import UserList
+from array import array
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
-from enum import Enum
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from enum import Enum, Flag, StrEnum
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial, update_wrapper, wraps
-from operator import itemgetter
+from operator import itemgetter, methodcaller
 from pathlib import Path
+from types import MappingProxyType
+from unittest.mock import Mock
+from xmlrpc.client import ServerProxy
 
 import numpy as np
 import pytest
@@ -33,6 +38,7 @@ from clp.data.prompts import TRAIN_PROMPTS
 from clp.policies.loading import load_base
 from clp.rewards import brevity, sentiment
 from clp.training.config import CLPConfig
+from clp.training.function_identity import insides_of
 from clp.training.run_folder import Inputs, RunLock
 from clp.training.trainer import CLPTrainer
 
@@ -481,6 +487,271 @@ def test_functions_that_have_changed_places_are_refused(tmp_path, one, other):
     resumed(tmp_path / "r", {"b": other, "a": one}, ROWS)
     with pytest.raises(ValueError, match="as the reward of a"):
         resumed(tmp_path / "r", {"a": other, "b": one}, ROWS)
+
+
+class Lexicon(dict):
+    def __init__(self, words, sign):
+        super().__init__(words)
+        self.sign = sign
+
+
+class Words(list):
+    def __init__(self, sign):
+        super().__init__(["a"])
+        self.sign = sign
+
+
+class Hidden(list):
+    """Shows none of what it holds."""
+
+    __slots__ = ("__sign",)
+
+    def __init__(self, sign):
+        super().__init__([sign])
+        self.__sign = sign
+
+    def __iter__(self):
+        return iter(())
+
+
+class Pair(tuple):
+    pass
+
+
+class Bag(set):
+    pass
+
+
+class Text(str):
+    """Prints as nothing."""
+
+    def __repr__(self):
+        return "..."
+
+
+class Real(float):
+    pass
+
+
+class Whole(int):
+    pass
+
+
+class Bound(partial):
+    pass
+
+
+class Part(np.ndarray):
+    pass
+
+
+class Grade(StrEnum):
+    LOW = "low"
+    HIGH = "high"
+
+
+@dataclass(frozen=True)
+class Point:
+    name: str
+    sign: int
+
+
+class AnyName:
+    """Answers to names that it knows, and raises a KeyError for others."""
+
+    def __init__(self, sign):
+        self._known = {"sign": sign}
+
+    def __getattr__(self, name):
+        return self.__dict__["_known"][name]
+
+
+class Asked:
+    """Answers to any name, and must not be called."""
+
+    def __init__(self, sign):
+        self.sign = sign
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse
+
+    def _refuse(self, *args):
+        raise AssertionError("it was called")
+
+
+class PosingAsDict(Asked):
+    __class__ = dict
+
+
+def attributed(value, sign):
+    value.sign = sign
+    return value
+
+
+def hooked(sign, pre=False):
+    layer = torch.nn.Identity()
+    register = layer.register_forward_pre_hook if pre else layer.register_forward_hook
+    register(lambda module, inputs, *output: sign)
+    return layer
+
+
+def settable(sign):
+    class Settable:
+        value = property(len, lambda self, value: sign)
+
+    return Settable()
+
+
+# Values that differ by a number, 1 or 2.
+BY_NUMBER = {
+    "NumPy float32": np.float32,
+    "NumPy float64": np.float64,
+    "NumPy longdouble": np.longdouble,
+    "NumPy complex64": np.complex64,
+    "NumPy int64": np.int64,
+    "NumPy uint8": np.uint8,
+    "NumPy bool": lambda n: np.bool_(n - 1),
+    "NumPy str": lambda n: np.str_(n),
+    "NumPy bytes": lambda n: np.bytes_(b"x" * n),
+    "NumPy datetime64": lambda n: np.datetime64(n, "s"),
+    "unit of a datetime64": lambda n: np.datetime64("NaT", "ms" if n == 1 else "s"),
+    "NumPy timedelta64": lambda n: np.timedelta64(n, "s"),
+    "NumPy record": lambda n: np.array([(n, "a", [n])], "i4,U1,O")[0],
+    "NumPy dtype": lambda n: np.dtype(f"i{4 * n}"),
+    "NumPy function": lambda n: [np.add, np.subtract][n - 1],
+    "NumPy in a list": lambda n: [np.float32(n)],
+    "NumPy in a dict": lambda n: {"w": np.int64(n)},
+    "NumPy key": lambda n: {np.int64(n): 1},
+    "NumPy in a set": lambda n: {np.int64(n)},
+    "NumPy attribute": lambda n: Signed(np.float32(n)),
+    "NumPy default": lambda n: scaled_by(np.float32(n)),
+    "NumPy in a partial": lambda n: partial(calm, judge=[np.float32(n)]),
+    "dict with attributes": lambda n: Lexicon({"a": 1}, n),
+    "list with attributes": Words,
+    "list with a private slot": Hidden,
+    "tuple with attributes": lambda n: attributed(Pair("a"), n),
+    "set with attributes": lambda n: attributed(Bag("a"), n),
+    "str with attributes": lambda n: attributed(Text("a"), n),
+    "str that prints less": lambda n: Text(n),
+    "float with attributes": lambda n: attributed(Real(1), n),
+    "int with attributes": lambda n: attributed(Whole(1), n),
+    "partial with attributes": lambda n: attributed(Bound(calm), n),
+    "array with attributes": lambda n: attributed(np.zeros(2).view(Part), n),
+    "tensor with attributes": lambda n: attributed(torch.zeros(2), n),
+    "key with attributes": lambda n: {attributed(Text("a"), n): 1},
+    "masked array": lambda n: np.ma.array([1, 2], mask=[n == 1, False]),
+    "default of a dict": lambda n: defaultdict(lambda: n, {"a": 1}),
+    "order of an OrderedDict": lambda n: OrderedDict.fromkeys(["ab", "ba"][n - 1]),
+    "counts": lambda n: Counter("a" * n),
+    "length of a deque": lambda n: deque([1], n),
+    "chain of dicts": lambda n: ChainMap({}, {"a": n}),
+    "dict to read": lambda n: MappingProxyType({"a": n}),
+    "dict of an object": lambda n: UserDict(a=n),
+    "values of a dict": lambda n: {"a": n}.values(),
+    "objects as keys": lambda n: {Signed(n): 1},
+    "objects in sets": lambda n: {Point("a", n), Point("b", 1), Point("c", 1)},
+    "enumeration": lambda n: [Topic.JOY, Topic.SAD][n - 1],
+    "enumeration of texts": lambda n: [Grade.LOW, Grade.HIGH][n - 1],
+    "flags": lambda n: [re.I, re.M][n - 1],
+    "paths": lambda n: Path(str(n)),
+    "decimals": Decimal,
+    "fractions": lambda n: Fraction(n, 3),
+    "dates": lambda n: datetime(2026, 1, n, tzinfo=timezone(timedelta(hours=n))),
+    "time zones": lambda n: timezone(timedelta(hours=n)),
+    "patterns": lambda n: re.compile("a" * n),
+    "methods to call": lambda n: methodcaller("count", Signed(n)),
+    "slices": slice,
+    "arrays": lambda n: array("d", [n]),
+    "errors": ValueError,
+    "types of tensors": lambda n: [torch.float32, torch.float64][n - 1],
+    "methods of classes": lambda n: [str.__len__, str.__hash__][n - 1],
+    "setters": settable,
+    "forward hooks": hooked,
+    "forward pre-hooks": lambda n: hooked(n, pre=True),
+    "any name": AnyName,
+    "any name that is called": Asked,
+    "poses as a dict": PosingAsDict,
+    "mocks": lambda n: Mock(return_value=n),
+    "mocks of a class": lambda n: Mock(spec=dict, return_value=n),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BY_NUMBER)
+def test_values_that_functions_hold_are_told_apart(case):
+    """Equal ones are equal, or no functions would be seen to have changed places."""
+    make = BY_NUMBER[case]
+    first, same, other = (insides_of(held(make(n))) for n in (1, 1, 2))
+    assert first == same
+    assert first != other
+
+
+def test_tables_that_functions_hold_are_told_apart():
+    """By their columns and index too."""
+    pandas = pytest.importorskip("pandas")
+
+    def table(value=1, column="a", index="x"):
+        return insides_of(held(pandas.DataFrame({column: [value]}, index=[index])))
+
+    assert table() == table()
+    assert len({table(), table(2), table(column="b"), table(index="y")}) == 4
+
+
+def test_values_that_functions_hold_are_the_same_in_another_process():
+    script = """
+from test_run_folder import BY_NUMBER, held
+from clp.training.function_identity import insides_of
+for name, make in BY_NUMBER.items():
+    print(name, insides_of(held(make(1))))
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    first, *others = (
+        python("-c", script, PYTHONPATH=path, PYTHONHASHSEED=seed).stdout.splitlines()
+        for seed in "123"
+    )
+    assert len(first) == len(BY_NUMBER)
+    assert [first, first] == others
+
+
+@pytest.mark.parametrize("make", [AnyName, Asked, PosingAsDict, Mock, ServerProxy])
+def test_a_function_may_hold_an_object_that_answers_to_any_name(tmp_path, make):
+    """Nothing listens there: a call would fail."""
+    value = make("http://127.0.0.1:9")
+    funcs = {"a": held(value), "b": partial(calm, judge=value), "c": brevity}
+    rows = [{"prompt": "a", "value": value}]
+    Inputs.of(funcs, None, rows)
+    CLPTrainer(reward_funcs=funcs, args=config(tmp_path / "r"), train_dataset=ROWS)
+
+
+def test_an_object_that_answers_to_any_name_is_named_by_its_class():
+    class Called(AnyName):
+        def __call__(self, completions, **columns):
+            return [1.0] * len(completions)
+
+    assert Inputs.of({"a": Called(1)}, None, []).rewards["a"].endswith("Called")
+
+
+def test_what_changes_by_itself_is_the_same(monkeypatch):
+    """Hooks of libraries, the environment, and generators of random numbers."""
+
+    def library_hook(module, inputs, output):
+        return None
+
+    library_hook.__module__ = "transformers.utils.output_capturing"
+    plain, watched = torch.nn.Identity(), torch.nn.Identity()
+    watched.register_forward_hook(library_hook)
+    watched.register_forward_hook(partial(library_hook))
+    assert insides_of(held(plain)) == insides_of(held(watched))
+    random = [torch.Generator(), np.random.default_rng(), os.environ, iter([1, 2])]
+    before = insides_of(held(random))
+    torch.rand(1, generator=random[0]), random[1].random(), next(random[3])
+    monkeypatch.setenv("CLP_ANY", "1")
+    assert insides_of(held(random)) == before
+    flag = Flag("flag", ["A", "B"])
+    before = insides_of(held(flag.A))
+    assert ~flag.A is flag.B
+    assert insides_of(held(flag.A)) == before
 
 
 def test_what_a_partial_binds_is_compared_by_value_and_texts_are_not_written(tmp_path):
