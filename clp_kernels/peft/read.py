@@ -37,13 +37,13 @@ _ALLOWED: dict[str, tuple[object, ...]] = {
 _REFUSED = [
     "alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config",
     "layer_replication", "lora_bias", "megatron_config",
-    "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices",
-    "use_bdlora", "use_dora", "use_qalora", "velora_config",
+    "modules_to_save", "monteclora_config", "trainable_token_indices", "use_bdlora",
+    "use_dora", "use_qalora", "velora_config",
 ]  # fmt: skip
 # ... read elsewhere in this file, or of no meaning after training. All others are unknown.
 _OTHERS = [
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern",
+    "target_parameters", "layers_to_transform", "layers_pattern",
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
     "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "task_type",
@@ -77,7 +77,8 @@ def load_adapters(
     adapter without a module adds nothing there. `fan_in_fan_out` is taken from the layers: a flag
     that fits none of them is warned about, as in PEFT, and so are unknown fields. `lora_dropout`
     is not used. A regex in target_modules or exclude_modules is not run: the modules are then those
-    that the tensors name. All checks come before the model is touched; a language model runs on six
+    that the tensors name. target_parameters may name weights of linear layers (see
+    `save_adapters`). All checks come before the model is touched; a language model runs on six
     tokens, as in `inject`.
 
     Args:
@@ -131,16 +132,19 @@ def _read_adapter(folder: Path, model: nn.Module, dtype: torch.dtype) -> Adapter
             f"{folder / TENSORS}: key {_short(min(embedded))} is of an adapter of an embedding, "
             "which is not supported: train one whose target_modules name linear layers alone"
         )
-    targets = _targets(config, file, model, keys)
+    parameters = _parameter_layers(config, file, model)
+    targets = _targets(config, file, model, keys, parameters)
     flag = bool(config.get("fan_in_fan_out"))
     if flag not in {is_transposed(layer) for layer in targets.values()}:
         warnings.warn(f"{file}: fan_in_fan_out={flag} fits no target layer; ignored", stacklevel=3)
     alphas = _pattern(config, "alpha_pattern", file, _check_alpha)
     ranks = _pattern(config, "rank_pattern", file, _check_rank)
     adapter: Adapter = {}
-    found = {name: _match(ranks, name, config["r"]) for name in targets}
+    # As PEFT matches the patterns.
+    called = {name: f"{name}.weight" if name in parameters else name for name in targets}
+    found = {name: _match(ranks, called[name], config["r"]) for name in targets}
     for name, (lora_A, lora_B) in _read_tensors(folder / TENSORS, targets, found, dtype).items():
-        alpha = float(_match(alphas, name, config["lora_alpha"]))
+        alpha = float(_match(alphas, called[name], config["lora_alpha"]))
         if config.get("use_rslora"):  # scaling is alpha / sqrt(r), ours lora_alpha / r
             alpha *= math.sqrt(len(lora_A))
         _check_alpha(file, f"lora_alpha of {name}", alpha)
@@ -192,16 +196,47 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _parameter_layers(config: dict[str, Any], file: Path, model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers whose weights target_parameters names, matched as PEFT matches them."""
+    wanted = config.get("target_parameters") or []
+    expected = "unset or the names of weights of linear layers (others are not implemented)"
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        raise _error(file, "target_parameters", expected, wanted)
+    layers: dict[str, nn.Module] = {}
+    names, absent = set(wanted), set(wanted)
+    for name, module in model.named_modules() if wanted else ():
+        own = {key for key, _ in module.named_parameters(recurse=False)}
+        # The weight of a parametrized layer is not one of them.
+        for key in own | ({"weight"} if isinstance(module, nn.Linear) else set()):
+            parts = f"{name}.{key}".split(".")
+            endings = {".".join(parts[i:]) for i in range(len(parts))}
+            if endings.isdisjoint(names):
+                continue
+            if key != "weight" or not isinstance(module, nn.Linear):
+                raise _error(file, "target_parameters", expected, f"{name}.{key}")
+            layers[name] = module
+            absent -= endings
+    if absent:
+        raise _error(file, "target_parameters", expected, sorted(absent))
+    return layers
+
+
 def _targets(
-    config: dict[str, Any], file: Path, model: nn.Module, keys: frozenset[str]
+    config: dict[str, Any],
+    file: Path,
+    model: nn.Module,
+    keys: frozenset[str],
+    parameters: dict[str, nn.Module],
 ) -> dict[str, nn.Module]:
-    """The layers that the config names, matched as PEFT matches them.
+    """The layers that the config names, matched as PEFT matches them, and those of `parameters`.
 
     Where target_modules or exclude_modules is a regex, those of them that the tensors name.
     """
     wanted, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     regex = isinstance(wanted, str) and wanted != "" and wanted.lower() != "all-linear"
-    if isinstance(wanted, list) and wanted and all(isinstance(n, str) and n for n in wanted):
+    if wanted in (None, []) and parameters:
+        wanted = []
+    elif isinstance(wanted, list) and wanted and all(isinstance(n, str) and n for n in wanted):
         wanted = list(dict.fromkeys(wanted))
     elif not isinstance(wanted, str) or not wanted:
         raise _error(file, "target_modules", '"all-linear", a list of names or a regex', wanted)
@@ -220,8 +255,14 @@ def _targets(
         endings = tuple(f".{name}" for name in excluded)
         targets = {n: layer for n, layer in targets.items() if not f".{n}".endswith(endings)}
     targets = _in_layers(config, file, targets)
+    if regex:
+        targets = {n: layer for n, layer in targets.items() if n not in parameters}
+    if twice := targets.keys() & parameters.keys():
+        expected = f"other layers than target_modules, which has {_short(min(twice))} too"
+        raise _error(file, "target_parameters", expected, config["target_parameters"])
     if regex or isinstance(excluded, str):
         targets = {n: m for n, m in targets.items() if not keys.isdisjoint(tensor_keys(n))}
+    targets |= parameters
     if not targets:
         none = _error(file, "target_modules", "the names of linear layers of the model", wanted)
         raise ValueError(f"{none}{_compared(keys, linears)}")
@@ -245,7 +286,7 @@ def _in_layers(
     numbers = indices if isinstance(indices, list) else [indices]
     if not all(type(i) is int for i in numbers):
         raise _error(file, "layers_to_transform", "an integer or a list of integers", indices)
-    wanted = config["target_modules"]
+    wanted = config.get("target_modules") or []
     if isinstance(wanted, str):
         raise _error(file, "layers_to_transform", "unset where target_modules is a str", indices)
     return {n: m for n, m in targets.items() if n in wanted or _index(n, patterns) in numbers}

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import statistics
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,13 @@ from clp_kernels.nn.mixed_lora import MAX_RANK, MixedLoRALinear, is_transposed, 
 from clp_kernels.nn.steering import adapter_names
 from clp_kernels.peft.read import CONFIG, TENSORS, Adapter, Factors, tensor_keys
 
+# Names of linear layers that PEFT takes for those of experts which transformers 5 has fused, where
+# transformers converts a model's older checkpoints in this way (PEFT's _MOE_TARGET_MODULE_MAPPING).
+_FUSED = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+
 
 def save_adapters(
     model: nn.Module, directory: str | Path, *, base_model: str | None = None
@@ -34,6 +42,10 @@ def save_adapters(
     All folders are written and synced under hidden names first, then renamed into place: after an
     error (disk full) everything is as before, and a crash leaves whole folders only (between two
     renames, the earlier folder under its hidden name `.<name>.<hex>`).
+
+    Dense and shared layers beside experts that transformers 5 has fused (Ernie 4.5, DeepSeek-V3,
+    GLM-4 and others) are written under target_parameters, by their weights: PEFT (0.17 or later)
+    would take their names in target_modules for those of the experts.
 
     Args:
         model: A model after `inject` or `load_adapters`, also inside DDP or torch.compile.
@@ -230,11 +242,16 @@ def _config(adapter: Adapter, model: nn.Module, base_model: str | None) -> dict[
         raise ValueError("an adapter must have a module of rank > 0 to be saved, got none")
     layers, hub = _layers(model), getattr(model, "config", None)
     decoder = not getattr(hub, "is_encoder_decoder", False)
-    alphas = {n: int(a) if a == int(a) else a for n, (_, _, a) in adapter.items()}
+    # PEFT adapts a weight that is named as a parameter as it does the layer, with the same keys.
+    fused = _fused_names(model)
+    as_parameter = {n: f"{n}.weight" for n in adapter if n.rpartition(".")[2] in fused}
+    called = {n: as_parameter.get(n, n) for n in adapter}  # as the patterns are matched
+    alphas = {called[n]: int(a) if a == int(a) else a for n, (_, _, a) in adapter.items()}
     lora_alpha, alpha_pattern = _common(alphas)
-    r, rank_pattern = _common({n: len(factors.lora_A) for n, factors in adapter.items()})
-    target_modules, exclude_modules = _target_names(adapter, model)
-    return {
+    r, rank_pattern = _common({called[n]: len(f.lora_A) for n, f in adapter.items()})
+    target_modules, exclude_modules = _target_names(set(adapter) - set(as_parameter), model)
+    parameters = {"target_parameters": sorted(as_parameter.values())} if as_parameter else {}
+    return parameters | {
         "alpha_pattern": alpha_pattern,
         "base_model_name_or_path": base_model or getattr(hub, "name_or_path", None) or None,
         "bias": "none",
@@ -266,12 +283,24 @@ def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return common, {f"^{name}" if name in ending else name: value for name, value in rest.items()}
 
 
-def _target_names(adapter: Adapter, model: nn.Module) -> tuple[list[str], list[str] | None]:
+def _fused_names(model: nn.Module) -> tuple[str, ...]:
+    """Last names of the layers that PEFT would look for in fused experts of this model.
+
+    It decides by the type of the model, whether that has such experts or not.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    # Loaded with every model of transformers; PEFT reads the same table.
+    known = sys.modules.get("transformers.conversion_mapping")
+    table = {"mixtral": "mixtral", **getattr(known, "_MODEL_TO_CONVERSION_PATTERN", {})}
+    return _FUSED.get(table.get(model_type, ""), ())
+
+
+def _target_names(modules: set[str], model: nn.Module) -> tuple[list[str], list[str] | None]:
     """target_modules and exclude_modules that PEFT matches to exactly these modules."""
     inside = tuple(f"{name}." for name in steered_layers(model))
     every = {_path(name) for name, _ in model.named_modules() if not name.startswith(inside)}
-    others, last = every - set(adapter), {name.rpartition(".")[2] for name in adapter}
+    others, last = every - modules, {name.rpartition(".")[2] for name in modules}
     if not any(name.rpartition(".")[2] in last for name in others):
         return sorted(last), None
-    endings = tuple(f".{name}" for name in adapter)
-    return sorted(adapter), sorted(name for name in others if name.endswith(endings)) or None
+    endings = tuple(f".{name}" for name in modules)
+    return sorted(modules), sorted(name for name in others if name.endswith(endings)) or None

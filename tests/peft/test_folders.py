@@ -1,5 +1,6 @@
 """PEFT folders: PEFT's numbers, refusals that leave the model alone, writes that are whole."""
 
+import argparse
 import contextlib
 import copy
 import errno
@@ -28,7 +29,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from clp_kernels import export_adapter, inject, load_adapters, save_adapters, steer
+from clp_kernels.nn.inject import replace_linears
 from clp_kernels.nn.mixed_lora import steered_layers
+from clp_kernels.peft.write import _FUSED, _fused_names
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 CONV = "base_model.model.conv"
@@ -40,7 +43,7 @@ def seeded(model_type: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return small_model(model_type, **sizes, **heads, **options)
+    return small_model(model_type, **{**sizes, **heads, **options})
 
 
 llama, gpt2 = partial(seeded, "llama"), partial(seeded, "gpt2")
@@ -230,6 +233,129 @@ def test_injected_adapters_load_in_peft(tmp_path: Path) -> None:
     for i, folder in enumerate(folders):
         expected = logits(model, one_hot(3, i))
         assert torch.allclose(logits(peft_loaded(base, folder)), expected, rtol=0, atol=1e-5)
+
+
+LATENT = {
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "v_head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+          "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}  # fmt: skip
+FUSED: dict[str, dict[str, Any]] = {
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+    "deepseek_v2": {**LATENT, **ROUTED},
+    "deepseek_v3": {**LATENT, **ROUTED},
+    "glm4_moe": {**ROUTED, "head_dim": 8},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                  "mlp_only_layers": [0], "head_dim": 8},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                  "shared_expert_intermediate_size": 24},
+}  # fmt: skip
+
+
+def fused(kind: str) -> nn.Module:
+    """A model with experts in fused parameters, and dense or shared layers of the same names."""
+    model = seeded(kind, **FUSED[kind])
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_layers_beside_fused_experts_load_in_peft(kind: str, tmp_path: Path) -> None:
+    base, model = fused(kind), fused(kind)
+    replaced = inject(model, ["joy", "brief"], r=2)
+    assert any(name.endswith("_proj") and ".mlp." in name for name in replaced)
+    randomise(model, 1)
+    folders = save_adapters(model, tmp_path / "saved")
+    export = export_adapter(model, [0.4, 0.6], tmp_path / "export")
+    cases = [(folders[0], [1.0, 0.0]), (folders[1], [0.0, 1.0]), (export, [0.4, 0.6])]
+    for folder, row in cases:
+        expected = logits(model, [row] * 4)
+        assert (expected - logits(base)).abs().max() > 1e-2
+        torch.testing.assert_close(logits(peft_loaded(base, folder)), expected, rtol=0, atol=1e-4)
+        again = fused(kind)
+        assert load_adapters(again, [folder]) == replaced
+        torch.testing.assert_close(logits(again, [[1.0]] * 4), expected, rtol=0, atol=1e-4)
+    again = fused(kind)
+    load_adapters(again, folders)
+    same_bits(model, again)
+
+
+# PEFT says that of each pattern of a parameter, also of one that it has used.
+unmatched = pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")
+
+
+@unmatched
+def test_patterns_of_layers_beside_fused_experts(tmp_path: Path) -> None:
+    """Of other ranks and alphas than the rest, and without any other layer."""
+    base, model = fused("ernie4_5_moe"), fused("ernie4_5_moe")
+    names = [n for n, m in base.named_modules() if n.endswith(("mlp.up_proj", "experts.down_proj"))]
+    ranks = {name: [i + 1] for i, name in enumerate(names)}
+    layers = replace_linears(model, ["joy"], ranks, {n: [5.0 / r[0]] for n, r in ranks.items()},
+                             torch.float32)  # fmt: skip
+    assert len(layers) == 2
+    randomise(model, 1)
+    (folder,) = save_adapters(model, tmp_path)
+    config = json.loads((folder / CONFIG).read_text())
+    assert config["target_modules"] == []
+    assert config["target_parameters"] == sorted(f"{name}.weight" for name in names)
+    expected = logits(model, [[1.0]] * 4)
+    torch.testing.assert_close(logits(peft_loaded(base, folder)), expected, rtol=0, atol=1e-5)
+    again = fused("ernie4_5_moe")
+    load_adapters(again, [folder])
+    same_bits(model, again)
+
+
+def test_pefts_names_of_fused_experts() -> None:
+    """_FUSED and what is read from transformers are what PEFT goes by."""
+    conversion = peft.utils.transformers_weight_conversion
+    mapping = conversion._MOE_TARGET_MODULE_MAPPING
+    assert {k: set(v) for k, v in mapping.items()} == {k: set(v) for k, v in _FUSED.items()}
+    for model_type, kind in conversion._MODEL_TO_CONVERSION_PATTERN.items():
+        model = nn.Module()
+        model.config = argparse.Namespace(model_type=model_type)
+        assert set(_fused_names(model)) == set(mapping.get(kind, ()))
+
+
+@pytest.mark.parametrize(
+    "targets, parameters, message",
+    [
+        (["q_proj"], ["gate_up_proj"], "names of weights of linear layers"),
+        (["q_proj"], ["mlp.gate.weight"], r"others are not implemented\), got .*mlp.gate.weight"),
+        (["q_proj"], ["absent.weight"], r"got \['absent.weight'\]"),
+        (["q_proj"], "o_proj.weight", "got 'o_proj.weight'"),
+        (["q_proj"], ["q_proj.weight"], "other layers than target_modules, which has '.*q_proj'"),
+        ([], [], r"target_modules must be .*, got \[\]"),
+    ],
+)
+def test_other_parameters_are_refused(
+    targets: list[str], parameters: Any, message: str, tmp_path: Path
+) -> None:
+    model = fused("ernie4_5_moe")
+    folder = peft_folder(model, tmp_path / "a", r=2, target_modules=["q_proj"])
+    fields(target_modules=targets, target_parameters=parameters)(folder)
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        load_adapters(model, [folder])
+    assert_untouched(model, before)
+
+
+@unmatched
+def test_an_adapter_of_weights_that_peft_has_made(tmp_path: Path) -> None:
+    """With patterns, which PEFT matches to the names of the parameters; beside a regex too."""
+    base = llama()
+    weights = ["0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+    patterns = {"rank_pattern": {"mlp.up_proj.weight": 2}, "alpha_pattern": {"weight": 5}}
+    chosen = {"target_parameters": weights, **patterns}
+    for i, targets in enumerate((["q_proj"], [], r".*\.q_proj")):
+        folder = peft_folder(base, tmp_path / str(i), r=4, target_modules=targets, **chosen)
+        model = llama()
+        assert len(load_adapters(model, [folder])) == (2 if targets == [] else 4)
+        expected = logits(peft_loaded(base, folder))
+        torch.testing.assert_close(logits(model, [[1.0]] * 4), expected, rtol=0, atol=1e-5)
 
 
 def test_mixed_layer_kinds_and_names_that_end_others(tmp_path: Path) -> None:
