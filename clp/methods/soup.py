@@ -74,7 +74,7 @@ def soup(
     return Policy(
         model.to(device), tokenizer, names, start.base_model,
         [spec for one in experts.values() for spec in one.rewards], scales or None,
-        start.conditioning, sorted({end for one in experts.values() for end in one.ends}),
+        start.conditioning, sorted(frozenset().union(*(one.end_ids for one in experts.values()))),
     )  # fmt: skip
 
 

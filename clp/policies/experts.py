@@ -1,7 +1,7 @@
 """Conditionings "full", "attention" and "head": experts as differences from the base model."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +138,13 @@ class Experts(Conditioning):
         folder: Path,
         base_model: str,
         tokenizer: Any,
+        ends: Collection[int],
     ) -> str:
         """Writes one ordinary model for a fixed condition; says what it is.
 
         Its parameters are theta + sum_i c_i delta_i, with the layers' weights c, in the dtype of
-        the policy. A head that is tied in the base and alone conditioned is written untied.
+        the policy. A head that is tied in the base and alone conditioned is written untied. Its
+        generation ends at the ids of `ends`.
         """
         folder = folder.resolve()
         plain, _ = load_base(base_model, model.dtype)
@@ -158,6 +160,9 @@ class Experts(Conditioning):
                     for w, state in zip(weights, states, strict=True):
                         total += w * state[name].double().cpu()
                     parameter.copy_(total)
+        if ends:
+            first, *others = sorted(ends)
+            plain.generation_config.eos_token_id = [first, *others] if others else first
         with whole_folder(folder) as partial:
             plain.save_pretrained(partial)
             tokenizer.save_pretrained(partial)

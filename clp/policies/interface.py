@@ -1,6 +1,6 @@
 """What the sampler asks of a policy."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -62,8 +62,12 @@ class Conditioning(Protocol):
         folder: Path,
         base_model: str,
         tokenizer: Any,
+        ends: Collection[int],
     ) -> str:
-        """Writes what others can load for a fixed condition [c], and returns what that is."""
+        """Writes what others can load for a fixed condition [c], and returns what that is.
+
+        A whole model says that the ids `ends` end a completion; an adapter cannot.
+        """
 
     def layer_weights(self, condition: Tensor) -> Tensor:
         """The weights that the layers take [..., n] for conditions [..., c]."""

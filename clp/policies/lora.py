@@ -1,7 +1,7 @@
 """Conditioning "lora": one LoRA adapter per objective, mixed by the weights of each example."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ class LoRA(Conditioning):
         folder: Path,
         base_model: str,
         tokenizer: Any,
+        ends: Collection[int],
     ) -> str:
         """Writes one PEFT adapter for a fixed condition; says what it is."""
         base = model_path(base_model)

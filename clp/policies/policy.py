@@ -273,7 +273,8 @@ class Policy(Steerable):
     def export(self, weights: WeightSpec | Condition, folder: str | Path) -> str:
         """Writes what others can load for fixed weights, and returns what that is.
 
-        That is one PEFT adapter ("lora", "prompt") or one whole model. Weights are a mapping from
+        That is one PEFT adapter ("lora", "prompt") or one whole model, whose generation_config
+        names all of `end_ids`. Weights are a mapping from
         objective to weight, a string "joy=0.7,brief=0.3", or m numbers; a Condition has a KL
         strength too. The folder must be missing or empty.
 
@@ -281,8 +282,9 @@ class Policy(Steerable):
         """
         fixed = self.condition(weights, simplex=False)
         return self.conditioning.export(
-            self.model, self.objectives, fixed, Path(folder), self.base_model, self.tokenizer
-        )
+            self.model, self.objectives, fixed, Path(folder), self.base_model, self.tokenizer,
+            self.end_ids,
+        )  # fmt: skip
 
     @property
     def end_ids(self) -> frozenset[int]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,14 @@ class Prompt(LoRA):
         folder: Path,
         base_model: str,
         tokenizer: Any,
+        ends: Collection[int],
     ) -> str:
         """Writes the adapter, and beside it how prompts must begin for this condition.
 
         A tokenizer may join the end of that text with the beginning of another one, so that the ids
         count and not the text.
         """
-        written = super().export(model, objectives, condition, folder, base_model, tokenizer)
+        written = super().export(model, objectives, condition, folder, base_model, tokenizer, ends)
         prefix = self.prefix(condition, objectives, tokenizer)
         record = {"text": prefix_text(condition, objectives) if prefix else "", "token_ids": prefix}
         write_whole(folder / "prompt_prefix.json", f"{json.dumps(record)}\n".encode())

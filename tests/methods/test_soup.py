@@ -226,3 +226,22 @@ def test_averaged_needs_equal_adapters(loras):
         averaged(Policy.create("tiny", ["joy", "brief"], kl_range=(0.05, 0.3)))
     with pytest.raises(ValueError, match="must have LoRA adapters, got 'head'"):
         averaged(Policy.create("tiny", ["joy", "brief"], conditioning="head"))
+
+
+@pytest.mark.parametrize("conditioning", ["lora", "full"])
+def test_a_soup_ends_where_any_of_its_experts_does(tmp_path, conditioning):
+    """Of one base model in two folders, one has another end token."""
+    model, tokenizer = load_base("tiny")
+    places = []
+    for name, ends in (("joy", 2), ("brief", [7, 9])):
+        model.generation_config.eos_token_id = ends
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        base = str(tmp_path / name)
+        places.append(expert(tmp_path / f"{name}-expert", name, 1, conditioning, model=base))
+    policy = soup(places)
+    assert policy.end_ids == {2, 7, 9}
+    if conditioning == "full":
+        policy.export([0.5, 0.5], tmp_path / "out")
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert exported.generation_config.eos_token_id == [2, 7, 9]

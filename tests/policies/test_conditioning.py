@@ -269,6 +269,34 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
     assert not (tmp_path / "clp.json").exists()
 
 
+def with_ends(folder, ends):
+    """The embedded model, with end tokens of its own."""
+    model, tokenizer = load_base("tiny")
+    model.generation_config.eos_token_id = model.config.eos_token_id = ends
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("conditioning", EXPERTS)
+def test_an_export_ends_where_the_policy_does(tmp_path, conditioning):
+    """Also at the ends of models that are not the base, and at the tokenizer's."""
+    models = {"joy": with_ends(tmp_path / "a", 2), "brief": with_ends(tmp_path / "b", [7, 9])}
+    policy = Policy.from_models(models, base=models["joy"], conditioning=conditioning)
+    policy.export([0, 1], tmp_path / "out")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.generation_config.eos_token_id == [2, 7, 9]
+    assert Policy.create(str(tmp_path / "out"), ["x"]).end_ids == policy.end_ids == {2, 7, 9}
+    policy = Policy.create(models["brief"], ["x"], conditioning=conditioning)
+    policy.export([1], tmp_path / "other")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    assert plain.generation_config.eos_token_id == sorted(policy.end_ids) == [2, 7, 9]
+    policy = Policy.create(models["joy"], ["x"], conditioning=conditioning)
+    policy.export([1], tmp_path / "one")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert plain.generation_config.eos_token_id == 2
+
+
 @pytest.mark.parametrize("base", ["tiny", "phi"])
 @pytest.mark.parametrize("conditioning", EXPERTS)
 def test_an_export_is_the_policy_at_fixed_weights(tmp_path, conditioning, base):
