@@ -17,6 +17,7 @@ from clp.policies.interface import Conditioning
 from clp.policies.loading import load_base
 from clp_kernels import inject_experts
 from clp_kernels.nn.inject_experts import expert_layers, expert_state, load_experts
+from clp_kernels.nn.mixed_lora import is_transposed
 
 
 class Experts(Conditioning):
@@ -142,14 +143,16 @@ class Experts(Conditioning):
     ) -> str:
         """Writes one ordinary model for a fixed condition; says what it is.
 
-        Its parameters are theta + sum_i c_i delta_i, with the layers' weights c, in the dtype of
-        the policy. A head that is tied in the base and alone conditioned is written untied. Its
-        generation ends at the ids of `ends`.
+        Its parameters are theta + sum_i c_i delta_i, with the layers' weights c, or sum_i c_i
+        theta_i for a mixture of whole models without a base, in the dtype of the policy. A head
+        that is tied in the base and alone conditioned is written untied. Its generation ends at the
+        ids of `ends`.
         """
         folder = folder.resolve()
         plain, _ = load_base(base_model, model.dtype)
         weights = self.layer_weights(condition).tolist()
         states = [expert_state(model, i) for i in range(len(weights))]
+        has_base = all(layer.has_base for layer in expert_layers(model).values())
         _untie(plain, set(states[0]))
         tied = {id(p): n for n, p in plain.named_parameters(remove_duplicate=False)}
         with torch.no_grad():
@@ -157,8 +160,14 @@ class Experts(Conditioning):
                 if name in states[0]:
                     parameter = plain.get_parameter(name)
                     total = parameter.double()
+                    if not has_base:
+                        total.zero_()
+                    owner, _, key = name.rpartition(".")
+                    # GPT-2's layers keep their weight transposed, the experts of a mixture do not.
+                    turned = not has_base and is_transposed(plain.get_submodule(owner))
                     for w, state in zip(weights, states, strict=True):
-                        total += w * state[name].double().cpu()
+                        value = state[name].double().cpu()
+                        total += w * (value.t() if turned and key == "weight" else value)
                     parameter.copy_(total)
         if ends:
             first, *others = sorted(ends)

@@ -15,6 +15,7 @@ from clp import CLPConfig, CLPTrainer, Policy, Sampler, SamplingParams
 from clp.policies.loading import load_base
 from clp.policies.token_stats import token_stats
 from clp.training.rollout import make_batch
+from clp_kernels.nn.mix_models import conditioned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -267,6 +268,34 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"difference of lm_head\.weight of brief is not finite"):
         policy.save(tmp_path)
     assert not (tmp_path / "clp.json").exists()
+
+
+@pytest.mark.parametrize("base", ["tiny", "gpt2"])
+@pytest.mark.parametrize("conditioning", EXPERTS)
+def test_an_export_of_whole_models_is_their_sum(tmp_path, conditioning, base):
+    """Without a base the experts are whole models and not differences from the first one."""
+    tokenizer, models = load_base("tiny")[1], {}
+    for seed, name in enumerate(("joy", "brief")):
+        torch.manual_seed(0)  # what is not mixed must be equal
+        sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1}
+        model = load_base("tiny")[0] if base == "tiny" else small_model("gpt2", **sizes)
+        generator = torch.Generator().manual_seed(seed)
+        for target in conditioned(model, conditioning).values():
+            if conditioning == "head":
+                target.weight = torch.nn.Parameter(target.weight.detach().clone())
+                model.config.tie_word_embeddings = False
+            for parameter in target.parameters():
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        models[name] = str(tmp_path / name)
+    policy = Policy.from_models(models, conditioning=conditioning)
+    policy.export([0.3, 0.7], tmp_path / "out")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        wanted = logits(policy, ids, torch.tensor([[0.3, 0.7]]))
+        torch.testing.assert_close(plain(ids).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def with_ends(folder, ends):
