@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clp_kernels.nn.experts import MixedEmbedding, MixedLinear, MixedModule, weight_of
-from clp_kernels.nn.mixed_lora import is_linear, why_not_linear, why_not_plain
+from clp_kernels.nn.mixed_lora import has_own_call, is_linear, why_not_linear, why_not_plain
 from clp_kernels.nn.steering import SteeredLayer, Steering, all_steered, distinct_names
 
 # Attributes of a module that say nothing about what it computes in a forward.
@@ -212,6 +212,8 @@ def _refuse_bypassed(module: nn.Module, name: str) -> None:
 
 def _looks_up(module: nn.Embedding) -> bool:
     """Whether an embedding looks up its table, times its `embed_scale` if it has one."""
+    if has_own_call(module):
+        return False
     if type(module).forward is nn.Embedding.forward:
         return True
     scale = getattr(module, "embed_scale", None)

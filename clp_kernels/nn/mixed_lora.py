@@ -14,6 +14,8 @@ from clp_kernels.nn.steering import CALLED, SteeredLayer, Steering, shown_call
 from clp_kernels.ops.mixed_lora.op import apply_mixed_lora, mixed_lora
 from clp_kernels.ops.mixed_lora.reference import Inputs
 
+# What nn.Module runs between a call and the forward.
+_CALL = ("__call__", "_call_impl", "_compiled_call_impl", "_slow_forward")
 # What an adapter's file may hold (clp_kernels.peft.read): what is made can be loaded again.
 MAX_RANK, MAX_ALPHA = 4096, 1_000_000
 
@@ -192,21 +194,29 @@ def _conv1d(layer: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+def has_own_call(layer: nn.Module) -> bool:
+    """Whether the layer's class replaces a step between a call of the layer and its forward."""
+    return any(getattr(type(layer), name) is not getattr(nn.Module, name) for name in _CALL)
+
+
 def why_not_plain(layer: nn.Module, *forwards: Any) -> str | None:
     """Why a layer's output is not what one of these forwards makes of its parameters, or None.
 
     A class made from the layer's, a forward put on the object, hooks and tensors with operations of
     their own (quantised ones) may all compute something else.
     """
-    own = type(layer).forward not in forwards or type(layer).__call__ is not nn.Module.__call__
-    if forwards and own:
+    if forwards and (type(layer).forward not in forwards or has_own_call(layer)):
         return f"is a {type(layer).__name__}, which has a forward of its own"
     for name in CALLED:
         if vars(layer).get(name):
             return f"is a {type(layer).__name__} with {shown_call(name)}"
-    for name in ("weight", "bias"):
-        if isinstance(getattr(type(layer), name, None), property) and not is_parametrized(layer):
+    for name in ("weight", "bias") if not is_parametrized(layer) else ():
+        if isinstance(getattr(type(layer), name, None), property):
             return f"is a {type(layer).__name__} whose {name} is a property"
+        # As by a __getattr__ of its class, or a tensor put before the parameter.
+        own = layer._parameters.get(name)
+        if own is not None and getattr(layer, name) is not own:
+            return f"is a {type(layer).__name__} whose {name} is not its parameter {name}"
     for name, value in [
         *layer.named_parameters(recurse=False),
         *layer.named_buffers(recurse=False),

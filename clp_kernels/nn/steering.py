@@ -20,8 +20,8 @@ _ENTERING = threading.Lock()
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 # What a call of a module runs besides the forward of its class.
-CALLED = ("forward", "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks",
-          "_backward_hooks")  # fmt: skip
+CALLED = ("forward", "_call_impl", "_slow_forward", "_forward_pre_hooks", "_forward_hooks",
+          "_backward_pre_hooks", "_backward_hooks")  # fmt: skip
 
 
 class BusyError(RuntimeError):
@@ -81,6 +81,8 @@ class SteeredLayer(nn.Module):
             or own["_backward_hooks"]
             or own["_backward_pre_hooks"]
             or "forward" in own
+            or "_call_impl" in own
+            or "_slow_forward" in own
         ):
             return None
         what = next(shown_call(name) for name in CALLED if own.get(name))
@@ -131,7 +133,7 @@ class SteeredLayer(nn.Module):
 
 def shown_call(name: str) -> str:
     """A name of CALLED, as errors show it."""
-    return "a replaced forward" if name == "forward" else name.strip("_").replace("_", " ")
+    return name.strip("_").replace("_", " ") if name.endswith("hooks") else "a replaced forward"
 
 
 def wrong_batch(examples: int, rows: int) -> ValueError:

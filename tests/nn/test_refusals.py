@@ -4,6 +4,7 @@ layers whose inputs are not one entry per example."""
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import peft
 import pytest
@@ -16,7 +17,7 @@ from transformers import MarianConfig, MarianMTModel
 from transformers.integrations.bitnet import AutoBitLinear
 from transformers.pytorch_utils import Conv1D
 
-from clp_kernels import MixedLinear, MixedLoRALinear, inject, mix_models, steer
+from clp_kernels import MixedLinear, MixedLoRALinear, inject, inject_experts, mix_models, steer
 from clp_kernels.nn.mixed_lora import steered_layers
 from clp_kernels.nn.probe import check_start
 from clp_kernels.nn.steering import Steering
@@ -44,6 +45,35 @@ class DoubledCall(nn.Linear):
         return 2 * super().__call__(x)
 
 
+class DoubledCallImpl(nn.Linear):
+    """nn.Module's call runs this."""
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super()._call_impl(*args, **kwargs)
+
+
+class DoubledCompiled(nn.Linear):
+    """nn.Module's call runs this in place of _call_impl if there is one."""
+
+    def _compiled_call_impl(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return 2 * self._call_impl(*args, **kwargs)
+
+
+class DoubledTrace(nn.Linear):
+    """Only under torch.jit.trace."""
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super()._slow_forward(*args, **kwargs)
+
+
+class DoubledWeight(nn.Linear):
+    """Its forward reads another weight than the parameter."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return 2 * value if name == "weight" else value
+
+
 class Named(nn.Linear):
     """A subclass that computes what nn.Linear does."""
 
@@ -65,16 +95,30 @@ class Scaled(Tensor):
     """A tensor that means something else than its numbers, as quantised weights do."""
 
 
+IMPLS: dict[str, type[nn.Linear]] = {
+    "a subclass with another _call_impl": DoubledCallImpl,
+    "a subclass with a _compiled_call_impl": DoubledCompiled,
+    "a subclass with another _slow_forward": DoubledTrace,
+    "a subclass with another weight": DoubledWeight,
+}
+
+
 def layer_of(kind: str) -> nn.Module:
     layer: nn.Module = nn.Linear(6, 6)
     if kind == "a subclass":
         return Doubled(6, 6)
     if kind == "a subclass with another call":
         return DoubledCall(6, 6)
+    if kind in IMPLS:
+        return IMPLS[kind](6, 6)
     if kind == "a subclass of Conv1D":
         return DoubledConv1D(6, 6)
     if kind == "a patched forward":
         layer.forward = lambda x: x  # type: ignore[method-assign]
+    elif kind == "a patched _call_impl":
+        layer._call_impl = lambda x: x  # type: ignore[method-assign]
+    elif kind == "a weight before the parameter":
+        vars(layer)["weight"] = 2 * layer.weight.detach()
     elif kind == "a forward hook":
         layer.register_forward_hook(lambda _, args, y: 2 * y)
     elif kind == "a forward pre-hook":
@@ -96,6 +140,12 @@ def layer_of(kind: str) -> nn.Module:
 OWN = {
     "a subclass": "is a Doubled, which has a forward of its own",
     "a subclass with another call": "is a DoubledCall, which has a forward of its own",
+    "a subclass with another _call_impl": "is a DoubledCallImpl, which has a forward of its own",
+    "a subclass with a _compiled_call_impl": "is a DoubledCompiled, which has a forward of its own",
+    "a subclass with another _slow_forward": "is a DoubledTrace, which has a forward of its own",
+    "a subclass with another weight": "is a DoubledWeight whose weight is not its parameter weight",
+    "a weight before the parameter": "is a Linear whose weight is not its parameter weight",
+    "a patched _call_impl": "is a Linear with a replaced forward",
     "a subclass of Conv1D": "is a DoubledConv1D, which has a forward of its own",
     "a patched forward": "is a Linear with a replaced forward",
     "a forward hook": "is a Linear with forward hooks",
@@ -131,7 +181,8 @@ def test_a_layer_with_a_computation_of_its_own_is_refused_by_name(kind: str) -> 
     for place in range(2):
         models = [nn.Sequential(nn.Linear(6, 6)), nn.Sequential(nn.Linear(6, 6))]
         models[place][0] = layer_of(kind)
-        if kind not in ("a tensor subclass", "a patched forward") and "hook" not in kind:
+        same_class = "a tensor subclass", "a weight before the parameter"
+        if kind not in same_class and "patched" not in kind and "hook" not in kind:
             # Another architecture otherwise.
             models[1 - place][0] = layer_of(kind)
         with pytest.raises(ValueError, match=rf"models must be.* 0 of \w+ {OWN[kind]}"):
@@ -183,6 +234,26 @@ class Shifted(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) + self.embed_scale
+
+
+class Called(nn.Embedding):
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super()._call_impl(*args, **kwargs)
+
+
+def test_an_embedding_with_a_call_of_its_own_is_refused() -> None:
+    refused = "is a Called, which has a forward of its own"
+    with pytest.raises(ValueError, match=f"0 of joy {refused}"):
+        mix_models([nn.Sequential(Called(5, 6)) for _ in NAMES], NAMES)
+    with pytest.raises(ValueError, match=f"0 {refused}"):
+        inject_experts(nn.Sequential(Called(5, 6), nn.Linear(6, 6)), NAMES)
+
+
+def test_a_compiled_layer_is_steered() -> None:
+    """It computes what it did, so that only a class's own call is refused."""
+    model = nn.Sequential(nn.Linear(6, 6))
+    model[0].compile(backend="eager")
+    assert inject(model, NAMES) == ["0"]
 
 
 class Multiplied(nn.Embedding):
@@ -310,13 +381,15 @@ def test_a_subclass_and_a_parametrized_layer_that_compute_the_same_are_steered()
         assert not torch.equal(model(x), base)
 
 
-@pytest.mark.parametrize("kind", ["a forward hook", "a forward pre-hook", "a patched forward"])
+@pytest.mark.parametrize(
+    "kind", ["a forward hook", "a forward pre-hook", "a patched forward", "a patched _call_impl"]
+)
 def test_what_is_put_on_a_wrapped_layer_later_is_refused_by_steer(kind: str) -> None:
     """It would run for the base model alone. On the layer around it, it runs."""
     model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(3, 6)
     inject(model, NAMES)
     for name, value in vars(layer_of(kind)).items():
-        if name in ("forward", "_forward_hooks", "_forward_pre_hooks"):
+        if name in ("forward", "_call_impl", "_forward_hooks", "_forward_pre_hooks"):
             setattr(model[0].base_layer, name, value)
     with pytest.raises(ValueError, match=r"0: its base_layer has got .*put that on this Mixed"):
         steer(model, torch.ones(3, 2))
