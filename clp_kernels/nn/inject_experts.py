@@ -12,13 +12,13 @@ from clp_kernels.nn.experts import Experts, MixedEmbedding, MixedLinear, MixedMo
 from clp_kernels.nn.inject import flattened_targets
 from clp_kernels.nn.mix_models import (
     Stacks,
-    can_be_mixed,
     conditioned,
     input_embedding,
     refuse_other_architecture,
     refuse_other_values,
     replace,
     why_bypassed,
+    why_not_mixed,
 )
 from clp_kernels.nn.mixed_lora import is_linear
 from clp_kernels.nn.probe import OneExamplePerWeights
@@ -99,10 +99,7 @@ def put_experts(
         raise ValueError(f"dtype must be a floating dtype, got {dtype}")
     faults: dict[str, str] = {}
     for name, module in targets.items():
-        if not name or not can_be_mixed(module):
-            kind = type(module).__name__
-            faults[name] = f"is a {kind}, not a linear layer, an embedding or a norm"
-        elif fault := why_bypassed(module):
+        if fault := why_not_mixed(name, module) or why_bypassed(module):
             faults[name] = fault
     if faults:
         name, fault = next(iter(faults.items()))

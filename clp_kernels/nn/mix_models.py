@@ -174,27 +174,30 @@ def conditioned(model: nn.Module, conditioning: str) -> dict[str, nn.Module]:
         n: m for n, m in modules.items() if next(m.parameters(recurse=False), None) is not None
     }
     for name, module in targets.items():
-        if not name or not can_be_mixed(module):
+        if fault := why_not_mixed(name, module):
             raise ValueError(
                 "models must hold their parameters in linear layers, embeddings and norms, "
-                f"{name or 'the model itself'} is a {type(module).__name__}"
+                f"{name or 'the model itself'} {fault}"
             )
     return targets
 
 
-def can_be_mixed(module: nn.Module) -> bool:
-    """Whether this is a linear layer, an embedding or a norm."""
-    return is_linear(module) or _is_norm(module) or _is_embedding(module)
+def why_not_mixed(name: str, module: nn.Module) -> str | None:
+    """Why this module of a model is not a layer that can be mixed, or None.
 
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether this is one of the many norms: linear or affine in its parameters."""
-    return "Norm" in type(module).__name__ and not list(module.children())
-
-
-def _is_embedding(module: nn.Module) -> bool:
-    """Whether this is an embedding of a plain lookup, perhaps times a constant (Gemma, Bart)."""
-    return isinstance(module, nn.Embedding) and module.max_norm is None
+    Those are linear layers, the many norms, which are linear or affine in their parameters, and
+    embeddings of a plain lookup, perhaps times a constant (Gemma, Bart).
+    """
+    kind = type(module).__name__
+    kind = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
+    norm = "Norm" in kind
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return f"is {kind} with max_norm, which changes its table when it runs"
+    if norm and (inner := next(module.named_children(), None)):
+        return f"is {kind} with a module inside it ({inner[0]})"
+    if not (is_linear(module) or norm or isinstance(module, nn.Embedding)):
+        return f"is {kind}, not a linear layer, an embedding or a norm"
+    return None if name else f"is {kind}, which can be replaced only inside another module"
 
 
 def why_bypassed(module: nn.Module) -> str | None:

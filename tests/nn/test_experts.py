@@ -619,9 +619,9 @@ BAD = {
     "no attention": (lambda: [nn.Sequential(nn.Linear(2, 2))], ["a"],
                      {"conditioning": "attention"}, "Sequential has none"),
     "strange layer": (lambda: [nn.Sequential(Strange())], ["a"], {}, "norms, 0 is a Strange"),
-    "a layer itself": (lambda: [nn.Linear(2, 2)], ["a"], {}, "the model itself is a Linear"),
+    "a layer itself": (lambda: [nn.Linear(2, 2)], ["a"], {}, "the model itself is a Linear, which"),
     "max_norm": (lambda: [nn.Sequential(nn.Embedding(3, 2, max_norm=1.0))], ["a"], {},
-                 "0 is a Embedding"),
+                 "0 is an Embedding with max_norm, which changes its table when it runs"),
 }  # fmt: skip
 
 

@@ -260,6 +260,40 @@ def test_models_that_cannot_be_mixed_are_refused():
         inject_experts(injected, NAMES)
 
 
+class GroupNorms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.ones(8)), nn.LayerNorm(8)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            nn.Sequential(nn.Embedding(9, 8, max_norm=1.0)),
+            "0 is an Embedding with max_norm, which changes its table when it runs: experts cannot "
+            "be mixed there; exclude_modules=['0']",
+        ),
+        (nn.Sequential(GroupNorms()), "0 is a GroupNorms with a module inside it (inner): experts"),
+        (
+            nn.Sequential(nn.EmbeddingBag(9, 8)),
+            "0 is an EmbeddingBag, not a linear layer, an embedding or a norm: experts",
+        ),
+        (
+            nn.Linear(8, 8),
+            "the model is a Linear, which can be replaced only inside another module: experts",
+        ),
+        (
+            nn.LayerNorm(8),
+            "the model is a LayerNorm, which can be replaced only inside another module: experts",
+        ),
+    ],
+)
+def test_the_reason_why_a_module_cannot_be_mixed_is_said(model, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        inject_experts(model, ["p", "q"])
+
+
 def test_modules_that_cannot_be_mixed_are_left_out_by_name():
     """The router of a mixture of experts, and its experts, which are tensors of three axes."""
     model = small_model("mixtral", num_local_experts=2, **SIZES)
