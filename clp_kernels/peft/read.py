@@ -2,8 +2,8 @@
 
 The format is that of PEFT 0.21. PEFT itself loads missing keys, keys that overwrite base weights,
 NaN with a warning at most, and runs any regex. Here the first three are errors and no regex is run:
-the modules are then those that the tensors name. Nothing is unpickled, and no name from a file is
-imported.
+the modules and their ranks are then those of the tensors. Nothing is unpickled, and no name from a
+file is imported.
 """
 
 import json
@@ -77,7 +77,8 @@ def load_adapters(
     adapter without a module adds nothing there. `fan_in_fan_out` is taken from the layers: a flag
     that fits none of them is warned about, as in PEFT, and so are unknown fields. `lora_dropout`
     is not used. A regex in target_modules or exclude_modules is not run: the modules are then those
-    that the tensors name. target_parameters may name weights of linear layers (see
+    that the tensors name; and of each module whose rank a regex in rank_pattern may give, the rank
+    is that of its tensors. target_parameters may name weights of linear layers (see
     `save_adapters`). All checks come before the model is touched; a language model runs on six
     tokens, as in `inject`.
 
@@ -138,13 +139,13 @@ def _read_adapter(folder: Path, model: nn.Module, dtype: torch.dtype) -> Adapter
     if flag not in {is_transposed(layer) for layer in targets.values()}:
         warnings.warn(f"{file}: fan_in_fan_out={flag} fits no target layer; ignored", stacklevel=3)
     alphas = _pattern(config, "alpha_pattern", file, _check_alpha)
-    ranks = _pattern(config, "rank_pattern", file, _check_rank)
+    ranks = _pattern(config, "rank_pattern", file, _check_rank, regexes=True)
     adapter: Adapter = {}
     # As PEFT matches the patterns.
     called = {name: f"{name}.weight" if name in parameters else name for name in targets}
-    found = {name: _match(ranks, called[name], config["r"]) for name in targets}
+    found = {name: _possible_ranks(ranks, called[name], config["r"]) for name in targets}
     for name, (lora_A, lora_B) in _read_tensors(folder / TENSORS, targets, found, dtype).items():
-        alpha = float(_match(alphas, called[name], config["lora_alpha"]))
+        alpha = float(_first(alphas, called[name], config["lora_alpha"])[1])
         if config.get("use_rslora"):  # scaling is alpha / sqrt(r), ours lora_alpha / r
             alpha *= math.sqrt(len(lora_A))
         _check_alpha(file, f"lora_alpha of {name}", alpha)
@@ -315,24 +316,43 @@ def _compared(keys: Collection[str], modules: Collection[str]) -> str:
 
 
 def _pattern(
-    config: dict[str, Any], field: str, file: Path, check: Callable[[Path, str, Any], None]
+    config: dict[str, Any],
+    field: str,
+    file: Path,
+    check: Callable[[Path, str, Any], None],
+    *,
+    regexes: bool = False,
 ) -> _Pattern:
-    """rank_pattern or alpha_pattern, all of it checked."""
+    """rank_pattern or alpha_pattern, all of it checked; `regexes`: keys may be regexes."""
     pattern = config.get(field) or {}
     if not isinstance(pattern, dict):
         raise _error(file, field, "an object", pattern)
     for key, value in pattern.items():
-        if not re.fullmatch(r"\^?[\w.-]+", key):
+        if not regexes and not _plain(key):
             raise _error(file, field, "keyed by module names or endings of them (no regexes)", key)
         check(file, f"{field} of {_short(key)}", value)
     return {key: (i, value) for i, (key, value) in enumerate(pattern.items())}
 
 
-def _match(pattern: _Pattern, name: str, default: Any) -> Any:
+def _plain(key: str) -> bool:
+    """Whether a key of a pattern is a name or an ending of one, and no other regex."""
+    return re.fullmatch(r"\^?[\w.-]+", key) is not None
+
+
+def _first(pattern: _Pattern, name: str, default: Any) -> tuple[int, Any]:
     """The first entry for a module: by its name, its name after "^", or an ending of its name."""
     parts = name.split(".")
     keys = [f"^{name}", *(".".join(parts[i:]) for i in range(len(parts)))]
-    return min((pattern[key] for key in keys if key in pattern), default=(0, default))[1]
+    return min((pattern[key] for key in keys if key in pattern), default=(len(pattern), default))
+
+
+def _possible_ranks(pattern: _Pattern, name: str, default: int) -> list[int]:
+    """The ranks that a module may have: that of the first name which matches it, or the default.
+
+    A regex is not run: each one before that name may match too, and the tensors say which does.
+    """
+    place, rank = _first(pattern, name, default)
+    return [rank, *{r for key, (i, r) in pattern.items() if i < place and not _plain(key)}]
 
 
 def _read_keys(file: Path) -> frozenset[str]:
@@ -344,9 +364,12 @@ def _read_keys(file: Path) -> frozenset[str]:
 
 
 def _read_tensors(
-    file: Path, targets: dict[str, nn.Module], ranks: dict[str, int], dtype: torch.dtype
+    file: Path, targets: dict[str, nn.Module], ranks: dict[str, list[int]], dtype: torch.dtype
 ) -> dict[str, list[Tensor]]:
-    """[A, B] of each target, cast and finite; the file must hold these and nothing else."""
+    """[A, B] of each target, cast and finite; the file must hold these and nothing else.
+
+    Of the ranks that a target may have it has that of its lora_A.
+    """
     tensors: dict[str, list[Tensor]] = {name: [] for name in targets}
     try:
         with safe_open(str(file), framework="pt") as stored:
@@ -360,7 +383,11 @@ def _read_tensors(
                 if not weight.is_floating_point():
                     raise _error(file, name, "a layer that is not quantised", str(weight.dtype))
                 rows, columns = weight.shape[::-1] if is_transposed(layer) else weight.shape
-                shapes = [ranks[name], columns], [rows, ranks[name]]
+                rank, first = ranks[name][0], tensor_keys(name)[0]
+                if len(ranks[name]) > 1 and first in found:
+                    length = stored.get_slice(first).get_shape()[:1]
+                    rank = next((r for r in ranks[name] if [r] == length), rank)
+                shapes = [rank, columns], [rows, rank]
                 for key, shape in zip(tensor_keys(name), shapes, strict=True):
                     if key not in found:
                         raise _error(file, key, f"a tensor {shape}, as a target's", "no such key")

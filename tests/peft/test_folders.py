@@ -413,6 +413,18 @@ def test_names_inside_wrappers_are_the_models_own(tmp_path: Path) -> None:
 CHOSEN: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "a regex": (llama, {"target_modules": r".*\.(q|v)_proj"}),
     "a regex of one layer": (llama, {"target_modules": r"model\.layers\.1\..*(up|down)_proj"}),
+    "regexes of ranks": (
+        llama,
+        {"target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"],
+         "rank_pattern": {r"^model\.layers\.1\.self_attn\.v_proj": 6, "up_proj$": 2,
+                          r"layers\.[07]\.self_attn\.q_proj": 7, "q_proj": 3},
+         "alpha_pattern": {"1.self_attn.v_proj": 5, "0.mlp.up_proj": 3}},
+    ),
+    "regexes of ranks, rslora": (
+        gpt2,
+        {"target_modules": ["c_attn", "c_fc"], "rank_pattern": {r"[h]\.(0|7)\..*": 6, "c_attn": 2},
+         "alpha_pattern": {"1.attn.c_attn": 5}, "use_rslora": True, "fan_in_fan_out": True},
+    ),
     "one name": (llama, {"target_modules": "model.layers.1.self_attn.o_proj"}),
     "an excluded regex": (
         llama,
@@ -455,7 +467,10 @@ CHOSEN: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", CHOSEN)
 def test_modules_chosen_in_pefts_other_ways(kind: str, tmp_path: Path) -> None:
-    """Regexes and layer numbers, as PEFT writes them: the same modules and logits here."""
+    """Regexes and layer numbers, as PEFT writes them: the same modules and logits here.
+
+    PEFT sorts the keys of patterns when it writes them, and the first one that matches counts.
+    """
     make, chosen = CHOSEN[kind]
     base = make()
     folder = peft_folder(base, tmp_path / "a", 1, r=4, lora_alpha=8, **chosen)
@@ -475,7 +490,8 @@ def test_a_regex_is_not_run(tmp_path: Path) -> None:
     name = "a" * 40 + "b"
     model = nn.ModuleDict({name: nn.Linear(6, 6)})
     folder = peft_folder(model, tmp_path / "a", target_modules=[name], r=2)
-    fields(target_modules="(a+)+$", exclude_modules="(a+)+$")(folder)
+    pattern = {"(a+)+$": 2, "(a+)+c": 3}
+    fields(target_modules="(a+)+$", exclude_modules="(a+)+$", rank_pattern=pattern)(folder)
     assert load_adapters(model, [folder]) == [name]
 
 
@@ -792,7 +808,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (fields(target_modules=["q_proj", "v_proj"]), "v_proj.lora_A.*no such key"),
     "all excluded": (fields(exclude_modules=["q_proj"]), "target_modules must be the names of"),
     "pattern list": (fields(rank_pattern=[1]), "rank_pattern must be an object"),
-    "pattern regex": (fields(rank_pattern={"(a+)+": 4}), r"rank_pattern .*no regexes.*'\(a\+\)\+'"),
+    "pattern regex": (fields(r=8, rank_pattern={"(a+)+": 5}), r"shape \[8, 32\], got \[4, 32\]"),
+    "pattern regex rank": (
+        fields(rank_pattern={"(a+)+": 0}),
+        r"rank_pattern of '\(a\+\)\+' must be",
+    ),
+    "pattern name first": (
+        fields(rank_pattern={"q_proj": 5, ".*": 4}),
+        r"shape \[5, 32\], got \[4, 32\]",
+    ),
     "pattern rank": (fields(rank_pattern={"q_proj": 0}), "rank_pattern of 'q_proj' must be an int"),
     "pattern other": (fields(rank_pattern={"1.self_attn.q_proj": 5}), r"shape \[5, 32\]"),
     "alpha regex": (fields(alpha_pattern={"q|v": 4}), "alpha_pattern .*no regexes"),
