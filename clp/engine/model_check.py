@@ -23,8 +23,8 @@ def prepare(slot_model: SlotModel, steer: Any, weights: Tensor, *, recorded: boo
         steer: Weights [B, m] -> context, as of a clp.policies.interface.Network.
         weights: [1, m]. Weights of zero would hide the adapters.
 
-    Raises: ValueError for a model whose logits differ through the slots or are not finite, or that
-        fails there.
+    Raises: ValueError for a model whose logits differ through the slots, from run to run (dropout
+        in training mode) or are not finite, or that fails there.
     """
     model, cache = slot_model.model, slot_model.cache
     cache.resize(LARGEST_BATCH, BLOCK)
@@ -59,10 +59,20 @@ def _difference(slot_model: SlotModel, steer: Any, weights: Tensor) -> str | Non
     ids = [min(i, config.vocab_size - 1) for i in range(1, 6)]
     tokens = torch.tensor(ids, device=device)[:, None]
     positions = torch.arange(5, device=device)[:, None]
-    with model_errors(), steer(weights):
-        wanted = model(input_ids=tokens.t(), use_cache=False).logits[0, -1]
+
+    def plain() -> Tensor:
+        with model_errors(), steer(weights):
+            logits: Tensor = model(input_ids=tokens.t(), use_cache=False).logits
+        return logits[0, -1]
+
+    wanted = plain()
     if not bool(wanted.isfinite().all()):
         raise ValueError(f"the logits of {type(model).__name__} are not finite: are its weights?")
+    if any(module.training for module in model.modules()) and not torch.equal(plain(), wanted):
+        raise ValueError(
+            f"{type(model).__name__} is in training mode, in which its logits differ from run to "
+            "run, as by dropout: call eval() on it (policy.model.eval())"
+        )
     plan = Prefill(cache, [Segment(0, 0, 4)], device)
     slot_model.prefill(steer(weights.expand(4, -1)), tokens[:4], positions[:4], plan)
     step = Decode(cache, 0, positions[4], 5, True)

@@ -206,6 +206,37 @@ def test_a_family_whose_linear_layers_are_its_own_is_refused_by_inject():
         policy_of(model)
 
 
+@pytest.mark.parametrize("part", ["", "transformer.drop", "transformer.h.1.attn"])
+def test_training_mode_with_dropout_is_named(part):
+    """By a new sampler, and by one whose model has changed."""
+    policy = policy_of(made("gpt2", SMALL_GPT))
+    sampler = Sampler(policy)
+    wanted = sampler.generate(prompts()[:1], WEIGHTS[0], greedy(), simplex=False)[0].token_ids
+    policy.model.get_submodule(part).train()
+    refusal = r"^GPT2LMHeadModel is in training mode, in which .*\(policy\.model\.eval\(\)\)$"
+    with pytest.raises(ValueError, match=refusal):
+        Sampler(policy)
+    with pytest.raises(ValueError, match=refusal):
+        sampler.generate(prompts()[:1], WEIGHTS[0], greedy(), simplex=False)
+    policy.model.eval()
+    done = Sampler(policy).generate(prompts()[:1], WEIGHTS[0], greedy(), simplex=False)
+    assert done[0].token_ids == wanted
+
+
+def test_training_mode_without_dropout_is_sampled():
+    none = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    policy = policy_of(made("gpt2", SMALL_GPT | none))
+    wanted = Sampler(policy).generate(prompts()[:1], WEIGHTS[0], greedy(), simplex=False)
+    policy.model.train()
+    done = Sampler(policy).generate(prompts()[:1], WEIGHTS[0], greedy(), simplex=False)
+    assert done[0].token_ids == wanted[0].token_ids
+    # What is refused in eval mode too is refused for that reason.
+    policy = policy_of(made(*REFUSED["gptj"][:2]))
+    policy.model.train()
+    with pytest.raises(ValueError, match="does not support GPTJForCausalLM: its logits differ"):
+        Sampler(policy)
+
+
 def test_an_encoder_is_refused():
     config = transformers.T5Config(vocab_size=1024, d_model=32, d_kv=8, d_ff=48, num_layers=2,
                                    num_heads=4, decoder_start_token_id=0)  # fmt: skip
