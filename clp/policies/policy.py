@@ -61,6 +61,20 @@ def _digests(base: Any) -> dict[str, str]:
     return {str(base.dtype).removeprefix("torch."): digest(base.parameters())}
 
 
+def _with_known(
+    found: dict[str, str], known: dict[str, str], directory: Path, base: str
+) -> dict[str, str]:
+    """The digests of a base model and those that a card has of it in other dtypes.
+
+    Raises: ValueError if the card has another one of a dtype.
+    """
+    if any(known.get(dtype, own) != own for dtype, own in found.items()):
+        raise ValueError(
+            f"{directory} was run with another base model: its parameters are not {base}'s"
+        )
+    return known | found
+
+
 class Policy(Steerable):
     """One policy pi(y | x; w) for all weights w over the objectives.
 
@@ -185,12 +199,10 @@ class Policy(Steerable):
         model, tokenizer = load_base(base, dtype)
         digests = _digests(model)
         how.load(model, card["objectives"], directory, card["adapters"])
-        known = card["base_digests"] or {}
-        if any(known.get(kind, own) != own for kind, own in digests.items()):
-            raise ValueError(f"{directory} was made from other parameters than those of {base}")
+        digests = _with_known(digests, card["base_digests"] or {}, directory, base)
         return cls(
             model.to(device), tokenizer, card["objectives"], base, card["rewards"],
-            card["reward_scale"], how, card["ends"], known | digests,
+            card["reward_scale"], how, card["ends"], digests,
         )  # fmt: skip
 
     @classmethod

@@ -227,9 +227,9 @@ class CLPConfig:
         if not 1e-6 <= self.temperature <= 1e6:
             raise ValueError(f"temperature must be in [1e-06, 1e+06], got {self.temperature:g}")
         # Their product is a float32 in the optimizer.
-        for name in ("learning_rate", "weight_decay"):
-            if (values[name] or 0) > 1e6:
-                raise ValueError(f"{name} must be at most 1e+06, got {values[name]:g}")
+        for name, most in (("learning_rate", 1e30), ("weight_decay", 1e6)):
+            if (values[name] or 0) > most:
+                raise ValueError(f"{name} must be at most {most:g}, got {values[name]:g}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
 

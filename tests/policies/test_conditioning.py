@@ -250,7 +250,7 @@ def test_a_base_with_other_parameters_is_refused(tmp_path, conditioning):
     again = Policy.load(tmp_path / "p")
     again.save(tmp_path / "again")
     shutil.copytree(base, tmp_path / "moved")
-    refusal = f"was made from other parameters than those of {other}"
+    refusal = f"was run with another base model: its parameters are not {other}'s"
     for folder in (tmp_path / "p", tmp_path / "again"):
         Policy.load(folder, base_model=str(tmp_path / "moved"))
         with pytest.raises(ValueError, match=refusal):
@@ -258,7 +258,7 @@ def test_a_base_with_other_parameters_is_refused(tmp_path, conditioning):
     # In another dtype nothing is known of it, until it is saved in that too.
     Policy.load(tmp_path / "p", base_model=str(base), dtype=torch.bfloat16).save(tmp_path / "p")
     for dtype in (torch.float32, torch.bfloat16):
-        with pytest.raises(ValueError, match="was made from other parameters"):
+        with pytest.raises(ValueError, match="was run with another base model"):
             Policy.load(tmp_path / "p", base_model=str(other), dtype=dtype)
 
 

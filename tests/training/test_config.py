@@ -124,6 +124,21 @@ def test_text_that_looks_like_a_number_elsewhere_stays_text(load):
     assert (config.model, config.output_dir) == ("1e-3", "runs/1e-3")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("learning_rate", 1e31, r"learning_rate must be at most 1e\+30, got 1e\+31"),
+        ("weight_decay", 1e7, r"weight_decay must be at most 1e\+06, got 1e\+07"),
+        ("weight_decay", float("inf"), "weight_decay must be at most"),
+        ("temperature", 1e7, r"temperature must be in \[1e-06, 1e\+06\], got 1e\+07"),
+        ("temperature", 1e-30, r"temperature must be in \[1e-06, 1e\+06\], got 1e-30"),
+    ],
+)
+def test_what_float32_does_not_hold_is_refused_before_a_run(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        CLPConfig(**{name: value})
+
+
 def test_the_bounds_are_those_of_the_loader():
     assert (LARGEST_R, LARGEST_LORA_ALPHA) == (MAX_RANK, MAX_ALPHA)
     CLPConfig(r=LARGEST_R, lora_alpha=LARGEST_LORA_ALPHA)
