@@ -76,17 +76,23 @@ def cpu_missing() -> str | None:
     return load("_cpu")[1]
 
 
-@cache
-def cuda_missing() -> str | None:
-    """None if the CUDA kernels can run, else a sentence that says why not."""
+def cuda_missing(device: torch.device | None = None) -> str | None:
+    """None if the CUDA kernels can run on a GPU (default: the current one), or why not."""
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
+    index = None if device is None else device.index
+    return cuda_missing_on(torch.cuda.current_device() if index is None else index)
+
+
+@cache
+def cuda_missing_on(index: int) -> str | None:
+    """`cuda_missing` for one GPU of this process."""
     if torch.version.cuda is None:
         return "this PyTorch drives its GPUs with ROCm, the kernels are CUDA"
     module, reason = load("_cuda")
     if module is None:
         return reason
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(index)
     if not any(runs_on(built, capability) for built in module.ARCHITECTURES):
         built_for = ", ".join(module.ARCHITECTURES)
         return f"clp_kernels._cuda is built for {built_for}, the GPU has capability {capability}"
@@ -100,7 +106,7 @@ def cpu() -> Any:
 
 def cuda() -> Any:
     """The module clp_kernels._cuda. Raises RuntimeError, with the reason, if it is missing."""
-    return _present("_cuda", cuda_missing())
+    return _present("_cuda", load("_cuda")[1] if torch.cuda.is_available() else cuda_missing())
 
 
 def has_native_gemm(dtype: torch.dtype) -> bool:

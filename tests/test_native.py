@@ -1,5 +1,6 @@
 """Loading the compiled modules, and which instruction set and architecture they run on."""
 
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -49,6 +50,28 @@ def test_cuda_missing_without_a_gpu() -> None:
     assert native.cuda_missing() == "PyTorch sees no CUDA device"
     with pytest.raises(RuntimeError, match="PyTorch sees no CUDA device"):
         cuda_sample.sample(arguments())
+
+
+def test_each_gpu_has_its_own_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two unlike ones in a machine: what the current one lacks says nothing of the other."""
+    capabilities = [(9, 0), (7, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    module = SimpleNamespace(ARCHITECTURES=("sm_80", "sm_90a"))
+    monkeypatch.setattr(native, "load", lambda name: (module, None))
+    old = "clp_kernels._cuda is built for sm_80, sm_90a, the GPU has capability (7, 0)"
+    native.cuda_missing_on.cache_clear()
+    try:
+        for current in (0, 1):
+            monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+            assert native.cuda_missing(torch.device("cuda:0")) is None
+            assert native.cuda_missing(torch.device("cuda:1")) == old
+            for device in (None, torch.device("cuda")):
+                assert native.cuda_missing(device) == (old if current else None)
+            assert native.cuda() is module
+    finally:
+        native.cuda_missing_on.cache_clear()
 
 
 @pytest.mark.parametrize(

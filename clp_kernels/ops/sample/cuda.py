@@ -12,7 +12,7 @@ def why_not(inputs: Inputs) -> str | None:
     """None if the kernel can run, else a sentence."""
     if inputs.logits.device.type != "cuda":
         return f"the logits are on {inputs.logits.device}, not on a GPU"
-    return native.cuda_missing() or native.dtype_why_not(inputs.logits)
+    return native.cuda_missing(inputs.logits.device) or native.dtype_why_not(inputs.logits)
 
 
 def sample(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
