@@ -101,9 +101,12 @@ def _tile(kernel: str, chosen: Plan, mixed: bool) -> Tile:
 
 def settings_of(
     kernel: str, chosen: Plan, x_dtype: torch.dtype, lora_dtype: torch.dtype, r: int,
-    forward: bool, aligned: bool,
+    forward: bool, aligned: bool, transposed: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """Constexprs and compile options of one kernel: for its launch and for `variants`."""
+    """Constexprs and compile options of one kernel: for its launch and for `variants`.
+
+    transposed: whether base_weight lies in memory as [in, out].
+    """
     mixed = lora_dtype != x_dtype
     tile = _tile(kernel, chosen, mixed)
     constexprs: dict[str, Any] = {
@@ -121,7 +124,8 @@ def settings_of(
     constexprs |= {"BLOCK_N": tile.columns, "BLOCK_R": 16 if mixed else chosen.rank_block}
     if kernel == "product":
         constexprs |= {
-            "PDL": chosen.pdl, "LOW_RANK_FIRST": chosen.low_rank_first, "BLOCK_K": tile.depth,
+            "BY_OUTPUT": forward != transposed, "PDL": chosen.pdl,
+            "LOW_RANK_FIRST": chosen.low_rank_first, "BLOCK_K": tile.depth,
         }  # fmt: skip
         options |= {"launch_pdl": True} if chosen.pdl else {}
     return constexprs, options
@@ -149,12 +153,20 @@ def _shrink(
 def _product(inputs: Inputs, x: Tensor, forward: bool, chosen: Plan) -> tuple[Tensor, Tensor]:
     """(X M + bias + z Q [T, N], u [T, m*r]): the forward of x, or dx and g of dy."""
     _, base_weight, lora_A, lora_B, weights, bias, ids, _ = inputs
-    rows, base, r = matrix(x), matrix(base_weight), lora_A.shape[1]
-    tokens, features = rows.shape[0], base.shape[0 if forward else 1]
+    rows, r = matrix(x), lora_A.shape[1]
+    tokens, features = rows.shape[0], base_weight.shape[0 if forward else 1]
     q = lora_B if forward else lora_A
-    aligned = _aligned(rows, base, lora_A, lora_B) and features % 16 == 0
     kernel = "product" if chosen.path == "fused" else "expand"
-    constexprs, options = settings_of(kernel, chosen, x.dtype, q.dtype, r, forward, aligned)
+    base, transposed = base_weight, False
+    aligned = _aligned(rows, lora_A, lora_B) and features % 16 == 0
+    if kernel == "product":
+        # A transposed one (GPT-2's Conv1D) is read as it lies: a copy in each call would cost as
+        # much as a decoding step's product.
+        transposed = base.stride(1) != 1 and base.stride(0) == 1
+        base = matrix(base.t() if transposed else base)
+        aligned = aligned and _aligned(base)
+    settings = settings_of(kernel, chosen, x.dtype, q.dtype, r, forward, aligned, transposed)
+    constexprs, options = settings
     tiles_t = triton.cdiv(tokens, constexprs["BLOCK_T"])
     grid = tiles_t * triton.cdiv(features, constexprs["BLOCK_N"])
     if kernel == "expand":
@@ -329,8 +341,9 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
     """Every kernel variant that `plan` can choose, for a compile without a GPU.
 
     Each tile with every pair of dtypes at r = 16 and aligned; the forward with bias and
-    example_ids, dx without. float16 only forward: it compiles to bfloat16's code with another
-    instruction type. One bucket also at r = 12, where nothing is aligned.
+    example_ids, dx without; with a base_weight that is stored transposed, too. float16 only
+    forward: it compiles to bfloat16's code with another instruction type. One bucket also at
+    r = 12, where nothing is aligned.
     """
     found: list[Variant] = []
     grid = product((16, 64, 256, 4096, 4097), (1024, 4096), (16, 64), _DTYPES, (False, True))
@@ -372,6 +385,9 @@ def _variants(
             settings = settings_of(name, chosen, *dtypes, r, forward, aligned)
             absent = () if forward else ("ids", "bias")
             yield one(getattr(kernels, f"{name}_kernel"), settings, *absent)
+        if dtypes[0] != torch.float16:
+            settings = settings_of("product", chosen, *dtypes, r, forward, aligned, transposed=True)
+            yield one(kernels.product_kernel, settings, *absent)
     adapters = _adapter_settings(*dtypes, m, r, aligned)
     yield one(kernels.adapter_gradient_kernel, adapters)
     summed = {"RANK": r, "BLOCK": _SUM_BLOCK}, {"num_warps": 4}

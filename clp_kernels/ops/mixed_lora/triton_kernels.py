@@ -196,12 +196,14 @@ def _low_rank(
 def product_kernel(
     x_ptr, base_ptr, z_ptr, q_ptr, bias_ptr, weights_ptr, ids_ptr, out_ptr, num_tokens, depth,
     features, num_adapters, batch_size, tokens_per_example, x_stride, base_stride,
-    RANK: tl.constexpr, FORWARD: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
-    LOW_RANK_FIRST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
+    RANK: tl.constexpr, FORWARD: tl.constexpr, BY_OUTPUT: tl.constexpr, ALIGNED: tl.constexpr,
+    PDL: tl.constexpr, LOW_RANK_FIRST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """out = X M + z Q + bias, rounded once; M is W^T where FORWARD, else W.
 
+    In memory a row of `base` is a column of M, which makes one output feature, where BY_OUTPUT,
+    else a row of M.
     Without LOW_RANK_FIRST z is needed last, so that X M runs beside the shrink, at the price of a
     second accumulator: for small tiles. With it z Q starts the one accumulator: for large tiles.
     Either way a row of zero weights has the bits of X M + bias.
@@ -240,7 +242,7 @@ def product_kernel(
         k_in = k < depth
         x_tile = tile_at(x_rows, k[None, :], 1, ALIGNED)
         x = tl.load(x_tile, mask=t_in[:, None] & k_in[None, :], other=0.0)
-        if FORWARD:
+        if BY_OUTPUT:
             w_tile = tile_at(base_ptr + n[None, :] * base_stride, k[:, None], 0, ALIGNED)
         else:
             w_tile = tile_at(base_ptr + k[:, None] * base_stride, n[None, :], 1, ALIGNED)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from cases import BF16, F16, F32, F64, INF, NAN, LoraInputs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clp_kernels.testing import WEIGHT_KINDS, expanded, noncontiguous
 
@@ -128,6 +129,39 @@ def test_sampled_case_within_budget(case: Case) -> None:
     few = case.tokens and (case.tokens <= 2 or case.strides == "expanded")
     draws = [draw(case) for _ in range(2 if few else 1)]
     cases.judge_lora(draws, [run(inputs, case.invariant, case.path) for inputs in draws])
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the elements of the largest tensor that PyTorch makes meanwhile."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        known = {t.data_ptr() for t in args if isinstance(t, Tensor)}
+        for t in made if isinstance(made, tuple) else (made,):
+            if isinstance(t, Tensor) and t.data_ptr() not in known:
+                self.largest = max(self.largest, t.numel())
+        return made
+
+
+@interpreted
+@pytest.mark.parametrize("path", ["fused", "split", "invariant"])
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_a_transposed_base_is_read_as_it_lies(dtype: torch.dtype, path: str) -> None:
+    """GPT-2's Conv1D: a copy of it in each call would cost as much as a decoding step."""
+    case = Case(dtype, lora_dtype=dtype, tokens=5, batch=1, in_features=128, out_features=96)
+    dense = draw(case)
+    stored = dense.base_weight.t().contiguous()
+    inputs = replace(dense, base_weight=stored.t())
+    invariant, path_name = path == "invariant", None if path == "invariant" else path
+    cases.judge_lora([inputs], [run(inputs, invariant, path_name)])
+    given = inputs.call(invariant)
+    needs = [True, False, True, True, True, True]
+    with _Copies() as copies:
+        _, u = backend.mixed_lora(given, path_name)
+        backend.mixed_lora_backward(given, inputs.dy, u, needs, path_name)
+    assert 0 < copies.largest < stored.numel()
 
 
 @interpreted
@@ -425,6 +459,8 @@ def test_variants_cover_the_plan(capability: tuple[int, int]) -> None:
             {dtype, F32},
             (1,) if dtype == F16 else (0, 1),
         ):
-            settings = backend.settings_of(name, chosen, dtype, lora_dtype, 16, bool(forward), True)
             wanted = triton_launch.KINDS[lora_dtype]
-            assert (f"{name}_kernel", wanted, key(*settings)) in compiled, (name, sizes)
+            given = name, chosen, dtype, lora_dtype, 16, bool(forward), True
+            for transposed in (False, dtype != F16):
+                settings = backend.settings_of(*given, transposed)
+                assert (f"{name}_kernel", wanted, key(*settings)) in compiled, (name, sizes)
