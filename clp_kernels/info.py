@@ -38,9 +38,14 @@ def collect() -> dict[str, Any]:
             "_cuda": _loaded("cuda"),
         },
         "backends": {
-            op: [entry.name for entry in table if entry.name not in absent]
+            op: [entry.name for entry in table if entry.name not in absent and not entry.kernels_of]
             for op, table in sorted(registry.BACKENDS.items())
             if not op.endswith("_backward")
+        },
+        "names without kernels": {
+            op: ", ".join(f"{name} means {other}" for name, other in others)
+            for op, table in sorted(registry.BACKENDS.items())
+            if (others := [(entry.name, entry.kernels_of) for entry in table if entry.kernels_of])
         },
         "backends not here": absent or "none",
         "verified GPU kernels": [f"{op}/{name} on sm_{a}{b}" for op, name, (a, b) in

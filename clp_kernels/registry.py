@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +29,9 @@ from clp_kernels.native import BackendError
 VERIFIED: frozenset[tuple[str, str, tuple[int, int]]] = frozenset()
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
+# What a name means for an op that has no kernels of it, so that a call that names a GPU backend has
+# its gradients, and CLP_KERNELS_BACKEND serves a whole model. "auto" passes over these.
+_INSTEAD = {"triton": "reference", "cuda": "triton"}
 
 
 def _none(*_: Any) -> None:
@@ -41,12 +44,16 @@ class Backend:
 
     fast_path: returns None, or a function that the public one tries first, on its unchecked
     arguments; that returns the result, or None to have the call checked and dispatched.
+    too_slow: of a call that it can run: why "auto" takes another, or None.
+    kernels_of: the backend whose kernels these are, if it is not `name` (see _INSTEAD).
     """
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None] = _none
     fast_path: Callable[[], Callable[..., Any] | None] = _none
+    too_slow: Callable[..., str | None] = _none
+    kernels_of: str = ""
 
 
 BACKENDS: dict[str, tuple[Backend, ...]] = {}
@@ -68,7 +75,13 @@ def register(
     last; by default they are the same.
     """
     name = schema.split("(", 1)[0]
-    BACKENDS[name] = backends
+    table = {entry.name: entry for entry in backends}
+    for absent, instead in _INSTEAD.items():
+        if absent not in table:
+            kernels_of = table[instead].kernels_of or instead
+            table[absent] = replace(table[instead], name=absent, kernels_of=kernels_of)
+    table["reference"] = table.pop("reference")  # it stays the last
+    BACKENDS[name] = tuple(table.values())
     if pack is not None:
         _PACK[name] = pack
     _LIBRARY.define(schema)
@@ -138,14 +151,16 @@ def select(op: str, backend: str, *args: Any) -> Backend:
     wanted = requested(backend)
     table = BACKENDS[op]
     if wanted == "auto":
+        reasons = []
         for entry in table:
-            if entry.why_not(*args) is None and _unverified(op, entry.name, args) is None:
+            if entry.kernels_of:
+                continue
+            reason = entry.why_not(*args) or entry.too_slow(*args)
+            reason = reason or _unverified(op, entry.name, args)
+            if reason is None:
                 return entry
-        reasons = "; ".join(
-            f"{entry.name}: {entry.why_not(*args) or _unverified(op, entry.name, args)}"
-            for entry in table
-        )
-        raise BackendError(f"no backend can run {op}: {reasons}")
+            reasons.append(f"{entry.name}: {reason}")
+        raise BackendError(f"no backend can run {op}: {'; '.join(reasons)}")
     for entry in table:
         if entry.name == wanted:
             reason = entry.why_not(*args)
@@ -186,11 +201,20 @@ def fake_gradients(inputs: list[Tensor | None], needs: list[bool]) -> tuple[Tens
     )
 
 
-def _run(name: str, args: tuple[Any, ...]) -> Any:
-    inputs, device = args[:-1], args[0].device.type
+def chosen(name: str, args: tuple[Any, ...]) -> tuple[Backend, tuple[Any, ...]]:
+    """For a call of torch.ops.clp_kernels.<name>(*args): its backend, and that one's arguments.
+
+    Raises: as `select`.
+    """
+    inputs = args[:-1]
     if name in _PACK:
         inputs = _PACK[name](*inputs)
-    kernel = select(name, args[-1], *inputs).run
+    return select(name, args[-1], *inputs), inputs
+
+
+def _run(name: str, args: tuple[Any, ...]) -> Any:
+    backend, inputs = chosen(name, args)
+    kernel, device = backend.run, args[0].device.type
     if torch.is_autocast_enabled(device):
         # Autocast applies in the layers; here it would round the float32 accumulators.
         with torch.autocast(device, enabled=False):

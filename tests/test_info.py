@@ -38,6 +38,8 @@ def test_json_lists_the_backends_that_run_here_and_why_the_others_do_not() -> No
         assert names == [e.name for e in registry.BACKENDS[op] if e.name not in here]
         assert names[-1] == "reference"
     assert report["versions"]["torch"]
+    assert report["names without kernels"]["mixed_lora_backward"] == "cuda means triton"
+    assert "mixed_lora" not in report["names without kernels"]
 
 
 def test_the_interpreter_makes_triton_a_backend_that_exists() -> None:

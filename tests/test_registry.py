@@ -36,7 +36,7 @@ def sample_arguments(
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if both compiled modules were here."""
     monkeypatch.setattr(native, "cpu_missing", lambda: None)
-    monkeypatch.setattr(native, "cuda_missing", lambda: None)
+    monkeypatch.setattr(native, "cuda_missing", lambda *_: None)
     # A GPU of no architecture that any kernel is verified on.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (0, 0))
 
@@ -95,6 +95,38 @@ def test_every_op_ends_in_the_reference(op: str) -> None:
     assert last.run is getattr(module, op)
     assert all(e.name in registry.NAMES and e.name not in ("auto", "reference") for e in others)
     assert len({e.name for e in registry.BACKENDS[op]}) == len(registry.BACKENDS[op])
+
+
+@pytest.mark.parametrize("op", sorted(registry.BACKENDS))
+def test_every_op_and_its_backward_know_every_name(op: str) -> None:
+    """So that a named backend has its gradients, and serves a whole model."""
+    table = {entry.name: entry for entry in registry.BACKENDS[op]}
+    assert set(table) == set(registry.NAMES) - {"auto"}
+    for entry in table.values():
+        if entry.kernels_of:
+            own = table[entry.kernels_of]
+            assert (entry.run, entry.why_not) == (own.run, own.why_not) and not own.kernels_of
+    if op != "linear_logprob_backward":  # not written yet
+        assert not table["triton"].kernels_of
+
+
+def test_auto_passes_over_names_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = Backend("cuda", lambda *_: None, kernels_of="triton")
+    rest = registry.BACKENDS["mixed_lora"][-1:]
+    monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (named, *rest))
+    assert select("mixed_lora", "auto", *LORA).name == "reference"
+    assert select("mixed_lora", "cuda", *LORA) is named
+
+
+def test_auto_passes_over_what_is_too_slow_for_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Backend("cpu", lambda *_: None, too_slow=lambda *_: "many tokens")
+    last = registry.BACKENDS["mixed_lora"][-1]
+    monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (slow, last))
+    assert select("mixed_lora", "auto", *LORA).name == "reference"
+    assert select("mixed_lora", "cpu", *LORA) is slow
+    monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (slow,))
+    with pytest.raises(RuntimeError, match="no backend can run mixed_lora: cpu: many tokens"):
+        select("mixed_lora", "auto", *LORA)
 
 
 def test_every_op_of_the_library_has_a_row() -> None:

@@ -16,6 +16,7 @@ from clp_kernels.nn.mixed_lora import (
 )
 from clp_kernels.nn.probe import OneExamplePerWeights, can_probe, layout
 from clp_kernels.nn.steering import Steering, all_steered, distinct_names
+from clp_kernels.registry import requested
 
 
 def inject(
@@ -28,6 +29,7 @@ def inject(
     exclude_modules: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
+    backend: str = "auto",
 ) -> list[str]:
     """Replaces the target layers of a model by MixedLoRALinear, in place, and freezes the rest.
 
@@ -45,6 +47,7 @@ def inject(
         exclude_modules: Names of targets to leave out, matched in the same way.
         dtype: Of the adapters' parameters: float32, or the base layers'.
         generator: Source of the start values; the global one if None.
+        backend: Of the layers' calls; see `mixed_lora`.
 
     Returns:
         The names of the replaced modules. At the start B = 0: any weights give the base model.
@@ -67,7 +70,7 @@ def inject(
     targets = target_linears(model, target_modules, exclude_modules)
     ranks = {name: [r] * len(adapters) for name in targets}
     alphas = {name: [float(lora_alpha)] * len(adapters) for name in targets}
-    for layer in replace_linears(model, adapters, ranks, alphas, dtype).values():
+    for layer in replace_linears(model, adapters, ranks, alphas, dtype, backend).values():
         layer.reset_parameters(generator)
     return list(targets)
 
@@ -113,6 +116,7 @@ def replace_linears(
     ranks: dict[str, list[int]],
     lora_alpha: dict[str, list[float]],
     dtype: torch.dtype,
+    backend: str = "auto",
 ) -> dict[str, MixedLoRALinear]:
     """Wraps the named layers (adapters all zero), freezes everything else, returns the new layers.
 
@@ -120,6 +124,7 @@ def replace_linears(
     the first replacement, so a refused model is unchanged.
     """
     names = distinct_names("adapters", adapters)
+    requested(backend)
     if all_steered(model):
         raise ValueError("model has adapters already; inject or load_adapters works once a model")
     if not ranks:
@@ -149,6 +154,7 @@ def replace_linears(
             steering=steering,
             # A float64 model (tests, gradcheck) gets float64 adapters.
             dtype=torch.float64 if weights[name].dtype == torch.float64 else dtype,
+            backend=backend,
         )
         for place in [n for n, module in places if module is layer]:
             parent, _, child = place.rpartition(".")

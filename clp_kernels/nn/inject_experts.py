@@ -23,6 +23,7 @@ from clp_kernels.nn.mix_models import (
 from clp_kernels.nn.mixed_lora import is_linear
 from clp_kernels.nn.probe import OneExamplePerWeights
 from clp_kernels.nn.steering import Steering, all_steered, distinct_names
+from clp_kernels.registry import requested
 
 
 def inject_experts(
@@ -32,6 +33,7 @@ def inject_experts(
     target_modules: str | Sequence[str] = "full",
     exclude_modules: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
 ) -> list[str]:
     """Gives every target module m experts, in place, and freezes the model's own parameters.
 
@@ -50,6 +52,7 @@ def inject_experts(
             parameters in it.
         exclude_modules: Names to leave out, matched in the same way.
         dtype: Of the differences.
+        backend: Of the calls of linear layers; see `mixed_linear`.
 
     Returns:
         The names of the target modules. Run the model inside `steer(model, weights)`; weights of
@@ -79,9 +82,8 @@ def inject_experts(
     targets = {name: module for name, module in targets.items() if name not in excluded}
     if not targets:
         raise ValueError("target_modules names no module with parameters, or all are excluded")
-    put_experts(
-        model, names, targets, dtype, excludable=target_modules not in ("attention", "head")
-    )
+    excludable = target_modules not in ("attention", "head")
+    put_experts(model, names, targets, dtype, excludable=excludable, backend=backend)
     return list(targets)
 
 
@@ -92,9 +94,11 @@ def put_experts(
     dtype: torch.dtype,
     *,
     excludable: bool = False,
+    backend: str = "auto",
 ) -> None:
     """As inject_experts, for targets by name; `excludable`: errors say how to leave one out."""
     names = distinct_names("names", names)
+    requested(backend)
     if dtype not in checks.FLOATS:
         raise ValueError(f"dtype must be a floating dtype, got {dtype}")
     faults: dict[str, str] = {}
@@ -135,6 +139,7 @@ def put_experts(
                 names,
                 steering=steering,
                 base_layer=module,
+                backend=backend,
             )
         else:
             experts = [_zero_copy(module, dtype) for _ in names]

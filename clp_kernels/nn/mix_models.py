@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from clp_kernels.nn.experts import MixedEmbedding, MixedLinear, MixedModule, weight_of
 from clp_kernels.nn.mixed_lora import has_own_call, is_linear, why_not_linear, why_not_plain
 from clp_kernels.nn.steering import SteeredLayer, Steering, all_steered, distinct_names
+from clp_kernels.registry import requested
 
 # Attributes of a module that say nothing about what it computes in a forward.
 _PASSIVE = ("training", "gradient_checkpointing", "padding_idx", "inplace")
 
 
 def mix_models(
-    models: Sequence[nn.Module], names: Sequence[str], *, conditioning: str = "full"
+    models: Sequence[nn.Module],
+    names: Sequence[str],
+    *,
+    conditioning: str = "full",
+    backend: str = "auto",
 ) -> nn.Module:
     """Turns the first of m models of one architecture into a mixture, in place, and returns it.
 
@@ -36,6 +41,7 @@ def mix_models(
             one is changed; nothing is shared with the others, so drop them.
         names: m distinct names, in the order of the columns of `weights`.
         conditioning: "full", "attention" or "head".
+        backend: Of the calls of linear layers; see `mixed_linear`.
 
     Returns:
         models[0], all parameters frozen; run it inside `steer(model, weights)`. The expert
@@ -50,6 +56,7 @@ def mix_models(
         raise ValueError(
             f'conditioning must be "full", "attention" or "head", got {conditioning!r}'
         )
+    requested(backend)
     if isinstance(models, nn.Module) or not all(isinstance(m, nn.Module) for m in models):
         raise ValueError(f"models must be a list of models, got {type(models).__name__}")
     models, names = list(models), distinct_names("names", names)
@@ -79,7 +86,7 @@ def mix_models(
     mixed = {id(p) for module in targets.values() for p in module.parameters(recurse=False)}
     for name, model in zip(names[1:], models[1:], strict=True):
         refuse_other_values(models[0], model, mixed, f"{names[0]} and {name}", conditioning)
-    _mix(models, names, targets)
+    _mix(models, names, targets, backend)
     if conditioning == "head":
         _untie(models[0])
     models[0].requires_grad_(False)
@@ -242,7 +249,12 @@ def refuse_other_values(
             )
 
 
-def _mix(models: Sequence[nn.Module], names: Sequence[str], targets: dict[str, nn.Module]) -> None:
+def _mix(
+    models: Sequence[nn.Module],
+    names: Sequence[str],
+    targets: dict[str, nn.Module],
+    backend: str,
+) -> None:
     """Puts a mixed layer in place of each target of the first model."""
     steering, stacks = Steering(), Stacks()
     words = input_embedding(models[0])
@@ -256,7 +268,7 @@ def _mix(models: Sequence[nn.Module], names: Sequence[str], targets: dict[str, n
             biases = [m.bias for m in group]
             bias = None if module.bias is None else stacks.of(biases, biases)
             weight = stacks.of([m.weight for m in group], [weight_of(m) for m in group])
-            layer = MixedLinear(weight, bias, names, steering=steering)
+            layer = MixedLinear(weight, bias, names, steering=steering, backend=backend)
         elif isinstance(module, nn.Embedding):
             weights = [m.weight for m in group]
             layer = MixedEmbedding(

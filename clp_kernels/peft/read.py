@@ -68,6 +68,7 @@ def load_adapters(
     *,
     names: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
 ) -> list[str]:
     """Reads m PEFT folders and wraps the union of their target modules in the model, in place.
 
@@ -87,6 +88,7 @@ def load_adapters(
         folders: m folders, in the order of the columns of `weights`.
         names: m distinct adapter names; the folders' names by default.
         dtype: Of the adapters' parameters: float32, or the base layers'. Files are cast to it.
+        backend: Of the layers' calls; see `mixed_lora`.
 
     Returns:
         The names of the replaced modules.
@@ -115,7 +117,7 @@ def load_adapters(
     modules = [n for n, _ in model.named_modules() if any(n in adapter for adapter in adapters)]
     ranks = {n: [len(a[n].lora_A) if n in a else 0 for a in adapters] for n in modules}
     alphas = {n: [a[n].lora_alpha if n in a else 0.0 for a in adapters] for n in modules}
-    layers = replace_linears(model, names, ranks, alphas, dtype)
+    layers = replace_linears(model, names, ranks, alphas, dtype, backend)
     with torch.no_grad():
         for i, adapter in enumerate(adapters):
             for name, (lora_A, lora_B, _) in adapter.items():

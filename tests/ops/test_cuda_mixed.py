@@ -87,9 +87,10 @@ def test_why_not(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = partial(arguments, op, device="cuda")
     with FakeTensorMode():
         ready = on_gpu()
-        monkeypatch.setattr(native, "cuda_missing", lambda: "clp_kernels._cuda has not been built")
-        assert why_not(op, ready) == "clp_kernels._cuda has not been built"
-        monkeypatch.setattr(native, "cuda_missing", lambda: None)
+        reason = "clp_kernels._cuda has not been built"
+        monkeypatch.setattr(native, "cuda_missing", lambda *_: reason)
+        assert why_not(op, ready) == reason
+        monkeypatch.setattr(native, "cuda_missing", lambda *_: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
         assert why_not(op, ready) == (
             "the cuda kernels need more shared memory than compute capability (8, 9) has"
@@ -107,11 +108,27 @@ def test_why_not(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert why_not(op, on_gpu(in_features=12)) == (
             "the cuda kernels need in_features to be a multiple of 8, it is 12"
         )
-        assert why_not(op, on_gpu(257)) == (
-            "the cuda kernels decode up to 256 tokens, there are 257"
+        assert why_not(op, on_gpu(5000)) is None
+
+
+@each_op
+def test_too_slow(op: str) -> None:
+    """What "auto" passes over, and a call that names the backend runs."""
+    _, backend, inputs = OPS[op]
+    ready = arguments(op)
+    assert backend.too_slow(inputs(**ready)) is None
+    assert backend.too_slow(inputs(**arguments(op, 32))) is None
+    for given in (arguments(op, 33), {**ready, "x": torch.zeros(3, 11, 16).bfloat16()}):
+        assert backend.too_slow(inputs(**given)) == (
+            "the cuda kernels are for up to 32 tokens, there are 33"
         )
-        stacked = {**ready, "x": torch.zeros(3, 86, 16, dtype=torch.bfloat16, device="cuda")}
-        assert why_not(op, stacked) == "the cuda kernels decode up to 256 tokens, there are 258"
+    matrix = "base_weight" if op == "mixed_lora" else "expert_weight"
+    transposed = arguments(op)
+    transposed[matrix] = transposed[matrix].mT.contiguous().mT
+    assert backend.too_slow(inputs(**transposed)) == (
+        f"the cuda kernels would copy {matrix} in each call: its rows are not contiguous, or not "
+        "aligned to 16 bytes"
+    )
 
 
 BAD: dict[str, list[tuple[str, Tensor, type[Exception], str]]] = {

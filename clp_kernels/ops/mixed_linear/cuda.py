@@ -14,11 +14,13 @@ from clp_kernels.ops.mixed_lora.cuda import (
     splits,
     token_arguments,
 )
+from clp_kernels.ops.mixed_lora.cuda import too_slow as too_slow
 from clp_kernels.ops.mixed_lora.cuda import why_not as why_not
 
 
 def mixed_linear(inputs: Inputs) -> Tensor:
-    """`reference.mixed_linear` for at most 256 tokens of bfloat16 or float16.
+    """`reference.mixed_linear` for bfloat16 or float16, made for the few tokens of a
+    decoding step.
 
     Checks nothing: `why_not` has returned None. What is not aligned to 16 bytes or has a strided
     last axis is copied, of x and of expert_weight. Products and their sum in the order of i are in

@@ -91,7 +91,7 @@ register(
     " Tensor? example_ids, bool invariant, str backend) -> Tensor",
     _fake,
     Backend("cpu", cpu.mixed_linear, cpu.why_not),
-    Backend("cuda", cuda.mixed_linear, cuda.why_not),
+    Backend("cuda", cuda.mixed_linear, cuda.why_not, too_slow=cuda.too_slow),
     triton_backend("clp_kernels.ops.mixed_linear.triton", "mixed_linear"),
     Backend("reference", reference.mixed_linear),
     pack=lambda *args: (Inputs(*args),),

@@ -12,8 +12,9 @@ from torch import Tensor
 from clp_kernels import native
 from clp_kernels.ops.mixed_lora.reference import Inputs
 
-# Above this many tokens a large tile of another kernel is the better choice.
-MAX_TOKENS = 256
+# Above this many tokens "auto" takes another backend: W is read again for each 64 tokens, and with
+# 64 only one block fits a multiprocessor. An estimate, not measured.
+MAX_TOKENS = 32
 
 # Rows of the base matrix that a block reads, and the blocks that keep a large GPU's memory busy.
 BLOCK_ROWS, ENOUGH_BLOCKS = 64, 96
@@ -58,7 +59,7 @@ def why_not(inputs: Any) -> str | None:
     x, weights = inputs.x, inputs.weights
     if x.device.type != "cuda":
         return f"the tensors are on {x.device}, not on a GPU"
-    if (missing := native.cuda_missing()) is not None:
+    if (missing := native.cuda_missing(x.device)) is not None:
         return missing
     capability = torch.cuda.get_device_capability(x.device)
     if capability in TOO_SMALL:
@@ -70,14 +71,25 @@ def why_not(inputs: Any) -> str | None:
     in_features = x.shape[-1]
     if in_features % 8:
         return f"the cuda kernels need in_features to be a multiple of 8, it is {in_features}"
-    tokens = x.shape[:-1].numel()
+    return None
+
+
+def too_slow(inputs: Any) -> str | None:
+    """Of a call that these kernels, or those of mixed_linear, can run: why another is faster."""
+    tokens = inputs.x.shape[:-1].numel()
     if tokens > MAX_TOKENS:
-        return f"the cuda kernels decode up to {MAX_TOKENS} tokens, there are {tokens}"
+        return f"the cuda kernels are for up to {MAX_TOKENS} tokens, there are {tokens}"
+    name = inputs._fields[1]  # base_weight or expert_weight
+    if not is_aligned(inputs[1]):
+        return (
+            f"the cuda kernels would copy {name} in each call: its rows are not contiguous, or not "
+            "aligned to 16 bytes"
+        )
     return None
 
 
 def mixed_lora(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """`reference.mixed_lora` for at most 256 tokens of bfloat16 or float16.
+    """`reference.mixed_lora` for bfloat16 or float16, made for the few tokens of a decoding step.
 
     Checks nothing: `why_not` has returned None. What is not aligned to 16 bytes or has a strided
     last axis is copied, of x and of the matrices. y is rounded once from float32. A row's bits
@@ -122,15 +134,16 @@ def has_clusters(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def aligned(matrix: Tensor) -> Tensor:
-    """The tensor, or a copy if its rows are not contiguous and aligned to 16 bytes."""
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether its rows are contiguous and aligned to 16 bytes."""
     *strides, last = matrix.stride()
-    size = matrix.element_size()
-    if (
-        last == 1
-        and all(stride * size % 16 == 0 for stride in strides)
-        and matrix.data_ptr() % 16 == 0
-    ):
+    sizes = [stride * matrix.element_size() for stride in strides]
+    return last == 1 and all(size % 16 == 0 for size in (*sizes, matrix.data_ptr()))
+
+
+def aligned(matrix: Tensor) -> Tensor:
+    """The tensor, or a copy if `is_aligned` is not so."""
+    if is_aligned(matrix):
         return matrix
     return matrix.clone(memory_format=torch.contiguous_format)
 

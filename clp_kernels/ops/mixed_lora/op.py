@@ -42,7 +42,9 @@ def mixed_lora(
         scaling: lora_alpha / r: a number or [m].
         bias: [out_features], x's dtype.
         example_ids: int32 or int64 [T]: the example, an index into `weights`, of each token.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". A named one never falls back: it
+            runs the call or raises. Of what it has no kernels for (such as the gradients in
+            "cuda"), it means the backend that `python -m clp_kernels.info` names.
 
     Returns:
         [B, ..., out_features] in x's dtype. The low-rank part accumulates in float32 (float64 for
@@ -144,7 +146,7 @@ register(
     " Tensor? bias, Tensor? example_ids, bool invariant, str backend) -> (Tensor, Tensor)",
     _fake,
     Backend("cpu", cpu.mixed_lora, cpu.why_not, cpu.fast_path),
-    Backend("cuda", cuda.mixed_lora, cuda.why_not),
+    Backend("cuda", cuda.mixed_lora, cuda.why_not, too_slow=cuda.too_slow),
     triton_backend("clp_kernels.ops.mixed_lora.triton", "mixed_lora"),
     Backend("reference", reference.mixed_lora),
     pack=lambda *args: (Inputs(*args),),
