@@ -4,11 +4,13 @@ A graph is captured for a few sizes only: a step runs the next larger one. What 
 steps (weights, seeds, lengths, filters) are tensors that the graph reads.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from clp.engine.model_error import ModelError, is_out_of_memory, memory_errors
 from clp.engine.slot_state import SlotState
 
 # Slot lengths that a graph is captured for are multiples of this.
@@ -25,26 +27,48 @@ class StepSize(NamedTuple):
 
 
 class CudaGraphs:
-    """Captured steps by size, in `captured`: (graph, output).
+    """Captured steps by size, all on the current device.
 
     They share their memory: one runs at a time, and its output is read before the next one runs.
+
+    Attributes:
+        captured: By size (graph, output).
+        refusal: Why no step is captured: a model that reads its tensors on the host, for instance.
+            Steps then run as they are. None while captures succeed.
     """
 
     def __init__(self) -> None:
         self.captured: dict[StepSize, tuple[Any, Any]] = {}
+        self.refusal: str | None = None
         self._pool: Any = None
 
     def replay(self, size: StepSize, step: Callable[[StepSize], Any], state: SlotState) -> Any:
-        """What step(size) gives; captured at the first use of a size."""
-        if size not in self.captured:
-            self.captured[size] = self._capture(lambda: step(size), state)
+        """What step(size) gives; captured at the first use of a size.
+
+        A capture that fails is the last one: it warns, and the step runs as it is.
+        """
+        if self.refusal is None and size not in self.captured:
+            self.warm_up(lambda: step(size), state)
+            try:
+                with memory_errors():
+                    self.captured[size] = self.capture(lambda: step(size))
+            except (RuntimeError, ModelError) as error:
+                if is_out_of_memory(error.__cause__ or error):
+                    raise
+                self.refusal = " ".join(str(error).split())
+                warnings.warn(
+                    "the decode step cannot be captured as a CUDA graph and runs without one, "
+                    f"slower: {self.refusal}",
+                    stacklevel=2,
+                )
+        if self.refusal is not None:
+            return step(size)
         graph, output = self.captured[size]
         graph.replay()
         return output
 
-    def _capture(self, step: Callable[[], Any], state: SlotState) -> tuple[Any, Any]:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+    def warm_up(self, step: Callable[[], Any], state: SlotState) -> None:
+        """Runs the step twice, and leaves the state as it was."""
         before = state.ints.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -55,6 +79,14 @@ class CudaGraphs:
                 step()
                 state.ints.copy_(before)
         torch.cuda.current_stream().wait_stream(side)
+
+    def capture(self, step: Callable[[], Any]) -> tuple[Any, Any]:
+        """(graph, output) of a step.
+
+        Raises: RuntimeError or ModelError if it cannot be captured.
+        """
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             output = step()

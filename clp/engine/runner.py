@@ -36,6 +36,12 @@ class Drawn(NamedTuple):
     top: dict[int, dict[int, float]]  # of the sequences that asked for it
 
 
+def _may_capture(graphs: CudaGraphs, states: Seq[ModelState], first: int) -> bool:
+    """Whether a step of the slots from `first` on may be a graph. A capture runs hooks once."""
+    own_code = any(state.own_code for state in states)
+    return graphs.refusal is None and first == 0 and not (is_batch_invariant() or own_code)
+
+
 class Runner:
     """Runs a policy's networks over slots.
 
@@ -151,9 +157,10 @@ class Runner:
         segments = [s for _, s in parts]
         weights = self.state.weights[torch.tensor(slots, device=device)]
         tokens, places = torch.tensor([ids, positions], device=device)[:, :, None]
-        for network, model in zip(self.networks, self.models, strict=True):
-            plan = Prefill(model.cache, segments, device)
-            model.prefill(network.steer(weights), tokens, places, plan)
+        with torch.cuda.device_of(weights):
+            for network, model in zip(self.networks, self.models, strict=True):
+                plan = Prefill(model.cache, segments, device)
+                model.prefill(network.steer(weights), tokens, places, plan)
 
     @locked
     @torch.inference_mode()
@@ -166,19 +173,14 @@ class Runner:
         cached = [sequence.cached for sequence in sequences]
         longest = max(cached) + 1
         filters = [common_value([getattr(p, name) for p in params]) for name in FILTERS]
-        # A capture would run hooks once.
-        if (
-            self.graphs is not None
-            and not any(state.own_code for state in self._states)
-            and first == 0
-            and not is_batch_invariant()
-        ):
-            size = step_size(count, longest, filters, self.slots, self.capacity)
-            self.state.activate(count)
-            drawn, logits = self.graphs.replay(size, self.padded_step, self.state)
-        else:
-            even = min(cached) == longest - 1
-            drawn, logits = self.step(slice(first, first + count), longest, even, filters)
+        with torch.cuda.device_of(self.state.ints):
+            if self.graphs is not None and _may_capture(self.graphs, self._states, first):
+                size = step_size(count, longest, filters, self.slots, self.capacity)
+                self.state.activate(count)
+                drawn, logits = self.graphs.replay(size, self.padded_step, self.state)
+            else:
+                even = min(cached) == longest - 1
+                drawn, logits = self.step(slice(first, first + count), longest, even, filters)
         top = self.top_logprobs(sequences, logits, first)
         tokens, logprobs = drawn.tokens[:count].tolist(), drawn.logprobs[:count].tolist()
         for i, found in top.items():
@@ -262,14 +264,29 @@ class Runner:
 
     @locked
     def _prepare(self) -> None:
-        """Checks the models and records their decode steps."""
+        """Checks the models, records their decode steps, and tries whether they can be captured."""
         self._check(self.models, recorded=not self.state.weights.is_cuda)
         self.renew()
+        self.try_capture()
 
     def _check(self, models: Seq[SlotModel], *, recorded: bool) -> None:
         weights = torch.full_like(self.state.weights[:1], 1 / self.state.weights.shape[1])
-        for network, model in zip(self.networks, models, strict=True):
-            prepare(model, network.steer, weights, recorded=recorded)
+        with torch.cuda.device_of(weights):
+            for network, model in zip(self.networks, models, strict=True):
+                prepare(model, network.steer, weights, recorded=recorded)
+
+    @torch.inference_mode()
+    def try_capture(self) -> None:
+        """Captures a step of one slot, while no sequence has one: what cannot be shows here."""
+        if self.graphs is None or not _may_capture(self.graphs, self._states, 0):
+            return
+        self.resize(1, BLOCK)
+        try:
+            with torch.cuda.device_of(self.state.ints):
+                size = StepSize(1, BLOCK, tuple(FILTERS.values()))
+                self.graphs.replay(size, self.padded_step, self.state)
+        finally:
+            self.resize(0, 0)
 
     @locked
     def renew(self) -> bool:
@@ -314,6 +331,7 @@ class Runner:
         """Takes from the models anew what is kept of them beside their recorded steps."""
         if self.graphs is not None:
             self.graphs.captured.clear()  # they read memory that may have been given back
+            self.graphs.refusal = None
         self._steering.clear()
         for model in self.models:
             model.find_configs()

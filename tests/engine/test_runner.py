@@ -1,16 +1,24 @@
 """The runner: memory within its bound, and the padded step that CUDA captures, on the CPU."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest.mock import Mock, patch
+
 import pytest
 import torch
 from cases import F32, F64
 from decoding_alone import new_spread_policy, token_ids, without_end
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from clp.engine.cuda_graphs import FILTERS, common_value, padded_batch, step_size
+from clp.engine.cuda_graphs import FILTERS, CudaGraphs, common_value, padded_batch, step_size
 from clp.engine.runner import Drawn, Runner
 from clp.engine.sampler import Sampler, SamplingParams, with_seeds
 from clp.engine.scheduler import Scheduler
+from clp.engine.slot_model import SlotModel
+from clp_kernels import checks
 from clp_kernels.testing import assert_within_budget
 
 BYTES = 4 * 2 * 2 * 32 * 4  # tiny: layers, keys and values, heads, width, float32
@@ -182,3 +190,146 @@ def test_a_sequence_that_failed_leaves_a_token_that_can_be_fed(policy):
     assert [r.completions[0].finish_reason for r in requests] == ["length"] * 3 + ["error"]
     wanted = Sampler(policy).generate(texts[:3], WEIGHTS[:3], params[:3])
     assert [r.completions[0].token_ids for r in requests[:3]] == [c.token_ids for c in wanted]
+
+
+# Captures
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses what a capture of CUDA refuses: to read a tensor on the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in HOST_READS:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return func(*args, **(kwargs or {}))
+
+
+HOST_READS = {
+    torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.item,
+    torch.ops.aten.masked_select, torch.ops.aten.is_nonzero, torch.ops.aten.equal,
+}  # fmt: skip
+
+
+class CpuGraphs(CudaGraphs):
+    """Captures under `NoHostReads`, and replays by running the step again into the same output."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.state, self.attempts = state, 0
+
+    def warm_up(self, step, state):
+        before = state.ints.clone()
+        for _ in range(2):
+            step()
+            state.ints.copy_(before)
+
+    def capture(self, step):
+        self.attempts += 1
+        before = self.state.ints.clone()
+        # The ops look at values on the CPU alone.
+        with patch.object(checks, "readable", lambda value: False), NoHostReads():
+            output = step()
+        self.state.ints.copy_(before)  # a capture computes nothing
+
+        def replay():
+            for old, new in zip(output, step(), strict=True):
+                pairs = (
+                    [(old, new)] if isinstance(old, torch.Tensor) else zip(old, new, strict=True)
+                )
+                for mine, its in pairs:
+                    mine.copy_(its)
+
+        return SimpleNamespace(replay=replay), output
+
+
+def capturing(policy, **options):
+    """A sampler whose runner captures, as on CUDA."""
+    sampler = Sampler(policy, **options)
+    runner = sampler.runner
+    runner.spare, runner.graphs = 1, CpuGraphs(runner.state)
+    runner.try_capture()
+    return sampler
+
+
+def test_a_decode_step_reads_nothing_on_the_host(policy):
+    sampler = capturing(policy, max_batch_size=8)
+    assert sampler.runner.graphs.refusal is None and sampler.runner.graphs.attempts == 1
+    texts, weights = prompts([3, 9, 1, 20, 5, 30]), [WEIGHTS[i % 4] for i in range(6)]
+    params = each(6, top_k=5, top_p=0.9)
+    done = sampler.generate(texts, weights, params)
+    wanted = Sampler(policy, max_batch_size=8).generate(texts, weights, params)
+    assert [c.token_ids for c in done] == [c.token_ids for c in wanted]
+    assert len(sampler.runner.graphs.captured) >= 2 and sampler.runner.graphs.refusal is None
+
+
+class Reads(nn.Module):
+    """A part of a model that looks at its input on the host."""
+
+    def forward(self, x):
+        return x if float(x.sum()) != 1e9 else -x
+
+
+def test_a_model_that_cannot_be_captured_runs_without(policy):
+    """Known when the sampler is made, and remembered: no request ends for it."""
+    own = new_spread_policy()
+    mlp = own.model.model.layers[1].mlp
+    mlp.act_fn = nn.Sequential(mlp.act_fn, Reads())
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph .* not permitted"):
+        sampler = capturing(own, max_batch_size=8)
+    graphs = sampler.runner.graphs
+    assert "operation not permitted" in graphs.refusal and graphs.attempts == 1
+    texts, weights = prompts([3, 9, 1]), WEIGHTS[:3]
+    done = sampler.generate(texts, weights, each(3))
+    wanted = Sampler(policy, max_batch_size=8).generate(texts, weights, each(3))
+    assert [c.token_ids for c in done] == [c.token_ids for c in wanted]
+    assert not graphs.captured and graphs.attempts == 1
+
+
+def test_a_later_capture_that_fails_ends_no_request(policy):
+    sampler = capturing(policy, max_batch_size=8)
+    graphs = sampler.runner.graphs
+    graphs.capture = Mock(side_effect=RuntimeError("capture"))
+    texts, weights = prompts([3, 9, 1]), WEIGHTS[:3]
+    with pytest.warns(UserWarning, match="without one, slower: capture"):
+        done = sampler.generate(texts, weights, each(3))
+    wanted = Sampler(policy, max_batch_size=8).generate(texts, weights, each(3))
+    assert [c.token_ids for c in done] == [c.token_ids for c in wanted]
+    assert graphs.capture.call_count == 1
+
+
+def test_no_memory_for_a_capture_is_not_remembered(policy):
+    sampler = capturing(policy, max_batch_size=8)
+    graphs, capture = sampler.runner.graphs, sampler.runner.graphs.capture
+    graphs.capture = Mock(side_effect=torch.OutOfMemoryError("2 GiB"))
+    with pytest.raises(RuntimeError, match="prompt 0 failed: OutOfMemoryError: 2 GiB"):
+        sampler.generate(prompts([3]), [WEIGHTS[0]], each(1))
+    assert graphs.refusal is None
+    graphs.capture = capture
+    assert sampler.generate(prompts([3]), [WEIGHTS[0]], each(1))[0].error is None
+    assert graphs.captured
+
+
+def test_forwards_and_captures_run_on_the_policys_device(policy, monkeypatch):
+    """Which need not be the current one: a stream, a graph and Triton's launches take that."""
+    inside, seen = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    made = CpuGraphs.capture
+    monkeypatch.setattr(CpuGraphs, "capture", lambda *a: seen.append(len(inside)) or made(*a))
+    for name in ("logits", "prefill"):
+        whole = getattr(SlotModel, name)
+        monkeypatch.setattr(
+            SlotModel, name,
+            lambda *a, whole=whole: seen.append(len(inside)) or whole(*a),
+        )  # fmt: skip
+    sampler = capturing(policy, max_batch_size=8)
+    sampler.generate(prompts([3, 9]), WEIGHTS[:2], each(2))
+    sampler.runner.graphs = None
+    sampler.generate(prompts([4, 7]), WEIGHTS[:2], each(2))
+    assert len(seen) > 20 and all(count == 1 for count in seen)
