@@ -21,11 +21,10 @@ FlashInfer compiles its kernels at the first call unless flashinfer-jit-cache is
 """
 
 import importlib.util
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -41,27 +40,6 @@ Sampler = Callable[[Tensor, float, Tensor, Tensor], tuple[Tensor, Tensor]]
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _errors() -> tuple[type[BaseException], ...]:
-    """Of another version's names and signatures, of files that a compiler lacks, and Triton's."""
-    triton = sys.modules.get("triton.errors")
-    found = (ImportError, AttributeError, TypeError, ValueError, OSError)
-    return found if triton is None else (*found, triton.TritonError)
-
-
-def refusable(form: Callable[P, T]) -> Callable[P, T]:
-    """What a peer raises becomes a RuntimeError, which refuses its row and no other."""
-
-    @wraps(form)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return form(*args, **kwargs)
-        except _errors() as error:
-            raise RuntimeError(f"{form.__name__}: {type(error).__name__}: {error}") from error
-
-    return call
-
-
-@refusable
 def flashinfer(z: Tensor, top_p: float, seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """Seeds in tensors, as its documentation asks for CUDA graphs."""
     from flashinfer import sampling
@@ -75,11 +53,10 @@ def flashinfer(z: Tensor, top_p: float, seed: Tensor, position: Tensor) -> tuple
     return tokens, probs.gather(-1, tokens[:, None])[:, 0].log()
 
 
-@refusable
 def flashinfer_logits(
     z: Tensor, top_p: float, seed: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Raises: RuntimeError with top-p, which this kernel does not filter by."""
+    """Raises: ValueError with top-p, which this kernel does not filter by."""
     from flashinfer import sampling
 
     if top_p < 1:
@@ -95,7 +72,6 @@ def _requests(count: int, top_p: float, device: torch.device) -> tuple[Tensor, T
     return index, torch.ones(count, device=device), torch.full((count,), top_p, device=device)
 
 
-@refusable
 def vllm(z: Tensor, top_p: float, seed: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """What its model runner calls for requests with seeds and log-probabilities."""
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
@@ -110,7 +86,6 @@ def vllm(z: Tensor, top_p: float, seed: Tensor, position: Tensor) -> tuple[Tenso
     return tokens, compute_token_logprobs(z, tokens[:, None])[:, 0]
 
 
-@refusable
 def liger(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -118,7 +93,6 @@ def liger(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
     return -loss
 
 
-@refusable
 def cut_cross_entropy(head: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -149,7 +123,6 @@ class Vllm:
                 max_num_seqs=self.count, gpu_memory_utilization=self.memory,
             ).llm_engine  # fmt: skip
 
-    @refusable
     def serve(self, batch: Batch, greedy: bool) -> Served:
         from vllm import SamplingParams
 

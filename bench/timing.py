@@ -94,31 +94,29 @@ def measure(
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Times of the providers that pass their gate, and the reasons of those that do not.
 
-    A provider that raises a RuntimeError (a kernel that does not launch, no memory) is refused too.
-    `memory` takes the peak on the CPU as well; on a GPU it is always taken.
+    A provider that raises anything (a kernel that does not launch or compile, no memory) is refused
+    too, at whichever of its calls. `memory` takes the peak on the CPU as well; on a GPU it is
+    always taken.
     """
+    refused: dict[str, str] = {}
     runs: dict[str, Callable[[], Any]] = {}
     shares: dict[str, float] = {}
-    refused: dict[str, str] = {}
     for provider in providers:
         if graph and not provider.graph:
             continue
-        try:
+        with _Refused(provider.name, refused):
             run = _captured(provider.run) if graph else provider.run
             shares[provider.name] = provider.check(run())
             runs[provider.name] = run
-        except AssertionError as error:
-            refused[provider.name] = str(error) or "the error gate failed"
-        except RuntimeError as error:
-            refused[provider.name] = f"RuntimeError: {error}"
-    samples = _rounds(runs, stopwatch(device), protocol)
+    samples = _rounds(runs, stopwatch(device), protocol, refused)
     peak = {"cuda": peak_bytes_gpu, "cpu": peak_bytes_cpu}[device.type]
     counted = memory or device.type == "cuda"
-    peaks = {
-        p.name: p.peak() if p.peak else peak(p.run)
-        for p in providers
-        if (counted or p.peak) and p.name in runs
-    }
+    peaks: dict[str, int | None] = {}
+    for provider in providers:
+        if (counted or provider.peak) and provider.name in samples:
+            with _Refused(provider.name, refused):
+                peaks[provider.name] = provider.peak() if provider.peak else peak(provider.run)
+    samples = {name: seconds for name, seconds in samples.items() if name not in refused}
     times = {}
     for name, seconds in samples.items():
         p20, p50, p80 = _quantiles(seconds.values())
@@ -131,10 +129,33 @@ def measure(
     return times, refused
 
 
+class _Refused:
+    """Context of one provider's calls: whatever they raise is its reason in `refused`.
+
+    Any type: baselines are other projects' code, of versions that may lack what is called, and
+    Triton's OutOfResources and CompilationError are no RuntimeErrors. One must not end the others.
+    """
+
+    def __init__(self, name: str, refused: dict[str, str]) -> None:
+        self.name, self.refused = name, refused
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False  # Ctrl-C, and no error
+        gate = isinstance(error, AssertionError)
+        text = str(error) if gate else f"{type(error).__name__}: {error}"
+        self.refused[self.name] = text or "the error gate failed"
+        return True
+
+
 def _rounds(
     runs: dict[str, Callable[[], Any]],
     watch: Callable[[Callable[[], Any]], float],
     protocol: Protocol,
+    refused: dict[str, str],
 ) -> dict[str, dict[int, float]]:
     """Seconds of each call by round. A fixed seed shuffles: two runs have the same schedule."""
     shuffle = random.Random(0).shuffle
@@ -145,13 +166,15 @@ def _rounds(
             for name, times in samples.items()
             if len(times) < protocol.least or sum(times.values()) < protocol.seconds
         ]
-        if names and BASE in runs and BASE not in names:
+        if names and BASE in samples and BASE not in names:
             names.append(BASE)
         shuffle(names)
         for name in names:
-            seconds = watch(runs[name])
-            if number >= protocol.warmup:
-                samples[name][number] = seconds
+            with _Refused(name, refused):
+                seconds = watch(runs[name])
+                if number >= protocol.warmup:
+                    samples[name][number] = seconds
+        samples = {name: times for name, times in samples.items() if name not in refused}
     return samples
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria
 
 from bench.engine.workload import Batch, Served
-from bench.peers import refusable
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
 from clp.policies.interface import Network, Steerable
@@ -185,7 +184,6 @@ class PeftMerged(Engine):
                 base: Any = layer.get_base_layer()
                 self.bases[base.weight] = base.weight.detach().clone()
 
-    @refusable
     @torch.no_grad()
     def serve(self, batch: Batch, greedy: bool) -> Served:
         if self.model is None:
@@ -245,7 +243,6 @@ class ContinuousBatching(Engine):
         manager.start()
         return manager
 
-    @refusable
     @torch.no_grad()
     def serve(self, batch: Batch, greedy: bool) -> Served:
         """Raises: RuntimeError for a request that failed, or if its thread has ended."""

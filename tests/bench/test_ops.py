@@ -383,6 +383,48 @@ def test_a_provider_that_cannot_run_is_refused() -> None:
     assert refused == {"triton": "RuntimeError: no kernel image is available"}
 
 
+class OutOfResources(Exception):
+    """As Triton's, which is no RuntimeError."""
+
+
+@pytest.mark.parametrize("error", [OutOfResources("shared memory"), AttributeError("absent"),
+                                   TypeError("argument"), ImportError("module"), KeyError("x"),
+                                   torch.OutOfMemoryError("2 GiB"), MemoryError("2 GiB")],
+                         ids=lambda error: type(error).__name__)  # fmt: skip
+@pytest.mark.parametrize("at", [1, 2, 4, 8])
+def test_whatever_a_provider_raises_refuses_it_alone(at: int, error: Exception) -> None:
+    """In its gate, in a warm-up, in a timed call, or while its memory is measured."""
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        if len(calls) == at:
+            raise error
+
+    providers = [provider("base", lambda: 1), provider("triton", fail), provider("cuda", lambda: 1)]
+    protocol = timing.Protocol(warmup=2, repeats=4, least=4, seconds=60)
+    times, refused = timing.measure(providers, CPU, protocol, memory=True)
+    assert len(calls) == at
+    assert set(times) == {"base", "cuda"} and times["cuda"].over_base is not None
+    assert refused == {"triton": f"{type(error).__name__}: {error}"}
+
+
+def test_a_base_that_fails_later_leaves_the_others() -> None:
+    left = [1, 1, 1]
+    providers = [provider("base", left.pop), provider("cuda", lambda: 1)]
+    times, refused = timing.measure(providers, CPU, timing.Protocol(warmup=1, repeats=4, least=4))
+    assert set(times) == {"cuda"} and times["cuda"].over_base is None
+    assert refused == {"base": "IndexError: pop from empty list"}
+
+
+def test_ctrl_c_ends_a_measurement() -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        timing.measure([provider("cuda", stop)], CPU, timing.Protocol(warmup=0, repeats=1))
+
+
 def test_peak_memory_on_the_cpu() -> None:
     """Of a function whose peak is known: what is freed in between counts, what was there not."""
     size = 2**20
