@@ -2,6 +2,7 @@
 
 import reprlib
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import jinja2
@@ -75,7 +76,9 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     for front in range(len(whole) - len(inner) + 1):
         if whole[front : front + len(inner)] == inner:
             prefix = whole[:front]
-            return plain if plain[:front] == prefix else prefix + plain
+            pairs = zip(prefix, plain, strict=False)
+            there = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            return prefix + plain[there:]
     return whole
 
 

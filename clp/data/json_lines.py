@@ -16,6 +16,8 @@ MOST_LINE_BYTES = 2**26
 # Python itself nests a few hundred values, but not in every place: writing one back, or showing it
 # in a message, has less of the stack left than reading it had.
 MOST_NESTING = 100
+# Python's own bound, whose error speaks of a function of Python.
+MOST_DIGITS = 4300
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # What files begin with that are not UTF-8 text.
 _OTHERS = {
@@ -87,8 +89,9 @@ def parse_json(text: str | bytes) -> Any:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         found = json.loads(
-            text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_distinct
-        )
+            text, parse_constant=_finite, parse_float=_finite, parse_int=_int,
+            object_pairs_hook=_distinct,
+        )  # fmt: skip
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except UnicodeDecodeError as error:
@@ -118,6 +121,12 @@ def _check_value(value: Any) -> None:
                 raise ValueError(f"nested too deeply: more than {MOST_NESTING} levels")
             inner = [*one, *one.values()] if isinstance(one, dict) else one
             waiting += [(item, depth + 1) for item in inner]
+
+
+def _int(text: str) -> int:
+    if (digits := len(text.lstrip("-"))) > MOST_DIGITS:
+        raise ValueError(f"an integer of {digits} digits is beyond the limit of {MOST_DIGITS}")
+    return int(text)
 
 
 def _finite(text: str) -> float:

@@ -1,5 +1,7 @@
 """Errors of code that is not the engine's: a model's, a tokenizer's, or of memory that is short."""
 
+import traceback
+
 # Why a sequence ends whose logits are infinite or NaN.
 NOT_FINITE = "the logits are not finite for these weights"
 
@@ -16,7 +18,9 @@ class ModelError(Exception):
     """
 
     def __init__(self, cause: BaseException) -> None:
-        super().__init__(f"{type(cause).__name__}: {cause}")
+        # Its own text may raise; traceback then says so.
+        text = traceback.TracebackException(type(cause), cause, None)
+        super().__init__(f"{type(cause).__name__}: {text}")
 
 
 class model_errors:

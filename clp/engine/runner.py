@@ -121,6 +121,7 @@ class Runner:
         self.copy(source, target, count)
         self.state.move(source, target)
 
+    @torch.inference_mode()
     def apply(self, action: Action) -> None:
         """Does what the scheduler has decided.
 

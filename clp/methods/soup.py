@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import clp_kernels
-from clp.policies.checksum import digest
+from clp.policies.checksum import digest, stored
 from clp.policies.experts import Experts
 from clp.policies.loading import load_base, torch_device
 from clp.policies.lora import LoRA
@@ -120,4 +120,4 @@ def _check_alike(one: Policy, other: Policy) -> None:
 
 def _base_digest(expert: Policy) -> str:
     trained = set(expert.trainable_parameters().values())
-    return digest(p for p in expert.model.parameters() if p not in trained)
+    return digest(t for t in stored(expert.model) if t not in trained)

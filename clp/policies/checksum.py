@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,18 @@ WIDTH = 4099
 def digest(tensors: Iterable[Tensor]) -> str:
     """Equal for tensors that hold the same values in the same dtypes, on whatever device."""
     return hashlib.sha256(repr(checksums(list(tensors))).encode()).hexdigest()
+
+
+def stored(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and the buffers of a module that its files hold, each once.
+
+    A buffer may decide as much as a parameter: DeepSeek-V3's experts are chosen by one.
+    """
+    yield from module.parameters()
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                yield buffer
 
 
 def checksums(tensors: list[Tensor]) -> list[int]:

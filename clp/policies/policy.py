@@ -17,7 +17,7 @@ from clp.data.paths import model_location
 from clp.data.weights import WeightSpec
 from clp.policies.attention import attention_configs, with_plans
 from clp.policies.card import CONDITIONINGS, read_card, write_card
-from clp.policies.checksum import digest
+from clp.policies.checksum import digest, stored
 from clp.policies.experts import Experts
 from clp.policies.head import Head, find_head
 from clp.policies.interface import Conditioning, Network, Steerable
@@ -57,8 +57,8 @@ def _base_of(recorded: str, given: str | None, directory: Path) -> str:
 
 
 def _digests(base: Any) -> dict[str, str]:
-    """By the dtype of a base model, which it depends on, a digest of its parameters."""
-    return {str(base.dtype).removeprefix("torch."): digest(base.parameters())}
+    """By the dtype of a base model, which it depends on, a digest of what its files hold."""
+    return {str(base.dtype).removeprefix("torch."): digest(stored(base))}
 
 
 def _with_known(

@@ -60,6 +60,10 @@ _TABLES = {"pandas", "polars"}
 # Libraries that register hooks by themselves; those of the caller count.
 _OF_HOOKS = {"torch", "transformers", "accelerate", "peft", "clp", "clp_kernels"}
 
+# Attributes that differ in every process: transformers' GenerationConfig keeps its own hash, and
+# Module.compile its compiled call.
+_OF_PROCESS = frozenset({"_original_object_hash", "_compiled_call_impl"})
+
 # What every module has; parameters, buffers and other modules are looked at by themselves.
 _OF_MODULES = frozenset(vars(nn.Module()))
 _HOOKS = sorted(name for name in _OF_MODULES if name.endswith("_hooks"))
@@ -160,6 +164,12 @@ def _library(code: Any) -> str:
     return str(owner.__module__).partition(".")[0]
 
 
+def _original(value: Any) -> Any:
+    """What torch.compile was given, of what it gives: that holds addresses of this process."""
+    own = object.__getattribute__(value, "__dict__") if type(value).__dictoffset__ else {}
+    return own.get("_torchdynamo_orig_callable", own.get("_modules", {}).get("_orig_mod"))
+
+
 def _is_of_caller(hook: Any) -> bool:
     while isinstance(hook, partial | MethodType):
         hook = hook.func if isinstance(hook, partial) else hook.__func__
@@ -174,7 +184,8 @@ def _attributes(value: Any, base: type = object) -> dict[str, Any]:
             if isinstance(slot, MemberDescriptorType):
                 with contextlib.suppress(AttributeError):  # not set
                     found.setdefault(name, slot.__get__(value))
-    return found | (object.__getattribute__(value, "__dict__") if kind.__dictoffset__ else {})
+    found |= object.__getattribute__(value, "__dict__") if kind.__dictoffset__ else {}
+    return {name: one for name, one in found.items() if name not in _OF_PROCESS}
 
 
 def _own(value: Any, base: type) -> dict[str, Any]:
@@ -314,6 +325,8 @@ def _inside_base(value: Any, base: type) -> tuple[str, list[Any]]:
 def _inside_others(value: Any) -> tuple[str, list[Any]]:
     cls = type(value)
     kind = f"{cls.__module__}.{cls.__qualname__}"
+    if (original := _original(value)) is not None:
+        return f"{kind} compiled", [original]
     if cls is MethodType:
         return kind, [value.__func__, value.__self__]
     if cls is FunctionType:
@@ -327,7 +340,7 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
     if cls is CodeType:
         return f"{kind} {value.co_qualname}", [value.co_code, value.co_names, value.co_consts]
     if issubclass(cls, nn.Module):
-        own = {name: one for name, one in vars(value).items() if name not in _OF_MODULES}
+        own = {n: one for n, one in _attributes(value).items() if n not in _OF_MODULES}
         tensors = dict(
             [*value.named_parameters(recurse=False), *value.named_buffers(recurse=False)]
         )

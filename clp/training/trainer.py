@@ -30,7 +30,7 @@ from clp.data.scoring import dry_call
 from clp.engine.model_error import NotFiniteError
 from clp.engine.requests import SamplingParams
 from clp.engine.sampler import Sampler
-from clp.policies.checksum import digest
+from clp.policies.checksum import digest, stored
 from clp.policies.loading import base_config
 from clp.policies.policy import Policy
 from clp.rewards import RewardFunc
@@ -159,7 +159,7 @@ class CLPTrainer:
             found = replace(
                 measured,
                 reward_scale=self.policy.reward_scale,
-                base=digest(p for p in self.policy.model.parameters() if p not in trained),
+                base=digest(t for t in stored(self.policy.model) if t not in trained),
                 config=base_config(self.policy.model),
                 tokens=tokens_digest(self.policy, self.rows),
             )

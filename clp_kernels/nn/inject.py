@@ -137,6 +137,8 @@ def replace_linears(
         if weight.dtype not in checks.FLOATS or weight.dim() != 2:
             raise ValueError(f"{name} has a {weight.dtype} weight of shape {list(weight.shape)}; "
                              "quantised layers are not supported")  # fmt: skip
+        if weight.layout != torch.strided:
+            raise ValueError(f"{name} has a weight of layout {weight.layout}, not a dense one")
         if dtype not in (torch.float32, weight.dtype):
             raise ValueError(f"dtype must be float32 or {name}'s {weight.dtype}, got {dtype}")
     flattened = flattened_targets(model, list(ranks))

@@ -86,6 +86,7 @@ def test_two_tokens_in_front_and_two_behind(text):
     wanted = [BOS, tag, *plain(tok, text)]
     assert encode(tok, text) == wanted
     assert encode(tok, "<s><|x|>" + text) == wanted
+    assert encode(tok, "<s>" + text) == wanted  # the BOS token alone: it gets no other
 
 
 def test_a_tokenizer_whose_bos_is_its_eos():

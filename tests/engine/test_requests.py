@@ -234,6 +234,11 @@ def test_a_slot_that_was_cut_is_not_copied_when_it_has_grown_again(one_thread):
 # Exceptions inside a step
 
 
+class Unprintable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
 @contextmanager
 def failing(owner, name, at, error):
     """The `at`-th call of a function from now on raises; gives the list of its calls so far."""
@@ -247,6 +252,17 @@ def failing(owner, name, at, error):
 
     with patch.object(owner, name, wrapped):
         yield calls
+
+
+def test_an_error_of_a_model_without_a_text_ends_its_sequences_alone(sampler):
+    first = good_ones(sampler, 1, max_tokens=3)
+    layer = spread_policy().model.model.layers[2].mlp
+    with failing(layer, "forward", 1, Unprintable()):
+        sampler.step()
+    assert first[0].completions[0].error == "Unprintable: <exception str() failed>"
+    again = good_ones(sampler, 2, max_tokens=3)
+    sampler.finish(again)
+    whole_and_right(*again)
 
 
 ERRORS = [RuntimeError("no kernel"), MemoryError(), torch.OutOfMemoryError("2 GiB"), IndexError(3)]

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from decoding_alone import new_spread_policy, token_ids, without_end
 
 import clp_kernels
 from clp.engine.sampler import Sampler, SamplingParams, with_seeds
@@ -327,3 +328,18 @@ def test_the_seed_of_a_completion_wraps_and_is_keyed_by_its_place(sampler):
     torch.manual_seed(7)
     again = sampler.generate(PROMPTS[:1] * 3, WEIGHTS[:1] * 3, params(seed=None, n=2))
     assert free == again and len({tuple(c.token_ids) for c in free}) == 6
+
+
+def test_a_model_that_gains_a_layer_goes_on_as_a_new_samplers():
+    """The keys of the new layer are made in a forward, and copied outside of one."""
+    policy = new_spread_policy()
+    layers, config = policy.model.model.layers, policy.model.config
+    policy.model.model.layers, config.num_hidden_layers = layers[:3], 3
+    sampler = Sampler(policy, max_batch_size=2)
+    prompts = [token_ids(n, n) for n in (4, 5, 6, 7)] * 2
+    sampler.generate(prompts[:2], [[0.5, 0.5]] * 2, without_end(4, seed=1))
+    policy.model.model.layers, config.num_hidden_layers = layers, 4
+    asked = prompts, [[0.5, 0.5]] * 8, without_end(6, seed=1)
+    got = sampler.generate(*asked)
+    wanted = Sampler(policy, max_batch_size=2).generate(*asked)
+    assert [c.token_ids for c in got] == [c.token_ids for c in wanted]

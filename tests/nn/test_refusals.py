@@ -711,3 +711,10 @@ def test_where_no_target_can_be_steered_nothing_is_advised():
     with pytest.raises(ValueError, match="so does every other target") as caught:
         inject(model, ["a"], r=2)
     assert "exclude_modules" not in str(caught.value)
+
+
+def test_a_weight_that_is_not_dense_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6))
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse())
+    with pytest.raises(ValueError, match=r"0 has a weight of layout torch.sparse_coo, not a dense"):
+        inject(model, NAMES)

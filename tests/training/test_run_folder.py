@@ -605,6 +605,22 @@ def settable(sign):
 
 
 # Values that differ by a number, 1 or 2.
+def weighted(n):
+    module = torch.nn.Linear(2, 2, bias=False)
+    module.weight.data.fill_(n)
+    return module
+
+
+def causal(n):
+    """Its generation configuration keeps a hash of this process."""
+    sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=1)
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.fill_(n)
+    return model
+
+
 BY_NUMBER = {
     "NumPy float32": np.float32,
     "NumPy float64": np.float64,
@@ -673,6 +689,10 @@ BY_NUMBER = {
     "any name": AnyName,
     "any name that is called": Asked,
     "poses as a dict": PosingAsDict,
+    "compiled modules": lambda n: torch.compile(weighted(n)),
+    "modules that compile themselves": lambda n: (m := weighted(n), m.compile())[0],
+    "compiled functions": lambda n: torch.compile(times(n)),
+    "causal models": causal,
     "mocks": lambda n: Mock(return_value=n),
     "mocks of a class": lambda n: Mock(spec=dict, return_value=n),
 }  # fmt: skip
