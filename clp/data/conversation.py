@@ -70,16 +70,16 @@ def encode(tokenizer: Any, text: str) -> list[int]:
       token in the text itself stays.
     """
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    # An empty text has no tokens but those that the tokenizer puts before every text.
-    inner = plain or list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    whole = list(tokenizer(text if plain else "a")["input_ids"])
+    # Of a text that is a special token itself, what stands before it could not be told apart.
+    inner = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
     for front in range(len(whole) - len(inner) + 1):
         if whole[front : front + len(inner)] == inner:
             prefix = whole[:front]
             pairs = zip(prefix, plain, strict=False)
             there = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
             return prefix + plain[there:]
-    return whole
+    return list(tokenizer(text)["input_ids"])
 
 
 def encode_prompt(prompt: str | Messages, tokenizer: Any, name: str = "prompt") -> list[int]:

@@ -66,7 +66,11 @@ class KVCache:
 
     def _empty(self, like: Tensor) -> Tensor:
         # Zeros: attention multiplies what lies behind a sequence's end by 0, and 0 * NaN is NaN.
-        return like.new_zeros(self.slots, like.shape[1], self.capacity, like.shape[-1])
+        # Not in inference mode, in which a model may show a layer for the first time: its tensors
+        # cannot be written outside of it, where slots are copied.
+        with torch.inference_mode(False):
+            shape = self.slots, like.shape[1], self.capacity, like.shape[-1]
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
     def resize(self, slots: int, capacity: int) -> None:
         """Changes the number of slots and their capacity, layer by layer; what fits is kept.

@@ -121,7 +121,6 @@ class Runner:
         self.copy(source, target, count)
         self.state.move(source, target)
 
-    @torch.inference_mode()
     def apply(self, action: Action) -> None:
         """Does what the scheduler has decided.
 
