@@ -10,7 +10,7 @@ Providers.
     torch_loop          adapter by adapter, x scaled first: the form of PEFT's X-LoRA
     torch_cat           concatenated rank: y += ((x Acat^T) * scales) Bcat^T, in place
     torch_cat_by_hand   with `grad`: the same with a hand-written backward, added up in place
-    torch_cat_compiled  torch_cat under torch.compile (optional: it compiles anew for each case)
+    torch_cat_compiled  torch_cat under torch.compile (optional: it compiles again for each case)
     torch_stacked       one product with [W; Acat], then the expand. Not with `grad`: the adapters
                         change in every step, and so would the stacked copy of W
     torch_side_stream   on a GPU, forward: the shrink on a second stream while the base runs

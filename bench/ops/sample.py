@@ -4,7 +4,7 @@ Providers. Temperature is 1 for all, which spares the baselines a division.
     torch              mix, softmax, argmax(probs / exponential noise) (Gumbel-max), gather
     torch_cdf          mix, softmax, cumulative sum, binary search for one uniform, gather
     torch_multinomial  mix, softmax, torch.multinomial, gather
-    torch_compile      the first under torch.compile (optional: it compiles anew for each case)
+    torch_compile      the first under torch.compile (optional: it compiles again for each case)
     torch_sort         with top-p: mix, log-softmax, sort, cumulative sum, torch.multinomial, gather
     torch_transformers with top-p: mix, its TopPLogitsWarper, softmax, torch.multinomial, gather
     flashinfer, vllm   other projects' samplers, on a GPU where they are installed (bench/peers.py)

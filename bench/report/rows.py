@@ -124,7 +124,7 @@ def rows(
 def append(path: Path, new: Iterable[Row]) -> None:
     """Adds rows at the end of the file, with a header if it is new.
 
-    A file from before the last columns is first written anew with them, empty in its rows.
+    A file from before the last columns is first rewritten with them, empty in its rows.
 
     Raises: ValueError if the file has other columns; values that are there never change.
     """

@@ -233,7 +233,7 @@ def _aligned(rows: Sequence[Row], heads: list[str], line: Callable[[Cells], list
 
 
 def write_results(folder: Path = RESULTS, target: Path = ROOT / "bench" / "RESULTS.md") -> None:
-    """Makes RESULTS.md anew from the CSV files."""
+    """Writes RESULTS.md from the CSV files."""
     parts = [HEAD]
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for path in sorted(folder.glob("*.csv")):

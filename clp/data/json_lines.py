@@ -1,4 +1,4 @@
-"""JSON and JSON Lines from people's files: one strict reader for prompts, inputs and cards.
+"""JSON and JSON Lines written by users: one strict reader for prompts, inputs and cards.
 
 A line ends at "\\n" (or "\\r\\n") and nowhere else: U+2028, U+0085 and the like are characters of a
 text. Files are UTF-8, with or without a byte order mark.

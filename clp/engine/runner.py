@@ -328,7 +328,7 @@ class Runner:
         return bool(before) and all(old == new for old, new in pairs)
 
     def _follow_models(self) -> None:
-        """Takes from the models anew what is kept of them beside their recorded steps."""
+        """Updates what is kept of the models besides their recorded steps."""
         if self.graphs is not None:
             self.graphs.captured.clear()  # they read memory that may have been given back
             self.graphs.refusal = None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-# Columns of a checksum. A prime, so that rows of a matrix that trade places are in other columns.
+# Columns of a checksum. A prime, so that swapped rows of a matrix are in other columns.
 WIDTH = 4099
 
 
@@ -53,7 +53,7 @@ def checksums(tensors: list[Tensor]) -> list[int]:
 def _mixed(flat: list[Tensor], factors: Tensor) -> list[int]:
     """Of each tensor [n] a sum over the column sums, modulo 2^64, of its words of 8 bytes.
 
-    A change of one word is always seen; two words that trade places a multiple of WIDTH apart are
+    A change of one word is always seen; two swapped words a multiple of WIDTH apart are
     not. It reads 17 GB/s on two cores (SHA-256: 1.8), as fast as a decoding step reads the weights.
     """
     sums = factors.new_zeros(len(flat), len(factors))

@@ -1,7 +1,7 @@
 """What tells functions given in Python apart when a run is resumed: their names and their insides.
 
-The name of a function must be that of before. What it computes may have changed (it was mended, or
-what it reads is a state); it is compared only to see whether two functions have changed places.
+The name of a function must be that of before. What it computes may have changed (it was corrected,
+or what it reads is a state); it is compared only to see whether two functions were swapped.
 """
 
 import contextlib

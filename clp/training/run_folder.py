@@ -265,7 +265,7 @@ def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, I
                 f"{run} was run with {reward} as the reward of {name}; resume gives "
                 f"{now.rewards[name]}"
             )
-        # What a function computes may have been mended since, or depend on a state.
+        # What a function computes may have been corrected since, or depend on a state.
         inside = now.insides.get(name)
         others = [n for n, known in then.insides.items() if known == inside and n != name]
         if others and inside != then.insides.get(name):
