@@ -66,7 +66,7 @@ def prompt_loop(
         except (EOFError, KeyboardInterrupt):
             out.write("\n")
             return
-        if line in ("/quit", "/q"):
+        if line.split()[:1] in (["/quit"], ["/q"]):
             return
         if not line:
             continue

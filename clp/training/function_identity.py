@@ -27,6 +27,7 @@ from types import (
     CellType,
     CodeType,
     FunctionType,
+    GetSetDescriptorType,
     MemberDescriptorType,
     MethodDescriptorType,
     MethodType,
@@ -166,8 +167,11 @@ def _library(code: Any) -> str:
 
 def _original(value: Any) -> Any:
     """What torch.compile was given, of what it gives: that holds addresses of this process."""
-    own = object.__getattribute__(value, "__dict__") if type(value).__dictoffset__ else {}
-    return own.get("_torchdynamo_orig_callable", own.get("_modules", {}).get("_orig_mod"))
+    kind = type(value)
+    if kind is FunctionType:
+        return vars(value).get("_torchdynamo_orig_callable")
+    compiled = kind.__module__ == "torch._dynamo.eval_frame" and issubclass(kind, nn.Module)
+    return vars(value)["_modules"].get("_orig_mod") if compiled else None
 
 
 def _is_of_caller(hook: Any) -> bool:
@@ -217,6 +221,10 @@ def _reduced(value: Any, attributes: dict[str, Any]) -> list[Any]:
             kept: Any = copyreg.dispatch_table[kind](value)
         elif own:
             kept = own[0](value, 4) if own[0].__name__ == "__reduce_ex__" else own[0](value)
+        elif (states := _of_class(kind, "__getstate__")[:-1]) and not any(
+            isinstance(one, FunctionType) for one in states
+        ):
+            kept = kind, states[0](value)
         else:
             return []
     except (TypeError, ValueError, RuntimeError, pickle.PickleError):  # it cannot be pickled
@@ -312,9 +320,10 @@ def _inside_base(value: Any, base: type) -> tuple[str, list[Any]]:
     if base is property:
         return kind, [value.fget, *filter(None, [value.fset, value.fdel])]
     if base is Tensor:
-        dense = value.layout == torch.strided and not (value.is_meta or value.is_quantized)
-        numbers = digest([value.detach()]) if dense else ""
-        return f"{kind} {value.dtype} {list(value.shape)} {numbers}", []
+        if _is_dense(value):
+            numbers = "" if value.is_meta else digest([value.detach()])
+            return f"{kind} {value.dtype} {list(value.shape)} {numbers}", []
+        return f"{kind} {value.dtype} {value.layout}", _parts(value.detach())
     array = np.ndarray.view(value, np.ndarray)
     if array.dtype.hasobject:
         return f"{kind} {list(array.shape)}", array.ravel().tolist()
@@ -345,13 +354,17 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
             [*value.named_parameters(recurse=False), *value.named_buffers(recurse=False)]
         )
         numbers = f"{list(tensors)} {digest(tensors.values())}"
+        others = [t for t in tensors.values() if not _is_dense(t)]
         hooks = {
             name: list(filter(_is_of_caller, vars(value).get(name, {}).values())) for name in _HOOKS
         }
         own |= {name: some for name, some in hooks.items() if some}
-        return f"{kind} {numbers}", [own, dict(value.named_children())]
+        if issubclass(cls, torch.jit.ScriptModule):
+            others += _script(value)
+        return f"{kind} {numbers}", [own, dict(value.named_children()), *others]
     if issubclass(cls, type):
-        insides = [] if _is_found_by_name(value) else [dict(vars(value)), value.__bases__]
+        own = {n: one for n, one in vars(value).items() if not _is_made(n, value)}
+        insides = [] if _is_found_by_name(value) else [own, value.__bases__]
         return f"{kind} {value.__module__}.{value.__qualname__}", insides
     if issubclass(cls, staticmethod | classmethod):
         return kind, [value.__func__]
@@ -363,6 +376,10 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
         return f"{kind} {getattr(value, '__module__', None)}.{value.__qualname__}", contents
     if _changes_by_itself(cls):
         return kind, []
+    if cls is memoryview:
+        return kind, [value.tobytes()]
+    if issubclass(cls, torch.jit.ScriptFunction):
+        return kind, _script(value)
     for to_numpy in _of_class(cls, "to_numpy"):
         if _library(to_numpy) in _TABLES:
             names = [name for name in ("columns", "index") if hasattr(cls, name)]
@@ -374,7 +391,56 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
             return kind, sorted(value, key=_key) if issubclass(cls, Set) else list(value)
     attributes = _attributes(value)
     attributes.pop("_inverted_", None)  # of a flag: it is there once it was asked for
-    return kind, [attributes, *_reduced(value, attributes)]
+    return f"{kind}{_named_in_c(value)}", [attributes, *_reduced(value, attributes)]
+
+
+def _named_in_c(value: Any) -> str:
+    """The name of an object whose class, written in C, gives objects names: Cython's functions."""
+    names = [""]
+    for name in ("__module__", "__qualname__"):
+        found = next(iter(_of_class(type(value), name)), None)
+        if type(found) is GetSetDescriptorType:
+            names.append(str(found.__get__(value)))
+    return " ".join(names)
+
+
+def _is_made(name: str, owner: type) -> bool:
+    """Whether an attribute of a class follows from the others, and differs in every process: what
+    dataclasses write of their defaults, and pydantic's schemas with addresses."""
+    if name == "__doc__":
+        return "__dataclass_fields__" in vars(owner)
+    return name.startswith("__pydantic_") and name != "__pydantic_fields__"
+
+
+def _script(value: Any) -> list[Any]:
+    """The graph of what torch.jit has made, without lines of its source and numbers of the process
+    in its names, and its constants; a part of a module may have none."""
+    try:
+        graph = value.graph
+    except (AttributeError, RuntimeError):
+        return []
+    found = [n.output().toIValue() for n in graph.nodes() if n.kind() == "prim::Constant"]
+    return [re.sub(r" # .*|\.___torch_mangle_\d+", "", str(graph)), *found]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested)
+
+
+def _parts(tensor: Tensor) -> list[Any]:
+    """The dense tensors of one that is nested, quantised or sparse, and its sizes."""
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    sizes = list(tensor.shape)
+    if tensor.is_quantized:
+        return [sizes, str(tensor.qscheme()), tensor.int_repr(), tensor.dequantize()]
+    if tensor.layout == torch.sparse_coo:
+        return [sizes, tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [sizes, tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [sizes, tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [sizes, tensor.to_dense()]
 
 
 def _is_found_by_name(value: Any) -> bool:

@@ -26,10 +26,12 @@ from unittest.mock import Mock
 from xmlrpc.client import ServerProxy
 
 import numpy as np
+import pydantic
 import pytest
 import torch
 import transformers
 from processes import python
+from rapidfuzz import fuzz
 from tiny_runs import config, metrics
 
 from clp.data.json_lines import parse_json
@@ -611,6 +613,51 @@ def weighted(n):
     return module
 
 
+def quantised(n):
+    return torch.quantize_per_tensor(torch.tensor([1.0 * n]), 0.1, 0, torch.qint8)
+
+
+def with_sparse(n):
+    module = torch.nn.Module()
+    module.register_buffer("table", torch.tensor([0.0, n]).to_sparse())
+    return module
+
+
+def times_tensor(n):
+    return lambda x: x * n
+
+
+def tokenizer_with(n):
+    made = transformers.AutoTokenizer.from_pretrained(TINY)
+    made.add_tokens([f"word{n}"])
+    return made
+
+
+def local_dataclass(n):
+    """Its text has the members of a set, in an order of this process."""
+
+    @dataclass
+    class Reward:
+        words: frozenset = frozenset({"the", "a", "once", "day"})
+        sign: float = 1.0 * n
+
+    return Reward()
+
+
+def local_model(n):
+    """Its schema has addresses."""
+
+    class Reward(pydantic.BaseModel):
+        sign: float = 1.0 * n
+
+    return Reward()
+
+
+class Modules:
+    def __init__(self, modules, value=None):
+        self._modules, self.value = modules, value
+
+
 def causal(n):
     """Its generation configuration keeps a hash of this process."""
     sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1}
@@ -689,6 +736,21 @@ BY_NUMBER = {
     "any name": AnyName,
     "any name that is called": Asked,
     "poses as a dict": PosingAsDict,
+    "sparse tensors": lambda n: torch.tensor([0.0, n, 0.0]).to_sparse(),
+    "sparse matrices": lambda n: torch.tensor([[0.0, n], [0.0, 0.0]]).to_sparse_csr(),
+    "sparse matrices by column": lambda n: torch.tensor([[0.0, n], [0.0, 0.0]]).to_sparse_csc(),
+    "quantised tensors": quantised,
+    "nested tensors": lambda n: torch.nested.nested_tensor([torch.ones(n), torch.ones(3)]),
+    "modules with sparse tensors": with_sparse,
+    "traced modules": lambda n: torch.jit.trace(weighted(n), torch.ones(1, 2)),
+    "traced functions": lambda n: torch.jit.trace(times_tensor(n), torch.ones(2)),
+    "functions of Cython": lambda n: (fuzz.ratio, fuzz.partial_ratio)[n - 1],
+    "tokenizers": tokenizer_with,
+    "views of memory": lambda n: memoryview(bytes([n])),
+    "local dataclasses": local_dataclass,
+    "local models of pydantic": local_model,
+    "objects with their own _modules": lambda n: Modules(["vader", n]),
+    "objects that pose as compiled": lambda n: Modules({"_orig_mod": 1}, n),
     "compiled modules": lambda n: torch.compile(weighted(n)),
     "modules that compile themselves": lambda n: (m := weighted(n), m.compile())[0],
     "compiled functions": lambda n: torch.compile(times(n)),
