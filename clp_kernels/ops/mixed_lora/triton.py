@@ -123,6 +123,8 @@ def settings_of(
         return constexprs, options
     constexprs |= {"BLOCK_N": tile.columns, "BLOCK_R": 16 if mixed else chosen.rank_block}
     if kernel == "product":
+        if transposed and mixed:  # 128 spills registers on sm_80 (Triton 3.7.1)
+            tile = replace(tile, depth=min(tile.depth, 64))
         constexprs |= {
             "BY_OUTPUT": forward != transposed, "PDL": chosen.pdl,
             "LOW_RANK_FIRST": chosen.low_rank_first, "BLOCK_K": tile.depth,
