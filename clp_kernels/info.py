@@ -61,17 +61,23 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         parser.exit(2, f"info takes no argument but --json, got {unknown[0]!r}\n")
     report = collect()
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return
+    try:
+        print(json.dumps(report, indent=2) if options.json else _as_text(report), flush=True)
+    except BrokenPipeError:  # the reader has ended (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where the interpreter flushes what is left
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    lines = []
     for key, value in report.items():
         if isinstance(value, dict):
-            print(f"{key}:")
+            lines.append(f"{key}:")
             for name, entry in value.items():
                 shown = " > ".join(entry) if isinstance(entry, list) else entry
-                print(f"  {name:16} {shown}")
+                lines.append(f"  {name:16} {shown}")
         else:
-            print(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+            lines.append(f"{key}: {', '.join(value) if isinstance(value, list) else value}")
+    return "\n".join(lines)
 
 
 def _missing(backend: str) -> str | None:

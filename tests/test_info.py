@@ -1,6 +1,8 @@
 """`python -m clp_kernels.info` tells what there is, and never fails."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -94,6 +96,14 @@ def test_an_unknown_argument_is_an_error(argv) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     wrong = next(a for a in argv if a != "--json")
     assert done.stderr == f"info takes no argument but --json, got {wrong!r}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["--json"]])
+def test_a_reader_that_ends_early_is_no_error(argv) -> None:
+    command = [sys.executable, "-m", "clp_kernels.info", *argv]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
 def test_help() -> None:

@@ -88,11 +88,13 @@ def run(argv: Sequence[str]) -> None:
     if not specs and command.rewards is None:
         raise ValueError(f"{folder} was trained on functions given in Python: name rewards, {form}")
     rewards = load_rewards(specs)
-    if list(rewards) != card["objectives"]:
+    if sorted(rewards) != sorted(card["objectives"]):
         raise ValueError(
             f"rewards must be those of {', '.join(card['objectives'])} ({form}), got "
             f"{', '.join(rewards)}"
         )
+    spec_of = dict(zip(rewards, specs, strict=True))
+    specs = [spec_of[name] for name in card["objectives"]]
     parse_condition(
         Condition([1.0, *[0.0] * (len(card["objectives"]) - 1)], command.kl),
         card["objectives"], card["kl_range"],

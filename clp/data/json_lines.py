@@ -93,7 +93,8 @@ def parse_json(text: str | bytes) -> Any:
             object_pairs_hook=_distinct,
         )  # fmt: skip
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+        what = error.msg.removesuffix(" at")
+        raise ValueError(f"not JSON: {what} at character {error.pos + 1}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not JSON: byte {error.start + 1} is not UTF-8") from None
     except RecursionError:

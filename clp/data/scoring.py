@@ -351,13 +351,17 @@ _NOT_LISTS = (list, tuple, str, bytes, Mapping, set, frozenset)
 
 
 def _checked(objective: str, values: Any, count: int) -> list[float]:
+    expected = f"reward {objective!r} must return a list of {count} numbers, got"
+    if isinstance(values, torch.Tensor):
+        if values.is_meta:
+            raise TypeError(f"{expected} a tensor on meta, without values")
+        values = values.to_dense()
     if isinstance(values, torch.Tensor) and values.ndim > 1:
         values = list(values.flatten(1))  # each row must hold one number, as of a reward model
     elif hasattr(values, "tolist"):
         values = values.tolist()
     elif isinstance(values, Iterable) and not isinstance(values, _NOT_LISTS):
         values = list(itertools.islice(values, count + 1))
-    expected = f"reward {objective!r} must return a list of {count} numbers, got"
     if not isinstance(values, list | tuple):
         raise TypeError(f"{expected} {reprlib.repr(values)}")
     if len(values) != count:

@@ -67,7 +67,10 @@ def _difference(slot_model: SlotModel, steer: Any, weights: Tensor) -> str | Non
 
     wanted = plain()
     if not bool(wanted.isfinite().all()):
-        raise ValueError(f"the logits of {type(model).__name__} are not finite: are its weights?")
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not finite: are its parameters, and those "
+            "that the policy adds?"
+        )
     if any(module.training for module in model.modules()) and not torch.equal(plain(), wanted):
         raise ValueError(
             f"{type(model).__name__} is in training mode, in which its logits differ from run to "

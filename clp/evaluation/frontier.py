@@ -22,6 +22,7 @@ from clp.engine.sampler import Sampler, with_seeds
 from clp.evaluation.metrics import hypervolume, pareto, spearman
 from clp.policies.interface import Steerable
 from clp.rewards import RewardFunc, distinct_2
+from clp.training.reward_functions import in_order
 from clp.training.rollout import make_batch, untrained_state
 
 # The sampling parameters that an evaluation depends on, as Frontier holds them.
@@ -164,6 +165,7 @@ def evaluate_parts(
     grid = torch.cat([weights for _, weights in parts])
     if not len(grid):
         raise ValueError("weights must hold at least one set of weights")
+    reward_funcs = in_order(dict(reward_funcs), parts[0][0].objectives)
     for policy, _ in parts:
         if (given := tuple(reward_funcs)) != policy.objectives:
             raise ValueError(f"reward_funcs must be {list(policy.objectives)}, got {list(given)}")

@@ -76,6 +76,8 @@ def save_checkpoint(
         (partial / "training.yaml").write_text(settings, encoding="utf-8")
         (partial / "state.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
     for old in checkpoints(run)[:-keep]:
+        old.rename(old.with_name(f".{old.name}.old"))  # never seen in part, if this is interrupted
+    for old in run.glob(".checkpoint-*.old"):
         shutil.rmtree(old)
     return final
 

@@ -322,6 +322,10 @@ class _Loader(yaml.SafeLoader):
     1e-3 is a number, 0100 is a hundred, and 1:30 and 2026-11-30 are texts.
     """
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        # What holds itself is then an error of PyYAML's.
+        return super().construct_object(node, deep=True)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for i, key in enumerate(keys):
@@ -415,9 +419,17 @@ def located(config: CLPConfig) -> CLPConfig:
 
     Raises: ValueError as model_location.
     """
+    try:
+        model = model_location(config.model)
+    except ValueError as error:
+        if not config.resume:
+            raise
+        raise ValueError(
+            f"{error}; if the run's base model has moved, model (--model) says where it is"
+        ) from error
     return replace(
         config,
-        model=model_location(config.model),
+        model=model,
         rewards=reward_locations(config.rewards),
         prompts=None if config.prompts is None else absolute(config.prompts),
         eval_prompts=None if config.eval_prompts is None else absolute(config.eval_prompts),

@@ -33,6 +33,17 @@ def test_eval_of_a_checkpoint_takes_the_configuration_of_its_run(
     assert (front["prompts"], front["max_tokens"]) == (2, 5)
 
 
+def test_rewards_of_eval_are_matched_by_name(clp, trained, tmp_path):
+    specs = load_config(trained / "config.yaml").rewards
+    assert len(specs) == 2
+    for name, given in (("a", specs), ("b", specs[::-1])):
+        clp("eval", trained, "--num-prompts", "2", "--output-dir", tmp_path / name,
+            "--rewards", *given)  # fmt: skip
+    first, second = (json.loads((tmp_path / n / "frontier.json").read_text()) for n in "ab")
+    assert first["reward_specs"] == second["reward_specs"] == specs
+    assert first["rewards"] == second["rewards"]
+
+
 @pytest.mark.parametrize("name", ["best", "../moved/checkpoint-000001/"])
 def test_eval_of_a_checkpoint_that_has_moved(clp, monkeypatch, trained, tmp_path, name):
     """Renamed in its run, so that it is not deleted when newer ones come; or with its run."""

@@ -53,7 +53,7 @@ TOO_DEEP = "nested too deeply: more than 100"
         ("1" * 5000, "an integer of 5000 digits is beyond the limit of 4300"),
         ("[-" + "1" * 4301 + "]", "an integer of 4301 digits"),
         ("", "Expecting value"),
-        ('"a\x0bb"', "not JSON: Invalid control character"),
+        ('"a\x0bb"', "not JSON: Invalid control character at character 3"),
         (b'"a\xff"', "not JSON: byte 3 is not UTF-8"),
         (r'"\ud800"', SURROGATE),
         (r'{"\udc00": 1}', SURROGATE),

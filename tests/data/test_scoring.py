@@ -75,6 +75,7 @@ def test_score():
         np.ma.masked_array([1.0, 0.0]),
         torch.tensor([[1.0], [0.0]]),  # logits of a reward model, which TRL 1.16 takes
         [torch.tensor([1.0]), torch.tensor([[0.0]])],
+        torch.tensor([1.0, 0.0]).to_sparse(),
     ],
     ids=str,
 )
@@ -117,6 +118,7 @@ def test_score_refuses_values(bad, error, message):
         (0.5, TypeError, "got 0.5$"),
         (torch.tensor(0.5), TypeError, "got 0.5$"),
         (torch.zeros(2, 1), ValueError, "got 2$"),
+        (torch.zeros(3, device="meta"), TypeError, "got a tensor on meta, without values$"),
         (None, TypeError, "got None$"),
         ("abc", TypeError, "got 'abc'$"),
         ({0: 1, 1: 1, 2: 1}, TypeError, "got {"),

@@ -240,6 +240,16 @@ def test_rewards_must_be_those_of_the_policy():
         evaluate(policy(), rewards(["joy"]), ROWS, params=SamplingParams())
 
 
+def test_rewards_are_matched_by_name():
+    made = policy()
+    front, _ = sweep(made=made, weights=[[0.3, 0.7]])
+    swapped = dict(reversed(rewards().items()))
+    again, _ = evaluate(
+        made, swapped, ROWS, params=SamplingParams(max_tokens=10), weights=[[0.3, 0.7]]
+    )
+    assert (again.objectives, again.rewards) == (front.objectives, front.rewards)
+
+
 def test_a_policy_of_one_objective(tmp_path):
     front, samples = sweep(["joy"], reference_point=[2.0])
     assert front.weights == [[1.0]] and front.spearman == {"joy": None}

@@ -1,6 +1,7 @@
 """Checkpoints: what they hold, which folders are some, and parameters without a gradient."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -76,6 +77,29 @@ def test_folders_with_other_names_are_no_checkpoints_and_stay(tmp_path):
         save_checkpoint(tmp_path, Progress(step), adapters, adapters.optimizer, keep=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9999999", "checkpoint-10000000"]
     assert all((tmp_path / name).exists() for name in [*odd, "checkpoint-8", "checkpoint-9"])
+
+
+def test_an_old_checkpoint_is_never_seen_in_part(tmp_path, monkeypatch):
+    """It is gone after the next one, if its deletion was interrupted."""
+    adapters, delete = Adapters(), shutil.rmtree
+    adapters.step(0, idle=True)
+
+    def save(step):
+        save_checkpoint(tmp_path, Progress(step), adapters, adapters.optimizer, keep=1)
+
+    def interrupted(path, **options):
+        if "checkpoint-000001" not in path.name:
+            return delete(path, **options)
+        (path / "optimizer.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    save(1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupted)
+        save(2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-000002"]
+    save(3)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000003"]
 
 
 def test_state(tmp_path):

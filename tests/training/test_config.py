@@ -35,6 +35,8 @@ def test_yaml_round_trip(load):
         ("r: 2\nalpha: 0.1\nr: 3\n", r"c\.yaml.*'r' stands there twice"),
         ("r: 2\nr: 2\n", "'r' stands there twice"),
         ("model: " + "[" * 5000, r"c\.yaml"),
+        ("exclude_modules: &a [*a]", r"c\.yaml.* recursive"),
+        ("target_modules: &a {b: [*a]}", r"c\.yaml.* recursive"),
         ("seed: " + "9" * 5000, r"c\.yaml"),
         ("{[1]: 2}", r"c\.yaml"),
         ("seed: !!timestamp soon", r"c\.yaml"),
