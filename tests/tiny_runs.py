@@ -7,6 +7,7 @@ import torch
 
 from clp.policies.policy import Policy
 from clp.training.config import CLPConfig
+from clp.training.trainer import CLPTrainer
 from clp_kernels.nn.mixed_lora import steered_layers
 
 # Options of a training of a second.
@@ -38,6 +39,15 @@ def config(folder, **changes):
     # "reference", the default, samples 512 completions first: 0.5 s.
     unscaled = {"scale_rewards": "none"}
     return CLPConfig(output_dir=str(folder), **(small | steps | unscaled | changes))
+
+
+ROWS = [{"prompt": f"Tom had {i} red kites.", "mood": i} for i in range(5)]
+
+
+def resumed(folder, functions=None, rows=None, **changes):
+    """A trainer that continues a run."""
+    args = CLPConfig.of_run(folder, **changes)
+    return CLPTrainer(reward_funcs=functions, args=args, train_dataset=rows)
 
 
 def records(path):

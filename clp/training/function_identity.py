@@ -11,7 +11,8 @@ import json
 import pickle
 import re
 import sys
-from collections import OrderedDict, defaultdict, deque
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Set, ValuesView
 from dataclasses import is_dataclass
 from datetime import date, time, timedelta
@@ -46,6 +47,10 @@ from clp.policies.checksum import digest
 
 # Objects of one function that are looked at: some lead to everything in the process.
 MOST_OBJECTS = 10_000
+# Plain values of one object that count one by one too, not only together.
+MOST_PARTS = 100
+# Parts of a function that are kept in a run's folder: those nearest to it.
+MOST_DISTINCTIVE = 256
 # Types whose repr is their value; NumPy's scalars are some.
 _VALUES = frozenset({type(None), int, str, float, bytes, bytearray, complex, range, np.generic,
                      re.Pattern, date, time, timedelta, Decimal, Fraction, PurePath, UUID,
@@ -107,23 +112,77 @@ def name_of(function: Any) -> str:
         return kind.__qualname__
 
 
-def insides_of(function: Any) -> str:
-    """A digest of the function's code, of what it is bound to and of what its closure holds."""
-    found, kept = hashlib.sha256(), dict[int, Any]()
-    waiting = deque([function])
+def insides_of(function: Any) -> dict[str, str]:
+    """Digests of the function's parts, by digests of their places in it: its code, what it is bound
+    to, what its closure and its file's names hold, and what these hold.
+
+    A counter, a cache or a clock in it changes its own part alone.
+    """
+    found, kept = dict[str, str](), dict[int, Any]()
+    waiting = deque([("", function)])
     while waiting and len(kept) < MOST_OBJECTS:
-        value = waiting.popleft()
+        place, value = waiting.popleft()
         again = id(value) in kept
         kept[id(value)] = value  # so that no id is given twice
         shown, contents = (type(value).__qualname__, []) if again else _inside(value)
+        named: dict[Any, Any] = (
+            dict(contents) if isinstance(contents, dict) else dict(enumerate(contents))
+        )
         if not _is_found_by_name(type(value)):
-            contents = [*contents, type(value)]
-        # Plain values here and now, in full: they are many, and Python may share them.
-        parts = [_plain_text(one) for one in contents]
-        text = "\n".join([shown, *("object" if part is None else part for part in parts)])
-        found.update(f"{text}\n\n".encode(errors="surrogatepass"))
-        waiting.extend(one for one, part in zip(contents, parts, strict=True) if part is None)
-    return found.hexdigest()
+            named["class"] = type(value)
+        # Plain values here and now: Python may share them.
+        parts = {_hash(place, name): (one, _plain_text(one)) for name, one in named.items()}
+        texts = {name: text for name, (_, text) in parts.items() if text is not None}
+        found[place] = _hash(shown)
+        found[_hash(place, "in order")] = _hash(*named, *texts.values())
+        # What a set made a list of has another order in each process.
+        found[_hash(place, "sorted")] = _hash(*sorted(map(str, named)), *sorted(texts.values()))
+        if len(texts) <= MOST_PARTS:
+            found |= {name: _hash(text) for name, text in texts.items()}
+        waiting.extend((name, one) for name, (one, text) in parts.items() if text is None)
+    return found
+
+
+def distinctive(insides: Mapping[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Of each function the parts that tell it from another one, at most MOST_DISTINCTIVE."""
+    places = dict.fromkeys(place for parts in insides.values() for place in parts)
+    telling = [p for p in places if len({parts.get(p) for parts in insides.values()}) > 1]
+    telling = telling[:MOST_DISTINCTIVE]
+    return {
+        name: {place: parts[place] for place in telling if place in parts}
+        for name, parts in insides.items()
+    }
+
+
+def swapped(
+    then: Mapping[str, dict[str, str]], now: Mapping[str, dict[str, str]]
+) -> tuple[str, str] | None:
+    """A name, and that under which its function of now was known then, if there is such a one.
+
+    A function is another one's if it has parts that told that one from its own, and none that told
+    its own from that one; and if that of then under its name is given under another name now. So
+    one that has changed, or was corrected, is none.
+    """
+
+    def is_others(name: str, other: str) -> bool:
+        own, others, given = then[name], then[other], now[name]
+        telling = [p for p in own.keys() | others.keys() if own.get(p) != others.get(p)]
+        return any(given.get(p) == others.get(p) for p in telling) and not any(
+            given.get(p) == own.get(p) for p in telling
+        )
+
+    names = sorted(name for name in then if name in now)
+    moved = [(n, o) for n in names for o in names if n != o and is_others(n, o)]
+    held = {other for _, other in moved}
+    for name, other in moved:
+        if name in held or now[name] == now[other]:
+            return name, other
+    return None
+
+
+def _hash(*texts: object) -> str:
+    joined = "\n".join(map(str, texts)).encode(errors="surrogatepass")
+    return hashlib.sha256(joined).hexdigest()[:12]
 
 
 def _plain_text(value: Any) -> str | None:
@@ -289,8 +348,8 @@ def _key(value: Any, depth: int = 2) -> str:
     return f"{shown} {sorted(own)}" if own else shown
 
 
-def _inside(value: Any) -> tuple[str, list[Any]]:
-    """What an object is, and the objects that it holds.
+def _inside(value: Any) -> tuple[str, list[Any] | dict[str, Any]]:
+    """What an object is, and the objects that it holds, by their names if they have some.
 
     Those of _BY_ITSELF count by their kind.
     """
@@ -298,19 +357,18 @@ def _inside(value: Any) -> tuple[str, list[Any]]:
     if base is object:
         return _inside_others(value)
     shown, contents = _inside_base(value, base)
-    return shown, [*contents, own] if (own := _own(value, base)) else contents
+    if own := _own(value, base):
+        contents = {**contents, "own": own} if isinstance(contents, dict) else [*contents, own]
+    return shown, contents
 
 
-def _inside_base(value: Any, base: type) -> tuple[str, list[Any]]:
+def _inside_base(value: Any, base: type) -> tuple[str, list[Any] | dict[str, Any]]:
     """As its base has it: the caller's class may have methods of other meanings."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if base in _VALUES:
         return _text(value), []
     if base is dict:
-        ordered = issubclass(type(value), OrderedDict)
-        pairs = [(_key(key), one) for key, one in dict.items(value)]
-        pairs = pairs if ordered else sorted(pairs, key=itemgetter(0))
-        return f"{kind} {[key for key, _ in pairs]}", [one for _, one in pairs]
+        return kind, {_key(key): one for key, one in dict.items(value)}
     if base in (list, tuple, deque):
         return kind, list(base.__iter__(value))  # type: ignore[attr-defined]
     if base in (set, frozenset):
@@ -359,6 +417,7 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
             name: list(filter(_is_of_caller, vars(value).get(name, {}).values())) for name in _HOOKS
         }
         own |= {name: some for name, some in hooks.items() if some}
+        own["training"] = value.training
         if issubclass(cls, torch.jit.ScriptModule):
             others += _script(value)
         return f"{kind} {numbers}", [own, dict(value.named_children()), *others]
@@ -374,6 +433,8 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
         owner = getattr(value, "__self__", None)
         contents = [] if owner is None or isinstance(owner, ModuleType) else [owner]
         return f"{kind} {getattr(value, '__module__', None)}.{value.__qualname__}", contents
+    if issubclass(cls, weakref.ReferenceType):
+        return kind, [value()]
     if _changes_by_itself(cls):
         return kind, []
     if cls is memoryview:

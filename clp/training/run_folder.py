@@ -24,7 +24,7 @@ from clp.policies.card import checked_reward_scale, read_card
 from clp.rewards import BUILTIN, RewardFunc
 from clp.training.checkpoint import checkpoints
 from clp.training.config import CLPConfig, load_config, located
-from clp.training.function_identity import insides_of, name_of, plain
+from clp.training.function_identity import distinctive, insides_of, name_of, plain, swapped
 
 _FORMAT = 1
 _FUNCTION = "function:"  # begins what a reward is that was given in Python
@@ -108,7 +108,8 @@ class Inputs:
             given in Python, with the plain values that a functools.partial binds; None in runs
             before that was kept.
         prompts: SHA-256 of the prompts and their other columns, in order; None if unknown.
-        insides: Digests of functions given in Python, by objective.
+        insides: Of functions given in Python, by objective, digests of their parts; of a recorded
+            run those that tell them apart.
         draw_weights: The name of the function that draws the weights, if one does.
         base: A digest of the base model's parameters; None if it is not loaded yet, or unknown.
         config: The base model's configuration, if it is known.
@@ -121,7 +122,7 @@ class Inputs:
     rewards: dict[str, str | None]
     prompts: str | None
     reward_scale: dict[str, float] | None = None
-    insides: dict[str, str] = field(default_factory=dict)
+    insides: dict[str, dict[str, str]] = field(default_factory=dict)
     draw_weights: str | None = None
     base: str | None = None
     config: dict[str, Any] | None = None
@@ -148,7 +149,7 @@ class Inputs:
         addresses.
         """
         rewards: dict[str, str | None] = {}
-        insides: dict[str, str] = {}
+        insides: dict[str, dict[str, str]] = {}
         if specs is None:
             for name, function in reward_funcs.items():
                 found = (known for known, builtin in BUILTIN.items() if builtin is function)
@@ -212,7 +213,7 @@ def claim(lock: RunLock, args: CLPConfig, inputs: Inputs, *, new: bool) -> None:
         "format": _FORMAT,
         "rewards": inputs.rewards,
         "prompts_sha256": inputs.prompts,
-        "insides": inputs.insides,
+        "insides": distinctive(inputs.insides),
         "draw_weights": inputs.draw_weights,
         "reward_scale": inputs.reward_scale,
         "base": inputs.base,
@@ -265,14 +266,13 @@ def check_resumed(run: Path, args: CLPConfig, now: Inputs) -> tuple[CLPConfig, I
                 f"{run} was run with {reward} as the reward of {name}; resume gives "
                 f"{now.rewards[name]}"
             )
-        # What a function computes may have been corrected since, or depend on a state.
-        inside = now.insides.get(name)
-        others = [n for n, known in then.insides.items() if known == inside and n != name]
-        if others and inside != then.insides.get(name):
-            raise ValueError(
-                f"{run} was run with another {reward} as the reward of {name}; resume gives what "
-                f"was that of {others[0]}"
-            )
+    # What a function computes may have been corrected since, or depend on a state.
+    if (places := swapped(then.insides, now.insides)) is not None:
+        name, other = places
+        raise ValueError(
+            f"{run} was run with another {then.rewards[name]} as the reward of {name}; resume "
+            f"gives what was that of {other}"
+        )
     if None not in (then.draw_weights, now.draw_weights) and then.draw_weights != now.draw_weights:
         raise ValueError(
             f"{run} was run with the function {then.draw_weights} as draw_weights; resume gives "
@@ -366,12 +366,13 @@ def _read_inputs(run: Path) -> Inputs | None:
     texts = {k: record.get(k) for k in ("prompts_sha256", "draw_weights", "base", "tokens")}
     if (
         not isinstance(rewards, dict)
-        or not isinstance(insides, dict)
+        or not _is_insides(insides)
         or not isinstance(config, dict | None)
         or not all(isinstance(v, str | None) for v in [*rewards.values(), *texts.values()])
         or not isinstance(texts["prompts_sha256"], str)
     ):
         raise ValueError(f"{path} must hold rewards, insides, config, {', '.join(texts)}")
+    insides = {name: parts for name, parts in insides.items() if isinstance(parts, dict)}
     scale = checked_reward_scale(record.get("reward_scale"), list(rewards), path)
     spent = [record.get(name, 0) for name in ("scale_tokens", "scale_seconds")]
     if not all(type(value) in (int, float) and value >= 0 for value in spent):
@@ -380,6 +381,17 @@ def _read_inputs(run: Path) -> Inputs | None:
         rewards, texts["prompts_sha256"], scale, insides, texts["draw_weights"], texts["base"],
         config or None, texts["tokens"], int(spent[0]), float(spent[1]),
     )  # fmt: skip
+
+
+def _is_insides(value: Any) -> bool:
+    """A digest of each function in older runs, of which nothing is compared."""
+    if not isinstance(value, dict):
+        return False
+    return all(
+        isinstance(parts, str)
+        or (isinstance(parts, dict) and all(isinstance(text, str) for text in parts.values()))
+        for parts in value.values()
+    )
 
 
 def _older_inputs(run: Path, saved: CLPConfig, now: Inputs, card: dict[str, Any] | None) -> Inputs:

@@ -265,7 +265,8 @@ def fused(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", FUSED)
 def test_layers_beside_fused_experts_load_in_peft(kind: str, tmp_path: Path) -> None:
-    base, model = fused(kind), fused(kind)
+    """In float64: in float32 these random models make up to 1e-4 of a difference in rounding."""
+    base, model = fused(kind).double(), fused(kind).double()
     replaced = inject(model, ["joy", "brief"], r=2)
     assert any(name.endswith("_proj") and ".mlp." in name for name in replaced)
     randomise(model, 1)
@@ -275,11 +276,12 @@ def test_layers_beside_fused_experts_load_in_peft(kind: str, tmp_path: Path) -> 
     for folder, row in cases:
         expected = logits(model, [row] * 4)
         assert (expected - logits(base)).abs().max() > 1e-2
-        torch.testing.assert_close(logits(peft_loaded(base, folder)), expected, rtol=0, atol=1e-4)
-        again = fused(kind)
+        in_peft = peft_loaded(base, folder).double()
+        torch.testing.assert_close(logits(in_peft), expected, rtol=0, atol=1e-10)
+        again = fused(kind).double()
         assert load_adapters(again, [folder]) == replaced
-        torch.testing.assert_close(logits(again, [[1.0]] * 4), expected, rtol=0, atol=1e-4)
-    again = fused(kind)
+        torch.testing.assert_close(logits(again, [[1.0]] * 4), expected, rtol=0, atol=1e-10)
+    again = fused(kind).double()
     load_adapters(again, folders)
     same_bits(model, again)
 
