@@ -7,12 +7,14 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import clp_kernels
-from clp_kernels import native, registry
+from clp_kernels import native, registry, trust
+from clp_kernels.selftest import cases
 
 
 def collect() -> dict[str, Any]:
@@ -48,8 +50,14 @@ def collect() -> dict[str, Any]:
             if (others := [(entry.name, entry.kernels_of) for entry in table if entry.kernels_of])
         },
         "backends not here": absent or "none",
-        "verified GPU kernels": [f"{op}/{name} on sm_{a}{b}" for op, name, (a, b) in
-                                 sorted(registry.VERIFIED)] or ["none yet"],
+        "CLP_KERNELS_TRUST": _trust_of_the_environment(),
+        "self-test": {
+            f"{op} {name} on {device}": shown
+            for op in cases.CASES
+            for name in cases.backends(op)
+            if name not in absent
+            for device, shown in _tested(op, name)
+        },
     }  # fmt: skip
 
 
@@ -89,9 +97,20 @@ def _missing(backend: str) -> str | None:
 
 
 def _loaded(backend: str) -> str:
-    if reason := _missing(backend):
-        return reason
-    return f"loaded, instruction set {native.isa()}" if backend == "cpu" else "loaded"
+    """Whether a compiled module can be used, and how it was built."""
+    reason = _missing(backend)
+    try:
+        module = native.load(f"_{backend}")[0]
+    except ValueError:  # as in _missing
+        module = None
+    if module is None:
+        return str(reason)
+    built = f"built with {module.BUILT_WITH}"
+    if backend == "cuda":
+        built += f", for {' '.join(module.ARCHITECTURES)}"
+    elif reason is None:
+        built = f"instruction set {native.isa()}, {built}"
+    return f"loaded, {built}" if reason is None else f"not used: {reason}; {built}"
 
 
 def _backend_of_the_environment() -> str:
@@ -104,6 +123,26 @@ def _backend_of_the_environment() -> str:
         return registry.requested("auto")
     except ValueError as error:
         return f"{error}; every call of an op raises this"
+
+
+def _trust_of_the_environment() -> str:
+    try:
+        return trust.trust()
+    except ValueError as error:
+        return f"{error}; every call of an op raises this"
+
+
+def _tested(op: str, backend: str) -> Iterator[tuple[str, str]]:
+    """(device, what the self-test says of these kernels there)."""
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in [torch.device("cpu")] if backend == "cpu" else gpus:
+        result = trust.find(op, backend, device)
+        if result is None:
+            yield str(device), f"not tested (python -m clp_kernels.selftest --device {device})"
+        elif result.reason is None:
+            yield str(device), f"passed in {result.cases} cases"
+        else:
+            yield str(device), f"FAILED: {result.reason}"
 
 
 def _version(name: str) -> str:

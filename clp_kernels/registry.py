@@ -3,8 +3,8 @@
 Each op calls `register` in its own op.py, with its schema, its fake and its backends in the order
 in which "auto" tries them. A backend that the caller names (or the environment variable
 CLP_KERNELS_BACKEND) never falls back: it runs, or `select` raises with its reason. `auto` takes the
-first whose `why_not` is None. GPU kernels are additionally excluded from `auto` until their tests
-have passed on a GPU of that architecture: VERIFIED lists those runs.
+first whose `why_not` is None, if it is trusted: a GPU kernel has passed the self-test on this GPU,
+and a CPU kernel has not failed it (CLP_KERNELS_TRUST, clp_kernels.selftest).
 
 Schemas are functional (new outputs, contiguous). Gradients that are not needed come back as empty
 tensors, because a schema cannot return an optional one.
@@ -21,12 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clp_kernels import native
+from clp_kernels import native, trust
 from clp_kernels.native import BackendError
-
-# (op, backend, compute capability) of every GPU kernel whose tests have passed on hardware, with
-# the rows in bench/results/ that show it. Empty: no GPU kernel has run on a GPU yet.
-VERIFIED: frozenset[tuple[str, str, tuple[int, int]]] = frozenset()
 
 NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 # What a name means for an op that has no kernels of it, so that a call that names a GPU backend has
@@ -101,8 +97,8 @@ def triton_backend(module: str, op: str) -> Backend:
         return importlib.import_module(module)
 
     def why_not(*args: Any) -> str | None:
-        device = _device(args)
-        if device.type != "cuda" and not _interpreting():
+        device = device_of(args)
+        if device.type != "cuda" and not interpreting():
             return f"the tensors are on {device}, not on a GPU"
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
@@ -124,7 +120,7 @@ def missing(backend: str) -> str | None:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if not torch.cuda.is_available() and not _interpreting():
+        if not torch.cuda.is_available() and not interpreting():
             return "PyTorch sees no GPU, and Triton's interpreter (TRITON_INTERPRET=1) is off"
     return None
 
@@ -156,7 +152,7 @@ def select(op: str, backend: str, *args: Any) -> Backend:
             if entry.kernels_of:
                 continue
             reason = entry.why_not(*args) or entry.too_slow(*args)
-            reason = reason or _unverified(op, entry.name, args)
+            reason = reason or trust.distrust(op, entry.name, device_of(args))
             if reason is None:
                 return entry
             reasons.append(f"{entry.name}: {reason}")
@@ -222,25 +218,13 @@ def _run(name: str, args: tuple[Any, ...]) -> Any:
     return kernel(*inputs)
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Whether Triton's kernels run as plain Python, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _device(args: tuple[Any, ...]) -> torch.device:
+def device_of(args: tuple[Any, ...]) -> torch.device:
     """The device of the first tensor."""
     first = args[0]
     device: torch.device = (first if isinstance(first, Tensor) else first[0]).device
     return device
-
-
-def _unverified(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
-    """Why "auto" excludes a GPU kernel, or None."""
-    if backend not in ("triton", "cuda"):
-        return None
-    device = _device(args)
-    if device.type == "cpu" and _interpreting():
-        return "Triton's interpreter is for tests; name backend='triton' to use it"
-    capability = torch.cuda.get_device_capability(device)
-    if (op, backend, capability) in VERIFIED:
-        return None
-    return f"not verified on compute capability {capability}; name backend={backend!r} to use it"

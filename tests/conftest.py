@@ -17,6 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from clp_kernels import trust
+
 # derandomize: the same examples in every run; deadline: a busy machine is not a failure.
 settings.register_profile(
     "clp",
@@ -41,6 +43,16 @@ def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_results_of_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which kernels run does not depend on what was tested on this machine."""
+    monkeypatch.setenv("CLP_KERNELS_CACHE", os.devnull)  # a folder that cannot be made
+    monkeypatch.delenv("CLP_KERNELS_TRUST", raising=False)
+    monkeypatch.setattr(trust, "of_this_process", {})
+    monkeypatch.setattr(trust, "warned", set())
+    monkeypatch.setattr(trust, "distrusted", {})
+
+
+@pytest.fixture(autouse=True)
 def _poison_uninitialised_memory() -> Iterator[None]:
     """torch.empty gives NaN (the largest integer), so that an unwritten output fails its test.
 
@@ -52,6 +64,13 @@ def _poison_uninitialised_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=before_warn_only)
+
+
+@pytest.fixture
+def kernels_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for the results of the self-test."""
+    monkeypatch.setenv("CLP_KERNELS_CACHE", str(tmp_path / "clp_kernels"))
+    return tmp_path / "clp_kernels"
 
 
 @pytest.fixture

@@ -47,7 +47,8 @@ def offences(package: str, forbidden: set[str], *, at_import_time: bool = False)
 # The map of the packages. A part imports its own files and the parts to the left of it in its line;
 # clp imports clp_kernels; bench and tests import both, and nothing imports them.
 PARTS = (
-    ("clp_kernels", "checks native invariant registry testing", "ops", "nn", "peft"),
+    ("clp_kernels", "checks files native invariant registry testing trust", "ops", "nn", "peft"),
+    ("clp_kernels", "checks files native invariant registry testing trust", "ops", "selftest"),
     ("clp", "data", "policies", "rewards", "engine", "training", "methods", "evaluation", "cli"),
     ("clp", "data", "policies", "rewards", "engine", "serving", "cli"),
 )
@@ -55,7 +56,17 @@ PARTS = (
 OPS = {"mixed_linear": {"mixed_lora"}, "linear_logprob": {"mixed_lora", "mixed_linear"},
        "sample": {"mix_logits"}}  # fmt: skip
 ROOT_FILES = {
-    "clp_kernels": {"__init__", "checks", "info", "invariant", "native", "registry", "testing"},
+    "clp_kernels": {
+        "__init__",
+        "checks",
+        "files",
+        "info",
+        "invariant",
+        "native",
+        "registry",
+        "testing",
+        "trust",
+    },
     "clp": {"__init__", "rewards"},
 }
 # Who alone may import these, at any time.

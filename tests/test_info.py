@@ -1,6 +1,7 @@
 """`python -m clp_kernels.info` tells what there is, and never fails."""
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -87,7 +88,18 @@ def test_the_instruction_set_of_the_environment_is_reported() -> None:
     assert report["backends not here"]["cpu"] == report["modules"]["_cpu"]
     assert "cpu" not in report["backends"]["sample"]
     report = json.loads(info("--json", CLP_KERNELS_CPU_ISA=""))
-    assert report["modules"]["_cpu"] == f"loaded, instruction set {native.isa()}"
+    built = f"built with {native.cpu().BUILT_WITH}"
+    assert report["modules"]["_cpu"] == f"loaded, instruction set {native.isa()}, {built}"
+    assert re.fullmatch(r"\w+ [\d.]+, (OpenMP|one thread)", native.cpu().BUILT_WITH)
+
+
+@pytest.mark.skipif(native.load("_cuda")[0] is None, reason="_cuda has not been built")
+def test_a_cuda_module_without_a_gpu_says_how_it_was_built() -> None:
+    """It was built with nvcc, on another machine if there is none here: a wheel carries it."""
+    shown = json.loads(info("--json"))["modules"]["_cuda"]
+    how = r"built with nvcc [\d.]+, static CUDA runtime, for sm_80 sm_90a sm_100"
+    where = "loaded, " if torch.cuda.is_available() else "not used: PyTorch sees no CUDA device; "
+    assert re.fullmatch(where + how, shown)
 
 
 @pytest.mark.parametrize("argv", [["--jso"], ["--js"], ["--json", "sample"]])

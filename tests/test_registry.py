@@ -1,18 +1,21 @@
-"""Which backend runs a call: the table, explicit choices, the environment, unverified kernels."""
+"""Which backend runs a call: the table, explicit choices, the environment, untested kernels."""
 
 import importlib
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from clp_kernels import mix_logits, mixed_lora, native, registry, sample
+from clp_kernels import mix_logits, mixed_lora, native, registry, sample, trust
 from clp_kernels.ops.linear_logprob.head import Inputs
 from clp_kernels.ops.mixed_linear import reference as linear_reference
 from clp_kernels.ops.mixed_lora import reference as lora_reference
+from clp_kernels.ops.sample import cpu as cpu_sample
 from clp_kernels.ops.sample import reference as sample_reference
 from clp_kernels.registry import Backend, select
 
@@ -37,8 +40,6 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if both compiled modules were here."""
     monkeypatch.setattr(native, "cpu_missing", lambda: None)
     monkeypatch.setattr(native, "cuda_missing", lambda *_: None)
-    # A GPU of no architecture that any kernel is verified on.
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (0, 0))
 
 
 K3 = torch.full((3,), 2)
@@ -77,6 +78,15 @@ def test_a_filter_is_run(name: str, value: Tensor) -> None:
     assert select("sample", "auto", *sample_arguments(**{name: value})).name == "cpu"
 
 
+@pytest.fixture
+def fast_path_anew() -> Iterator[None]:
+    """It is decided once per process; here once more."""
+    cpu_sample.fast_path.cache_clear()
+    yield
+    cpu_sample.fast_path.cache_clear()
+
+
+@pytest.mark.usefixtures("fast_path_anew")
 def test_sample_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cpu_missing", lambda: "it has not been built")
     assert select("sample", "auto", *sample_arguments()).name == "reference"
@@ -204,16 +214,16 @@ def test_environment_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mixed_lora(X, W, A, B, ROWS, backend="reference").shape == (3, 5)
 
 
-# GPU kernels that have not passed their tests on a GPU of the architecture.
+# Kernels that the self-test has not tested, or found wrong.
 
-CAPABILITY = (9, 0)
+GPU = torch.device("cuda:0")
 
 
 @pytest.fixture
-def gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool], None]:
-    """Puts a GPU kernel that could run everything before the reference of mixed_lora."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: CAPABILITY)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def gpu_kernel(kernels_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a kernel that could run everything before the reference of mixed_lora, on a "GPU"."""
+    monkeypatch.setattr(registry, "device_of", lambda _: GPU)
+    monkeypatch.setattr(trust, "machine", lambda device, backend: f"{device} {backend}")
 
     def install(name: str, with_reference: bool = True) -> None:
         def run(*_: Any) -> tuple[Tensor, Tensor]:
@@ -226,27 +236,29 @@ def gpu_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bool], None]:
     return install
 
 
+@pytest.mark.filterwarnings("ignore:kernels of clp_kernels have not been tested")
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_auto_excludes_unverified_kernels(
-    name: str, gpu_kernel: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_excludes_untested_kernels(name: str, gpu_kernel: Callable[..., None]) -> None:
     gpu_kernel(name)
     assert select("mixed_lora", "auto", *LORA).name == "reference"
     assert (mixed_lora(X, W, A, B, ROWS) != 7).all()
     # Named, it runs.
     assert select("mixed_lora", name, *LORA).name == name
     assert (mixed_lora(X, W, A, B, ROWS, backend=name) == 7).all()
-    # Another op, backend or architecture verifies nothing.
-    for other in (("mixed_linear", name, CAPABILITY), ("mixed_lora", "cpu", CAPABILITY),
-                  ("mixed_lora", name, (8, 0))):  # fmt: skip
-        monkeypatch.setattr(registry, "VERIFIED", frozenset({other}))
-        assert select("mixed_lora", "auto", *LORA).name == "reference"
-    monkeypatch.setattr(registry, "VERIFIED", frozenset({("mixed_lora", name, CAPABILITY)}))
+    # A result of another op, backend or GPU says nothing, and a failure excludes it too.
+    passed = trust.Result(None, 9, 1.0)
+    trust.keep("mixed_linear", name, GPU, passed)
+    trust.keep("mixed_lora", "cpu", GPU, passed)
+    trust.keep("mixed_lora", name, torch.device("cuda:1"), passed)
+    assert select("mixed_lora", "auto", *LORA).name == "reference"
+    trust.keep("mixed_lora", name, GPU, trust.Result("T9: y is wrong", 3, 1.0))
+    assert select("mixed_lora", "auto", *LORA).name == "reference"
+    trust.keep("mixed_lora", name, GPU, passed)
     assert select("mixed_lora", "auto", *LORA).name == name
     assert (mixed_lora(X, W, A, B, ROWS) == 7).all()
 
 
-def test_environment_names_an_unverified_kernel(
+def test_environment_names_an_untested_kernel(
     gpu_kernel: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu_kernel("triton")
@@ -254,10 +266,25 @@ def test_environment_names_an_unverified_kernel(
     assert select("mixed_lora", "auto", *LORA).name == "triton"
 
 
+@pytest.mark.filterwarnings("ignore:kernels of clp_kernels have not been tested")
 def test_no_backend_left_gives_every_reason(gpu_kernel: Callable[..., None]) -> None:
     gpu_kernel("cuda", with_reference=False)
-    with pytest.raises(RuntimeError, match=r"no backend can run mixed_lora: cuda: not verified on"):
+    wanted = "no backend can run mixed_lora: cuda: not tested on cuda:0 yet; run python -m"
+    with pytest.raises(RuntimeError, match=wanted):
         select("mixed_lora", "auto", *LORA)
+    trust.keep("mixed_lora", "cuda", GPU, trust.Result("T9: y is wrong", 3, 1.0))
+    with pytest.raises(RuntimeError, match="cuda: failed its self-test: T9: y is wrong"):
+        select("mixed_lora", "auto", *LORA)
+
+
+def test_untested_kernels_warn_once_with_the_command(gpu_kernel: Callable[..., None]) -> None:
+    gpu_kernel("cuda")
+    with pytest.warns(RuntimeWarning, match="python -m clp_kernels.selftest --device cuda:0"):
+        mixed_lora(X, W, A, B, ROWS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mixed_lora(X, W, A, B, ROWS)
+        select("mixed_lora_backward", "auto", *LORA)
 
 
 def test_first_backend_that_can_run_wins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.timing import Timing
-from clp.data.files import write_whole
+from clp_kernels.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"

@@ -28,11 +28,11 @@ def run(argv: Sequence[str]) -> None:
     command = tyro.cli(CompareCommand, prog="clp compare", args=argv)
     from rich.console import Console
 
-    from clp.data.files import write_whole
     from clp.evaluation.compare import run_units
     from clp.evaluation.compare_config import load_comparison
     from clp.evaluation.compare_report import plot_task, print_comparison
     from clp.evaluation.compare_summary import summarise
+    from clp_kernels.files import write_whole
 
     comparison = load_comparison(home_expanded(command.config))
     try:

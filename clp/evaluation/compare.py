@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from clp.data.files import lock_file, write_whole
 from clp.data.json_lines import read_json
 from clp.data.prompts import HELDOUT_PROMPTS, TRAIN_PROMPTS, load_prompts
 from clp.engine.requests import SamplingParams
@@ -32,6 +31,7 @@ from clp.evaluation.report import save_evaluation
 from clp.methods.registry import find_method
 from clp.rewards import RewardFunc, load_rewards
 from clp.training.run_folder import MAY_CHANGE, Inputs
+from clp_kernels.files import lock_file, write_whole
 
 # Sequences decoded together in an evaluation, as in clp eval.
 BATCH = 128

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from clp.data.files import write_whole
+from clp_kernels.files import write_whole
 
 _MARKERS = "osD^vPhX<>*p"
 

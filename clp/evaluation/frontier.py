@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from clp.data.condition import Condition
 from clp.data.conversation import encode_prompt
-from clp.data.files import write_whole
 from clp.data.prompts import columns
 from clp.data.scoring import RewardLog, dry_call, numbers_or_none, score
 from clp.data.weights import WeightSpec, parse_rows, weight_grid
@@ -24,6 +23,7 @@ from clp.policies.interface import Steerable
 from clp.rewards import RewardFunc, distinct_2
 from clp.training.reward_functions import in_order
 from clp.training.rollout import make_batch, untrained_state
+from clp_kernels.files import write_whole
 
 # The sampling parameters that an evaluation depends on, as Frontier holds them.
 _RECORDED = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "stop_token_ids",

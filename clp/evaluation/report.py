@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from clp.data.conversation import message_text
-from clp.data.files import flush, write_whole
 from clp.evaluation.frontier import Frontier
+from clp_kernels.files import flush, write_whole
 
 # The last says what the others belong to.
 FILES = ("samples.jsonl", "pareto.png", "frontier.json")

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clp.data.files import write_whole
 from clp.data.json_lines import read_json
 from clp.data.kl_range import KLRange
+from clp_kernels.files import write_whole
 
 CONDITIONINGS = ("lora", "full", "attention", "head", "prompt")
 

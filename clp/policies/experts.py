@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from clp.data.condition import beta
-from clp.data.files import whole_file, whole_folder
 from clp.data.kl_range import KLRange
 from clp.policies.interface import Conditioning
 from clp.policies.loading import load_base
 from clp_kernels import inject_experts
+from clp_kernels.files import whole_file, whole_folder
 from clp_kernels.nn.inject_experts import expert_layers, expert_state, load_experts
 from clp_kernels.nn.mixed_lora import is_transposed
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clp.data.files import write_whole
 from clp.policies.lora import LoRA
+from clp_kernels.files import write_whole
 
 
 class Prompt(LoRA):

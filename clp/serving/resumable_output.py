@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from clp.data.files import lock_file, write_whole
 from clp.data.json_lines import Line, read_json, read_lines
 from clp.engine.requests import MOST_COMPLETIONS
+from clp_kernels.files import lock_file, write_whole
 
 FORMAT = 1
 # How every record begins (clp/serving/jsonl.py): that of a bad line has an error as third key.

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from clp.data.files import whole_folder
 from clp.data.json_lines import read_json
 from clp.policies.policy import Policy
 from clp.training.value_head import ValueHead
+from clp_kernels.files import whole_folder
 
 _NAME = re.compile("checkpoint-([0-9]+)")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

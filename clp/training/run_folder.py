@@ -17,7 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from clp.data.files import lock_file, write_whole
 from clp.data.json_lines import read_json
 from clp.data.paths import check_folder, classifier_source, home_expanded
 from clp.policies.card import checked_reward_scale, read_card
@@ -25,6 +24,7 @@ from clp.rewards import BUILTIN, RewardFunc
 from clp.training.checkpoint import checkpoints
 from clp.training.config import CLPConfig, load_config, located
 from clp.training.function_identity import distinctive, insides_of, name_of, plain, swapped
+from clp_kernels.files import lock_file, write_whole
 
 _FORMAT = 1
 _FUNCTION = "function:"  # begins what a reward is that was given in Python

@@ -60,6 +60,7 @@ from clp.training.start_policy import settings_of, start_policy
 from clp.training.updates import update
 from clp.training.value_head import ValueHead
 from clp.training.weight_draws import DrawWeights, condition_draws
+from clp_kernels.selftest.processes import ensure
 
 # Each step draws other prompts, weights and completions. Where half of the draws give no finite
 # gradient, one run of ten in 1,000 is all skipped; a policy that has diverged loses ten steps.
@@ -195,6 +196,7 @@ class CLPTrainer:
         )
         if checkpoint is not None:
             load_optimizer(checkpoint, self.parameters, self.optimizer)
+        ensure(self.policy.device)  # the sampler's kernels and those of the loss in one go
         # All completions of a step decode together; the KV cache is bounded by micro_batch_size.
         # Before the head: it says in its own words what is wrong with a model's attention.
         self.sampler = Sampler(self.policy, max_batch_size=args.micro_batch_size)

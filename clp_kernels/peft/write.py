@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from clp_kernels.files import flush
 from clp_kernels.nn.mixed_lora import MAX_RANK, MixedLoRALinear, is_transposed, steered_layers
 from clp_kernels.nn.steering import adapter_names
 from clp_kernels.peft.read import CONFIG, TENSORS, Adapter, Factors, tensor_keys
@@ -190,7 +191,7 @@ def _write_folders(
             config = json.dumps(_config(adapter, model, base_model), indent=2, sort_keys=True)
             _write(stage / CONFIG, config.encode())
             _write(stage / TENSORS, _serialized(adapter, folder))
-            _sync(stage)
+            flush(stage)
             staged.append((stage, place))
         for stage, place in staged:
             if place.exists():
@@ -200,7 +201,7 @@ def _write_folders(
             os.rename(stage, place)
             undo.callback(os.rename, place, stage)
         for parent in {place.parent for _, place in staged}:
-            _sync(parent)
+            flush(parent)
         undo.pop_all()
     for old in replaced:
         shutil.rmtree(old, ignore_errors=True)
@@ -215,15 +216,6 @@ def _write(file: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _serialized(adapter: Adapter, folder: Path) -> bytes:

@@ -85,6 +85,7 @@ void bind_fast_path(py::module_& module);
 void bind_slot_attention(py::module_& module);
 
 PYBIND11_MODULE(_cpu, module) {
+  module.attr("BUILT_WITH") = CLP_BUILT_WITH;
   module.def("use_torch", &tensor::use_torch);
   module.def("isa", [] { return clp::isa_name(clp::resolve_isa("")); });
   module.def("isas", &clp::supported_isas);

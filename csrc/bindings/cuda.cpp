@@ -61,6 +61,7 @@ struct MixedLinear : clp::MixedLinearCuda {
 
 PYBIND11_MODULE(_cuda, module) {
   module.attr("ARCHITECTURES") = std::vector<std::string>{CLP_CUDA_ARCHITECTURES};
+  module.attr("BUILT_WITH") = CLP_BUILT_WITH;
   module.def("use_torch", &tensor::use_torch);
   module.def("sample_workspace", &clp::sample_cuda_workspace);
   CLP_BIND(module, "sample", Sample,

@@ -355,7 +355,7 @@ import matplotlib.pyplot
 import tiny_compare
 import torch
 from clp import cli
-from clp.data.files import write_whole
+from clp_kernels.files import write_whole
 from clp.evaluation import report, compare, compare_config, compare_report, compare_summary
 from clp.methods import registry
 from clp.policies.policy import Policy

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clp_kernels import native
+from clp_kernels import native, trust
 from clp_kernels.native import has_native_gemm
 from clp_kernels.ops.mixed_lora import reference
 from clp_kernels.ops.mixed_lora.reference import Inputs
@@ -115,7 +115,7 @@ def fast_path() -> Callable[..., Tensor | None] | None:
     Its last argument is the depth of batch_invariant(). It returns y, or None if the call has to be
     checked and dispatched; then nothing has happened.
     """
-    if native.cpu_missing() is not None:
+    if native.cpu_missing() or trust.distrust("mixed_lora", "cpu", torch.device("cpu")):
         return None
     work, base_tokens = [], []
     for dtype in native.DTYPES:

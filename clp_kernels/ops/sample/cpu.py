@@ -1,12 +1,13 @@
 """`sample` on the CPU: launches csrc/cpu/sample/sample.cpp."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clp_kernels import native
+from clp_kernels import native, trust
 from clp_kernels.ops.mix_logits.cpu import mixture_arguments
 from clp_kernels.ops.sample.reference import Inputs
 
@@ -58,11 +59,12 @@ def _wide(values: Tensor | None) -> Tensor | None:
     return (values.double() if values.is_floating_point() else values).contiguous()
 
 
+@cache
 def fast_path() -> Callable[..., tuple[Tensor, Tensor, Tensor] | None] | None:
     """csrc/bindings/fast_path.cpp: a function of the public arguments, or None without it.
 
     It returns the outputs, or None if the call has to be checked and dispatched.
     """
-    if native.cpu_missing() is not None:
+    if native.cpu_missing() or trust.distrust("sample", "cpu", torch.device("cpu")):
         return None
     return native.cpu().sample_fast_path  # type: ignore[no-any-return]

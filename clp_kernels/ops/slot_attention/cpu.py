@@ -7,14 +7,15 @@ passes: nothing is viewed or reshaped.
 
 from torch import Tensor
 
-from clp_kernels import native
+from clp_kernels import native, trust
 
 
 def why_not(tensor: Tensor) -> str | None:
     """Why this kernel cannot run on tensors like this one, or None."""
     if tensor.device.type != "cpu":
         return f"the queries are on {tensor.device}, not on the CPU"
-    return native.cpu_missing() or native.dtype_why_not(tensor)
+    missing = native.cpu_missing() or native.dtype_why_not(tensor)
+    return missing or trust.distrust("slot_attention", "cpu", tensor.device)
 
 
 def slot_attention(

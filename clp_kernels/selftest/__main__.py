@@ -1,0 +1,66 @@
+"""`python -m clp_kernels.selftest [--device cuda:1] [--op mixed_lora]`: tests the kernels here.
+
+Each kernel is held to plain PyTorch in float64, in a process of its own, and the results are kept:
+"auto" takes a GPU kernel only after it has passed on this GPU, and no kernel that has failed. The
+exit code is 1 if a kernel failed, and 2 if an argument is wrong or there is nothing to test.
+"""
+
+import argparse
+import time
+
+import torch
+
+from clp_kernels import trust
+from clp_kernels.native import BackendError
+from clp_kernels.selftest import cases, processes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Tests all kernels of a device (or those of one op) and prints a table; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m clp_kernels.selftest",
+        description="Tests the kernels on this machine and keeps the results.",
+        allow_abbrev=False,
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="cpu, cuda or cuda:1 (%(default)s)")
+    parser.add_argument(
+        "--op", action="append", choices=list(cases.CASES), help="may be given several times (all)"
+    )
+    parser.add_argument("--backend", choices=("cpu", "triton", "cuda"), help="(all)")
+    options = parser.parse_args(argv)
+    device = _device(parser, options.device)
+    try:
+        jobs = processes.jobs(device, options.op, options.backend)
+    except BackendError as error:  # CLP_KERNELS_CPU_ISA names what this machine lacks
+        parser.exit(2, f"{error}\n")
+    if not jobs:
+        parser.exit(2, f"no such kernels run on {device} here: see python -m clp_kernels.info\n")
+    begin = time.monotonic()
+    found = processes.test(jobs, device)
+    print(f"{'op':16} {'backend':8} {'result':7} {'cases':>5} {'seconds':>8}")
+    for (op, backend), result in found.items():
+        verdict = "passed" if result.reason is None else "FAILED"
+        print(f"{op:16} {backend:8} {verdict:7} {result.cases:5} {result.seconds:8.1f}")
+    for (op, backend), result in found.items():
+        if result.reason is not None:
+            print(f"{op} {backend}: {result.reason}")
+    print(f"{time.monotonic() - begin:.1f} s, kept in {trust.folder() / trust.FILE}")
+    return int(any(result.reason is not None for result in found.values()))
+
+
+def _device(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """Ends with exit code 2 if there is no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        parser.exit(2, f"--device must be cpu, cuda or cuda:N, got {name!r}\n")
+    if device.type not in ("cpu", "cuda"):
+        parser.exit(2, f"--device must be cpu, cuda or cuda:N, got {name!r}\n")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        parser.exit(2, f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs\n")
+    return device
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
