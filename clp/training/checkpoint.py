@@ -75,10 +75,11 @@ def save_checkpoint(
             (partial / "value.safetensors").write_bytes(safetensors.torch.save(tensors))
         (partial / "training.yaml").write_text(settings, encoding="utf-8")
         (partial / "state.json").write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
+    for hidden in run.glob(".checkpoint-*.old"):  # left by an interruption
+        shutil.rmtree(hidden)
     for old in checkpoints(run)[:-keep]:
-        old.rename(old.with_name(f".{old.name}.old"))  # never seen in part, if this is interrupted
-    for old in run.glob(".checkpoint-*.old"):
-        shutil.rmtree(old)
+        hidden = old.rename(old.with_name(f".{old.name}.old"))  # no part of it is ever seen
+        shutil.rmtree(hidden)
     return final
 
 
