@@ -30,6 +30,10 @@ NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 _INSTEAD = {"triton": "reference", "cuda": "triton"}
 
 
+class CannotRun(BackendError):
+    """The backend that is named exists, and does not run this call."""
+
+
 def _none(*_: Any) -> None:
     return None
 
@@ -162,7 +166,7 @@ def select(op: str, backend: str, *args: Any) -> Backend:
             reason = entry.why_not(*args)
             if reason is not None:
                 named = "backend" if wanted == backend else "CLP_KERNELS_BACKEND: backend"
-                raise BackendError(f"{named} {wanted!r} cannot run {op}: {reason}")
+                raise CannotRun(f"{named} {wanted!r} cannot run {op}: {reason}")
             return entry
     known = ", ".join(entry.name for entry in table)
     raise BackendError(f"{op} has no {wanted!r} backend; it has: {known}")

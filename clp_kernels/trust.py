@@ -106,10 +106,16 @@ def trust() -> str:
 
 
 def folder() -> Path:
-    """CLP_KERNELS_CACHE, or clp_kernels in the user's cache folder."""
-    if chosen := os.environ.get("CLP_KERNELS_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clp_kernels"
+    """CLP_KERNELS_CACHE, or clp_kernels in the user's cache folder.
+
+    Raises: FileNotFoundError if it is in a home folder that there is not.
+    """
+    chosen = os.environ.get("CLP_KERNELS_CACHE")
+    parent = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        return Path(chosen).expanduser() if chosen else parent.expanduser() / "clp_kernels"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{error} Set CLP_KERNELS_CACHE") from error
 
 
 def machine(device: torch.device, backend: str) -> str:
@@ -121,6 +127,8 @@ def machine(device: torch.device, backend: str) -> str:
         parts = [_processor()]
     if backend == "cpu":
         parts.append(native.isa())
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        parts.append("interpreted")
     parts += [f"{name} {_version(name)}" for name in ("torch", "triton", "clp-steer")]
     parts.append(f"sources {_digest(tuple(sorted(Path(__file__).parent.glob('ops/**/*.py'))))}")
     module = native.load(f"_{backend}")[0] if backend in ("cpu", "cuda") else None
@@ -137,19 +145,17 @@ def find(op: str, backend: str, device: torch.device) -> Result | None:
     ).get(backend)
 
 
-def keep(op: str, backend: str, device: torch.device, result: Result) -> None:
-    """Adds a result to those of this process, and to the file.
-
-    A failure for want of memory or of a free device says nothing about the kernels: it stays in
-    this process.
-    """
+def keep(
+    op: str, backend: str, device: torch.device, result: Result, *, on_disk: bool = True
+) -> None:
+    """Adds a result to those of this process and, `on_disk`, to the file."""
     new: Results = {machine(device, backend): {op: {backend: result}}}
     _merge(of_this_process, new)
     forget()
-    if result.reason is not None and any(one in result.reason for one in _PASSING):
+    if not on_disk:
         return
-    path = folder() / FILE
     try:
+        path = folder() / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock")):
             known = _read()
@@ -158,10 +164,6 @@ def keep(op: str, backend: str, device: torch.device, result: Result) -> None:
             write_whole(path, json.dumps(whole, indent=1).encode())
     except OSError as error:
         _warn_once(f"the results of the self-test are kept in this process alone: {error}")
-
-
-# Parts of the reasons of failures that another try may not have.
-_PASSING = ("OutOfMemoryError", "busy or unavailable")
 
 
 @contextmanager
@@ -180,13 +182,13 @@ def locked(path: Path, waiting: str | None = None) -> Iterator[None]:
 
 def _read() -> Results:
     """The file's results; without one, or if it is not whole and ours, none."""
-    path = folder() / FILE
     try:
+        path = folder() / FILE
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        _warn_once(f"{path} is ignored: {error}")
+        _warn_once(f"{folder() / FILE} is ignored: {error}")
         return {}
     try:
         return _parsed(text)
@@ -198,7 +200,7 @@ def _read() -> Results:
 def _parsed(text: str) -> Results:
     """Raises ValueError if the text is not what `keep` writes."""
     whole = json.loads(text)
-    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
+    if not isinstance(whole, dict) or repr(whole.get("format")) != repr(FORMAT):
         raise ValueError(f'expected an object with "format": {FORMAT}')
     found: Results = {}
     for key, ops in _items(whole.get("results")):
@@ -210,6 +212,7 @@ def _parsed(text: str) -> Results:
                     (reason is None or isinstance(reason, str))
                     and isinstance(cases, int)
                     and isinstance(seconds, int | float)
+                    and 0 <= seconds < 1e9
                 ):
                     raise ValueError(f"expected reason, cases and seconds, got {fields}")
                 one = Result(reason, cases, float(seconds))

@@ -100,6 +100,9 @@ DAMAGED = {
     "no results": '{"format": 1}',
     "an op that is a list": '{"format": 1, "results": {"a": []}}',
     "a result that is a text": '{"format": 1, "results": {"a": {"sample": {"cuda": "passed"}}}}',
+    "huge seconds": '{"format": 1, "results": {"a": {"b": {"c": '
+    '{"reason": null, "cases": 1, "seconds": 1' + 400 * "0" + "}}}}}",
+    "a layout that is true": '{"format": true, "results": {}}',
     "no cases": '{"format": 1, "results": {"a": {"sample": {"cuda": {"reason": null}}}}}',
 }
 
@@ -136,11 +139,37 @@ def test_a_folder_that_cannot_be_written_to_leaves_results_in_this_process(
 
 
 @pytest.mark.usefixtures("no_gpu_needed")
-def test_a_failure_that_may_pass_stays_in_this_process(kernels_cache: Path) -> None:
-    full = Result("T9: torch.OutOfMemoryError: CUDA out of memory.", 3, 0.5)
-    trust.keep("sample", "cuda", GPU, full)
-    assert trust.find("sample", "cuda", GPU) == full
+def test_a_result_that_is_not_for_the_disk_stays_in_this_process(kernels_cache: Path) -> None:
+    trust.keep("sample", "cuda", GPU, WRONG, on_disk=False)
+    assert trust.find("sample", "cuda", GPU) == WRONG
     assert from_the_file("sample", "cuda", GPU) is None
+
+
+@pytest.mark.usefixtures("no_gpu_needed")
+def test_the_interpreter_is_another_machine(
+    kernels_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    trust.keep("sample", "triton", GPU, PASSED)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert from_the_file("sample", "triton", GPU) is None
+
+
+def test_without_a_home_folder_ops_run_and_results_stay_in_this_process() -> None:
+    """As a user id without an entry, in a container."""
+    code = (
+        "import pwd\n"
+        "def no(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = no\n"
+        "import torch; from clp_kernels import sample, trust, info\n"
+        "from clp_kernels.trust import Result\n"
+        "print(sample(torch.zeros(1, 3), seed=0, position=0).tokens.shape)\n"
+        "info.collect()\n"
+        "trust.keep('sample', 'cpu', torch.device('cpu'), Result(None, 1, 1.0))\n"
+    )
+    done = python("-c", code, HOME=None, CLP_KERNELS_CACHE=None, XDG_CACHE_HOME=None)
+    assert (done.returncode, done.stdout) == (0, "torch.Size([1])\n"), done.stderr
+    assert done.stderr.count("RuntimeWarning: ") == 1
 
 
 def test_processes_that_write_at_once_end_with_one_whole_file(tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     device = _device(parser, options.device)
     try:
+        trust.trust()  # the processes go by the kernels alone
         jobs = processes.jobs(device, options.op, options.backend)
-    except BackendError as error:  # CLP_KERNELS_CPU_ISA names what this machine lacks
+    except BackendError as error:  # CLP_KERNELS_CPU_ISA, CLP_KERNELS_TRUST
         parser.exit(2, f"{error}\n")
     if not jobs:
         parser.exit(2, f"no such kernels run on {device} here: see python -m clp_kernels.info\n")
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     for (op, backend), result in found.items():
         if result.reason is not None:
             print(f"{op} {backend}: {result.reason}")
-    print(f"{time.monotonic() - begin:.1f} s, kept in {trust.folder() / trust.FILE}")
+    print(f"{time.monotonic() - begin:.1f} s; python -m clp_kernels.info shows what is kept")
     return int(any(result.reason is not None for result in found.values()))
 
 
@@ -55,7 +56,7 @@ def _device(parser: argparse.ArgumentParser, name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         parser.exit(2, f"--device must be cpu, cuda or cuda:N, got {name!r}\n")
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         parser.exit(2, f"--device must be cpu, cuda or cuda:N, got {name!r}\n")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         parser.exit(2, f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs\n")

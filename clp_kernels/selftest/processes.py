@@ -1,5 +1,6 @@
 """Runs the self-test in processes of its own, with a time limit, and keeps what comes of it."""
 
+import contextlib
 import json
 import os
 import queue
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,9 +27,14 @@ from clp_kernels.trust import Result
 LIMIT = 120.0
 # The child has the caller's sys.path, so that it imports the same package.
 PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from clp_kernels.selftest.worker import main; main(*sys.argv[2:])"
+    "import sys; count = int(sys.argv[1]); sys.path[:] = sys.argv[2 : 2 + count]; "
+    "from clp_kernels.selftest.worker import main; main(*sys.argv[2 + count :])"
 )
+# What says nothing about a kernel: another try may go otherwise. Classes of errors, parts of their
+# messages, and signals that others send.
+_PASSING_ERRORS = {"OutOfMemoryError", "MemoryError", "OSError", "ImportError"}
+_PASSING_MESSAGES = ("out of memory", "busy or unavailable")
+_PASSING_SIGNALS = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 Job = tuple[str, str]  # op and backend
 Report = Callable[[dict[str, Any]], None]
 
@@ -67,7 +74,7 @@ def ensure(
 
     Args:
         device: "cuda", "cuda:1", "cpu" or a torch.device.
-        ops: Names of ops; default: all.
+        ops: Names of ops, in a list; default: all.
         progress: Show a bar on standard error.
 
     Returns: the results by (op, backend). A failed test raises nothing: "auto" passes over the
@@ -84,12 +91,20 @@ def ensure(
         with ExitStack() as stack:
             waiting = "another process tests the kernels; waiting for its results"
             try:
-                trust.folder().mkdir(parents=True, exist_ok=True)
-                stack.enter_context(trust.locked(trust.folder() / "testing.lock", waiting))
+                folder = trust.folder()
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(trust.locked(folder / "testing.lock", waiting))
             except OSError:  # `keep` warns of a folder that cannot be written to
                 pass
             left = [job for job in wanted if not trust.find(*job, device)]
-            test(left, device, progress=progress)
+            for (op, backend), result in test(left, device, progress=progress).items():
+                if result.reason is not None:
+                    warnings.warn(
+                        f"the {backend} kernels of {op} failed their self-test on {device}, and "
+                        f"plain PyTorch runs in their place: {result.reason}",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
         trust.forget()  # what another process has tested
     return {job: found for job in wanted if (found := trust.find(*job, device))}
 
@@ -113,101 +128,166 @@ def test(
     if not wanted:
         return {}
     total = sum(len(cases.cases(op, device)) for op, _ in wanted)
+    many = max(1, min(len(wanted), (os.cpu_count() or 1) // 2)) if device.type == "cuda" else 1
     found: dict[Job, Result] = {}
-    many = min(len(wanted), (os.cpu_count() or 1) // 2) if device.type == "cuda" else 1
-    groups = [list(wanted[i :: max(many, 1)]) for i in range(max(many, 1))]
-    lock = threading.Lock()
-    with tqdm(
+    lock, started = threading.Lock(), _Started()
+    bar = tqdm(
         total=total, desc=f"testing the kernels on {device}", unit="case", disable=not progress
-    ) as bar:
+    )
 
-        def report(line: dict[str, Any]) -> None:
+    def report(line: dict[str, Any]) -> None:
+        with lock:
+            bar.update()
+            bar.set_postfix_str(f"{line['op']} {line['backend']}", refresh=False)
+
+    def run(group: list[Job]) -> None:
+        while group:
+            ends = _in_a_process(group, device, limit, program, report, started)
+            if started.ended:  # and not by itself
+                return
+            for job, (result, lasting) in ends.items():
+                trust.keep(*job, device, result, on_disk=lasting)
             with lock:
-                bar.update()
-                bar.set_postfix_str(f"{line['op']} {line['backend']}", refresh=False)
+                found.update({job: result for job, (result, _) in ends.items()})
+            group = [job for job in group if job not in ends]
 
-        def run(group: list[Job]) -> None:
-            while group:
-                done = _in_a_process(group, device, limit, program, report)
-                for job, result in done.items():
-                    trust.keep(*job, device, result)
-                with lock:
-                    found.update(done)
-                group = [job for job in group if job not in done]
-
-        with ThreadPoolExecutor(len(groups)) as pool:
-            list(pool.map(run, groups))
+    with bar, ThreadPoolExecutor(many) as pool:
+        try:
+            list(pool.map(run, (list(wanted[i::many]) for i in range(many))))
+        except BaseException:  # Ctrl-C: the threads end when their processes do
+            started.end_all()
+            raise
     return {job: found[job] for job in wanted}
 
 
+class _Started:
+    """The processes that run. After `end_all` none is started."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self.ended = threading.Lock(), list[Any](), False
+
+    def start(self, *arguments: Any, **options: Any) -> "subprocess.Popen[str]":
+        with self._lock:
+            if self.ended:
+                raise _StoppedError
+            process = subprocess.Popen(*arguments, **options)
+            self._running.append(process)
+            return process
+
+    def end(self, process: "subprocess.Popen[str]") -> int:
+        """Kills what is left of the process and of those that it has started; its status."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+    def end_all(self) -> None:
+        with self._lock:
+            self.ended = True
+            for process in self._running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+class _StoppedError(RuntimeError):
+    """The test was interrupted."""
+
+
 def _in_a_process(
-    group: list[Job], device: torch.device, limit: float, program: str, report: Report
-) -> dict[Job, Result]:
-    """The results of as many jobs of the group as one process gets to; at least of one."""
-    found: dict[Job, Result] = {}
-    begin, case, last = time.monotonic(), "its start", {"index": 0}
+    group: list[Job], device: torch.device, limit: float, program: str, report: Report,
+    started: _Started,
+) -> dict[Job, tuple[Result, bool]]:  # fmt: skip
+    """The results of as many jobs of the group as one process gets to, at least of one; and whether
+    they say something about the kernels."""
+    found: dict[Job, tuple[Result, bool]] = {}
+    begin, case, index, error = time.monotonic(), None, 0, dict[str, Any]()
+    paths = [str(path) for path in sys.path]
+    arguments = [str(len(paths)), *paths, str(device), json.dumps(group)]
+    # Whatever the results and the environment say, it runs the kernels.
+    environment = {**os.environ, "CLP_KERNELS_TRUST": "all", "CLP_KERNELS_BACKEND": ""}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        arguments = [json.dumps(sys.path), str(device), json.dumps(group)]
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
+        process = started.start(
+            [sys.executable, "-P", "-c", program, *arguments],
             stdout=subprocess.PIPE,
             stderr=errors,
             stdin=subprocess.DEVNULL,
+            env=environment,
             text=True,
+            errors="replace",
             start_new_session=True,  # Ctrl-C reaches the caller, and a kill the whole group
         )
+        status: int | None = None
+        hangs = False
         try:
             lines = _lines(process.stdout)
-            stopped = False
-            while True:
+            while len(found) < len(group):
                 try:
-                    text = lines.get(timeout=limit)
+                    line = lines.get(timeout=limit)
                 except queue.Empty:
-                    stopped = True
+                    hangs = True
                     break
-                if text is None:
-                    process.wait(limit)
+                if line is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        status = process.wait(10)
                     break
-                line = json.loads(text)
                 if "case" in line:
-                    case, last = line["case"], line
+                    case, index = line["case"], line["index"]
                     report(line)
-                else:
+                elif "cases" in line:
                     job = line["op"], line["backend"]
-                    found[job] = Result(None, line["cases"], line["seconds"])
-                    begin, case, last = time.monotonic(), "its end", {"index": 0}
+                    found[job] = Result(None, line["cases"], line["seconds"]), True
+                    begin, case, index = time.monotonic(), None, 0
+                elif "error" in line:
+                    error = line
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            status = process.wait()
-        left = [job for job in group if job not in found]
-        if left:
-            if stopped:
-                ended = f"did not end within {limit:g} s"
-            else:
-                errors.seek(0)
-                ended = _how_it_ended(status, errors.read())
-            seconds = time.monotonic() - begin
-            found[left[0]] = Result(f"{case}: {ended}", last["index"], seconds)
+            ended = started.end(process)
+        if len(found) < len(group):
+            job = next(job for job in group if job not in found)
+            errors.seek(0)
+            reason, lasting = _reason(
+                f"did not end within {limit:g} s" if hangs else "",
+                ended if status is None else status, error, errors.read(),
+            )  # fmt: skip
+            at = "its start" if case is None else case
+            result = Result(f"{at}: {reason}", index, time.monotonic() - begin)
+            found[job] = result, lasting and case is not None
     return found
 
 
-def _lines(stream: IO[str] | None) -> "queue.Queue[str | None]":
-    """The lines of a stream as they come, then None; so that waiting for one can have a limit."""
-    found: queue.Queue[str | None] = queue.Queue()
+def _lines(stream: IO[str] | None) -> "queue.Queue[dict[str, Any] | None]":
+    """The lines of a worker as they come, then None; so that waiting for one can have a limit."""
+    found: queue.Queue[dict[str, Any] | None] = queue.Queue()
 
     def read() -> None:
         for line in stream or ():
-            found.put(line)
+            try:
+                value = json.loads(line)
+            except ValueError:  # not the worker's
+                continue
+            if isinstance(value, dict):
+                found.put(value)
         found.put(None)
 
     threading.Thread(target=read, daemon=True).start()
     return found
 
 
-def _how_it_ended(status: int, errors: str) -> str:
-    said = [line for line in errors.splitlines() if line.strip()]
-    last = said[-1][:500] if said else "it said nothing"
+def _reason(hang: str, status: int, error: dict[str, Any], said: str) -> tuple[str, bool]:
+    """Why a process has ended, and whether that says something about the kernel."""
+    if hang:
+        return hang, True
+    if error:
+        text, kinds = _printable(error["error"]), set(error["kinds"])
+        passing = kinds & _PASSING_ERRORS or any(one in text for one in _PASSING_MESSAGES)
+        return text, not passing
+    lines = [line for line in said.splitlines() if line.strip()]
+    last = f": {_printable(lines[-1])}" if lines else ""
     if status < 0:
-        return f"ended by {signal.Signals(-status).name}: {last}"
-    return last if said else f"ended with status {status}"
+        known = -status in set(signal.Signals)
+        name = signal.Signals(-status).name if known else f"signal {-status}"
+        return f"ended by {name}{last}", -status not in _PASSING_SIGNALS
+    return f"ended with status {status}{last}", True
+
+
+def _printable(text: str) -> str:
+    words = " ".join(text.split())[:500]
+    return "".join(c if c.isprintable() else "?" for c in words)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clp_kernels import registry
 from clp_kernels.ops.slot_attention import cpu as slot_attention
-from clp_kernels.selftest import cases
+from clp_kernels.selftest import cases, proof
 from clp_kernels.testing import FLOOR
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ OPS = [op for op in registry.BACKENDS if not op.endswith("_backward")]
 def first_failure(op: str, backend: str = "cpu") -> str | None:
     for case in cases.cases(op, CPU):
         try:
-            cases.prove(op, backend, CPU, case)
+            proof.prove(op, backend, CPU, case)
         except AssertionError as error:
             return str(error)
     return None
@@ -45,7 +45,7 @@ def test_the_cpu_kernels_pass(op: str) -> None:
 
 
 def test_a_backend_that_cannot_run_a_case_is_not_asked_to() -> None:
-    assert not cases.prove("sample", "cuda", CPU, cases.cases("sample", CPU)[0])
+    assert not proof.prove("sample", "cuda", CPU, cases.cases("sample", CPU)[0])
 
 
 def _changed(output: int, change: Callable[[Tensor], Any]) -> Callable[..., Any]:
@@ -120,6 +120,100 @@ def test_a_wrong_kernel_fails(
     assert failure is not None and message in failure
 
 
+def _wrong_if(condition: Callable[[Any], bool]) -> Callable[..., Any]:
+    def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
+        def wrong(inputs: Any, *args: Any) -> Any:
+            found = run(inputs, *args)
+            if not condition(inputs):
+                return found
+            return tuple(t + 1 for t in found) if isinstance(found, tuple) else found + 1
+
+        return wrong
+
+    return wrap
+
+
+def _tokens(inputs: Any) -> int:
+    return int(inputs.x.numel() // inputs.x.shape[-1])
+
+
+CONDITIONS: dict[str, Callable[[Any], bool]] = {
+    "a few tokens": lambda i: 2 <= _tokens(i) <= 8,
+    "many tokens": lambda i: _tokens(i) > 200,
+    "int64 ids": lambda i: i.example_ids is not None and i.example_ids.dtype == torch.int64,
+    "no bias": lambda i: i.bias is None,
+    "ids without a bias": lambda i: i.example_ids is not None and i.bias is None,
+    "gaps": lambda i: not i.x.is_contiguous(),
+    "in_features": lambda i: i.x.shape[-1] % 8 != 0,
+    "out_features": lambda i: i[1].shape[-2] % 8 != 0,
+    "several tokens of an example": lambda i: (
+        i.example_ids is None and _tokens(i) > len(i.weights) > 0
+    ),
+    "batch_invariant": lambda i: i.invariant and _tokens(i) <= 64,
+    "batch_invariant with ids": lambda i: i.invariant and i.example_ids is not None,
+}
+
+
+@CPU_KERNELS
+@pytest.mark.parametrize("op", ["mixed_lora", "mixed_linear"])
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_kernel_that_is_wrong_in_some_calls_fails(
+    op: str, condition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *rest = registry.BACKENDS[op]
+    run = _wrong_if(CONDITIONS[condition])(first.run)
+    wrong = replace(first, run=run, fast_path=lambda: None)
+    monkeypatch.setitem(registry.BACKENDS, op, (wrong, *rest))
+    assert first_failure(op) is not None
+
+
+@CPU_KERNELS
+def test_a_row_that_depends_on_the_batch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(inputs: Any) -> Any:
+        y, u = first.run(inputs)
+        return (y * (1 + 1e-7 * (_tokens(inputs) % 3)) if inputs.invariant else y), u
+
+    first, *rest = registry.BACKENDS["mixed_lora"]
+    wrong = replace(first, run=run, fast_path=lambda: None)
+    monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (wrong, *rest))
+    failure = first_failure("mixed_lora")
+    assert failure is not None and "rows alone have other bits" in failure
+
+
+@CPU_KERNELS
+def test_an_adapter_that_shows_in_a_row_of_zero_weights_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(inputs: Any) -> Any:
+        y, u = first.run(inputs)
+        return y + 0 * inputs.lora_A.sum().to(y.dtype), u
+
+    first, *rest = registry.BACKENDS["mixed_lora"]
+    wrong = replace(first, run=run, fast_path=lambda: None)
+    monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (wrong, *rest))
+    failure = first_failure("mixed_lora")
+    assert failure is not None and "an adapter of weight zero shows" in failure
+
+
+@CPU_KERNELS
+@pytest.mark.parametrize("op", ["mixed_lora", "sample"])
+def test_a_wrong_fast_path_fails(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what calls without gradients take."""
+    first, *rest = registry.BACKENDS[op]
+    taken = first.fast_path()
+    assert taken is not None
+
+    def wrong(*args: Any) -> Any:
+        found = taken(*args)
+        if found is None:
+            return None
+        return (found[0] * 0, *found[1:]) if isinstance(found, tuple) else found + 1
+
+    entry = replace(first, fast_path=lambda: wrong)
+    monkeypatch.setitem(registry.BACKENDS, op, (entry, *rest))
+    assert first_failure(op) is not None
+
+
 @CPU_KERNELS
 def test_a_wrong_attention_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     wrap = _changed(0, _last_is_off)
@@ -135,4 +229,4 @@ def test_triton_in_its_interpreter_goes_the_same_way(op: str) -> None:
     """One case of each op: the interpreter takes seconds for it."""
     interpreted(op)
     case = next(case for case in cases.cases(op, CPU) if case.name.startswith("f32"))
-    assert cases.prove(op, "triton", CPU, case)
+    assert proof.prove(op, "triton", CPU, case)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,8 @@ pytestmark = [CPU_KERNELS, pytest.mark.usefixtures("kernels_cache")]
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 # What a process runs before the worker: replaces the kernels of mix_logits by `bad`.
 BAD = (
-    "import ctypes, os, sys, time\n"
-    "import json; sys.path[:] = json.loads(sys.argv[1])\n"
+    "import atexit, ctypes, os, signal, sys, time\n"
+    "count = int(sys.argv[1]); sys.path[:] = sys.argv[2 : 2 + count]\n"
     "from dataclasses import replace\n"
     "from clp_kernels import mix_logits, registry\n"
     "def bad(*args):\n"
@@ -33,7 +36,12 @@ BAD = (
 )
 KINDS = {
     "fails": ("return first.run(*args) + 1", "AssertionError: output 0 is out of its error budget"),
-    "raises": ("raise MemoryError('no room')", "MemoryError: no room"),
+    "raises": ("raise ValueError('one\\n\\ntwo\\x07')", "ValueError: one two?"),
+    "raises after noise": (
+        "atexit.register(print, 'bye', file=sys.stderr); raise IndexError(7)",
+        "IndexError: 7",
+    ),
+    "ends by an unknown signal": ("os.kill(os.getpid(), 40)", "ended by signal 40"),
     "crashes": ("os.abort()", "ended by SIGABRT"),
     "reads where nothing is": ("ctypes.string_at(8)", "ended by SIGSEGV"),
     "ends the process": ("os._exit(3)", "ended with status 3"),
@@ -79,17 +87,104 @@ def test_what_kernels_print_is_not_taken_for_a_result() -> None:
 
 
 def test_kernels_that_run_no_case_have_not_passed() -> None:
-    body = "from clp_kernels.native import BackendError; raise BackendError('not here')"
-    reason = run(body, ["mix_logits"])["mix_logits", "cpu"].reason
-    assert reason is not None and reason.endswith("the kernels run none of the cases")
-
-
-def test_a_process_that_does_not_start_is_a_reason() -> None:
     jobs = processes.jobs(CPU, ["mix_logits"], "cpu")
-    found = processes.test(jobs, CPU, progress=False, program="import nothing_of_this_name")
-    assert found["mix_logits", "cpu"].reason == (
-        "its start: ModuleNotFoundError: No module named 'nothing_of_this_name'"
+    refusing = BAD.replace("run=bad", "why_not=lambda *_: 'not here'").format("pass")
+    program = refusing + PROGRAM
+    [result] = processes.test(jobs, CPU, progress=False, program=program).values()
+    assert result.reason is not None
+    assert result.reason.endswith("AssertionError: the kernels run none of the cases")
+
+
+PASSING = {
+    "memory": "raise MemoryError('no room')",
+    "memory of a GPU": "import torch; raise torch.OutOfMemoryError('CUDA out of memory.')",
+    "a card in use": "raise RuntimeError('CUDA error: devices are busy or unavailable\\nCompile')",
+    "a full disk": "raise OSError(28, 'No space left on device')",
+    "the host's memory": "os.kill(os.getpid(), signal.SIGKILL)",
+}
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_a_failure_that_another_try_may_not_have_is_not_kept_on_disk(kind: str) -> None:
+    [result] = run(PASSING[kind], ["mix_logits"]).values()
+    assert result.reason is not None and trust.find("mix_logits", "cpu", CPU) == result
+    trust.of_this_process.clear()
+    assert trust.find("mix_logits", "cpu", CPU) is None
+
+
+def test_a_process_that_does_not_start_is_a_reason_for_this_process() -> None:
+    jobs = processes.jobs(CPU, ["mix_logits"], "cpu")
+    [result] = processes.test(
+        jobs, CPU, progress=False, program="import nothing_of_this_name"
+    ).values()
+    assert result.reason == (
+        "its start: ended with status 1: ModuleNotFoundError: No module named "
+        "'nothing_of_this_name'"
     )
+    trust.of_this_process.clear()
+    assert trust.find("mix_logits", "cpu", CPU) is None
+
+
+def test_what_the_results_and_the_environment_say_does_not_change_a_test(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel that has failed is tested all the same, on its fast path too."""
+    wrong = "first, *rest = registry.BACKENDS['sample']\ntaken = first.fast_path()\n"
+    wrong += "def bad(*args):\n    found = taken(*args)\n"
+    wrong += "    return found if found is None else (found[0] * 0, *found[1:])\n"
+    wrong += "registry.BACKENDS['sample'] = (replace(first, fast_path=lambda: bad), *rest)\n"
+    program = BAD.format("pass").rpartition("first, *rest")[0] + wrong + PROGRAM
+    monkeypatch.setenv("CLP_KERNELS_BACKEND", "reference")
+    for _ in range(2):
+        jobs = processes.jobs(CPU, ["sample"], "cpu")
+        [result] = processes.test(jobs, CPU, progress=False, program=program).values()
+        assert result.reason is not None and "tokens are" in result.reason
+
+
+def test_a_process_that_does_not_end_keeps_what_it_has_found() -> None:
+    found = run("atexit.register(time.sleep, 600); return first.run(*args)", ["mix_logits"])
+    assert found["mix_logits", "cpu"].reason is None
+
+
+def test_what_a_kernel_starts_ends_with_the_test(tmp_path: Path) -> None:
+    body = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.fork() or time.sleep(600)))"
+    begin = time.monotonic()
+    found = run(f"{body}; return first.run(*args)", ["mix_logits"])
+    assert found["mix_logits", "cpu"].reason is None and time.monotonic() - begin < 60
+    wait_for_end(int((tmp_path / "pid").read_text()))
+
+
+def wait_for_end(pid: int) -> None:
+    """Of a process that nobody may have waited for."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if "State:\tZ" in status:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_kernel_that_hangs_ends_with_its_caller(stop: int, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    body = f"open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = (
+        "import sys, torch; from clp_kernels.selftest import processes\n"
+        "jobs = processes.jobs(torch.device('cpu'), ['mix_logits', 'sample'], 'cpu')\n"
+        "processes.test(jobs, torch.device('cpu'), program=sys.argv[1])\n"
+    )
+    command = [sys.executable, "-c", code, BAD.format(body) + PROGRAM]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not pid.is_file() or not pid.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(stop)
+    assert process.wait(20) != 0
+    wait_for_end(int(pid.read_text()))
 
 
 def test_an_interrupt_ends_the_process_and_keeps_nothing(
@@ -134,10 +229,11 @@ def tested(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(trust, "machine", lambda device, backend: f"{device} {backend}")
     calls: list[Any] = []
 
-    def test(jobs: Any, device: torch.device, *, progress: bool) -> None:
+    def test(jobs: Any, device: torch.device, *, progress: bool) -> dict[Any, Result]:
         calls.append(list(jobs))
         for job in jobs:
             trust.keep(*job, device, Result(None, 9, 1.0))
+        return dict.fromkeys(jobs, Result(None, 9, 1.0))
 
     monkeypatch.setattr(processes, "test", test)
     return calls
@@ -203,7 +299,8 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--op", "mix_logits", "--backend", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:4] == ["mix_logits", "cpu", "passed", "30"]
-    assert str(trust.folder()) in lines[-1]
+    assert trust.find("mix_logits", "cpu", CPU) is not None
+    assert "python -m clp_kernels.info shows what is kept" in lines[-1]
 
 
 def test_the_command_shows_why_a_kernel_failed(
@@ -225,7 +322,9 @@ def test_the_command_shows_why_a_kernel_failed(
         (["--device", "cuda:99"], {}, "--device cuda:99: PyTorch sees"),
         (["--op", "nope"], {}, "invalid choice: 'nope'"),
         (["--backend", "cuda", "--device", "cpu"], {}, "no such kernels run on cpu here"),
+        (["--device", "cpu:5"], {}, "--device must be cpu, cuda or cuda:N, got 'cpu:5'"),
         ([], {"CLP_KERNELS_CPU_ISA": "nope"}, "CLP_KERNELS_CPU_ISA must be one of"),
+        ([], {"CLP_KERNELS_TRUST": "nope"}, "CLP_KERNELS_TRUST must be one of"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(
