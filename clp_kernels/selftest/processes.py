@@ -178,6 +178,8 @@ class _Started:
         """Kills what is left of the process and of those that it has started; its status."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        with self._lock:
+            self._running.remove(process)
         return process.wait()
 
     def end_all(self) -> None:
@@ -225,7 +227,8 @@ def _in_a_process(
                 except queue.Empty:
                     hangs = True
                     break
-                if line is None:
+                if line is None or "error" in line:
+                    error = line or error
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         status = process.wait(10)
                     break
@@ -236,8 +239,6 @@ def _in_a_process(
                     job = line["op"], line["backend"]
                     found[job] = Result(None, line["cases"], line["seconds"]), True
                     begin, case, index = time.monotonic(), None, 0
-                elif "error" in line:
-                    error = line
         finally:
             ended = started.end(process)
         if len(found) < len(group):

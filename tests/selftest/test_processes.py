@@ -41,6 +41,10 @@ KINDS = {
         "atexit.register(print, 'bye', file=sys.stderr); raise IndexError(7)",
         "IndexError: 7",
     ),
+    "raises and hangs": (
+        "atexit.register(time.sleep, 600); raise IndexError(8)",
+        "IndexError: 8",
+    ),
     "ends by an unknown signal": ("os.kill(os.getpid(), 40)", "ended by signal 40"),
     "crashes": ("os.abort()", "ended by SIGABRT"),
     "reads where nothing is": ("ctypes.string_at(8)", "ended by SIGSEGV"),
