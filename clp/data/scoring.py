@@ -353,9 +353,11 @@ _NOT_LISTS = (list, tuple, str, bytes, Mapping, set, frozenset)
 def _checked(objective: str, values: Any, count: int) -> list[float]:
     expected = f"reward {objective!r} must return a list of {count} numbers, got"
     if isinstance(values, torch.Tensor):
-        if values.is_meta:
-            raise TypeError(f"{expected} a tensor on meta, without values")
-        values = values.to_dense()
+        try:
+            values = values.to_dense()
+            values.tolist()
+        except RuntimeError as error:  # on meta, nested, quantised
+            raise TypeError(f"{expected} a tensor that has no list: {error}") from error
     if isinstance(values, torch.Tensor) and values.ndim > 1:
         values = list(values.flatten(1))  # each row must hold one number, as of a reward model
     elif hasattr(values, "tolist"):
@@ -376,7 +378,13 @@ def _number(objective: str, row: int, value: Any) -> float:
     one = getattr(value, "ndim", None) == 0 or (
         isinstance(value, torch.Tensor) and value.numel() == 1
     )
-    plain: Any = value.item() if one else value
+    try:
+        plain: Any = value.item() if one else value
+    except RuntimeError as error:
+        raise TypeError(
+            f"reward {objective!r}, row {row}: expected a finite number, got a tensor that has "
+            f"none: {error}"
+        ) from error
     if isinstance(plain, Decimal):
         plain = float(plain)
     came = f"reward {objective!r}, row {row}: expected a finite number, got {reprlib.repr(plain)}"

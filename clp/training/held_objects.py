@@ -232,7 +232,7 @@ def _inside_base(value: Any, base: type) -> tuple[str, list[Any] | dict[str, Any
     if base is partial:
         return kind, [value.func, value.args, value.keywords]
     if base is property:
-        return kind, [value.fget, *filter(None, [value.fset, value.fdel])]
+        return kind, [value.fget, value.__doc__, *filter(None, [value.fset, value.fdel])]
     if base is Tensor:
         if _is_dense(value):
             numbers = "" if value.is_meta else digest([value.detach()])
@@ -259,7 +259,8 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
         named = {n: known[n] for n in names_of(value.__code__) if n in known}
         own = {n: one for n, one in named.items() if not is_found_by_name(one)}
         code = value.__code__, value.__defaults__, value.__kwdefaults__
-        return f"{kind} {value.__module__}", [*code, cells, vars(value), own]
+        told = value.__name__, value.__doc__  # which decorators set, and judges read
+        return f"{kind} {value.__module__}", [*code, cells, vars(value), own, *told]
     if cls is CodeType:
         return f"{kind} {value.co_qualname}", [value.co_code, value.co_names, value.co_consts]
     if issubclass(cls, nn.Module):
@@ -280,7 +281,7 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
     if issubclass(cls, type):
         own = {n: one for n, one in vars(value).items() if not _is_made(n, value)}
         insides = [] if is_found_by_name(value) else [own, value.__bases__]
-        return f"{kind} {value.__module__}.{value.__qualname__}", insides
+        return f"{kind} {value.__module__}.{value.__qualname__} {value.__name__}", insides
     if issubclass(cls, staticmethod | classmethod):
         return kind, [value.__func__]
     if issubclass(cls, ModuleType):

@@ -798,11 +798,23 @@ def ordered(steps):
     return reward
 
 
+def told(text, attribute="__doc__"):
+    """As a decorator that gives a judge its rubric."""
+
+    def judge(completions, **columns):
+        return [float(len(judge.__doc__ or judge.__name__)) for _ in completions]
+
+    setattr(judge, attribute, text)
+    return judge
+
+
 UNSTEADY = {
     "signs": lambda: (Unsteady(1), Unsteady(-1)),
     "words": lambda: (Unsteady(1, ["kite"]), Unsteady(1, ["boat"])),
     "attributes of functions": lambda: (counting(1), counting(-1)),
     "modes of modules": lambda: (training(True), training(False)),
+    "texts of functions": lambda: (told("How kind?"), told("How short?")),
+    "names of functions": lambda: (told("kind", "__name__"), told("short", "__name__")),
     "the order of keys": lambda: (ordered({"on": 1, "once": 2}), ordered({"once": 2, "on": 1})),
 }
 
