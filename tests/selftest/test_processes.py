@@ -177,7 +177,8 @@ def test_a_kernel_that_hangs_ends_with_its_caller(stop: int, tmp_path: Path) -> 
     pid = tmp_path / "pid"
     body = f"open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     code = (
-        "import sys, torch; from clp_kernels.selftest import processes\n"
+        "import signal, sys, torch; from clp_kernels.selftest import processes\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # nohup has it ignored
         "jobs = processes.jobs(torch.device('cpu'), ['mix_logits', 'sample'], 'cpu')\n"
         "processes.test(jobs, torch.device('cpu'), program=sys.argv[1])\n"
     )
