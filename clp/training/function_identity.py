@@ -111,17 +111,16 @@ def swapped(
 ) -> tuple[str, str] | None:
     """A name, and that under which its function of now was known then, if there is such a one.
 
-    A function is another one's if it has parts that told that one from its own, and none that told
-    its own from that one; and if that of then under its name is given under another name now. So
-    one that has changed, or was corrected, is none.
+    A function is another one's if more of the parts that told the two apart are that one's than are
+    its own; and if that of then under its name is given under another name now. So one that has
+    changed, or was corrected, is none.
     """
 
     def is_others(name: str, other: str) -> bool:
         own, others, given = then[name], then[other], now[name]
         telling = [p for p in own.keys() | others.keys() if own.get(p) != others.get(p)]
-        return any(given.get(p) == others.get(p) for p in telling) and not any(
-            given.get(p) == own.get(p) for p in telling
-        )
+        of_other = sum(given.get(p) == others.get(p) for p in telling)
+        return of_other > sum(given.get(p) == own.get(p) for p in telling)
 
     names = sorted(name for name in then if name in now)
     moved = [(n, o) for n in names for o in names if n != o and is_others(n, o)]

@@ -254,10 +254,10 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
         return kind, [value.__func__, value.__self__]
     if cls is FunctionType:
         cells = [_content(cell) for cell in value.__closure__ or ()]
-        # Two files may be loaded as modules of one name. What is found by its name is the same.
+        # Two files may be loaded as modules of one name. What is found by its name is that name.
         known = value.__globals__
         named = {n: known[n] for n in names_of(value.__code__) if n in known}
-        own = {n: one for n, one in named.items() if not is_found_by_name(one)}
+        own = {n: _name_of(one) if is_found_by_name(one) else one for n, one in named.items()}
         code = value.__code__, value.__defaults__, value.__kwdefaults__
         told = value.__name__, value.__doc__  # which decorators set, and judges read
         return f"{kind} {value.__module__}", [*code, cells, vars(value), own, *told]
@@ -371,6 +371,13 @@ def is_found_by_name(value: Any) -> bool:
         return attrgetter(value.__qualname__)(sys.modules.get(value.__module__)) is value
     except AttributeError:  # as of "make.<locals>.Reward"
         return False
+
+
+def _name_of(value: Any) -> str:
+    """Of what `is_found_by_name`."""
+    if issubclass(type(value), ModuleType):
+        return f"module {value.__name__}"
+    return f"{value.__module__}.{value.__qualname__}"
 
 
 def _content(cell: CellType) -> Any:

@@ -1,6 +1,7 @@
 """What tells functions given in Python apart when a run is resumed."""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -808,11 +809,44 @@ def told(text, attribute="__doc__"):
     return judge
 
 
+class Numbered:
+    """Has a number by the order in which it was made."""
+
+    numbers = itertools.count()
+
+    def __init__(self, words):
+        self.number, self.words = next(self.numbers), words
+
+    def __call__(self, completions, **columns):
+        return [float(sum(map(text.count, self.words))) for text in completions]
+
+
+def numbered(first, second):
+    Numbered.numbers = itertools.count()
+    return Numbered(first), Numbered(second)
+
+
+def of_file(line):
+    """A function of a file that imports another one under the same name."""
+    known = {"__name__": "reward"}
+    code = f"{line}\ndef reward(completions, **columns):\n    return [rule(t) for t in completions]"
+    exec(code, known)
+    return known["reward"]
+
+
 UNSTEADY = {
     "signs": lambda: (Unsteady(1), Unsteady(-1)),
     "words": lambda: (Unsteady(1, ["kite"]), Unsteady(1, ["boat"])),
     "attributes of functions": lambda: (counting(1), counting(-1)),
     "modes of modules": lambda: (training(True), training(False)),
+    "imports of files": lambda: (
+        of_file("from html import escape as rule"),
+        of_file("from html import unescape as rule"),
+    ),
+    "modules of files": lambda: (
+        of_file("import math as rules; rule = lambda t: rules.e"),
+        of_file("import cmath as rules; rule = lambda t: rules.e"),
+    ),
     "texts of functions": lambda: (told("How kind?"), told("How short?")),
     "names of functions": lambda: (told("kind", "__name__"), told("short", "__name__")),
     "the order of keys": lambda: (ordered({"on": 1, "once": 2}), ordered({"once": 2, "on": 1})),
@@ -841,6 +875,14 @@ def test_functions_with_a_state_that_have_changed_places_are_refused_after_a_tra
     with pytest.raises(ValueError, match="as the reward of a; resume gives what was that of b"):
         resumed(tmp_path / "r", {"a": funcs["b"], "b": funcs["a"]}, ROWS, max_steps=2)
     resumed(tmp_path / "r", funcs, ROWS, max_steps=2).train()
+
+
+def test_functions_that_keep_a_part_of_their_place_are_told_apart():
+    one, other = numbered(["sun", "joy"], ["in short", "so"])
+    then = distinctive({"a": insides_of(one), "b": insides_of(other)})
+    for first, second, found in ((one, other, None), (other, one, ("a", "b"))):
+        again = numbered(first.words, second.words)
+        assert swapped(then, dict(zip("ab", map(insides_of, again), strict=True))) == found
 
 
 def test_a_state_that_comes_to_be_that_of_another_function_is_no_swap():
