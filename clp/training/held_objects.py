@@ -256,7 +256,7 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
         cells = [_content(cell) for cell in value.__closure__ or ()]
         # Two files may be loaded as modules of one name. What is found by its name is that name.
         known = value.__globals__
-        named = {n: known[n] for n in names_of(value.__code__) if n in known}
+        named = {n: known[n] for n in sorted(names_of(value.__code__)) if n in known}
         own = {n: _name_of(one) if is_found_by_name(one) else one for n, one in named.items()}
         code = value.__code__, value.__defaults__, value.__kwdefaults__
         told = value.__name__, value.__doc__  # which decorators set, and judges read
