@@ -167,32 +167,34 @@ def test_a_kernel_that_is_wrong_in_some_calls_fails(
     assert first_failure(op) is not None
 
 
-@CPU_KERNELS
-def test_a_row_that_depends_on_the_batch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(inputs: Any) -> Any:
-        y, u = first.run(inputs)
-        return (y * (1 + 1e-7 * (_tokens(inputs) % 3)) if inputs.invariant else y), u
+def _depends_on_the_batch(inputs: Any, y: Tensor) -> Tensor:
+    return y * (1 + 1e-7 * (_tokens(inputs) % 3)) if inputs.invariant else y
 
-    first, *rest = registry.BACKENDS["mixed_lora"]
-    wrong = replace(first, run=run, fast_path=lambda: None)
-    monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (wrong, *rest))
-    failure = first_failure("mixed_lora")
-    assert failure is not None and "rows alone have other bits" in failure
+
+def _shows_an_adapter_of_weight_zero(inputs: Any, y: Tensor) -> Tensor:
+    return y + 0 * inputs.lora_A.sum().to(y.dtype)
 
 
 @CPU_KERNELS
-def test_an_adapter_that_shows_in_a_row_of_zero_weights_fails(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_depends_on_the_batch, "rows alone have other bits"),
+        (_shows_an_adapter_of_weight_zero, "an adapter of weight zero shows"),
+    ],
+)
+def test_rows_that_are_wrong_to_the_bit_fail(
+    change: Callable[[Any, Tensor], Tensor], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(inputs: Any) -> Any:
         y, u = first.run(inputs)
-        return y + 0 * inputs.lora_A.sum().to(y.dtype), u
+        return change(inputs, y), u
 
     first, *rest = registry.BACKENDS["mixed_lora"]
     wrong = replace(first, run=run, fast_path=lambda: None)
     monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (wrong, *rest))
     failure = first_failure("mixed_lora")
-    assert failure is not None and "an adapter of weight zero shows" in failure
+    assert failure is not None and message in failure
 
 
 @CPU_KERNELS
