@@ -7,7 +7,7 @@ or what it reads is a state); it is compared only to see whether two functions w
 import hashlib
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import partial
@@ -25,6 +25,7 @@ MOST_OBJECTS = 10_000
 MOST_PARTS = 100
 # Parts of a function that are kept in a run's folder: those nearest to it.
 MOST_DISTINCTIVE = 256
+WEAK = "~"
 
 
 def plain(value: Any) -> Any:
@@ -68,7 +69,9 @@ def insides_of(function: Any) -> dict[str, str]:
     """Digests of the function's parts, by digests of their places in it: its code, what it is bound
     to, what its closure and its file's names hold, and what these hold.
 
-    A counter, a cache or a clock in it changes its own part alone.
+    A counter, a cache or a clock in it changes its own part alone. A value in a list has its value
+    for a place, because a list that was made of a set has another order in each process. Digests of
+    numbers alone begin with WEAK: a state comes to be that of another function by chance.
     """
     found, kept = dict[str, str](), dict[int, Any]()
     waiting = deque([("", function)])
@@ -83,15 +86,23 @@ def insides_of(function: Any) -> dict[str, str]:
         if not is_found_by_name(type(value)):
             named["class"] = type(value)
         # Plain values here and now: Python may share them.
-        parts = {_hash(place, name): (one, plain_text(one)) for name, one in named.items()}
-        texts = {name: text for name, (_, text) in parts.items() if text is not None}
+        plain_ones = {name: plain_text(one) for name, one in named.items()}
+        texts = {name: text for name, text in plain_ones.items() if text is not None}
+        weak = WEAK * all(_is_number(named[name]) for name in texts)
         found[place] = _hash(shown)
-        found[_hash(place, "in order")] = _hash(*named, *texts.values())
-        # What a set made a list of has another order in each process.
-        found[_hash(place, "sorted")] = _hash(*sorted(map(str, named)), *sorted(texts.values()))
+        found[_hash(place, "in order")] = weak + _hash(*named, *texts.values())
+        found[_hash(place, "sorted")] = weak + _hash(
+            *sorted(map(str, named)), *sorted(texts.values())
+        )
         if len(texts) <= MOST_PARTS:
-            found |= {name: _hash(text) for name, text in texts.items()}
-        waiting.extend((name, one) for name, (one, text) in parts.items() if text is None)
+            times = Counter[str]()
+            for name, text in texts.items():
+                times[text] += 1
+                where = (name,) if isinstance(contents, dict) else ("value", text, times[text])
+                found[_hash(place, *where)] = WEAK * _is_number(named[name]) + _hash(text)
+        waiting.extend(
+            (_hash(place, n), named[n]) for n, text in plain_ones.items() if text is None
+        )
     return found
 
 
@@ -99,6 +110,7 @@ def distinctive(insides: Mapping[str, dict[str, str]]) -> dict[str, dict[str, st
     """Of each function the parts that tell it from another one, at most MOST_DISTINCTIVE."""
     places = dict.fromkeys(place for parts in insides.values() for place in parts)
     telling = [p for p in places if len({parts.get(p) for parts in insides.values()}) > 1]
+    telling.sort(key=lambda p: all(_is_weak(parts[p]) for parts in insides.values() if p in parts))
     telling = telling[:MOST_DISTINCTIVE]
     return {
         name: {place: parts[place] for place in telling if place in parts}
@@ -111,16 +123,22 @@ def swapped(
 ) -> tuple[str, str] | None:
     """A name, and that under which its function of now was known then, if there is such a one.
 
-    A function is another one's if more of the parts that told the two apart are that one's than are
-    its own; and if that of then under its name is given under another name now. So one that has
-    changed, or was corrected, is none.
+    A function is another one's if as many of the parts that told the two apart are that one's as
+    are its own (a number that it was given with its name is not all that it is); if only numbers
+    told them apart, if more are. And that of then under its name must be given under another name
+    now. So one that has changed, or was corrected, is none.
     """
 
     def is_others(name: str, other: str) -> bool:
         own, others, given = then[name], then[other], now[name]
-        telling = [p for p in own.keys() | others.keys() if own.get(p) != others.get(p)]
-        of_other = sum(given.get(p) == others.get(p) for p in telling)
-        return of_other > sum(given.get(p) == own.get(p) for p in telling)
+        strong, weak = [0, 0], [0, 0]  # of its own and of the other's
+        # What is absent says nothing: a cache is empty at each start.
+        for place in given.keys() & (own.keys() | others.keys()):
+            if own.get(place) != others.get(place):
+                votes = weak if _is_weak(given[place]) else strong
+                for i, parts in enumerate((own, others)):
+                    votes[i] += given[place] == parts.get(place)
+        return strong[1] >= strong[0] if any(strong) else weak[1] > weak[0]
 
     names = sorted(name for name in then if name in now)
     moved = [(n, o) for n in names for o in names if n != o and is_others(n, o)]
@@ -134,6 +152,15 @@ def swapped(
 def _hash(*texts: object) -> str:
     joined = "\n".join(map(str, texts)).encode(errors="surrogatepass")
     return hashlib.sha256(joined).hexdigest()[:12]
+
+
+def _is_number(value: Any) -> bool:
+    """Of a plain value: whether it is a number, True, False or None."""
+    return value is None or issubclass(type(value), int | float | np.number | np.bool_)
+
+
+def _is_weak(digest: str) -> bool:
+    return digest.startswith(WEAK)
 
 
 def _kind(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import copyreg
 import hashlib
+import json
 import pickle
 import re
 import sys
@@ -13,7 +14,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from operator import attrgetter, itemgetter
 from pathlib import PurePath
@@ -34,6 +35,7 @@ from uuid import UUID
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from clp.engine.model_state import names_of
@@ -262,7 +264,10 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
         told = value.__name__, value.__doc__  # which decorators set, and judges read
         return f"{kind} {value.__module__}", [*code, cells, vars(value), own, *told]
     if cls is CodeType:
-        return f"{kind} {value.co_qualname}", [value.co_code, value.co_names, value.co_consts]
+        # Arguments go by their names: which column it reads is in the name alone.
+        names = value.co_varnames[: value.co_argcount + value.co_kwonlyargcount]
+        shown = f"{kind} {value.co_qualname} {names}"
+        return shown, [value.co_code, value.co_names, value.co_consts]
     if issubclass(cls, nn.Module):
         own = {n: one for n, one in _attributes(value).items() if n not in _OF_MODULES}
         tensors = dict(
@@ -294,6 +299,9 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
         return kind, [value()]
     if _changes_by_itself(cls):
         return kind, []
+    if issubclass(cls, Tokenizer):  # each call sets how it cuts and pads
+        state = json.loads(value.to_str())
+        return kind, [{k: v for k, v in state.items() if k not in ("truncation", "padding")}]
     if cls is memoryview:
         return kind, [value.tobytes()]
     if issubclass(cls, torch.jit.ScriptFunction):
@@ -367,10 +375,29 @@ def is_found_by_name(value: Any) -> bool:
         return issubclass(type(value), ModuleType)
     if value.__module__ == "builtins":
         return True
+    module = sys.modules.get(value.__module__)
     try:
-        return attrgetter(value.__qualname__)(sys.modules.get(value.__module__)) is value
+        return attrgetter(value.__qualname__)(module) is value and _is_importable(module)
     except AttributeError:  # as of "make.<locals>.Reward"
         return False
+
+
+def _is_importable(module: Any) -> bool:
+    """Whether an import of its name gives this module: frameworks load several files of rewards
+    under one name, which is on no path."""
+    name, file = module.__name__, getattr(module, "__file__", None)
+    is_known = file is None or name.partition(".")[0] in {"__main__", *sys.stdlib_module_names}
+    return is_known or _origin(name) == file
+
+
+@cache
+def _origin(name: str) -> str | None:
+    """The file that an import of the name reads, whatever has been loaded under it."""
+    parent = sys.modules.get(name.rpartition(".")[0])
+    for finder in sys.meta_path:
+        if (spec := finder.find_spec(name, getattr(parent, "__path__", None))) is not None:
+            return spec.origin
+    return None
 
 
 def _name_of(value: Any) -> str:

@@ -54,21 +54,6 @@ class Judge:
     words: set
 
 
-def test_what_a_partial_binds_is_the_same_in_another_process():
-    """The order of a set of texts changes with the process."""
-    script = """
-from functools import partial, wraps
-from test_function_identity import Judge, calm
-from clp.training.run_folder import Inputs
-judged = partial(calm, judge=Judge({"a", "b", "c", "d"}))
-rows = [{"prompt": "x", "sets": {frozenset("abc"), frozenset("de")}}]
-print(Inputs.of({"calm": judged}, None, rows))
-"""
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    printed = {python("-c", script, PYTHONPATH=path, PYTHONHASHSEED=seed).stdout for seed in "123"}
-    assert len(printed) == 1 and "Judge" in printed.pop()
-
-
 def times(factor):
     def scaled(completions, **columns):
         return [factor for _ in completions]
@@ -295,6 +280,8 @@ def by_judge(judge):
          lambda completions, **_: [c.count("e") for c in completions]),
         (lambda completions, **_: [len(c) for c in completions],
          lambda completions, **_: [-len(c) for c in completions]),
+        (lambda completions, joy, **_: list(map(float, joy)),
+         lambda completions, brief, **_: list(map(float, brief))),
         (signed(sentiment, 1), signed(sentiment, -1)),
         (signed(lambda completions, **_: [1.0] * len(completions), 1),
          signed(lambda completions, **_: [2.0] * len(completions), 1)),
@@ -343,8 +330,9 @@ def by_judge(judge):
         (held(torch.nn.Sequential(torch.nn.ReLU())), held(torch.nn.Sequential(torch.nn.GELU()))),
     ],
     ids=["other functions", "other parameters", "closures", "constants", "lambdas", "operators",
-         "wraps", "wrapped lambdas", "defaults", "objects in closures", "objects in partials",
-         "lambdas in partials", "methods", "objects", "modules in closures", "slots", "classes",
+         "columns", "wraps", "wrapped lambdas", "defaults", "objects in closures",
+         "objects in partials", "lambdas in partials", "methods", "objects", "modules in closures",
+         "slots", "classes",
          "functions in classes", "lambdas in classes", "numbers in classes",
          "attributes of functions", "constants of files", "lists of files",
          "dicts of files", "helpers of files", "decorators that are objects",
@@ -667,20 +655,26 @@ def test_tables_that_functions_hold_are_told_apart():
     assert len({table(), table(2), table(column="b"), table(index="y")}) == 4
 
 
-def test_values_that_functions_hold_are_the_same_in_another_process():
+def test_what_functions_hold_is_the_same_in_another_process():
+    """The order of a set of texts changes with the process."""
     script = """
-from test_function_identity import BY_NUMBER, held
-from clp.training.function_identity import distinctive, insides_of, swapped
+from functools import partial
+from test_function_identity import BY_NUMBER, Judge, calm, held
+from clp.training.function_identity import insides_of
+from clp.training.run_folder import Inputs
+judged = partial(calm, judge=Judge({"a", "b", "c", "d"}))
+rows = [{"prompt": "x", "sets": {frozenset("abc"), frozenset("de")}}]
+print(Inputs.of({"calm": judged}, None, rows))
 for name, make in BY_NUMBER.items():
     print(name, insides_of(held(make(1))))
 """
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    first, *others = (
+    first, second = (
         python("-c", script, PYTHONPATH=path, PYTHONHASHSEED=seed).stdout.splitlines()
-        for seed in "123"
+        for seed in "12"
     )
-    assert len(first) == len(BY_NUMBER)
-    assert [first, first] == others
+    assert len(first) == 1 + len(BY_NUMBER) and "Judge" in first[0]
+    assert first == second
 
 
 @pytest.mark.parametrize("make", [AnyName, Asked, PosingAsDict, Mock, ServerProxy])
@@ -717,6 +711,10 @@ def test_what_changes_by_itself_is_the_same(monkeypatch):
     torch.rand(1, generator=random[0]), random[1].random(), next(random[3])
     monkeypatch.setenv("CLP_ANY", "1")
     assert insides_of(held(random)) == before
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    before = insides_of(held(tokenizer))
+    tokenizer(["a", "a b"], padding=True, truncation=True, max_length=8)
+    assert insides_of(held(tokenizer)) == before
     flag = Flag("flag", ["A", "B"])
     before = insides_of(held(flag.A))
     assert ~flag.A is flag.B
@@ -883,6 +881,78 @@ def test_functions_that_keep_a_part_of_their_place_are_told_apart():
     for first, second, found in ((one, other, None), (other, one, ("a", "b"))):
         again = numbered(first.words, second.words)
         assert swapped(then, dict(zip("ab", map(insides_of, again), strict=True))) == found
+
+
+class Labelled:
+    def __init__(self, label, pattern):
+        self.label, self.pattern, self.last = label, re.compile(pattern), False
+
+    def __call__(self, completions, **columns):
+        return [float(len(self.pattern.findall(text))) for text in completions]
+
+
+@pytest.mark.parametrize("labels", [(0, 1), ("joy", "brief")], ids=["numbers", "names"])
+def test_functions_that_keep_a_label_of_their_place_are_told_apart(labels):
+    def both(*patterns, last=(False, True)):
+        made = list(map(Labelled, labels, patterns))
+        for function, value in zip(made, last, strict=True):
+            function.last = value
+        return dict(zip("ab", map(insides_of, made), strict=True))
+
+    then = distinctive(both("e", "o"))
+    for last in ((False, False), (True, False), (False, True)):
+        assert swapped(then, both("e", "o", last=last)) is None
+        assert swapped(then, both("o", "e", last=last)) == ("a", "b")
+
+
+def test_a_list_made_of_a_set_has_another_order_in_each_process():
+    shared = [f"shared{i}" for i in range(20)]
+
+    def turned(words, by):
+        return insides_of(held(words[by:] + words[:by]))
+
+    then = distinctive({"a": turned(["sun", *shared], 1), "b": turned(["so", *shared], 2)})
+    for one, other in itertools.product(range(6), repeat=2):
+        now = {"a": turned(["sun", *shared], one), "b": turned(["so", *shared], other)}
+        assert swapped(then, now) is None
+        assert swapped(then, {"a": now["b"], "b": now["a"]}) == ("a", "b")
+
+
+def test_files_that_are_loaded_under_one_name_are_told_apart(tmp_path, monkeypatch):
+    """Whichever of them was loaded last."""
+    for name, expression in (("a", "text.count('e')"), ("b", "-len(text)")):
+        (tmp_path / f"{name}.py").write_text(
+            f"def score(text): return {expression}\n"
+            "def reward(completions, **_): return [float(score(text)) for text in completions]\n"
+        )
+
+    def load(names):
+        made = {}
+        for name in names:
+            spec = importlib.util.spec_from_file_location("custom_module", tmp_path / f"{name}.py")
+            module = importlib.util.module_from_spec(spec)
+            monkeypatch.setitem(sys.modules, "custom_module", module)
+            spec.loader.exec_module(module)
+            made[name] = insides_of(module.reward)
+        return made
+
+    then = distinctive(load("ab"))
+    for order in ("ab", "ba"):
+        now = load(order)
+        assert swapped(then, now) is None
+        assert swapped(then, {"a": now["b"], "b": now["a"]}) == ("a", "b")
+
+
+def test_a_full_cache_does_not_hide_what_tells_functions_apart():
+    def judge(word, full):
+        caches = [{f"{word}{i}{n}": i for i in range(90 * full)} for n in range(3)]
+        return insides_of(partial(calm, caches=caches, judge=[[{"words": [word]}]]))
+
+    for full in ((True, False), (True, True), (False, False)):
+        then = distinctive({"a": judge("sun", full[0]), "b": judge("so", full[1])})
+        now = {"a": judge("sun", False), "b": judge("so", False)}
+        assert swapped(then, now) is None
+        assert swapped(then, {"a": now["b"], "b": now["a"]}) == ("a", "b")
 
 
 def test_a_state_that_comes_to_be_that_of_another_function_is_no_swap():
