@@ -71,7 +71,8 @@ def insides_of(function: Any) -> dict[str, str]:
 
     A counter, a cache or a clock in it changes its own part alone. A value in a list has its value
     for a place, because a list that was made of a set has another order in each process. Digests of
-    numbers alone begin with WEAK: a state comes to be that of another function by chance.
+    numbers alone begin with WEAK: a state comes to be that of another function by chance. Those of
+    other values begin with that of the value without its digits.
     """
     found, kept = dict[str, str](), dict[int, Any]()
     waiting = deque([("", function)])
@@ -99,7 +100,8 @@ def insides_of(function: Any) -> dict[str, str]:
             for name, text in texts.items():
                 times[text] += 1
                 where = (name,) if isinstance(contents, dict) else ("value", text, times[text])
-                found[_hash(place, *where)] = WEAK * _is_number(named[name]) + _hash(text)
+                stem = WEAK if _is_number(named[name]) else _hash(re.sub(r"\d", "", text))[:4]
+                found[_hash(place, *where)] = stem + _hash(text)
         waiting.extend(
             (_hash(place, n), named[n]) for n, text in plain_ones.items() if text is None
         )
@@ -124,9 +126,9 @@ def swapped(
     """A name, and that under which its function of now was known then, if there is such a one.
 
     A function is another one's if as many of the parts that told the two apart are that one's as
-    are its own (a number that it was given with its name is not all that it is); if only numbers
-    told them apart, if more are. And that of then under its name must be given under another name
-    now. So one that has changed, or was corrected, is none.
+    are its own (a text that it was given with its name is not all that it is); if only numbers and
+    digits in texts told them apart, if more are. And that of then under its name must be given
+    under another name now. So one that has changed, or was corrected, is none.
     """
 
     def is_others(name: str, other: str) -> bool:
@@ -135,7 +137,8 @@ def swapped(
         # What is absent says nothing: a cache is empty at each start.
         for place in given.keys() & (own.keys() | others.keys()):
             if own.get(place) != others.get(place):
-                votes = weak if _is_weak(given[place]) else strong
+                numbered = own.get(place, "")[:4] == others.get(place, "")[:4]
+                votes = weak if numbered or _is_weak(given[place]) else strong
                 for i, parts in enumerate((own, others)):
                     votes[i] += given[place] == parts.get(place)
         return strong[1] >= strong[0] if any(strong) else weak[1] > weak[0]

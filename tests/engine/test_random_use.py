@@ -263,7 +263,7 @@ class Engine(RuleBasedStateMachine):
 
 def test_any_order_of_requests_gives_what_each_gets_alone(one_thread):
     Engine.events, Engine.alone = Counter(), {}
-    run_state_machine_as_test(Engine, settings=settings(WITHOUT_SHRINKING, max_examples=30))
+    run_state_machine_as_test(Engine, settings=settings(WITHOUT_SHRINKING, max_examples=15))
     for name in [
         "copy", "copy_each", "move", "more slots", "more length", "fewer slots", "fewer length",
         "prefill of several", "chunk", "unfinished chunk", "waits", "cancel",

@@ -891,7 +891,10 @@ class Labelled:
         return [float(len(self.pattern.findall(text))) for text in completions]
 
 
-@pytest.mark.parametrize("labels", [(0, 1), ("joy", "brief")], ids=["numbers", "names"])
+@pytest.mark.parametrize(
+    "labels", [(0, 1), ("joy", "brief"), ("http://gpu0:80", "http://gpu1:80")],
+    ids=["numbers", "names", "numbered names"],
+)  # fmt: skip
 def test_functions_that_keep_a_label_of_their_place_are_told_apart(labels):
     def both(*patterns, last=(False, True)):
         made = list(map(Labelled, labels, patterns))
@@ -903,6 +906,15 @@ def test_functions_that_keep_a_label_of_their_place_are_told_apart(labels):
     for last in ((False, False), (True, False), (False, True)):
         assert swapped(then, both("e", "o", last=last)) is None
         assert swapped(then, both("o", "e", last=last)) == ("a", "b")
+
+
+@pytest.mark.parametrize("labels", [(0, 1), ("cuda:0", "cuda:1")])
+def test_functions_made_in_another_order_have_not_changed_places(labels):
+    """They are given a number or the name of a server in turn."""
+    made = [insides_of(Labelled(*of)) for of in zip(labels, "eo", strict=True)]
+    again = [insides_of(Labelled(*of)) for of in zip(labels, "oe", strict=True)]
+    then = distinctive(dict(zip("ab", made, strict=True)))
+    assert swapped(then, {"a": again[1], "b": again[0]}) is None
 
 
 def test_a_list_made_of_a_set_has_another_order_in_each_process():

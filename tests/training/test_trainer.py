@@ -148,7 +148,7 @@ def test_resume_from_a_checkpoint_is_bitwise_the_uninterrupted_run(whole, tmp_pa
 
 
 def test_kill_9_at_any_moment_then_resume(whole, tmp_path):
-    """A real process, killed three times; every step saves, so a kill may fall into a save."""
+    """A real process, killed twice; every step saves, so a kill may fall into a save."""
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "clp.cli", "train", "--output-dir", str(folder), "--resume",
                "--save-steps", "1"]  # fmt: skip
@@ -157,7 +157,7 @@ def test_kill_9_at_any_moment_then_resume(whole, tmp_path):
             command += [f"--{name.replace('_', '-')}", str(value)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     watch = folder / "metrics.jsonl"
-    for lines in (1, 2, 4):
+    for lines in (1, 4):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         while process.poll() is None:
             if watch.exists() and watch.read_bytes().count(b"\n") >= lines:
