@@ -35,7 +35,6 @@ from uuid import UUID
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from clp.engine.model_state import names_of
@@ -299,7 +298,7 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
         return kind, [value()]
     if _changes_by_itself(cls):
         return kind, []
-    if issubclass(cls, Tokenizer):  # each call sets how it cuts and pads
+    if kind == "tokenizers.Tokenizer":  # each call sets how it cuts and pads
         state = json.loads(value.to_str())
         return kind, [{k: v for k, v in state.items() if k not in ("truncation", "padding")}]
     if cls is memoryview:
