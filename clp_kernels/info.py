@@ -14,6 +14,7 @@ import torch
 
 import clp_kernels
 from clp_kernels import native, registry, trust
+from clp_kernels.ops import choices
 from clp_kernels.selftest import cases
 
 
@@ -58,6 +59,7 @@ def collect() -> dict[str, Any]:
             if name not in absent
             for device, shown in _tested(op, name)
         },
+        "measured sizes": _measured(),
     }  # fmt: skip
 
 
@@ -130,6 +132,19 @@ def _trust_of_the_environment() -> str:
         return trust.trust()
     except ValueError as error:
         return f"{error}; every call of an op raises this"
+
+
+def _measured() -> str:
+    """Of how many sizes the fastest path is known, and the digest that runs are marked with."""
+    try:
+        if not choices.is_on():
+            return "not used (CLP_KERNELS_TUNE, CLP_KERNELS_TRUST)"
+        known = choices.known("mixed_lora")
+    except ValueError as error:
+        return f"{error}; every call of an op raises this"
+    if not known:
+        return "none (python -m clp_kernels.selftest --tune)"
+    return f"{len(known)} of mixed_lora, {choices.fingerprint()}"
 
 
 def _tested(op: str, backend: str) -> Iterator[tuple[str, str]]:

@@ -1,20 +1,12 @@
 """Which kernels "auto" may take: CLP_KERNELS_TRUST, and the results of the self-test.
 
 `python -m clp_kernels.selftest` makes the results. A file in the user's cache folder has them by
-machine, op and backend. It is replaced by a rename, under a lock, so that several processes may
-write at once. A file that is damaged or not one of ours is ignored with a warning, and made anew
-with the next results. If the folder cannot be written to, this process alone keeps the results.
+machine, op and backend (clp_kernels.files).
 """
 
-import fcntl
 import hashlib
-import json
 import os
 import platform
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,13 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from clp_kernels import native
-from clp_kernels.files import lock_file, write_whole
+from clp_kernels.files import CacheFile, warn_once
 from clp_kernels.native import BackendError
 
 TRUSTS = ("selftest", "all", "none")
-FILE = "selftest.json"
-# Of the file's layout; another number makes it a foreign file.
-FORMAT = 1
 
 
 class Result(NamedTuple):
@@ -43,7 +32,6 @@ class Result(NamedTuple):
 Results = dict[str, dict[str, dict[str, Result]]]  # machine, op, backend
 
 of_this_process: Results = {}
-warned: set[str] = set()
 distrusted: dict[tuple[str, str, torch.device], str | None] = {}
 
 
@@ -82,7 +70,7 @@ def _why(op: str, backend: str, device: torch.device) -> str | None:
     if device.type != "cuda":
         return None
     command = f"python -m clp_kernels.selftest --device {device}"
-    _warn_once(
+    warn_once(
         f"kernels of clp_kernels have not been tested on {device} yet, and plain PyTorch runs in "
         f"their place; to test them, run: {command}"
     )
@@ -103,19 +91,6 @@ def trust() -> str:
     if value not in TRUSTS:
         raise BackendError(f"CLP_KERNELS_TRUST must be one of {', '.join(TRUSTS)}, got {value!r}")
     return value
-
-
-def folder() -> Path:
-    """CLP_KERNELS_CACHE, or clp_kernels in the user's cache folder.
-
-    Raises: FileNotFoundError if it is in a home folder that there is not.
-    """
-    chosen = os.environ.get("CLP_KERNELS_CACHE")
-    parent = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    try:
-        return Path(chosen).expanduser() if chosen else parent.expanduser() / "clp_kernels"
-    except RuntimeError as error:
-        raise FileNotFoundError(f"{error} Set CLP_KERNELS_CACHE") from error
 
 
 def machine(device: torch.device, backend: str) -> str:
@@ -140,9 +115,8 @@ def machine(device: torch.device, backend: str) -> str:
 def find(op: str, backend: str, device: torch.device) -> Result | None:
     """The result of this op's kernels on this device, None if there is none."""
     key = machine(device, backend)
-    return of_this_process.get(key, {}).get(op, {}).get(backend) or _read().get(key, {}).get(
-        op, {}
-    ).get(backend)
+    found = of_this_process.get(key, {}).get(op, {}).get(backend)
+    return found or _parsed(FILE.read()).get(key, {}).get(op, {}).get(backend)
 
 
 def keep(
@@ -152,58 +126,20 @@ def keep(
     new: Results = {machine(device, backend): {op: {backend: result}}}
     _merge(of_this_process, new)
     forget()
-    if not on_disk:
-        return
-    try:
-        path = folder() / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_suffix(".lock")):
-            known = _read()
+    if on_disk:
+
+        def change(results: dict[str, Any]) -> None:
+            known = _parsed(results)
             _merge(known, new)
-            whole = {"format": FORMAT, "results": _plain(known)}
-            write_whole(path, json.dumps(whole, indent=1).encode())
-    except OSError as error:
-        _warn_once(f"the results of the self-test are kept in this process alone: {error}")
+            results |= _plain(known)
+
+        FILE.update(change)
 
 
-@contextmanager
-def locked(path: Path, waiting: str | None = None) -> Iterator[None]:
-    """Holds a lock of this file against other processes. Raises: OSError.
-
-    waiting: what standard error is told if another process holds it.
-    """
-    with path.open("a") as file:  # with which the lock ends, as with the process
-        if not lock_file(file.fileno()):
-            if waiting is not None:
-                print(waiting, file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _read() -> Results:
-    """The file's results; without one, or if it is not whole and ours, none."""
-    try:
-        path = folder() / FILE
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        _warn_once(f"{folder() / FILE} is ignored: {error}")
-        return {}
-    try:
-        return _parsed(text)
-    except (ValueError, RecursionError) as error:
-        _warn_once(f"{path} is ignored, it holds no results of the self-test: {error}")
-        return {}
-
-
-def _parsed(text: str) -> Results:
-    """Raises ValueError if the text is not what `keep` writes."""
-    whole = json.loads(text)
-    if not isinstance(whole, dict) or repr(whole.get("format")) != repr(FORMAT):
-        raise ValueError(f'expected an object with "format": {FORMAT}')
+def _parsed(results: dict[str, Any]) -> Results:
+    """Raises ValueError if the results are not what `keep` writes."""
     found: Results = {}
-    for key, ops in _items(whole.get("results")):
+    for key, ops in results.items():
         for op, backends in _items(ops):
             for backend, entry in _items(backends):
                 fields = dict(_items(entry))
@@ -218,6 +154,9 @@ def _parsed(text: str) -> Results:
                 one = Result(reason, cases, float(seconds))
                 _merge(found, {key: {op: {backend: one}}})
     return found
+
+
+FILE = CacheFile("selftest.json", 1, "results of the self-test", _parsed)
 
 
 def _items(value: Any) -> Any:
@@ -240,12 +179,6 @@ def _merge(into: Results, new: Results) -> None:
     for key, ops in new.items():
         for op, backends in ops.items():
             into.setdefault(key, {}).setdefault(op, {}).update(backends)
-
-
-def _warn_once(message: str) -> None:
-    if message not in warned:
-        warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def driver() -> str:

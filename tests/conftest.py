@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from clp_kernels import trust
+from clp_kernels import files, trust
 
 # derandomize: the same examples in every run; deadline: a busy machine is not a failure.
 settings.register_profile(
@@ -46,9 +46,10 @@ def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_results_of_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which kernels run does not depend on what was tested on this machine."""
     monkeypatch.setenv("CLP_KERNELS_CACHE", os.devnull)  # a folder that cannot be made
+    monkeypatch.setenv("CLP_KERNELS_TUNE", "0")
     monkeypatch.delenv("CLP_KERNELS_TRUST", raising=False)
     monkeypatch.setattr(trust, "of_this_process", {})
-    monkeypatch.setattr(trust, "warned", set())
+    monkeypatch.setattr(files, "warned", set())
     monkeypatch.setattr(trust, "distrusted", {})
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import python
 
-from clp_kernels import native, trust
+from clp_kernels import files, native, trust
 from clp_kernels.trust import Result
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -190,11 +190,11 @@ def test_the_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("CLP_KERNELS_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert trust.folder() == tmp_path / ".cache" / "clp_kernels"
+    assert files.cache_folder() == tmp_path / ".cache" / "clp_kernels"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert trust.folder() == tmp_path / "xdg" / "clp_kernels"
+    assert files.cache_folder() == tmp_path / "xdg" / "clp_kernels"
     monkeypatch.setenv("CLP_KERNELS_CACHE", "~/mine")
-    assert trust.folder() == tmp_path / "mine"
+    assert files.cache_folder() == tmp_path / "mine"
 
 
 @pytest.mark.usefixtures("no_gpu_needed", "kernels_cache", "read_again")

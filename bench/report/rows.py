@@ -18,6 +18,7 @@ import torch
 
 from bench.timing import Timing
 from clp_kernels.files import write_whole
+from clp_kernels.ops import choices
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -42,9 +43,10 @@ FIELDS = (
     "over_base",  # time over that of "base" in the same round, median over the rounds
     "ttft_us",  # of a generation run: time to a request's first token, its mean; median of rounds
     "ttft_p95_us",  # its 95th percentile over the requests; median of rounds
+    "tuning",  # on the CPU, a digest of which paths are fastest (clp_kernels.ops.choices)
 )
 DIGITS = {"ratio": 3, "max_err_ratio": 4, "peak_bytes": 0, "over_base": 4}  # of others 2
-OLDER = (16, 18)  # how many of the columns the files of earlier days have
+OLDER = (16, 18, 20)  # how many of the columns the files of earlier days have
 BASELINES = ("torch", "peft", "transformers", "flashinfer", "vllm", "liger", "cut_cross_entropy")
 Row = dict[str, str]
 
@@ -60,6 +62,7 @@ def provenance(device: torch.device) -> Row:
         "threads": str(torch.get_num_threads()),
         "load": f"{os.getloadavg()[0]:.2f}",
         "torch": torch.__version__,
+        "tuning": (device.type == "cpu" and choices.fingerprint()) or "",
     }
 
 

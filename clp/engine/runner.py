@@ -26,6 +26,7 @@ from clp.engine.slot_model import SlotModel
 from clp.engine.slot_state import SlotState
 from clp.policies.interface import Steerable
 from clp_kernels.invariant import is_batch_invariant
+from clp_kernels.selftest import tuning
 from clp_kernels.selftest.processes import ensure
 
 # Whose kernels a sampler's policies run.
@@ -66,6 +67,8 @@ class Runner:
         self.models = [SlotModel(network.model) for network in self.networks]
         device = policy.device
         ensure(device, OPS)
+        for network in self.networks:
+            tuning.ensure(network.model)
         own = policy.layer_weights(policy.condition([0.0] * len(policy.objectives), simplex=False))
         self.spare = int(device.type == "cuda")
         self._kind = self.models[0].model.dtype, self.models[0].model.device

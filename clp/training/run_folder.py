@@ -25,6 +25,7 @@ from clp.training.checkpoint import checkpoints
 from clp.training.config import CLPConfig, load_config, located
 from clp.training.function_identity import distinctive, insides_of, name_of, plain, swapped
 from clp_kernels.files import lock_file, write_whole
+from clp_kernels.ops import choices
 
 _FORMAT = 1
 _FUNCTION = "function:"  # begins what a reward is that was given in Python
@@ -221,6 +222,7 @@ def claim(lock: RunLock, args: CLPConfig, inputs: Inputs, *, new: bool) -> None:
         "tokens": inputs.tokens,
         "scale_tokens": inputs.scale_tokens,
         "scale_seconds": inputs.scale_seconds,
+        "tuning": choices.fingerprint(),
     }
     settings = replace(args, resume=False).to_yaml()
     write_whole(run / "run.json", (json.dumps(record, indent=2) + "\n").encode())

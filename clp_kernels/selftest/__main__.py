@@ -3,6 +3,8 @@
 Each kernel is held to plain PyTorch in float64, in a process of its own, and the results are kept:
 "auto" takes a GPU kernel only after it has passed on this GPU, and no kernel that has failed. The
 exit code is 1 if a kernel failed, and 2 if an argument is wrong or there is nothing to test.
+
+With --tune it measures on the CPU which path of mixed_lora is fastest for common sizes instead.
 """
 
 import argparse
@@ -12,7 +14,8 @@ import torch
 
 from clp_kernels import trust
 from clp_kernels.native import BackendError
-from clp_kernels.selftest import cases, processes
+from clp_kernels.ops.mixed_lora.cpu import ANY
+from clp_kernels.selftest import cases, processes, tuning
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,8 +31,14 @@ def main(argv: list[str] | None = None) -> int:
         "--op", action="append", choices=list(cases.CASES), help="may be given several times (all)"
     )
     parser.add_argument("--backend", choices=("cpu", "triton", "cuda"), help="(all)")
+    parser.add_argument(
+        "--tune", action="store_true",
+        help="measure the paths of mixed_lora on the CPU instead, for common sizes (a minute)",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     device = _device(parser, options.device)
+    if options.tune:
+        return _tune(parser, options)
     try:
         trust.trust()  # the processes go by the kernels alone
         jobs = processes.jobs(device, options.op, options.backend)
@@ -48,6 +57,28 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{op} {backend}: {result.reason}")
     print(f"{time.monotonic() - begin:.1f} s; python -m clp_kernels.info shows what is kept")
     return int(any(result.reason is not None for result in found.values()))
+
+
+def _tune(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Measures common sizes anew and prints a table; the exit code."""
+    if torch.device(options.device).type != "cpu":
+        parser.exit(2, f"--tune measures on the CPU, got --device {options.device}\n")
+    if options.op or options.backend:
+        parser.exit(2, "--tune measures mixed_lora, and takes no --op and no --backend\n")
+    begin = time.monotonic()
+    try:
+        found = tuning.tune(tuning.common_sizes(), anew=True)
+    except BackendError as error:  # CLP_KERNELS_TUNE, CLP_KERNELS_TRUST
+        parser.exit(2, f"{error}\n")
+    if not found:
+        parser.exit(2, "nothing is measured here: see python -m clp_kernels.info\n")
+    print(f"{'size':76} {'whole':>6} {'adapters':>8}")
+    for size, limits in found.items():
+        shown = ["any" if n == ANY else str(n) for n in limits]
+        print(f"{size!s:76} {shown[0]:>6} {shown[1]:>8}")
+    print("tokens up to which the C++ kernel runs all of mixed_lora, and the adapters alone")
+    print(f"{time.monotonic() - begin:.1f} s; python -m clp_kernels.info shows what is kept")
+    return 0
 
 
 def _device(parser: argparse.ArgumentParser, name: str) -> torch.device:

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from clp_kernels import registry, trust
+from clp_kernels.files import cache_folder, locked
 from clp_kernels.selftest import cases
 from clp_kernels.trust import Result
 
@@ -91,9 +92,9 @@ def ensure(
         with ExitStack() as stack:
             waiting = "another process tests the kernels; waiting for its results"
             try:
-                folder = trust.folder()
+                folder = cache_folder()
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(trust.locked(folder / "testing.lock", waiting))
+                stack.enter_context(locked(folder / "testing.lock", waiting))
             except OSError:  # `keep` warns of a folder that cannot be written to
                 pass
             left = [job for job in wanted if not trust.find(*job, device)]

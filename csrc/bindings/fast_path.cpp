@@ -9,6 +9,7 @@
 #include <array>
 #include <cmath>
 #include <cstdlib>
+#include <map>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -75,13 +76,30 @@ bool read_rows(py::handle object, bool recording, int64_t count, std::vector<T>*
   return !overflow && std::all_of(out->begin(), out->end(), good);
 }
 
-// Of mixed_lora, by clp::DType, from clp_kernels/ops/mixed_lora/cpu.py: tokens times features up to
-// which a call is taken, tokens up to which the kernel runs the base product too, and the elements
-// of a base matrix from which on it does.
+// Of mixed_lora, from clp_kernels/ops/mixed_lora/cpu.py: tokens up to which the kernel runs the base
+// product too, and those up to which it runs the adapters.
 struct Limits {
+  int64_t whole, adapters;
+};
+
+// For sizes that were measured: dtypes of x and of the adapters, in, out, m r, threads.
+std::map<std::array<int64_t, 6>, Limits> measured;
+
+// For the others, by clp::DType: tokens times features for the adapters, tokens for the base
+// product, and the elements of a base matrix from which on it is the kernel's.
+struct Rule {
   std::array<int64_t, 3> work, base_tokens;
   int64_t base_size;
-} limits;
+} rule;
+
+Limits limits_of(clp::DType x, clp::DType lora, int64_t K, int64_t N, int64_t R, int threads) {
+  if (!measured.empty()) {
+    const auto found = measured.find({int64_t(x), int64_t(lora), K, N, R, threads});
+    if (found != measured.end()) return found->second;
+  }
+  const int64_t adapters = rule.work[size_t(x)] / (K + N);
+  return {K * N >= rule.base_size ? std::min(rule.base_tokens[size_t(x)], adapters) : 0, adapters};
+}
 
 py::object mixed_lora(py::handle x, py::handle base_weight, py::handle lora_A, py::handle lora_B,
                       py::handle weights, py::handle scaling, py::handle bias,
@@ -100,7 +118,9 @@ py::object mixed_lora(py::handle x, py::handle base_weight, py::handle lora_A, p
   const int64_t K = X.size[X.dims - 1], N = W.size[0], m = A.size[0], r = A.size[1];
   const int64_t batch = X.size[0], T = X.count() / K;
   const int type = X.element(), lora_type = A.element();
-  if (T * (K + N) > limits.work[size_t(args.x_dtype)] || !W.is(type, {N, K}) ||
+  const int threads = num_threads();
+  const Limits limits = limits_of(args.x_dtype, args.lora_dtype, K, N, m * r, threads);
+  if (T > std::max(limits.whole, limits.adapters) || !W.is(type, {N, K}) ||
       !(lora_type == type || lora_type == kFloat32) || !A.is(lora_type, {m, r, K}) ||
       !B.is(lora_type, {m, N, r}) || !w.is(kFloat32, {batch, m}) ||
       !(bias.is_none() || c.is(type, {N}))) {
@@ -114,14 +134,15 @@ py::object mixed_lora(py::handle x, py::handle base_weight, py::handle lora_A, p
   }
   for (size_t i = 0; i < scaled.size(); ++i) scaled[i] *= factors[i % size_t(m)];
   py::object y;
-  if (T <= limits.base_tokens[size_t(args.x_dtype)] && K * N >= limits.base_size &&
-      W.is_contiguous() && c.is_contiguous() &&
+  if (T <= limits.whole && W.is_contiguous() && c.is_contiguous() &&
       !clp::has_bare_rows(scaled.data(), batch, m, B.data, args.lora_dtype, B.count())) {
     args.base_weight = W.data;
     args.bias = c.data;
     py::tuple shape(X.dims);
     for (int i = 0; i < X.dims; ++i) shape[size_t(i)] = py::int_(i + 1 < X.dims ? X.size[i] : N);
     y = x.attr("new_empty")(shape);
+  } else if (T > limits.adapters) {
+    return py::none();
   } else {
     y = owned(PyObject_CallFunctionObjArgs(torch.linear, x.ptr(), base_weight.ptr(), bias.ptr(),
                                            nullptr));
@@ -133,7 +154,6 @@ py::object mixed_lora(py::handle x, py::handle base_weight, py::handle lora_A, p
   args.weights = scaled.data(), args.tokens_per_example = T / batch;
   args.y = Y.data, args.y_stride = N, args.u = u.data();
   args.T = T, args.K = K, args.N = N, args.m = m, args.r = r;
-  const int threads = num_threads();
   py::gil_scoped_release release;
   clp::mixed_lora_cpu(args, threads, "");
   return y;
@@ -213,9 +233,14 @@ py::object sample(py::handle logits, py::handle weights, py::handle mode, py::ha
 }  // namespace
 
 void bind_fast_path(py::module_& module) {
-  module.def("set_mixed_lora_limits", [](std::array<int64_t, 3> work,
-                                         std::array<int64_t, 3> base_tokens, int64_t base_size) {
-    limits = {work, base_tokens, base_size};
+  module.def("set_mixed_lora_rule", [](std::array<int64_t, 3> work,
+                                       std::array<int64_t, 3> base_tokens, int64_t base_size) {
+    rule = {work, base_tokens, base_size};
+  });
+  module.def("set_mixed_lora_limits", [](std::map<std::array<int64_t, 6>,
+                                                  std::array<int64_t, 2>> limits) {
+    measured.clear();
+    for (const auto& [size, tokens] : limits) measured[size] = {tokens[0], tokens[1]};
   });
   module.def("mixed_lora_has_bare_rows", &has_bare_rows);
   module.def("mixed_lora_fast_path", &mixed_lora);

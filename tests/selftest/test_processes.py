@@ -15,6 +15,7 @@ from cases import CPU_KERNELS
 from processes import python
 
 from clp_kernels import registry, trust
+from clp_kernels.files import cache_folder
 from clp_kernels.selftest import __main__ as command
 from clp_kernels.selftest import processes
 from clp_kernels.selftest.processes import PROGRAM
@@ -259,7 +260,7 @@ def test_ensure_tests_once_what_has_no_result(tested: list[Any]) -> None:
 def test_ensure_waits_for_another_process_and_takes_its_results(
     tested: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    locked = trust.locked
+    locked = processes.locked
 
     def late(path: Path, waiting: str | None = None) -> Any:
         if waiting is not None:  # while it waits, the other ends
@@ -267,7 +268,7 @@ def test_ensure_waits_for_another_process_and_takes_its_results(
                 trust.keep(*job, GPU, Result(None, 9, 1.0))
         return locked(path, waiting)
 
-    monkeypatch.setattr(trust, "locked", late)
+    monkeypatch.setattr(processes, "locked", late)
     trust.distrust("sample", "cuda", CPU)
     found = processes.ensure(GPU, ["sample"])
     assert all(result.reason is None for result in found.values()) and len(found) == 2
@@ -353,4 +354,4 @@ def test_info_shows_results(capsys: pytest.CaptureFixture[str]) -> None:
     untested = "not tested (python -m clp_kernels.selftest --device cpu)"
     assert shown["mixed_lora cpu on cpu"] == untested
     json.dumps(report)
-    assert os.path.exists(trust.folder() / trust.FILE)
+    assert os.path.exists(cache_folder() / trust.FILE.name)

@@ -2,7 +2,8 @@
 
 csrc/cpu/mixed_lora/mixed_lora.cpp multiplies, shrinks, mixes and expands in one parallel region.
 Where many wide rows meet PyTorch's matrix products at full speed, these do it, with the mixing
-between them; `use_native_base` and `use_native` say which. In batch_invariant() the base product
+between them. Which is faster `measured` says for the sizes that were measured on this machine, and
+for others `use_native_base` and `use_native` do. In batch_invariant() the base product
 runs in fixed tiles and the low-rank part in C++, whose rows do not depend on one another. The
 backward is PyTorch's products, in float32 and a block of rows at a time if the processor has
 none in the inputs' dtype.
@@ -10,7 +11,7 @@ none in the inputs' dtype.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from clp_kernels import native, trust
 from clp_kernels.native import has_native_gemm
+from clp_kernels.ops import choices
 from clp_kernels.ops.mixed_lora import reference
 from clp_kernels.ops.mixed_lora.reference import Inputs
 
@@ -40,6 +42,61 @@ BLOCK, WEIGHT_BLOCK = 64, 18
 # Rows up to which the gradients of lora_A and lora_B are float32 products in 16 bits too: 10 to
 # 40 us more in 1024 features.
 FEW_ROWS = 8
+
+
+# No number of tokens is larger.
+ANY = 2**62
+
+
+class Size(NamedTuple):
+    """What the fastest path depends on beside the number of tokens. rank: m * r."""
+
+    dtype: torch.dtype
+    lora_dtype: torch.dtype
+    in_features: int
+    out_features: int
+    rank: int
+    threads: int
+
+    @classmethod
+    def of(cls, x: Tensor, lora_A: Tensor, out_features: int) -> "Size":
+        """That of a call."""
+        m, r, in_features = lora_A.shape
+        return cls(x.dtype, lora_A.dtype, in_features, out_features, m * r, torch.get_num_threads())
+
+    def __str__(self) -> str:
+        names = (str(one).removeprefix("torch.") for one in self)
+        return " ".join(map("{}={}".format, self._fields, names))
+
+    @classmethod
+    def parse(cls, text: str) -> "Size | None":
+        """The size that has this text, None if none has."""
+        fields = dict(field.partition("=")[::2] for field in text.split())
+        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in native.DTYPES}
+        pair = [dtypes.get(fields.get(name, "")) for name in cls._fields[:2]]
+        numbers = [fields.get(name, "") for name in cls._fields[2:]]
+        if None in pair or not all(number.isdecimal() for number in numbers):
+            return None
+        return cls(*pair, *map(int, numbers))  # type: ignore[arg-type]
+
+
+class Limits(NamedTuple):
+    """Tokens up to which the C++ kernel runs the base product too, and those up to which it runs
+    the adapters; beyond, PyTorch's products run."""
+
+    whole: int
+    adapters: int
+
+
+@cache
+def measured() -> dict[Size, Limits]:
+    """Of sizes that were measured on this machine (clp_kernels.selftest.tuning)."""
+    found = {Size.parse(text): of for text, of in choices.known("mixed_lora").items()}
+    return {
+        size: Limits(*of)
+        for size, of in found.items()
+        if size is not None and len(of) == len(Limits._fields) and 0 <= min(of) <= max(of) <= ANY
+    }
 
 
 def use_native(
@@ -85,11 +142,14 @@ def mixed_lora(inputs: Inputs) -> tuple[Tensor, Tensor]:
     if x.numel() * out_features * m * r == 0:  # an empty tensor has no address
         return reference.mixed_lora(inputs)
     gemm_dtype = product_dtype(x.dtype, lora_A.dtype)
-    native_base = (
-        not invariant
-        and use_native_base(tokens, base_weight.numel(), x.dtype)
-        and base_weight.is_contiguous()
-    )
+    limits = measured().get(Size.of(x, lora_A, out_features))
+    if limits is None:
+        native_base = use_native_base(tokens, base_weight.numel(), x.dtype)
+        in_native = use_native(tokens, in_features + out_features, x.dtype, gemm_dtype, invariant)
+    else:
+        native_base = tokens <= limits.whole
+        in_native = invariant or gemm_dtype != x.dtype or tokens <= limits.adapters
+    native_base = native_base and not invariant and base_weight.is_contiguous()
     if native_base:
         lora_B, weights = lora_B.contiguous(), weights.contiguous()
         native_base = not native.cpu().mixed_lora_has_bare_rows(weights, lora_B)
@@ -100,12 +160,24 @@ def mixed_lora(inputs: Inputs) -> tuple[Tensor, Tensor]:
         return y, u if x.dim() == 2 else u.view(*x.shape[:-1], m * r)
     linear = reference.tiled_linear if invariant else F.linear
     y = linear(x, base_weight, bias).contiguous()
-    if use_native(tokens, in_features + out_features, x.dtype, gemm_dtype, invariant):
+    if in_native:
         u = run_native(rows, lora_A, lora_B, weights, example_ids, y)
     else:
         per_token, out = token_weights(weights, example_ids, tokens), y.flatten(0, -2)
         u = _add_low_rank_by_products(rows, lora_A, lora_B, per_token, out)
     return y, u if x.dim() == 2 else u.view(*x.shape[:-1], m * r)
+
+
+def choose(size: Size, limits: Limits) -> None:
+    """Sets the limits of a size for this process."""
+    measured()[size] = limits
+    fast_path.cache_clear()
+
+
+def forget() -> None:
+    """Has `measured` look again: there are new results."""
+    measured.cache_clear()
+    fast_path.cache_clear()
 
 
 @cache
@@ -123,7 +195,11 @@ def fast_path() -> Callable[..., Tensor | None] | None:
         work.append(FAST_PATH_WORK if wide else NATIVE_WORK_16_BITS)
         most = BASE_ROWS if dtype == torch.float32 else FAST_PATH_WORK
         base_tokens.append(most if use_native_base(1, BASE_SIZE, dtype) else 0)
-    native.cpu().set_mixed_lora_limits(work, base_tokens, BASE_SIZE)
+    native.cpu().set_mixed_lora_rule(work, base_tokens, BASE_SIZE)
+    index = native.DTYPES.index
+    native.cpu().set_mixed_lora_limits(
+        {(index(s.dtype), index(s.lora_dtype), *s[2:]): limits for s, limits in measured().items()}
+    )
     return native.cpu().mixed_lora_fast_path  # type: ignore[no-any-return]
 
 
