@@ -57,7 +57,7 @@ bench: .venv/.ready  ## time the kernels against plain PyTorch on the CPU
 	$(BIN)/python -m bench mixed_lora --device cpu --grad
 
 # Uses the python3 that has a CUDA build of PyTorch, not .venv.
-gpu:             ## on a machine with a GPU: build in place, GPU tests, sanitizer, benchmark
+gpu:             ## on a machine with a GPU: build in place, self-test, benchmark, GPU tests, sanitizer
 	$(PYTHON) -m bench.gpu
 
 clean:           ## remove what the other targets have made

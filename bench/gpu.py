@@ -1,18 +1,25 @@
-"""`python -m bench.gpu`: all that needs an NVIDIA GPU, in under eight minutes.
+"""`python -m bench.gpu`: all that needs an NVIDIA GPU, in the order of what is worth most.
 
-Builds the modules in place, runs tests/gpu, runs its small cases under compute-sanitizer, and
-measures the ladders of `mixed_lora` (decode in CUDA graphs, prefill, forward and backward), of
-`sample` and `linear_logprob`, and, if transformers is installed, the generation runs of
-`sampler`; what torch.compile takes part in comes last, as far as the time goes. Needs a CUDA build
-of PyTorch, nvcc, pytest and what `import clp_kernels` needs (safetensors); nothing has to be
-installed first. Appends to bench/results/cuda.csv, and copies bench/results/*.csv to the folder
-$OUT if that is set. Outside a git checkout, $GIT_COMMIT is the commit that the rows name.
+It builds the modules in place, has the kernels prove themselves (clp_kernels.selftest, which
+compiles them in several processes), and measures the ladders of `mixed_lora` (decode in CUDA
+graphs, prefill, forward and backward), of `sample` and `linear_logprob`, and, if transformers is
+installed, the generation runs of `sampler` and the training steps of `training`. Each case of a
+ladder is held to its own error budget. Then come tests/gpu, each file in a process of its own,
+because one illegal address ends all tests of a process; what torch.compile takes part in; and some
+of the tests under compute-sanitizer. Each stage has a limit, and DEADLINE is that of all.
 
-What fails its tests is not measured. The tests of `mixed_lora` and `mixed_linear` are one stage,
-and the sampler's another, so that a failure leaves the other ladders. Exit status: 0 all passed, 1
-something failed or did not run to its end, 2 there is no GPU.
+It needs a CUDA build of PyTorch, nvcc, pytest and what `import clp_kernels` needs (safetensors);
+nothing has to be installed first. Each stage leaves its log in bench/results/gpu/, tests also junit
+XML, and ladders their rows in bench/results/cuda.csv; these are copied to the folder $OUT, if that
+is set, after each stage. Outside a git checkout, $GIT_COMMIT is the commit that the rows name.
+
+    --stage NAME    this stage alone (may be given several times)
+    --dry-run       prints the stages, on any machine
+
+Exit status: 0 all passed, 1 something failed or did not run to its end, 2 there is no GPU.
 """
 
+import argparse
 import importlib.util
 import os
 import shlex
@@ -22,7 +29,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,27 +38,31 @@ from bench.report import rows, tables
 
 DEADLINE = 470  # seconds for everything
 PYTHON = sys.executable
+LOGS = rows.RESULTS / "gpu"
 # tests/conftest.py is for the CPU suite (it wants hypothesis); the GPU tests need none of it.
-PYTEST = [PYTHON, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
-PYTEST += ["--confcutdir=tests/gpu"]
+PYTEST = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--confcutdir=tests/gpu"]
 LOADS = "from clp_kernels import native; raise SystemExit(native.cuda_missing())"
-SAMPLE = [PYTHON, "-m", "bench", "sample", "--device", "cuda"]
-HEAD = [PYTHON, "-m", "bench", "linear_logprob", "--device", "cuda"]
-MIXED = [PYTHON, "-m", "bench", "mixed_lora", "--device", "cuda"]
-SAMPLER = [PYTHON, "-m", "bench", "sampler", "--device", "cuda", "--quick"]
+SELFTEST = [PYTHON, "-m", "clp_kernels.selftest", "--device", "cuda"]
+BENCH = [PYTHON, "-m", "bench"]
+CUDA = ["--device", "cuda"]
+# Of tests/gpu what runs under compute-sanitizer, about 20 tests. No graph: PyTorch's allocator,
+# which a capture needs, is off there (see `run`).
+SANITIZED = "small and not 50257 and not graph"
 
 
 @dataclass(frozen=True)
 class Stage:
     """A command, the stages that must have passed before it, and its limit in seconds.
 
-    `needs`: a package without which it is skipped.
+    `expected`: seconds on 16 cores, an estimate until a GPU has run it. `needs`: a package without
+    which it is skipped.
     """
 
     name: str
     command: list[str]
-    after: tuple[str, ...] = ()
-    limit: float = 120
+    limit: float
+    expected: float
+    after: tuple[str, ...] = ("build", "load")
     needs: str | None = None
 
 
@@ -65,41 +76,34 @@ class Outcome:
     note: str
 
 
-# Of tests/gpu what runs under compute-sanitizer. No graph: PyTorch's allocator, which a capture
-# needs, is off there (see `run`).
-SANITIZED = "small and not 50257 and not graph"
-
-
 def stages(sanitizer: str | None) -> list[Stage]:
-    """In the order in which they run; without the sanitizer if its program is missing.
-
-    The limits of all up to the last mixed_lora ladder add up to DEADLINE: a stage that hangs takes
-    no time from these.
-    """
-    built = ("build", "load")
-    tested, mixed = (*built, "tests"), (*built, "tests, mixed")
+    """In the order in which they run; without the sanitizer if its program is missing."""
     found = [
-        Stage("build", [PYTHON, "setup.py", "build_ext", "--inplace"], limit=85),
-        Stage("load", [PYTHON, "-c", LOADS], ("build",), limit=20),
-        Stage("tests", [*PYTEST, "-k", "not mixed and not sampler"], built, limit=60),
+        Stage("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 90, 60, ()),
+        Stage("load", [PYTHON, "-c", LOADS], 20, 5, ("build",)),
+        Stage("selftest", SELFTEST, 90, 60),
+        Stage("mixed_lora, graph", [*BENCH, "mixed_lora", *CUDA, "--graph"], 65, 40),
+        Stage("mixed_lora", [*BENCH, "mixed_lora", *CUDA], 30, 15),
+        Stage("mixed_lora, grad", [*BENCH, "mixed_lora", *CUDA, "--grad"], 40, 20),
+        Stage("sample, graph", [*BENCH, "sample", *CUDA, "--graph"], 60, 30),
+        Stage("linear_logprob", [*BENCH, "linear_logprob", *CUDA], 60, 30),
+        Stage("sample", [*BENCH, "sample", *CUDA], 60, 30),
+        Stage("sampler", [*BENCH, "sampler", *CUDA, "--quick"], 90, 40, needs="transformers"),
+        Stage("training", [*BENCH, "training", *CUDA, "--quick"], 60, 30, needs="transformers"),
+    ]
+    for path in sorted((rows.ROOT / "tests" / "gpu").glob("test_*.py")):
+        needs = "transformers" if "sampler" in path.name else None
+        name = path.stem.removeprefix("test_").removesuffix("_gpu")
+        command = [*PYTEST, str(path.relative_to(rows.ROOT))]
+        found.append(Stage(f"tests, {name}", command, 60, 5, needs=needs))
+    compiled = ["--graph", "--compile", "--quick"]
+    found += [
+        Stage("sample, compiled", [*BENCH, "sample", *CUDA, *compiled], 60, 15),
+        Stage("mixed_lora, compiled", [*BENCH, "mixed_lora", *CUDA, *compiled], 60, 15),
     ]
     for tool in ("memcheck", "racecheck") if sanitizer else ():
-        command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *PYTEST]
-        found.append(Stage(tool, [*command, "-k", SANITIZED], built, limit=40))
-    found += [
-        Stage("tests, mixed", [*PYTEST, "-k", "mixed"], built, limit=100),
-        Stage("mixed_lora, graph", [*MIXED, "--graph"], mixed, limit=65),
-        Stage("mixed_lora", MIXED, mixed, limit=25),
-        Stage("mixed_lora, grad", [*MIXED, "--grad"], mixed, limit=35),
-        # The first of each has time for what bench/peers.py compiles where it is installed.
-        Stage("sample", SAMPLE, tested, limit=100),
-        Stage("sample, graph", [*SAMPLE, "--graph"], tested, limit=60),
-        Stage("linear_logprob", HEAD, tested, limit=90),
-        Stage("tests, sampler", [*PYTEST, "-k", "sampler"], built, 60, "transformers"),
-        Stage("sampler", SAMPLER, (*built, "tests, sampler"), 120, "transformers"),
-        Stage("sample, compiled", [*SAMPLE, "--graph", "--compile", "--quick"], tested),
-        Stage("mixed_lora, compiled", [*MIXED, "--graph", "--compile", "--quick"], mixed),
-    ]
+        command = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *PYTEST, "tests/gpu"]
+        found.append(Stage(tool, [*command, "-k", SANITIZED], 60, 20))
     return found
 
 
@@ -146,9 +150,12 @@ def perform(stage: Stage, passed: set[str], time_left: float) -> Outcome:
     if time_left <= 0:
         return Outcome(stage.name, None, 0.0, f"not run: the {DEADLINE} s are used up")
     limit = min(stage.limit, time_left)
-    print(f"\n$ {shlex.join(stage.command)}", flush=True)
+    command = stage.command
+    if "pytest" in command:
+        command = [*command, f"--junitxml={LOGS / (_file_name(stage) + '.xml')}"]
+    print(f"\n$ {shlex.join(command)}", flush=True)
     begin = time.monotonic()
-    status, output = run(stage.command, limit)
+    status, output = run(command, limit)
     seconds = time.monotonic() - begin
     note = f"stopped after {limit:.0f} s" if status is None else f"exit status {status}"
     ok: bool | None = status == 0
@@ -156,37 +163,65 @@ def perform(stage: Stage, passed: set[str], time_left: float) -> Outcome:
         note = "pytest is not installed: no test ran"
     elif not ok and "--error-exitcode" in stage.command and "Device not supported" in output:
         ok, note = None, "skipped: compute-sanitizer does not support this device"
-    print(f"({stage.name}: {note}, {seconds:.1f} s)", flush=True)
+    ended = f"({stage.name}: {note}, {seconds:.1f} s)"
+    print(ended, flush=True)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    text = f"$ {shlex.join(command)}\n{output}{ended}\n"
+    (LOGS / f"{_file_name(stage)}.log").write_text(text, encoding="utf-8")
     return Outcome(stage.name, ok, seconds, note)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Runs the stages and prints the summary; gives the exit status."""
+    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:{_cuda()}")
+    wanted = stages(sanitizer)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", allow_abbrev=False)
+    names = [stage.name for stage in wanted]
+    parser.add_argument("--stage", action="append", choices=names, metavar="NAME",
+                        help=f"this one alone: {'; '.join(names)}")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the stages")
+    options = parser.parse_args(argv)
+    if options.stage:
+        wanted = [replace(s, after=()) for s in wanted if s.name in options.stage]
+    if options.dry_run:
+        print(f"{'stage':28} {'limit':>7} {'expected':>9}")
+        for stage in wanted:
+            print(f"{stage.name:28} {stage.limit:5.0f} s {stage.expected:7.0f} s")
+        print(f"{'all':28} {'':7} {sum(stage.expected for stage in wanted):7.0f} s of {DEADLINE} s")
+        return 0
     if not torch.cuda.is_available() or torch.version.cuda is None:
         print("bench.gpu needs an NVIDIA GPU, and this PyTorch sees none.", file=sys.stderr)
         return 2
     begin = time.monotonic()
     csv = rows.RESULTS / "cuda.csv"
     known = len(rows.read(csv))
-    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:{_cuda()}")
     outcomes: list[Outcome] = []
-    for stage in stages(sanitizer):
+    for stage in wanted:
         passed = {o.name for o in outcomes if o.ok}
         outcomes.append(perform(stage, passed, DEADLINE - (time.monotonic() - begin)))
+        copy_results()
     if sanitizer is None:
         for tool in ("memcheck", "racecheck"):
             outcomes.append(Outcome(tool, None, 0.0, "skipped: no compute-sanitizer on the path"))
-    if out := os.environ.get("OUT"):
-        for path in rows.RESULTS.glob("*.csv"):
-            shutil.copy(path, Path(out) / path.name)
     new = tables.latest(rows.read(csv)[known:])
     if new:
         print(f"\n{tables.tables(new, spread=False)}")
     print(f"\n{rows.machine(torch.device('cuda'))}, torch {torch.__version__}")
     for o in outcomes:
         verdict = {True: "passed", False: "FAILED", None: "-"}[o.ok]
-        print(f"{o.name:20} {verdict:7} {o.seconds:7.1f} s  {o.note}")
+        print(f"{o.name:28} {verdict:7} {o.seconds:7.1f} s  {o.note}")
     return exit_status(outcomes)
+
+
+def copy_results() -> None:
+    """Copies the rows and the logs to $OUT, if that is set: what is there when the machine goes."""
+    if out := os.environ.get("OUT"):
+        for path in [*rows.RESULTS.glob("*.csv"), *LOGS.glob("*")]:
+            shutil.copy(path, Path(out) / path.name)
+
+
+def _file_name(stage: Stage) -> str:
+    return stage.name.replace(", ", "_")
 
 
 def exit_status(outcomes: list[Outcome]) -> int:

@@ -574,35 +574,120 @@ def test_gpu_without_a_gpu_and_without_the_development_packages(tmp_path: Path) 
         (tmp_path / f"{package}.py").write_text("raise ImportError('blocked')\n")
     blocked = {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     how = {"cwd": rows.ROOT, "env": os.environ | blocked | {"CUDA_VISIBLE_DEVICES": ""}}
-    commands = ([sys.executable, "-m", "bench.gpu"], [*gpu.PYTEST, "--collect-only"])
+    commands = ([sys.executable, "-m", "bench.gpu"], [*gpu.PYTEST, "tests/gpu", "--collect-only"])
     bare, tests = [subprocess.run(c, capture_output=True, text=True, **how) for c in commands]
     assert (bare.returncode, bare.stdout) == (2, "")
     assert bare.stderr == "bench.gpu needs an NVIDIA GPU, and this PyTorch sees none.\n"
     assert tests.returncode == 0, tests.stdout + tests.stderr
 
 
-def test_gpu_stages(capfd: pytest.CaptureFixture[str]) -> None:
+class Gpu:
+    """Stages in place of those that need a GPU: what `main` does with them."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.csv, self.out = tmp_path / "results" / "cuda.csv", tmp_path / "out"
+        self.out.mkdir()
+        row = dict.fromkeys(rows.FIELDS, "1") | {"date": "2026-11-20T00:00:00Z", "op": "sample"}
+        write = (
+            "import sys; from pathlib import Path; from bench.report import rows; "
+            f"rows.append(Path({str(self.csv)!r}), [{row!r} | dict(case=sys.argv[1])])"
+        )
+        out_of_resources = (
+            "from triton.runtime.errors import OutOfResources; "
+            "raise OutOfResources(300000, 232448, 'shared memory')"
+        )
+        python = [sys.executable, "-c"]
+        bench = [*python, write]
+        here = tmp_path / "test_there.py"
+        here.write_text("def test_passes(): pass\ndef test_fails(): assert False\n")
+        hangs = [*python, "import time; print('begins', flush=True); time.sleep(60)"]
+        self.stages = [
+            gpu.Stage("build", [*python, "pass"], 20, 1, ()),
+            gpu.Stage("selftest", [*python, out_of_resources], 20, 1, ("build",)),
+            gpu.Stage("first", [*bench, '{"B": 1}'], 30, 1, ("build",)),
+            gpu.Stage("hangs", hangs, 1.5, 1, ("build",)),
+            gpu.Stage("tests, there", [*gpu.PYTEST, str(here)], 60, 1, ("build",)),
+            gpu.Stage("second", [*bench, '{"B": 2}'], 30, 1, ("build",)),
+        ]
+        monkeypatch.setattr(gpu, "stages", lambda sanitizer: self.stages)
+        monkeypatch.setattr(rows, "RESULTS", self.csv.parent)
+        monkeypatch.setattr(gpu, "LOGS", self.csv.parent / "gpu")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(rows, "machine", lambda device: "a GPU")
+        monkeypatch.setenv("OUT", str(self.out))
+
+
+def test_gpu_stages_that_fail_or_hang_leave_the_others_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Gpu(tmp_path, monkeypatch)
+    assert gpu.main([]) == 1
+    summary = capsys.readouterr().out.split("a GPU, torch")[1]
+    found = {line.split("  ")[0]: line for line in summary.splitlines()}
+    for name, verdict in {"build": "passed", "selftest": "FAILED", "first": "passed",
+                          "hangs": "FAILED", "tests, there": "FAILED",
+                          "second": "passed"}.items():  # fmt: skip
+        assert verdict in found[name]
+    assert "stopped after 2 s" in found["hangs"]
+    assert [row["case"] for row in rows.read(made.csv)] == ['{"B": 1}', '{"B": 2}']
+    assert "OutOfResources" in (made.out / "selftest.log").read_text()
+    assert "begins" in (made.out / "hangs.log").read_text()
+    assert 'tests="2"' in (made.out / "tests_there.xml").read_text()
+    assert (made.out / "cuda.csv").read_bytes() == made.csv.read_bytes()
+
+
+def test_gpu_runs_one_stage_and_prints_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Gpu(tmp_path, monkeypatch)
+    assert gpu.main(["--stage", "second"]) == 0
+    assert [row["case"] for row in rows.read(made.csv)] == ['{"B": 2}']
+    capsys.readouterr()
+    assert gpu.main(["--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(made.stages) + 2 and lines[4].split() == ["hangs", "2", "s", "1", "s"]
+    with pytest.raises(SystemExit):
+        gpu.main(["--stage", "nope"])
+    assert "invalid choice: 'nope'" in capsys.readouterr().err
+
+
+def gpu_tests() -> list[Path]:
+    return sorted((rows.ROOT / "tests" / "gpu").glob("test_*.py"))
+
+
+def test_gpu_stages(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned = {stage.name: stage for stage in gpu.stages("/bin/compute-sanitizer")}
-    assert list(planned)[:5] == ["build", "load", "tests", "memcheck", "racecheck"]
+    names = list(planned)
+    assert names[:6] == ["build", "load", "selftest", "mixed_lora, graph", "mixed_lora",
+                         "mixed_lora, grad"]  # fmt: skip
+    assert names[-2:] == ["memcheck", "racecheck"]
     assert not {"memcheck", "racecheck"} & {stage.name for stage in gpu.stages(None)}
-    needed = list(planned.values())[: list(planned).index("mixed_lora, grad") + 1]
+    # If each of these hangs, there is time for the next.
+    needed = [planned[name] for name in names[: names.index("linear_logprob") + 1]]
     assert sum(stage.limit for stage in needed) <= gpu.DEADLINE
-    assert [name for name in planned if "compiled" in name] == list(planned)[-2:]
-    collected = [planned[f"tests{name}"].command[-1] for name in ("", ", mixed", ", sampler")]
-    # Together all of tests/gpu.
-    assert collected == ["not mixed and not sampler", "mixed", "sampler"]
+    assert sum(stage.expected for stage in planned.values()) <= gpu.DEADLINE < 8 * 60
+    assert all(stage.expected < stage.limit for stage in planned.values())
+    files = {stage.command[-1] for name, stage in planned.items() if name.startswith("tests, ")}
+    assert files == {f"tests/gpu/{path.name}" for path in gpu_tests()}
+    monkeypatch.setattr(gpu, "LOGS", tmp_path)
     bare = gpu.perform(dataclasses.replace(planned["sampler"], needs="not_there"), set(), 100)
     assert (bare.ok, bare.note) == (None, "skipped: not_there is not installed")
     assert gpu.exit_status([bare]) == 0
-    left_out = gpu.perform(planned["sample"], {"build", "load"}, 100)
+    left_out = gpu.perform(planned["sample"], {"build"}, 100)
     late = gpu.perform(planned["build"], set(), 0)
-    assert left_out.note == "not run: tests did not pass" and late.note.startswith("not run")
+    assert left_out.note == "not run: load did not pass" and late.note.startswith("not run")
 
     def outcome(code: str, *words: str, time_left: float = 30) -> gpu.Outcome:
-        return gpu.perform(gpu.Stage("it", [sys.executable, "-c", code, *words]), set(), time_left)
+        stage = gpu.Stage("it, too", [sys.executable, "-c", code, *words], 120, 1, ())
+        return gpu.perform(stage, set(), time_left)
 
     good = outcome("print('hello')")
     assert good.ok and "hello" in capfd.readouterr().out
+    log = (tmp_path / "it_too.log").read_text()
+    assert log.startswith("$ ") and "\nhello\n(it, too: exit status 0" in log
     slow = outcome("import time; time.sleep(30)", time_left=0.3)
     bare = outcome("import sys; sys.exit('No module named pytest')")
     unable = outcome("import sys; sys.exit('Error: Device not supported')", "--error-exitcode")
