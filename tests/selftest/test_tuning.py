@@ -327,3 +327,20 @@ def test_a_sampler_has_its_models_measured(monkeypatch: pytest.MonkeyPatch) -> N
     policy = clp.Policy.create("tiny", ["joy", "brief"])
     clp.Sampler(policy)
     assert asked == [network.model for network in policy.networks]
+
+
+def test_runs_and_rows_are_marked_with_what_was_measured(tmp_path: Path) -> None:
+    from tiny_runs import ROWS, config
+
+    import clp
+    from bench.report import rows
+
+    def marks(name: str) -> list[Any]:
+        run = tmp_path / name
+        clp.CLPTrainer(args=config(run, rewards=["brevity"]), train_dataset=ROWS).lock.release()
+        return [json.loads((run / "run.json").read_text())["tuning"],
+                rows.provenance(torch.device("cpu"))["tuning"]]  # fmt: skip
+
+    assert marks("a") == [None, ""]
+    choices.keep("mixed_lora", str(size()), [1, 2])
+    assert marks("b") == [choices.fingerprint()] * 2
