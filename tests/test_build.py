@@ -126,6 +126,17 @@ def test_distributions(tmp_path: Path) -> None:
     assert installed == {name for name in sources if name.startswith(("clp/", "clp_kernels/"))}
 
 
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf shows what a module needs")
+def test_compiled_modules_need_neither_pytorch_nor_a_cuda_installation() -> None:
+    """A wheel is used on machines without nvcc, and with any PyTorch."""
+    built = sorted((ROOT / "clp_kernels").glob("_c*.so"))
+    assert built
+    for path in built:
+        shown = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True)
+        needed = re.findall(r"NEEDED.*\[(.*)\]", shown.stdout)
+        assert needed and not [name for name in needed if re.search("torch|c10|cuda|python", name)]
+
+
 # A Python that answers as another version does, and that makes an environment like itself.
 FAKE_PYTHON = """#!/bin/sh
 case "$1 $2" in
