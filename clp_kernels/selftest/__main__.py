@@ -72,11 +72,11 @@ def _tune(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         parser.exit(2, f"{error}\n")
     if not found:
         parser.exit(2, "nothing is measured here: see python -m clp_kernels.info\n")
-    print(f"{'size':76} {'whole':>6} {'adapters':>8}")
+    print(f"{'size':90} {'from':>6} {'to':>6} {'adapters':>8}")
     for size, limits in found.items():
-        shown = ["any" if n == ANY else str(n) for n in limits]
-        print(f"{size!s:76} {shown[0]:>6} {shown[1]:>8}")
-    print("tokens up to which the C++ kernel runs all of mixed_lora, and the adapters alone")
+        first, whole, adapters = ("any" if n == ANY else str(n) for n in limits)
+        print(f"{size!s:90} {first:>6} {whole:>6} {adapters:>8}")
+    print("tokens for which the C++ kernel runs all of mixed_lora, and up to which the adapters")
     print(f"{time.monotonic() - begin:.1f} s; python -m clp_kernels.info shows what is kept")
     return 0
 

@@ -8,7 +8,6 @@ is measured.
 
 import contextlib
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -40,7 +39,7 @@ ROTATED = 2**26
 # Seconds that `ensure` may take.
 LIMIT = 20.0
 # What the kernel and PyTorch run: the limits that send a call there.
-_PATHS = {"whole": Limits(ANY, ANY), "adapters": Limits(0, ANY), "products": Limits(0, 0)}
+_PATHS = {"whole": Limits(1, ANY, 0), "adapters": Limits(1, 0, ANY), "products": Limits(1, 0, 0)}
 Times = dict[str, float]
 
 
@@ -156,10 +155,10 @@ def measure(size: Size, end: float = math.inf) -> dict[int, Times]:
 
 
 def _timed(size: Size, paths: dict[str, Limits], run: Callable[[], Tensor]) -> Times:
-    """Medians of 3 to 25 calls of each path, in turn; about 0.06 s of them."""
+    """Lower quartiles of 3 to 25 calls of each path, in turn; about 0.2 s of them."""
     taken: dict[str, list[float]] = {name: [] for name in paths}
     begin, rounds = time.monotonic(), 0
-    while rounds < 3 or (rounds < 25 and time.monotonic() - begin < 0.06):
+    while rounds < 3 or (rounds < 25 and time.monotonic() - begin < 0.2):
         rounds += 1
         for name, limits in paths.items():
             choose(size, limits)
@@ -167,7 +166,7 @@ def _timed(size: Size, paths: dict[str, Limits], run: Callable[[], Tensor]) -> T
             start = time.perf_counter()
             run()
             taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(of) for name, of in taken.items()}
+    return {name: sorted(of)[len(of) // 4] for name, of in taken.items()}
 
 
 def _calls(size: Size) -> Callable[[int], Callable[[], Tensor]]:
@@ -199,19 +198,32 @@ def limits_of(times: dict[int, Times], has_gemm: bool) -> Limits:
     the last one, that is its limit; without products in x's dtype (has_gemm) it has none.
     """
     tokens = sorted(times)
-
-    def best(lower: str, upper: list[float]) -> tuple[int, list[float]]:
-        """How many of the times of `lower`, before those of `upper`, are the least in all."""
-        ends = range(len(tokens) + 1)
-        rows = [[times[n][lower] for n in tokens[:end]] + upper[end:] for end in ends]
-        end = min(ends, key=lambda end: sum(map(math.log, rows[end])))
-        return end, rows[end]
+    ends = range(len(tokens) + 1)
 
     def limit(end: int) -> int:
         if end == len(tokens):
             return tokens[-1] if has_gemm else ANY
         return math.isqrt(tokens[end - 1] * tokens[end]) if end else 0
 
-    adapters, least = best("adapters", [times[n].get("products", math.inf) for n in tokens])
-    whole, _ = best("whole", least)
-    return Limits(limit(whole), limit(adapters))
+    def best(path: str, others: list[float], starts: Iterable[int]) -> tuple[int, int, list[float]]:
+        """Between which two numbers the times of `path`, instead of the others, are least in all.
+
+        Of two that differ by less than 2 % in a time, the one with fewer changes.
+        """
+        rows = {
+            (start, end): [
+                *others[:start],
+                *(times[n][path] for n in tokens[start:end]),
+                *others[end:],
+            ]
+            for start in starts
+            for end in ends[start:]
+        }
+        start, end = min(rows, key=lambda of: sum(map(math.log, rows[of])) + 0.02 * (of[0] > 0))
+        return start, end, rows[start, end]
+
+    products = [times[n].get("products", math.inf) for n in tokens]
+    _, adapters, least = best("adapters", products, [0])
+    start, whole, _ = best("whole", least, ends)
+    first = math.isqrt(tokens[start - 1] * tokens[start]) + 1 if 0 < start < whole else 1
+    return Limits(first, limit(whole) if start < whole else 0, limit(adapters))

@@ -26,6 +26,11 @@ struct OnThreads : Args {
   void run() const { kernel(*this, num_threads, isa); }
 };
 
+template <class Args, void (*kernel)(const Args&)>
+struct OnOneThread : Args {
+  void run() const { kernel(*this); }
+};
+
 #define CLP_CPU(module, op, Args, FIELDS)                                                   \
   {                                                                                         \
     using Call = OnThreads<clp::Args, clp::op##_cpu>;                                       \
@@ -37,6 +42,10 @@ struct OnThreads : Args {
   F(x) F(x_dtype) F(x_stride) F(base_weight) F(bias) F(lora_A) F(lora_B) F(lora_dtype)      \
   F(weights) F(example_ids) F(wide_ids) F(tokens_per_example) F(y) F(y_stride) F(u) F(T)    \
   F(K) F(N) F(m) F(r)
+
+#define MIX_RANK_FIELDS(F)                                                                    \
+  F(u) F(weights) F(example_ids) F(wide_ids) F(tokens_per_example) F(z) F(T) F(m) F(r)
+#define STACK_FIELDS(F) F(lora_B) F(stacked) F(bytes) F(m) F(N) F(r)
 
 #define MIXED_LINEAR_FIELDS(F)                                                                \
   F(x) F(x_stride) F(expert_weight) F(bias) F(dtype) F(weights) F(example_ids) F(wide_ids)  \
@@ -91,6 +100,14 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("isas", &clp::supported_isas);
   CLP_CPU(module, sample, SampleArgs, CLP_SAMPLE_FIELDS)
   CLP_CPU(module, mixed_lora, MixedLoraArgs, MIXED_LORA_FIELDS)
+  {
+    using Call = OnOneThread<clp::MixRankArgs, clp::mix_rank>;
+    fields::bind<Call>(module, "mixed_lora_mix", {MIX_RANK_FIELDS(CLP_FIELD)});
+  }
+  {
+    using Call = OnOneThread<clp::StackArgs, clp::stack>;
+    fields::bind<Call>(module, "mixed_lora_stack", {STACK_FIELDS(CLP_FIELD)});
+  }
   CLP_CPU(module, mixed_linear, MixedLinearArgs, MIXED_LINEAR_FIELDS)
   CLP_CPU(module, linear_logprob, LogprobArgs, LOGPROB_FORWARD_FIELDS)
   CLP_CPU(module, linear_logprob_backward, LogprobBackwardArgs, LOGPROB_BACKWARD_FIELDS)

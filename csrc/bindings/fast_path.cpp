@@ -76,10 +76,10 @@ bool read_rows(py::handle object, bool recording, int64_t count, std::vector<T>*
   return !overflow && std::all_of(out->begin(), out->end(), good);
 }
 
-// Of mixed_lora, from clp_kernels/ops/mixed_lora/cpu.py: tokens up to which the kernel runs the base
-// product too, and those up to which it runs the adapters.
+// Of mixed_lora, from clp_kernels/ops/mixed_lora/cpu.py: tokens from which and up to which the kernel
+// runs the base product too, and those up to which it runs the adapters of other calls.
 struct Limits {
-  int64_t whole, adapters;
+  int64_t first, whole, adapters;
 };
 
 // For sizes that were measured: dtypes of x and of the adapters, in, out, m r, threads.
@@ -98,7 +98,8 @@ Limits limits_of(clp::DType x, clp::DType lora, int64_t K, int64_t N, int64_t R,
     if (found != measured.end()) return found->second;
   }
   const int64_t adapters = rule.work[size_t(x)] / (K + N);
-  return {K * N >= rule.base_size ? std::min(rule.base_tokens[size_t(x)], adapters) : 0, adapters};
+  return {1, K * N >= rule.base_size ? std::min(rule.base_tokens[size_t(x)], adapters) : 0,
+          adapters};
 }
 
 py::object mixed_lora(py::handle x, py::handle base_weight, py::handle lora_A, py::handle lora_B,
@@ -134,7 +135,7 @@ py::object mixed_lora(py::handle x, py::handle base_weight, py::handle lora_A, p
   }
   for (size_t i = 0; i < scaled.size(); ++i) scaled[i] *= factors[i % size_t(m)];
   py::object y;
-  if (T <= limits.whole && W.is_contiguous() && c.is_contiguous() &&
+  if (limits.first <= T && T <= limits.whole && W.is_contiguous() && c.is_contiguous() &&
       !clp::has_bare_rows(scaled.data(), batch, m, B.data, args.lora_dtype, B.count())) {
     args.base_weight = W.data;
     args.bias = c.data;
@@ -238,9 +239,9 @@ void bind_fast_path(py::module_& module) {
     rule = {work, base_tokens, base_size};
   });
   module.def("set_mixed_lora_limits", [](std::map<std::array<int64_t, 6>,
-                                                  std::array<int64_t, 2>> limits) {
+                                                  std::array<int64_t, 3>> limits) {
     measured.clear();
-    for (const auto& [size, tokens] : limits) measured[size] = {tokens[0], tokens[1]};
+    for (const auto& [size, tokens] : limits) measured[size] = {tokens[0], tokens[1], tokens[2]};
   });
   module.def("mixed_lora_has_bare_rows", &has_bare_rows);
   module.def("mixed_lora_fast_path", &mixed_lora);

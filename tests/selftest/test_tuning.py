@@ -69,11 +69,13 @@ def paths_taken(monkeypatch: pytest.MonkeyPatch, tokens: int, dtype: torch.dtype
 @pytest.mark.parametrize(
     ("limits", "wanted"),
     [
-        (Limits(ANY, 0), ["whole"] * 3),
-        (Limits(0, ANY), ["adapters"] * 3),
-        (Limits(0, 0), ["products"] * 3),
-        (Limits(2, 9), ["whole", "adapters", "products"]),
-        (Limits(9, 2), ["whole", "whole", "products"]),
+        (Limits(1, ANY, 0), ["whole"] * 3),
+        (Limits(1, 0, ANY), ["adapters"] * 3),
+        (Limits(1, 0, 0), ["products"] * 3),
+        (Limits(1, 2, 9), ["whole", "adapters", "products"]),
+        (Limits(1, 9, 2), ["whole", "whole", "products"]),
+        (Limits(9, 20, 2), ["adapters", "whole", "products"]),
+        (Limits(2, 9, 0), ["products", "whole", "products"]),
     ],
 )
 def test_a_call_takes_the_path_that_was_measured(
@@ -88,10 +90,10 @@ def test_a_call_takes_the_path_that_was_measured(
 def test_sizes_that_were_not_measured_keep_their_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = [paths_taken(monkeypatch, tokens) for tokens in (1, 9, 400)]
     for other in (size(41), size()._replace(rank=9), size()._replace(threads=99), size(40, BF16)):
-        choices.keep("mixed_lora", str(other), [0, 0])
+        choices.keep("mixed_lora", str(other), [1, 0, 0])
     cpu.forget()
     assert [paths_taken(monkeypatch, tokens) for tokens in (1, 9, 400)] == rule
-    choices.keep("mixed_lora", str(size()), [0, 0])
+    choices.keep("mixed_lora", str(size()), [1, 0, 0])
     cpu.forget()
     assert [paths_taken(monkeypatch, tokens) for tokens in (1, 9, 400)] == ["products"] * 3
 
@@ -100,16 +102,16 @@ def test_bfloat16_is_not_rounded_by_products_that_the_processor_lacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu, "has_native_gemm", lambda dtype: dtype == F32)
-    choices.keep("mixed_lora", str(size(40, BF16)), [0, 0])
+    choices.keep("mixed_lora", str(size(40, BF16)), [1, 0, 0])
     cpu.forget()
     assert paths_taken(monkeypatch, 9, BF16) == "adapters"
 
 
 def test_the_same_size_is_the_same_text_in_both_directions() -> None:
     for one in (size(), size(7, BF16), Size(BF16, F32, 8, 9, 10, 11)):
-        choices.keep("mixed_lora", str(one), [3, 4])
+        choices.keep("mixed_lora", str(one), [2, 3, 4])
         cpu.forget()
-        assert cpu.measured()[one] == Limits(3, 4)
+        assert cpu.measured()[one] == Limits(2, 3, 4)
 
 
 def times(*rows: tuple[float, ...]) -> dict[int, dict[str, float]]:
@@ -120,16 +122,18 @@ def times(*rows: tuple[float, ...]) -> dict[int, dict[str, float]]:
 @pytest.mark.parametrize(
     ("measured", "has_gemm", "limits"),
     [
-        (times((1, 2, 3), (1, 2, 3), (3, 2, 3), (3, 3, 2)), True, Limits(2, 5)),
-        (times((2, 1, 3), (3, 2, 1)), True, Limits(0, 1)),
-        (times((2, 3, 1), (2, 3, 1)), True, Limits(0, 0)),
-        (times((1, 2, 3), (1, 2, 3)), True, Limits(2, 2)),
-        (times((1, 2), (1, 2)), False, Limits(ANY, ANY)),
-        (times((1, 2), (1, 2), (2, 1)), False, Limits(2, ANY)),
+        (times((1, 2, 3), (1, 2, 3), (3, 2, 3), (3, 3, 2)), True, Limits(1, 2, 5)),
+        (times((2, 1, 3), (3, 2, 1)), True, Limits(1, 0, 1)),
+        (times((2, 3, 1), (2, 3, 1)), True, Limits(1, 0, 0)),
+        (times((1, 2, 3), (1, 2, 3)), True, Limits(1, 2, 2)),
+        (times((1, 2), (1, 2)), False, Limits(1, ANY, ANY)),
+        (times((1, 2), (1, 2), (2, 1)), False, Limits(1, 2, ANY)),
         # One that is slow by chance does not end a path: least is lost in all.
-        (times((1, 2, 3), (1.1, 1, 3), (1, 2, 3), (9, 9, 1)), True, Limits(5, 5)),
+        (times((1, 2, 3), (1.1, 1, 3), (1, 2, 3), (9, 9, 1)), True, Limits(1, 5, 5)),
+        # One token waits for memory, which another path may read faster.
+        (times((2, 1, 3), (1, 2, 3), (1, 2, 3), (3, 2, 1)), True, Limits(2, 5, 5)),
         # The adapters' limit is that beside PyTorch's products, of calls that are not whole.
-        (times((1, 3, 2), (1, 2, 3)), True, Limits(2, 0)),
+        (times((1, 3, 2), (1, 2, 3)), True, Limits(1, 2, 0)),
     ],
 )
 def test_limits_are_those_that_lose_least(
@@ -152,7 +156,7 @@ def test_measuring_times_every_path_and_leaves_nothing(monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tuning, "_timed", interrupt)
-    cpu.choose(size(), Limits(0, 0))
+    cpu.choose(size(), Limits(1, 0, 0))
     with pytest.raises(KeyboardInterrupt):
         tuning.measure(size())
     assert cpu.measured() == {}
@@ -213,7 +217,7 @@ def test_no_size_is_begun_after_the_time_is_over(
 def test_nothing_is_measured_or_read_if_it_is_not_wanted(
     name: str, value: str, timed: list[Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choices.keep("mixed_lora", str(size()), [0, 0])
+    choices.keep("mixed_lora", str(size()), [1, 0, 0])
     monkeypatch.setenv(name, value)
     trust.trust.cache_clear()
     look_again()
@@ -241,20 +245,20 @@ def test_a_file_that_is_not_ours_is_ignored_and_made_anew(text: str, folder: Pat
     (folder / choices.FILE.name).write_text(text)
     with pytest.warns(RuntimeWarning, match="is ignored, it holds no measured choices"):
         assert choices.known("mixed_lora") == {}
-        choices.keep("mixed_lora", str(size()), [1, 2])
+        choices.keep("mixed_lora", str(size()), [1, 1, 2])
     choices.of_this_process.clear()
     look_again()
-    assert choices.known("mixed_lora") == {str(size()): [1, 2]}
+    assert choices.known("mixed_lora") == {str(size()): [1, 1, 2]}
 
 
-@pytest.mark.parametrize("choice", [[1], [1, 2, 3], [-1, 2]])
+@pytest.mark.parametrize("choice", [[1, 2], [1, 2, 3, 4], [1, -1, 2]])
 @pytest.mark.parametrize("text", ["dtype=float32", "nonsense", "", "dtype=int8 lora_dtype=int8"])
 def test_entries_that_are_no_sizes_or_limits_are_passed_over(text: str, choice: list[int]) -> None:
-    choices.keep("mixed_lora", text, [1, 2])
+    choices.keep("mixed_lora", text, [1, 1, 2])
     choices.keep("mixed_lora", str(size()), choice)
-    choices.keep("mixed_lora", str(size(7)), [1, 2])
+    choices.keep("mixed_lora", str(size(7)), [1, 1, 2])
     cpu.forget()
-    assert cpu.measured() == {size(7): Limits(1, 2)}
+    assert cpu.measured() == {size(7): Limits(1, 1, 2)}
 
 
 def test_a_folder_that_cannot_be_written_to_leaves_the_choices_in_memory(
@@ -263,13 +267,13 @@ def test_a_folder_that_cannot_be_written_to_leaves_the_choices_in_memory(
     (tmp_path / "file").touch()
     monkeypatch.setenv("CLP_KERNELS_CACHE", str(tmp_path / "file" / "folder"))
     with pytest.warns(RuntimeWarning, match="measured choices are kept in this process alone"):
-        choices.keep("mixed_lora", str(size()), [1, 2])
+        choices.keep("mixed_lora", str(size()), [1, 1, 2])
     cpu.forget()
-    assert cpu.measured() == {size(): Limits(1, 2)}
+    assert cpu.measured() == {size(): Limits(1, 1, 2)}
 
 
 def test_another_machine_or_version_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    choices.keep("mixed_lora", str(size()), [1, 2])
+    choices.keep("mixed_lora", str(size()), [1, 1, 2])
     before = choices.fingerprint()
     choices.of_this_process.clear()
     look_again()
@@ -277,7 +281,7 @@ def test_another_machine_or_version_has_its_own(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(trust, "machine", lambda device, backend: "another")
     look_again()
     assert choices.fingerprint() is None
-    choices.keep("mixed_lora", str(size()), [2, 2])
+    choices.keep("mixed_lora", str(size()), [1, 2, 2])
     assert choices.fingerprint() not in (None, before)
     monkeypatch.undo()
 
@@ -289,8 +293,8 @@ def test_the_command_prints_a_table(
     assert command.main(["--tune", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     gemm = native.has_native_gemm(BF16)
-    assert lines[1].split()[-2:] == ["1", "1"] and lines[1].startswith("dtype=float32")
-    assert lines[2].split()[-2:] == ["1", "1" if gemm else "any"] and len(timed) == 2
+    assert lines[1].split()[-3:] == ["1", "1", "1"] and lines[1].startswith("dtype=float32")
+    assert lines[2].split()[-3:] == ["1", "1", "1" if gemm else "any"] and len(timed) == 2
     command.main(["--tune", "--device", "cpu"])
     assert len(timed) == 4  # anew
     from clp_kernels import info
@@ -342,5 +346,5 @@ def test_runs_and_rows_are_marked_with_what_was_measured(tmp_path: Path) -> None
                 rows.provenance(torch.device("cpu"))["tuning"]]  # fmt: skip
 
     assert marks("a") == [None, ""]
-    choices.keep("mixed_lora", str(size()), [1, 2])
+    choices.keep("mixed_lora", str(size()), [1, 1, 2])
     assert marks("b") == [choices.fingerprint()] * 2

@@ -81,9 +81,10 @@ class Size(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Tokens up to which the C++ kernel runs the base product too, and those up to which it runs
-    the adapters; beyond, PyTorch's products run."""
+    """Tokens from which and up to which the C++ kernel runs the base product too, and those up to
+    which it runs the adapters of other calls; beyond, PyTorch's products run."""
 
+    first: int
     whole: int
     adapters: int
 
@@ -147,7 +148,7 @@ def mixed_lora(inputs: Inputs) -> tuple[Tensor, Tensor]:
         native_base = use_native_base(tokens, base_weight.numel(), x.dtype)
         in_native = use_native(tokens, in_features + out_features, x.dtype, gemm_dtype, invariant)
     else:
-        native_base = tokens <= limits.whole
+        native_base = limits.first <= tokens <= limits.whole
         in_native = invariant or gemm_dtype != x.dtype or tokens <= limits.adapters
     native_base = native_base and not invariant and base_weight.is_contiguous()
     if native_base:
@@ -163,8 +164,7 @@ def mixed_lora(inputs: Inputs) -> tuple[Tensor, Tensor]:
     if in_native:
         u = run_native(rows, lora_A, lora_B, weights, example_ids, y)
     else:
-        per_token, out = token_weights(weights, example_ids, tokens), y.flatten(0, -2)
-        u = _add_low_rank_by_products(rows, lora_A, lora_B, per_token, out)
+        u = _add_low_rank_by_products(rows, lora_A, lora_B, weights, example_ids, y.flatten(0, -2))
     return y, u if x.dim() == 2 else u.view(*x.shape[:-1], m * r)
 
 
@@ -271,24 +271,33 @@ def token_weights(weights: Tensor, example_ids: Tensor | None, tokens: int) -> T
     return weights if each == 1 else weights.repeat_interleave(each, 0)
 
 
-def _mix_(u: Tensor, per_token: Tensor, zero: Tensor | None) -> Tensor:
-    """u [T, m*r] times the weights of its token, in place; where `zero`, zero whatever u is."""
-    m = per_token.shape[1]
-    z = u.view(-1, m, u.shape[1] // m).mul_(per_token[:, :, None])
-    if zero is not None:
-        z.masked_fill_(zero[:, :, None], 0.0)
-    return u
+def _mix(u: Tensor, weights: Tensor, example_ids: Tensor | None, z: Tensor) -> Tensor:
+    """z = u [T, m*r] times the weights of its token; where one is zero, zero whatever u is. z may
+    be u."""
+    tokens, m = len(u), weights.shape[1]
+    has_ids = example_ids is not None
+    native.cpu().mixed_lora_mix(
+        u=u,
+        weights=weights.contiguous(),
+        example_ids=None if example_ids is None else example_ids.contiguous(),
+        wide_ids=example_ids is not None and example_ids.dtype == torch.int64,
+        tokens_per_example=1 if has_ids else tokens // len(weights),
+        z=z,
+        T=tokens,
+        m=m,
+        r=u.shape[1] // m,
+    )
+    return z
 
 
-def _zeros(per_token: Tensor) -> Tensor | None:
-    """Where a weight is zero, or None if none is."""
-    zero = per_token == 0
-    return zero if bool(zero.any()) else None
-
-
-def _stacked(lora_B: Tensor, dtype: torch.dtype) -> Tensor:
+def _stacked(lora_B: Tensor) -> Tensor:
     """lora_B [m, out, r] as [out, m*r]."""
-    return lora_B.transpose(0, 1).flatten(1).to(dtype)
+    m, out_features, r = lora_B.shape
+    stacked = lora_B.new_empty(out_features, m * r)
+    native.cpu().mixed_lora_stack(
+        lora_B=lora_B.contiguous(), stacked=stacked, bytes=lora_B.itemsize, m=m, N=out_features, r=r
+    )
+    return stacked
 
 
 def _over_rows(rank: Tensor, rows: Tensor) -> Tensor:
@@ -300,20 +309,27 @@ def _over_rows(rank: Tensor, rows: Tensor) -> Tensor:
 
 
 def _add_low_rank_by_products(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, per_token: Tensor, y: Tensor
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    weights: Tensor,
+    example_ids: Tensor | None,
+    y: Tensor,
 ) -> Tensor:
     """What `run_native` does, by PyTorch's products in x's dtype; y [T, out]."""
-    zero = _zeros(per_token)
-    bare = None if zero is None else zero.all(1).nonzero()[:, 0]
-    base = None if bare is None else y[bare]
+    bare = base = None
+    if native.cpu().mixed_lora_has_bare_rows(weights.contiguous(), lora_B.contiguous()):
+        zero = token_weights(weights, example_ids, len(x)) == 0
+        bare = zero.all(1).nonzero()[:, 0]
+        base = y[bare]
     # In 16 bits PyTorch's products would round u and, in the backward, G = dy B: the factors of
     # d_weights. The C++ kernel keeps them in float32 and is as fast (docs/log.md, 2026-11-28).
     if x.dtype == torch.float32:
         u = x @ lora_A.flatten(0, 1).t()
     else:
         u = run_native(x, lora_A, None, None, None, None)
-    z = _mix_(u.clone(), per_token, zero).to(x.dtype)
-    y.addmm_(z, _stacked(lora_B, x.dtype).t())
+    z = _mix(u, weights, example_ids, torch.empty_like(u)).to(x.dtype)
+    y.addmm_(z, _stacked(lora_B).t())
     if base is not None:
         y[bare] = base
     return u
@@ -352,23 +368,21 @@ def _gradients_by_products(
     x, base_weight, lora_A, lora_B, weights, _, example_ids, _ = inputs
     m, r, _ = lora_A.shape
     dx, d_lora_A, d_lora_B, d_weights = (x.new_empty(0) for _ in range(4))
-    w = token_weights(weights, example_ids, len(x))
-    zero = _zeros(w)
     if needs[3]:
-        d_B = _over_rows(_mix_(u.clone(), w, zero), dy)
+        d_B = _over_rows(_mix(u, weights, example_ids, torch.empty_like(u)), dy)
         d_lora_B = d_B.unflatten(0, (m, r)).transpose(1, 2).to(lora_B.dtype).contiguous()
         del d_B
     if not (needs[0] or needs[2] or needs[4]):
         return dx, d_lora_A, d_lora_B, d_weights
     if x.dtype == torch.float32:
-        g = dy @ _stacked(lora_B, x.dtype)
+        g = dy @ _stacked(lora_B)
     else:
         g = run_native(dy, lora_B.mT, None, None, None, None)
     if needs[4]:
         d_w = (g * u).view(len(u), m, r).sum(-1)
         d_weights = reference.sum_per_example(d_w, len(weights), example_ids)
         del d_w
-    du = _mix_(g, w, zero)
+    du = _mix(g, weights, example_ids, g)
     if needs[2]:
         d_lora_A = _over_rows(du, x).view(lora_A.shape).to(lora_A.dtype)
     if needs[0]:
@@ -399,10 +413,8 @@ def _gradients_native(
     if not inside:
         spare = torch.empty(of_rank + of_features, dtype=torch.float32)
     rank, features = spare[:of_rank].view(tokens, m * r), spare[-of_features:]
-    w = token_weights(weights, example_ids, tokens)
-    zero = _zeros(w)
     if needs[3]:
-        d_B = _gradient_of_rank(_mix_(rank.copy_(u), w, zero), dy, features)
+        d_B = _gradient_of_rank(_mix(u, weights, example_ids, rank), dy, features)
         # A copy always: `features` is written again.
         d_lora_B = lora_B.new_empty(lora_B.shape).copy_(d_B.unflatten(0, (m, r)).mT)
     if not (needs[0] or needs[2] or needs[4]):
@@ -410,14 +422,13 @@ def _gradients_native(
     transposed = features.view(lora_B.dtype)[: lora_B.numel()].view(m, r, -1).copy_(lora_B.mT)
     run_native(dy, transposed, None, None, None, None, u=rank)
     if needs[4]:
-        d_w = torch.empty_like(w)
+        d_w = torch.empty(tokens, m, dtype=torch.float32)
         for begin in range(0, tokens, BLOCK):
             block = slice(begin, begin + BLOCK)
             torch.sum((rank[block] * u[block]).view(-1, m, r), -1, out=d_w[block])
         d_weights = reference.sum_per_example(d_w, len(weights), example_ids)
         del d_w
-    _mix_(rank, w, zero)
-    del w, zero
+    _mix(rank, weights, example_ids, rank)
     if needs[2]:
         d_A = _gradient_of_rank(rank, x, features)
         d_lora_A = lora_A.new_empty(lora_A.shape).copy_(d_A.view(lora_A.shape))

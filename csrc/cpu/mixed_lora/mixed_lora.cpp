@@ -1,6 +1,8 @@
 // Threads and choice of instruction set for mixed_lora on the CPU.
 #include "cpu/mixed_lora/mixed_lora.h"
 
+#include <string.h>
+
 #include <algorithm>
 #include <memory>
 
@@ -43,6 +45,28 @@ bool has_bare_rows(const float* weights, int64_t examples, int64_t m, const void
   }
   return lora_dtype == DType::kFloat32 ? !any(lora_B, size, uint32_t(1) << 31)
                                        : !any(lora_B, size, uint16_t(1 << 15));
+}
+
+void mix_rank(const MixRankArgs& a) {
+  for (int64_t t = 0; t < a.T; ++t) {
+    const int64_t row = !a.example_ids ? t / a.tokens_per_example
+                        : a.wide_ids   ? static_cast<const int64_t*>(a.example_ids)[t]
+                                       : static_cast<const int32_t*>(a.example_ids)[t];
+    for (int64_t i = 0; i < a.m; ++i) {
+      const float w = a.weights[row * a.m + i];
+      const int64_t begin = (t * a.m + i) * a.r;
+      for (int64_t j = begin; j < begin + a.r; ++j) a.z[j] = w == 0.0f ? 0.0f : w * a.u[j];
+    }
+  }
+}
+
+void stack(const StackArgs& a) {
+  const size_t row = size_t(a.r * a.bytes);
+  const char* from = static_cast<const char*>(a.lora_B);
+  for (int64_t i = 0; i < a.m; ++i) {
+    char* to = static_cast<char*>(a.stacked) + size_t(i) * row;
+    for (int64_t n = 0; n < a.N; ++n, from += row, to += size_t(a.m) * row) memcpy(to, from, row);
+  }
 }
 
 void mixed_lora_cpu(const MixedLoraArgs& a, int num_threads, const char* isa) {

@@ -32,6 +32,27 @@ struct MixedLoraArgs {
   int64_t T, K, N, m, r;
 };
 
+// What lies between PyTorch's products where these compute u and z B^T: z of above, which may be u
+// itself, and lora_B [m, N, r] as [N, m r]. Of cold tensors an op of PyTorch takes 50 us and more.
+struct MixRankArgs {
+  const float* u;        // [T, m r], contiguous
+  const float* weights;  // as above
+  const void* example_ids;
+  bool wide_ids;
+  int64_t tokens_per_example;
+  float* z;  // [T, m r]
+  int64_t T, m, r;
+};
+void mix_rank(const MixRankArgs& args);
+
+struct StackArgs {
+  const void* lora_B;
+  void* stacked;
+  int64_t bytes;  // of an element
+  int64_t m, N, r;
+};
+void stack(const StackArgs& args);
+
 // Whether the weights [examples, m] of an example, or all `size` elements of lora_B, are zero: y must
 // then have the bits of F.linear, so the base product cannot be this kernel's.
 bool has_bare_rows(const float* weights, int64_t examples, int64_t m, const void* lora_B,
