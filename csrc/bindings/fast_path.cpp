@@ -90,6 +90,7 @@ std::map<std::array<int64_t, 6>, Limits> measured;
 struct Rule {
   std::array<int64_t, 3> work, base_tokens;
   int64_t base_size;
+  std::array<bool, 3> products;  // whether PyTorch's products run at full speed, of any size
 } rule;
 
 Limits limits_of(clp::DType x, clp::DType lora, int64_t K, int64_t N, int64_t R, int threads) {
@@ -100,6 +101,44 @@ Limits limits_of(clp::DType x, clp::DType lora, int64_t K, int64_t N, int64_t R,
   const int64_t adapters = rule.work[size_t(x)] / (K + N);
   return {1, K * N >= rule.base_size ? std::min(rule.base_tokens[size_t(x)], adapters) : 0,
           adapters};
+}
+
+py::object linear(py::handle x, py::handle weight, py::handle bias) {
+  return owned(
+      PyObject_CallFunctionObjArgs(torch.linear, x.ptr(), weight.ptr(), bias.ptr(), nullptr));
+}
+
+// y += z B^T by PyTorch's products, with what lies between them here; y is contiguous. As
+// _add_low_rank_by_products in clp_kernels/ops/mixed_lora/cpu.py.
+void add_by_products(py::handle x, py::handle lora_A, py::handle y, clp::MixedLoraArgs args,
+                     int64_t bytes, int threads) {
+  const int64_t R = args.m * args.r;
+  View U, Z, S;
+  const auto of_rank = [&] {
+    return x.attr("new_empty")(py::make_tuple(args.T, R),
+                               py::arg("dtype") = py::handle(torch.float32));
+  };
+  py::object z = of_rank(), stacked = x.attr("new_empty")(args.N, R), u;
+  if (args.x_dtype == clp::DType::kFloat32) {
+    u = linear(x, lora_A.attr("view")(R, args.K), py::none());
+  } else {
+    u = of_rank();
+  }
+  describe(u, &U), describe(z, &Z), describe(stacked, &S);
+  {
+    py::gil_scoped_release release;
+    args.u = U.at<float>();
+    const clp::StackArgs stack{args.lora_B, S.data, bytes, args.m, args.N, args.r};
+    if (args.x_dtype != clp::DType::kFloat32) {
+      args.lora_B = nullptr;
+      clp::mixed_lora_cpu(args, threads, "");
+    }
+    clp::mix_rank({args.u, args.weights, nullptr, false, args.tokens_per_example, Z.at<float>(),
+                   args.T, args.m, args.r});
+    clp::stack(stack);
+  }
+  if (args.x_dtype != clp::DType::kFloat32) z = z.attr("to")(x.attr("dtype"));
+  y.attr("view")(args.T, args.N).attr("addmm_")(z, stacked.attr("t")());
 }
 
 py::object mixed_lora(py::handle x, py::handle base_weight, py::handle lora_A, py::handle lora_B,
@@ -121,7 +160,8 @@ py::object mixed_lora(py::handle x, py::handle base_weight, py::handle lora_A, p
   const int type = X.element(), lora_type = A.element();
   const int threads = num_threads();
   const Limits limits = limits_of(args.x_dtype, args.lora_dtype, K, N, m * r, threads);
-  if (T > std::max(limits.whole, limits.adapters) || !W.is(type, {N, K}) ||
+  const bool products = rule.products[size_t(args.x_dtype)] && lora_type == type;
+  if ((T > std::max(limits.whole, limits.adapters) && !products) || !W.is(type, {N, K}) ||
       !(lora_type == type || lora_type == kFloat32) || !A.is(lora_type, {m, r, K}) ||
       !B.is(lora_type, {m, N, r}) || !w.is(kFloat32, {batch, m}) ||
       !(bias.is_none() || c.is(type, {N}))) {
@@ -134,27 +174,36 @@ py::object mixed_lora(py::handle x, py::handle base_weight, py::handle lora_A, p
     return py::none();
   }
   for (size_t i = 0; i < scaled.size(); ++i) scaled[i] *= factors[i % size_t(m)];
+  const bool by_products = products && T > limits.adapters;
+  const bool whole = limits.first <= T && T <= limits.whole && W.is_contiguous() &&
+                     c.is_contiguous();
+  // Of many tokens those without adapters are sorted out where errors are decided.
+  const bool bare = (whole || by_products) &&
+                    clp::has_bare_rows(scaled.data(), batch, m, B.data, args.lora_dtype, B.count());
   py::object y;
-  if (limits.first <= T && T <= limits.whole && W.is_contiguous() && c.is_contiguous() &&
-      !clp::has_bare_rows(scaled.data(), batch, m, B.data, args.lora_dtype, B.count())) {
+  if (whole && !bare) {
     args.base_weight = W.data;
     args.bias = c.data;
     py::tuple shape(X.dims);
     for (int i = 0; i < X.dims; ++i) shape[size_t(i)] = py::int_(i + 1 < X.dims ? X.size[i] : N);
     y = x.attr("new_empty")(shape);
-  } else if (T > limits.adapters) {
+  } else if (by_products ? bare : T > limits.adapters) {
     return py::none();
   } else {
-    y = owned(PyObject_CallFunctionObjArgs(torch.linear, x.ptr(), base_weight.ptr(), bias.ptr(),
-                                           nullptr));
+    y = linear(x, base_weight, bias);
   }
   if (!dense(y, false, &Y)) return py::none();
-  std::vector<float> u(size_t(T * m * r));
   args.x = X.data, args.x_stride = K;
   args.lora_A = A.data, args.lora_B = B.data;
   args.weights = scaled.data(), args.tokens_per_example = T / batch;
-  args.y = Y.data, args.y_stride = N, args.u = u.data();
+  args.y = Y.data, args.y_stride = N;
   args.T = T, args.K = K, args.N = N, args.m = m, args.r = r;
+  if (!args.base_weight && by_products) {
+    add_by_products(x, lora_A, y, args, type == kFloat32 ? 4 : 2, threads);
+    return y;
+  }
+  std::vector<float> u(size_t(T * m * r));
+  args.u = u.data();
   py::gil_scoped_release release;
   clp::mixed_lora_cpu(args, threads, "");
   return y;
@@ -235,8 +284,9 @@ py::object sample(py::handle logits, py::handle weights, py::handle mode, py::ha
 
 void bind_fast_path(py::module_& module) {
   module.def("set_mixed_lora_rule", [](std::array<int64_t, 3> work,
-                                       std::array<int64_t, 3> base_tokens, int64_t base_size) {
-    rule = {work, base_tokens, base_size};
+                                       std::array<int64_t, 3> base_tokens, int64_t base_size,
+                                       std::array<bool, 3> products) {
+    rule = {work, base_tokens, base_size, products};
   });
   module.def("set_mixed_lora_limits", [](std::map<std::array<int64_t, 6>,
                                                   std::array<int64_t, 3>> limits) {

@@ -569,6 +569,7 @@ TAKEN: dict[str, dict[str, Any]] = {
     "a zero row": {"weights": lambda t: t.index_fill(0, torch.tensor([2]), 0.0)},
     "zero adapters": {"lora_B": lambda t: t * 0},
     "bfloat16": {n: to_dtype(BF16) for n in FLOATS},
+    "many rows": {"x": lambda t: t.repeat(1, 20_000, 1)},
     "float16": {n: to_dtype(F16) for n in FLOATS},
 }
 REFUSED: dict[str, dict[str, Any]] = {
@@ -604,7 +605,14 @@ REFUSED: dict[str, dict[str, Any]] = {
     "another output": {"lora_B": lambda t: t[:, :29].contiguous()},
     "bias of another shape": {"bias": lambda t: t[:29]},
     "no rows": {"x": lambda t: t[:0], "weights": lambda t: t[:0]},
-    "many rows": {"x": lambda t: t.repeat(1, 2000, 1)},
+    "many rows, one without adapters": {
+        "x": lambda t: t.repeat(1, 20_000, 1),
+        "weights": lambda t: t.index_fill(0, torch.tensor([2]), 0.0),
+    },
+    "many rows beside wider adapters": {
+        **{n: to_dtype(BF16) for n in ("base_weight", "bias")},
+        "x": lambda t: t.repeat(1, 20_000, 1).bfloat16(),
+    },
     "sparse": {"lora_A": lambda t: t.to_sparse()},
 }
 
@@ -618,7 +626,11 @@ def test_fast_path_gives_what_the_checked_call_gives(
         monkeypatch.setattr(cpu_mixed_lora, name, 10**12)
     y = quick(**TAKEN[case])
     assert y is not None
-    # The checked and dispatched call, on the same arguments.
+    assert_checked_call_gives(y, case, monkeypatch)
+
+
+def assert_checked_call_gives(y: Tensor, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checked and dispatched call, on the same arguments."""
     bare = registry.Backend("cpu", cpu_mixed_lora.mixed_lora, cpu_mixed_lora.why_not)
     monkeypatch.setitem(registry.BACKENDS, "mixed_lora", (bare,))
 
@@ -630,6 +642,24 @@ def test_fast_path_gives_what_the_checked_call_gives(
     assert wanted is not None
     assert y.dtype == wanted.dtype
     assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_fast_path_by_products_gives_what_the_checked_call_gives(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves rows without adapters, and adapters in a wider dtype, to the checked call."""
+    for name in ("NATIVE_WORK", "FAST_PATH_WORK", "NATIVE_WORK_16_BITS", "BASE_ROWS"):
+        monkeypatch.setattr(cpu_mixed_lora, name, 0)
+    monkeypatch.setattr(cpu_mixed_lora, "has_native_gemm", lambda dtype: True)
+    cpu_mixed_lora.fast_path.cache_clear()
+    y = quick(**TAKEN[case])
+    left = {"zero rows", "a zero row", "zero adapters", "bfloat16 beside float32"}
+    assert (y is None) == (case in left)
+    if y is not None:
+        assert_checked_call_gives(y, case, monkeypatch)
+    monkeypatch.undo()
+    cpu_mixed_lora.fast_path.cache_clear()
 
 
 @pytest.mark.parametrize("case", REFUSED)

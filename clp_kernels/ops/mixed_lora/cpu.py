@@ -195,7 +195,8 @@ def fast_path() -> Callable[..., Tensor | None] | None:
         work.append(FAST_PATH_WORK if wide else NATIVE_WORK_16_BITS)
         most = BASE_ROWS if dtype == torch.float32 else FAST_PATH_WORK
         base_tokens.append(most if use_native_base(1, BASE_SIZE, dtype) else 0)
-    native.cpu().set_mixed_lora_rule(work, base_tokens, BASE_SIZE)
+    products = [has_native_gemm(dtype) for dtype in native.DTYPES]
+    native.cpu().set_mixed_lora_rule(work, base_tokens, BASE_SIZE, products)
     index = native.DTYPES.index
     native.cpu().set_mixed_lora_limits(
         {(index(s.dtype), index(s.lora_dtype), *s[2:]): limits for s, limits in measured().items()}
