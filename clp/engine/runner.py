@@ -26,6 +26,7 @@ from clp.engine.slot_model import SlotModel
 from clp.engine.slot_state import SlotState
 from clp.policies.interface import Steerable
 from clp_kernels.invariant import is_batch_invariant
+from clp_kernels.nn.mixed_lora import MixedLoRALinear
 from clp_kernels.selftest import tuning
 from clp_kernels.selftest.processes import ensure
 
@@ -67,8 +68,8 @@ class Runner:
         self.models = [SlotModel(network.model) for network in self.networks]
         device = policy.device
         ensure(device, OPS)
-        for network in self.networks:
-            tuning.ensure(network.model)
+        modules = (module for network in self.networks for module in network.model.modules())
+        tuning.ensure([module for module in modules if isinstance(module, MixedLoRALinear)])
         own = policy.layer_weights(policy.condition([0.0] * len(policy.objectives), simplex=False))
         self.spare = int(device.type == "cuda")
         self._kind = self.models[0].model.dtype, self.models[0].model.device

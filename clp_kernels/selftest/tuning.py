@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from tqdm import tqdm
 
 from clp_kernels import native, trust
 from clp_kernels.files import cache_folder, locked
-from clp_kernels.nn.mixed_lora import MixedLoRALinear
 from clp_kernels.ops import choices
 from clp_kernels.ops.mixed_lora.cpu import (
     ANY,
@@ -43,8 +43,19 @@ _PATHS = {"whole": Limits(1, ANY, 0), "adapters": Limits(1, 0, ANY), "products":
 Times = dict[str, float]
 
 
-def ensure(model: nn.Module, *, progress: bool = True) -> None:
-    """Measures the layers of a model on the CPU that have not been measured on this machine yet.
+class Layer(Protocol):
+    """What is read of a layer, a clp_kernels.nn.mixed_lora.MixedLoRALinear."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's."""
+
+
+def ensure(layers: Iterable[Layer], *, progress: bool = True) -> None:
+    """Measures layers on the CPU whose size has not been measured on this machine yet.
 
     It takes at most about 20 s, once per processor, size, number of threads, PyTorch and version of
     the kernels; what is left then is measured the next time. Small layers are not measured, and
@@ -54,7 +65,6 @@ def ensure(model: nn.Module, *, progress: bool = True) -> None:
     Raises:
         BackendError: CLP_KERNELS_TUNE or CLP_KERNELS_TRUST is none of its values.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, MixedLoRALinear)]
     sizes = {_size_of(layer) for layer in layers if layer.weight.device.type == "cpu"}
     tune([s for s in sorted(sizes, key=str) if _is_measured(s)], progress=progress, limit=LIMIT)
 
@@ -116,10 +126,9 @@ def _unknown(sizes: Sequence[Size]) -> list[Size]:
     return [size for size in sizes if str(size) not in known]
 
 
-def _size_of(layer: MixedLoRALinear) -> Size:
-    m, r, in_features = layer.lora_A.shape
-    dtypes = layer.weight.dtype, layer.lora_A.dtype
-    return Size(*dtypes, in_features, layer.out_features, m * r, torch.get_num_threads())
+def _size_of(layer: Layer) -> Size:
+    found = Size.of(layer.lora_A, layer.lora_A, layer.lora_B.shape[1])
+    return found._replace(dtype=layer.weight.dtype)
 
 
 def _is_measured(size: Size) -> bool:

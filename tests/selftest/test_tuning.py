@@ -14,6 +14,7 @@ from torch import nn
 
 from clp_kernels import inject, native, trust
 from clp_kernels.files import cache_folder
+from clp_kernels.nn.mixed_lora import MixedLoRALinear
 from clp_kernels.ops import choices
 from clp_kernels.ops.mixed_lora import cpu
 from clp_kernels.ops.mixed_lora.cpu import ANY, Limits, Size
@@ -176,24 +177,24 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[Size]:
     return sizes
 
 
-def wide_model(dtype: torch.dtype = F32) -> nn.Module:
+def wide_layers(dtype: torch.dtype = F32) -> list[MixedLoRALinear]:
     model = nn.Sequential(nn.Linear(512, 600), nn.Linear(600, 512), nn.Linear(16, 16)).to(dtype)
     inject(model, ["a", "b"], r=4, target_modules=["0", "1", "2"])
-    return model
+    return [layer for layer in model if isinstance(layer, MixedLoRALinear)]
 
 
 def test_the_large_layers_of_a_model_are_measured_once(timed: list[Size], folder: Path) -> None:
     threads = torch.get_num_threads()
     wanted = [Size(F32, F32, 512, 600, 8, threads), Size(F32, F32, 600, 512, 8, threads)]
-    tuning.ensure(wide_model())
+    tuning.ensure(wide_layers())
     assert sorted(timed) == sorted(wanted, key=str)
     assert {*cpu.measured()} == {*wanted}
-    tuning.ensure(wide_model())
+    tuning.ensure(wide_layers())
     choices.of_this_process.clear()  # as another process has it
     look_again()
-    tuning.ensure(wide_model())
+    tuning.ensure(wide_layers())
     assert len(timed) == 2 and {*cpu.measured()} == {*wanted}
-    tuning.ensure(wide_model(BF16))  # with adapters in float32
+    tuning.ensure(wide_layers(BF16))  # with adapters in float32
     assert timed[2:] == [
         Size(BF16, F32, 512, 600, 8, threads),
         Size(BF16, F32, 600, 512, 8, threads),
@@ -206,7 +207,7 @@ def test_no_size_is_begun_after_the_time_is_over(
     timed: list[Size], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "LIMIT", -1.0)
-    tuning.ensure(wide_model())
+    tuning.ensure(wide_layers())
     assert timed == [] and cpu.measured() == {}
 
 
@@ -222,7 +223,7 @@ def test_nothing_is_measured_or_read_if_it_is_not_wanted(
     trust.trust.cache_clear()
     look_again()
     try:
-        tuning.ensure(wide_model())
+        tuning.ensure(wide_layers())
         assert timed == [] and cpu.measured() == {} and choices.fingerprint() is None
     finally:
         monkeypatch.undo()
@@ -327,10 +328,10 @@ def test_a_sampler_has_its_models_measured(monkeypatch: pytest.MonkeyPatch) -> N
     import clp
 
     asked: list[Any] = []
-    monkeypatch.setattr(tuning, "ensure", asked.append)
+    monkeypatch.setattr(tuning, "ensure", asked.extend)
     policy = clp.Policy.create("tiny", ["joy", "brief"])
     clp.Sampler(policy)
-    assert asked == [network.model for network in policy.networks]
+    assert asked == [m for m in policy.model.modules() if isinstance(m, MixedLoRALinear)] != []
 
 
 def test_runs_and_rows_are_marked_with_what_was_measured(tmp_path: Path) -> None:
