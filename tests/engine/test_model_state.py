@@ -6,7 +6,6 @@ import copy
 import functools
 import gc
 import sys
-import time
 import types
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from decoding_alone import token_ids
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clp.engine.model_state import ModelState
 from clp.engine.sampler import Sampler, SamplingParams
@@ -476,11 +476,20 @@ def test_a_sampler_refuses_a_model_that_has_got_another_dtype(base, dtype):
     ask(sampler)
 
 
-def test_looking_costs_little(base, one_thread):
+class Counted(TorchDispatchMode):
+    """Counts the ops that PyTorch runs."""
+
+    ops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.ops += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_looking_costs_few_ops_per_tensor(base):
+    """Every generate looks: with 20 small ops per tensor it took 4.3 ms, with these 3.0."""
+    tensors = [*base[0].parameters(), *base[0].buffers()]
     state = ModelState(base[0])
-    times = []
-    for _ in range(20):
-        begin = time.thread_time()
+    with Counted() as counted:
         assert state == ModelState(base[0])
-        times.append(time.thread_time() - begin)
-    assert min(times) < 0.005
+    assert 0 < counted.ops < 8 * len(tensors)
