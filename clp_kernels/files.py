@@ -110,7 +110,7 @@ class CacheFile:
         self.name, self.format, self.content, self.check = name, format, content, check
 
     def read(self) -> dict[str, Any]:
-        """The results; none if there is no file, or if it is not whole and ours."""
+        """The results; none if there is no file, or if it is damaged or of another format."""
         try:
             path = cache_folder() / self.name
             text = path.read_text(encoding="utf-8")
