@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import partial
+from itertools import permutations
 from pathlib import PurePath
 from types import MethodType
 from typing import Any
@@ -25,7 +26,7 @@ MOST_OBJECTS = 10_000
 MOST_PARTS = 100
 # Parts of a function that are kept in a run's folder: those nearest to it.
 MOST_DISTINCTIVE = 256
-WEAK = "~"
+NUMBERS = "~"
 
 
 def plain(value: Any) -> Any:
@@ -69,10 +70,9 @@ def insides_of(function: Any) -> dict[str, str]:
     """Digests of the function's parts, by digests of their places in it: its code, what it is bound
     to, what its closure and its file's names hold, and what these hold.
 
-    A counter, a cache or a clock in it changes its own part alone. A value in a list has its value
-    for a place, because a list that was made of a set has another order in each process. Digests of
-    numbers alone begin with WEAK: a state comes to be that of another function by chance. Those of
-    other values begin with that of the value without its digits.
+    A counter, a cache or a clock in it changes its own part alone, and the digests of all plain
+    values beside it. A value in a list has its value for a place, because a list that was made of a
+    set has another order in each process.
     """
     found, kept = dict[str, str](), dict[int, Any]()
     waiting = deque([("", function)])
@@ -89,19 +89,18 @@ def insides_of(function: Any) -> dict[str, str]:
         # Plain values here and now: Python may share them.
         plain_ones = {name: plain_text(one) for name, one in named.items()}
         texts = {name: text for name, text in plain_ones.items() if text is not None}
-        weak = WEAK * all(_is_number(named[name]) for name in texts)
-        found[place] = _hash(shown)
-        found[_hash(place, "in order")] = weak + _hash(*named, *texts.values())
-        found[_hash(place, "sorted")] = weak + _hash(
-            *sorted(map(str, named)), *sorted(texts.values())
-        )
+        found[place] = _digest(shown)
+        numbers = all(_is_number(named[name]) for name in texts)
+        names = list(map(str, named))
+        found[_hash(place, "in order")] = _digest(*names, *texts.values(), numbers=numbers)
+        values = *sorted(names), *sorted(texts.values())
+        found[_hash(place, "sorted")] = _digest(*values, numbers=numbers)
         if len(texts) <= MOST_PARTS:
             times = Counter[str]()
             for name, text in texts.items():
                 times[text] += 1
                 where = (name,) if isinstance(contents, dict) else ("value", text, times[text])
-                stem = WEAK if _is_number(named[name]) else _hash(re.sub(r"\d", "", text))[:4]
-                found[_hash(place, *where)] = stem + _hash(text)
+                found[_hash(place, *where)] = _digest(text, numbers=_is_number(named[name]))
         waiting.extend(
             (_hash(place, n), named[n]) for n, text in plain_ones.items() if text is None
         )
@@ -111,8 +110,9 @@ def insides_of(function: Any) -> dict[str, str]:
 def distinctive(insides: Mapping[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     """Of each function the parts that tell it from another one, at most MOST_DISTINCTIVE."""
     places = dict.fromkeys(place for parts in insides.values() for place in parts)
-    telling = [p for p in places if len({parts.get(p) for parts in insides.values()}) > 1]
-    telling.sort(key=lambda p: all(_is_weak(parts[p]) for parts in insides.values() if p in parts))
+    held = {place: [parts.get(place) for parts in insides.values()] for place in places}
+    telling = [place for place in places if len(set(held[place])) > 1]
+    telling.sort(key=lambda place: min(_rank(a, b) for a in held[place] for b in held[place]))
     telling = telling[:MOST_DISTINCTIVE]
     return {
         name: {place: parts[place] for place in telling if place in parts}
@@ -125,31 +125,52 @@ def swapped(
 ) -> tuple[str, str] | None:
     """A name, and that under which its function of now was known then, if there is such a one.
 
-    A function is another one's if as many of the parts that told the two apart are that one's as
-    are its own (a text that it was given with its name is not all that it is); if only numbers and
-    digits in texts told them apart, if more are. And that of then under its name must be given
-    under another name now. So one that has changed, or was corrected, is none.
+    A function is another one's if a part that told the two apart is that one's, and what was there
+    is given under another name now. Nothing else is needed, because a text that it was given with
+    its name may have stayed. So one that has changed, or was corrected, is none. Texts and code
+    decide before texts that differ in digits alone, such as two servers or devices given in turn,
+    and these before numbers, which a state comes to by chance: the first of the three in which both
+    functions have kept something, or exchanged.
     """
-
-    def is_others(name: str, other: str) -> bool:
-        own, others, given = then[name], then[other], now[name]
-        strong, weak = [0, 0], [0, 0]  # of its own and of the other's
-        # What is absent says nothing: a cache is empty at each start.
-        for place in given.keys() & (own.keys() | others.keys()):
-            if own.get(place) != others.get(place):
-                numbered = own.get(place, "")[:4] == others.get(place, "")[:4]
-                votes = weak if numbered or _is_weak(given[place]) else strong
-                for i, parts in enumerate((own, others)):
-                    votes[i] += given[place] == parts.get(place)
-        return strong[1] >= strong[0] if any(strong) else weak[1] > weak[0]
-
     names = sorted(name for name in then if name in now)
-    moved = [(n, o) for n in names for o in names if n != o and is_others(n, o)]
-    held = {other for _, other in moved}
-    for name, other in moved:
-        if name in held or now[name] == now[other]:
+
+    def is_others(name: str, other: str, rank: int) -> bool | None:
+        """None if this rank does not say."""
+        kept = gained = lost = False
+        for place in then[name].keys() | then[other].keys():
+            was, others = then[name].get(place), then[other].get(place)
+            if was == others or _rank(was, others) != rank:
+                continue
+            given, beside = now[name].get(place), now[other].get(place)
+            kept |= was is not None and (given, beside) == (was, others)
+            if given == others and (
+                now[name] == now[other]
+                or any(now[one].get(place) == was for one in names if one != name)
+            ):
+                # What is absent says nothing alone: a cache is empty at each start.
+                gained |= others is not None
+                lost |= was is not None
+        return True if gained and lost else False if kept else None
+
+    for name, other in permutations(names, 2):
+        told = (is_others(name, other, rank) for rank in range(3))
+        if next((one for one in told if one is not None), False):
             return name, other
     return None
+
+
+def _rank(one: str | None, other: str | None) -> int:
+    """Of two parts in one place: 0 for texts, 1 if they differ in digits or one is absent, 2 for
+    numbers."""
+    if all(part is None or part.startswith(NUMBERS) for part in (one, other)):
+        return 2
+    return int(one is None or other is None or one[:4] == other[:4])
+
+
+def _digest(*texts: str, numbers: bool = False) -> str:
+    """NUMBERS, or what the texts are without their digits, and the digest of the texts."""
+    start = NUMBERS if numbers else _hash(*(re.sub(r"\d", "", text) for text in texts))[:4]
+    return start + _hash(*texts)
 
 
 def _hash(*texts: object) -> str:
@@ -160,10 +181,6 @@ def _hash(*texts: object) -> str:
 def _is_number(value: Any) -> bool:
     """Of a plain value: whether it is a number, True, False or None."""
     return value is None or issubclass(type(value), int | float | np.number | np.bool_)
-
-
-def _is_weak(digest: str) -> bool:
-    return digest.startswith(WEAK)
 
 
 def _kind(value: Any) -> Any:

@@ -254,7 +254,8 @@ def _inside_others(value: Any) -> tuple[str, list[Any]]:
     if cls is MethodType:
         return kind, [value.__func__, value.__self__]
     if cls is FunctionType:
-        cells = [_content(cell) for cell in value.__closure__ or ()]
+        closure = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        cells = {name: _content(cell) for name, cell in closure}
         # Two files may be loaded as modules of one name. What is found by its name is that name.
         known = value.__globals__
         named = {n: known[n] for n in sorted(names_of(value.__code__)) if n in known}

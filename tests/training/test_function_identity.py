@@ -908,13 +908,59 @@ def test_functions_that_keep_a_label_of_their_place_are_told_apart(labels):
         assert swapped(then, both("o", "e", last=last)) == ("a", "b")
 
 
-@pytest.mark.parametrize("labels", [(0, 1), ("cuda:0", "cuda:1")])
-def test_functions_made_in_another_order_have_not_changed_places(labels):
-    """They are given a number or the name of a server in turn."""
-    made = [insides_of(Labelled(*of)) for of in zip(labels, "eo", strict=True)]
-    again = [insides_of(Labelled(*of)) for of in zip(labels, "oe", strict=True)]
-    then = distinctive(dict(zip("ab", made, strict=True)))
-    assert swapped(then, {"a": again[1], "b": again[0]}) is None
+class Client:
+    """As HTTP clients are: the address, and what is made of it."""
+
+    def __init__(self, label):
+        self.base = label
+        self.session = {"headers": {"Host": label}, "endpoint": f"{label}/v1/chat"}
+
+
+HOLDERS = {
+    "itself": lambda label: label,
+    "client": Client,
+    "list": lambda label: [label, "v1"],
+    "key": lambda label: {label: "ready"},
+    "partial": lambda label: partial(calm, server=label),
+    "closure": lambda label: lambda text: (label, text),
+}
+
+
+@pytest.mark.parametrize("labels", [(0, 1), ("cuda:0", "cuda:1")], ids=["number", "device"])
+@pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
+def test_labels_given_in_turn_say_nothing_beside_other_texts(labels, holder):
+    """Made in another order, functions have other labels; exchanged, they may keep them."""
+
+    def both(*patterns, turned=1):
+        made = zip(map(holder, labels[::turned]), patterns, strict=True)
+        return dict(zip("ab", (insides_of(Labelled(*of)) for of in made), strict=True))
+
+    then = distinctive(both("e", "o"))
+    assert swapped(then, both("e", "o", turned=-1)) is None
+    assert swapped(then, both("o", "e")) == ("a", "b")
+    assert swapped(then, both("o", "e", turned=-1)) == ("a", "b")
+
+
+class Judged:
+    def __init__(self, rule, state):
+        self.rule, self.state, self.calls = rule, state, 0
+
+
+@pytest.mark.parametrize("rules", [("e{1,3}", "e{4,9}"), ("rm-v1", "rm-v2"), (0.25, 0.75), (3, 7)])
+@pytest.mark.parametrize("state", [(0, 9), (0.0, 4.5), ("", "so"), (None, "so"), (False, True)])
+def test_a_state_does_not_hide_small_differences(rules, state):
+    """One function was tried by hand before the run began, and has its first state again."""
+
+    def both(*rules, state):
+        made = map(Judged, rules, state)
+        return dict(zip("ab", map(insides_of, made), strict=True))
+
+    for tried in (state, state[::-1]):
+        then = distinctive(both(*rules, state=tried))
+        assert swapped(then, both(*rules, state=tried)) is None
+        for now in ((state[0], state[0]), (state[1], state[1])):
+            assert swapped(then, both(*rules, state=now)) is None
+            assert swapped(then, both(*rules[::-1], state=now)) == ("a", "b")
 
 
 def test_a_list_made_of_a_set_has_another_order_in_each_process():
