@@ -22,7 +22,8 @@ from clp.training.held_objects import inside, is_found_by_name, plain_text
 
 # Objects of one function that are looked at: some lead to everything in the process.
 MOST_OBJECTS = 10_000
-# Plain values of one object that count one by one too, not only together.
+# Plain values of one object that count one by one too, not only together, and objects that are
+# looked at before others.
 MOST_PARTS = 100
 # Parts of a function that are kept in a run's folder: those nearest to it.
 MOST_DISTINCTIVE = 256
@@ -75,9 +76,9 @@ def insides_of(function: Any) -> dict[str, str]:
     set has another order in each process.
     """
     found, kept = dict[str, str](), dict[int, Any]()
-    waiting = deque([("", function)])
-    while waiting and len(kept) < MOST_OBJECTS:
-        place, value = waiting.popleft()
+    waiting, later = deque([("", function)]), deque[tuple[str, Any]]()
+    while (waiting or later) and len(kept) < MOST_OBJECTS:
+        place, value = (waiting or later).popleft()
         again = id(value) in kept
         kept[id(value)] = value  # so that no id is given twice
         shown, contents = (type(value).__qualname__, []) if again else inside(value)
@@ -101,7 +102,8 @@ def insides_of(function: Any) -> dict[str, str]:
                 times[text] += 1
                 where = (name,) if isinstance(contents, dict) else ("value", text, times[text])
                 found[_hash(place, *where)] = _digest(text, numbers=_is_number(named[name]))
-        waiting.extend(
+        # A cache of many objects comes after what the function is made of.
+        (waiting if len(named) <= MOST_PARTS else later).extend(
             (_hash(place, n), named[n]) for n, text in plain_ones.items() if text is None
         )
     return found
@@ -126,7 +128,7 @@ def swapped(
     """A name, and that under which its function of now was known then, if there is such a one.
 
     A function is another one's if a part that told the two apart is that one's, and what was there
-    is given under another name now. Nothing else is needed, because a text that it was given with
+    has come to another name. Nothing else is needed, because a text that it was given with
     its name may have stayed. So one that has changed, or was corrected, is none. Texts and code
     decide before texts that differ in digits alone, such as two servers or devices given in turn,
     and these before numbers, which a state comes to by chance: the first of the three in which both
@@ -145,7 +147,7 @@ def swapped(
             kept |= was is not None and (given, beside) == (was, others)
             if given == others and (
                 now[name] == now[other]
-                or any(now[one].get(place) == was for one in names if one != name)
+                or any(now[n].get(place) == was != then[n].get(place) for n in names)
             ):
                 # What is absent says nothing alone: a cache is empty at each start.
                 gained |= others is not None

@@ -941,6 +941,29 @@ def test_labels_given_in_turn_say_nothing_beside_other_texts(labels, holder):
     assert swapped(then, both("o", "e", turned=-1)) == ("a", "b")
 
 
+def test_a_correction_to_what_a_third_function_has_is_no_exchange():
+    """Two of three judges had the language that one of them has no longer."""
+    then = {"a": calm_in("sun", "en"), "b": calm_in("joy", "en"), "c": calm_in("so", "de")}
+    told = distinctive(then)
+    assert swapped(told, then | {"a": calm_in("sun", "de")}) is None
+    assert swapped(told, then | {"a": calm_in("sun", "de"), "c": calm_in("so", "en")}) == ("a", "c")
+
+
+def calm_in(word, language):
+    return insides_of(partial(calm, judge={"word": word, "language": language}))
+
+
+def test_a_large_cache_of_objects_does_not_hide_a_rule_behind_it():
+    def judge(word, verdict, size):
+        cache = {f"prompt {i}": {"verdict": [f"{verdict} {i}"]} for i in range(size)}
+        return insides_of(partial(calm, cache=cache, rule=[[[[{"words": [word]}]]]]))
+
+    then = distinctive({"a": judge("sun", "yes", 400), "b": judge("so", "no", 400)})
+    now = {"a": judge("sun", "yes", 0), "b": judge("so", "no", 0)}
+    assert swapped(then, now) is None
+    assert swapped(then, {"a": now["b"], "b": now["a"]}) == ("a", "b")
+
+
 class Judged:
     def __init__(self, rule, state):
         self.rule, self.state, self.calls = rule, state, 0
