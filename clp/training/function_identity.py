@@ -26,7 +26,7 @@ MOST_OBJECTS = 10_000
 # looked at before others.
 MOST_PARTS = 100
 # Parts of a function that are kept in a run's folder: those nearest to it.
-MOST_DISTINCTIVE = 256
+MOST_DISTINCTIVE = 1024
 NUMBERS = "~"
 
 
