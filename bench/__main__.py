@@ -8,7 +8,7 @@ Exit status 1: a provider was refused by its error gate.
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -41,7 +41,7 @@ def ladder(
     shared = rows.provenance(device)
     found: list[rows.Row] = []
     refusals: dict[str, str] = {}
-    for case in _progress(cases):
+    for case in timing.progress(cases, len(cases), "case"):
         providers = subject.providers(subject.inputs(case, device), compiled=compiled)
         times, refused = timing.measure(providers, device, protocol, graph=graph, memory=memory)
         fields = case.fields() | ({"graph": graph} if device.type == "cuda" else {})
@@ -51,15 +51,6 @@ def ladder(
         found += new
         refusals |= {f"{name}, {fields}": reason for name, reason in refused.items()}
     return found, refusals
-
-
-def _progress(cases: Sequence[Case]) -> Iterable[Case]:
-    """A bar, where tqdm is installed; in a log a line every ten seconds."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return cases
-    return tqdm(cases, unit="case", mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
 def parser() -> argparse.ArgumentParser:

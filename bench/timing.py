@@ -19,6 +19,7 @@ import gc
 import json
 import os
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -328,3 +329,12 @@ def copy_bandwidth(device: torch.device, size: int = 512 * 2**20) -> float:
     protocol = Protocol(warmup=2, repeats=9, seconds=float("inf"))
     times, _ = measure([provider], device, protocol)
     return 2 * size / (times["copy"].p50_us * 1e-6)
+
+
+def progress(items: Iterable[Any], total: int, unit: str) -> Iterable[Any]:
+    """A bar, where tqdm is installed; in a log a line every ten seconds."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, total=total, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 10)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import gpu_model
 from bench.report.rows import RESULTS, ROOT, Row, is_baseline, read
 from bench.timing import BASE
 
@@ -257,6 +258,8 @@ def write_results(folder: Path = RESULTS, target: Path = ROOT / "bench" / "RESUL
             f"run: {load:.1f}. Again: {', '.join(commands)}.\n\n"
             f"{image if plot.is_file() else ''}{tables(rows)}\n"
         )
+    if model := gpu_model.section(folder / gpu_model.TABLE.relative_to(RESULTS)):
+        parts.append(model)
     target.write_text("\n".join(parts), encoding="utf-8")
 
 

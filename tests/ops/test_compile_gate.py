@@ -21,6 +21,7 @@ import traceback
 from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ pytest.importorskip("triton", reason="triton is not installed: there are no kern
 
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
+
+from bench import gpu_model
 
 PLANNED = ("clp_kernels.ops.mixed_lora.triton", "clp_kernels.ops.mixed_linear.triton")
 # Those without a plan launch fixed tiles, which their own tests compare with the variants.
@@ -98,26 +100,10 @@ def variants(module: str, capability: tuple[int, int]) -> list[Variant]:
     return found
 
 
-def aligned(kernel: Any, signature: dict[str, str]) -> dict[tuple[int, ...], list[list[Any]]]:
-    """Pointers and sizes that 16 divides, as in real layers: what lets loads be asynchronous."""
-    return {
-        (p.num,): [["tt.divisibility", 16]]
-        for p in kernel.params
-        if signature[p.name] != "constexpr"
-        and not p.do_not_specialize
-        and not p.do_not_specialize_on_alignment
-    }
-
-
 def compile_variant(variant: Variant, capability: tuple[int, int]) -> Result:
-    name, kernel, signature, constexprs, options = variant
-    source = triton.compiler.ASTSource(
-        fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned(kernel, signature)
-    )
-    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    log = io.StringIO()
+    name, log = variant[0], io.StringIO()
     with contextlib.redirect_stdout(log):
-        compiled = triton.compile(source, target=target, options=options)
+        compiled = gpu_model.compiled(variant, capability)
     spills, registers = (found.findall(log.getvalue()) for found in (SPILLS, REGISTERS))
     if not spills or not registers:
         raise RuntimeError(f"ptxas reported no registers for {name}: {log.getvalue()!r}")
@@ -166,6 +152,7 @@ def run_worker(jobs: Collection[Job], cache: str) -> dict[Job, Report]:
     # Of a kernel that it finds in its cache Triton shows no log.
     environment = dict(os.environ, TRITON_CACHE_DIR=cache, TRITON_DUMP_PTXAS_LOG="1")
     environment["TRITON_ALWAYS_COMPILE"] = "1"
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])  # of bench
     environment.pop("TRITON_INTERPRET", None)
     named = {
         f"{module} {major} {minor}": (module, (major, minor)) for module, (major, minor) in jobs
