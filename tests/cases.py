@@ -782,3 +782,41 @@ def judge_head(
     trios = (map(torch.cat, zip(*runs, strict=True)) for runs in (got, wide, same))
     for name, *three in zip(HEAD_NAMES, *trios, strict=True):
         assert_within_budget(*three, name=name)
+
+
+HeadBackward = tuple[HeadInputs, tuple[Tensor, ...], list[bool]]
+HEAD_LEAVES = ("hidden", "head_weight", "bias", "weights")
+
+
+def head_backward(inputs: HeadInputs, *, entropy: bool = True, kl: bool = True) -> HeadBackward:
+    """Arguments of the backward, asking for all gradients, with upstream gradients of any sign."""
+    tokens, device = len(inputs.hidden), inputs.hidden.device
+    upstream = [torch.randn(tokens if on else 0, device=device) for on in (True, entropy, kl)]
+    needs = [True, True, inputs.bias is not None, inputs.weights is not None]
+    return inputs if kl else inputs._replace(ref_hidden=None), tuple(upstream), needs
+
+
+def head_backward_plain(
+    inputs: HeadInputs, upstream: tuple[Tensor, ...], needs: list[bool]
+) -> list[Tensor]:
+    """The gradients asked for, by autograd from materialised logits."""
+    names = [n for n, need in zip(HEAD_LEAVES, needs, strict=True) if need]
+    leaves = {n: getattr(inputs, n).detach().clone().requires_grad_() for n in names}
+    inputs = inputs._replace(**leaves)
+    if inputs.ref_hidden is None:
+        inputs = inputs._replace(ref_hidden=inputs.hidden.detach())
+    results = head_outputs(inputs)
+    total = sum((u * r).sum() for u, r in zip(upstream, results, strict=True) if u.numel())
+    return list(torch.autograd.grad(total, list(leaves.values())))
+
+
+def judge_head_backward(got: tuple[Tensor, ...], back: HeadBackward) -> None:
+    """The error budget of each gradient; those not asked for are empty."""
+    wide, same = head_backward_plain(*cast(back, F64)), head_backward_plain(*back)
+    needs = back[-1]
+    for grad, need in zip(got, needs, strict=True):
+        assert grad.numel() > 0 if need else grad.shape == (0,)
+    asked = [i for i, need in enumerate(needs) if need]
+    for i, *two in zip(asked, wide, same, strict=True):
+        assert got[i].dtype == two[1].dtype and got[i].is_contiguous()
+        assert_within_budget(got[i], *two, name=HEAD_LEAVES[i])

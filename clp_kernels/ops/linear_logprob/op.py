@@ -210,6 +210,7 @@ register(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
     Backend("cpu", cpu.linear_logprob_backward, cpu.why_not),
+    triton_backend("clp_kernels.ops.linear_logprob.triton", "linear_logprob_backward"),
     Backend("reference", reference.linear_logprob_backward),
     pack=_backward_pack,
 )

@@ -9,17 +9,25 @@ one product per expert, scaled in float32. In batch_invariant(), and for the bac
 head, the reference runs.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from clp_kernels.ops import triton_launch
-from clp_kernels.ops.linear_logprob.head import Head, Inputs, outputs
+from clp_kernels.ops.linear_logprob.head import Head, Inputs, gradients, outputs
+from clp_kernels.ops.linear_logprob.triton_kernels import block_kernel, gradient_kernel
 from clp_kernels.ops.triton_launch import KINDS, Variant, variant
 
-# Blocks of 256 MiB of logits in float32. Unmeasured starting points, like the two below.
-BLOCK_TOKENS, BLOCK_LOGITS = 2**12, 2**26
+# Blocks of 32 MiB of logits in float32, which the L2 cache of an H100 (50 MB) keeps between the
+# product that makes them and the kernel that reads them. Each block reads and writes the sums
+# [n, d], so that few tokens and many ids are better than the reverse, and 512 tokens are enough for
+# the products to be limited by the tensor cores. Unmeasured, like the constants below.
+BLOCK_TOKENS, BLOCK_LOGITS = 2**9, 2**23
+# The backward adds to the gradient of the head [V, d] once per block of tokens: for V 152,000 and
+# d 4,096 5 GB, about a tenth of the time of the products of 2,048 tokens.
+BACKWARD_TOKENS = 2**11
 # Blocks of ids begin at multiples of this: whole tiles of cuBLAS, and rows that 16 bytes divide.
 ALIGNMENT = 128
 # Ids that a program works on at a time.
@@ -27,159 +35,6 @@ BLOCK = 1024
 # Told a limit, ptxas takes the registers it needs; left alone it spills some to have more programs
 # at a time. Fused multiply-add is named because the default of Triton changes with 3.10.
 OPTIONS = {"num_warps": 8, "maxnreg": 80, "enable_fp_fusion": True}
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _logits(row_ptr, bias_ptr, v, count):
-    """z at the ids v of a block, -inf beyond it."""
-    z = tl.load(row_ptr + v, mask=v < count, other=float("-inf"))
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + v, mask=v < count, other=0.0)
-    return z
-
-
-@triton.jit
-def _top(row_ptr, bias_ptr, before, count, BLOCK: tl.constexpr):
-    """The largest of `before` and the logits of a row; it may pass over NaN."""
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, count, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, _logits(row_ptr, bias_ptr, v, count))
-    return tl.maximum(before.to(tl.float32), tl.max(largest, axis=0))
-
-
-@triton.jit
-def _factor(old_top, top, temperature):
-    """What the sums so far are scaled by, and its logarithm.
-
-    0 where nothing is in them, and 1 as long as there is nothing.
-    """
-    gap = (old_top - top.to(tl.float64)) / temperature
-    return tl.where((gap == 0.0) | (top == float("-inf")), 1.0, tl.exp(gap)), gap
-
-
-@triton.jit
-def _power(z, top, scale):
-    """e = exp((z - top) / t) and its logarithm of base 2; below 2^-125 e is 0. NaN stays NaN.
-
-    scale = log2(e) / t, used as two floats: one alone is off in the same direction for every id.
-    """
-    high = scale.to(tl.float32)
-    low = (scale - high.to(tl.float64)).to(tl.float32)
-    floor = tl.maximum(-125.5 / scale, -3e38).to(tl.float32)
-    d = z - tl.where(top == float("-inf"), 0.0, top)
-    d = tl.where(d < floor, floor, d)
-    y = d * high + d * low
-    return tl.where(d == floor, 0.0, tl.exp2(y)), y
-
-
-@triton.jit
-def _mean_gap(row_ptr, ref_row_ptr, bias_ptr, top, scale, count, BLOCK: tl.constexpr):
-    """The mean of z - z' over a block, a float32; 0 where it is not finite."""
-    mass, total = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
-    for start in range(0, count, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        z = _logits(row_ptr, bias_ptr, v, count)
-        e, _ = _power(z, top, scale)
-        gap = z - _logits(ref_row_ptr, bias_ptr, v, count)
-        mass += tl.sum(e, axis=0).to(tl.float64)
-        total += tl.sum(tl.where(e == 0.0, 0.0, e * gap), axis=0).to(tl.float64)
-    mean = (total / mass).to(tl.float32)
-    return tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
-
-
-@triton.jit
-def _shifted_gap(z, ref_z, shift):
-    """z - z' - shift, with what the first subtraction rounds off: kl is 0 where one id is left."""
-    gap = z - ref_z
-    back = gap - z
-    lost = (z - (gap - back)) - (ref_z + back)
-    return (gap - shift) + tl.where(tl.abs(gap) < float("inf"), lost, 0.0)
-
-
-@triton.jit(do_not_specialize=["first"])
-def block_kernel(
-    logits_ptr, ref_logits_ptr, bias_ptr, targets_ptr, temperature_ptr, state_ptr, factor_ptr,
-    e_ptr, apart_ptr, first, count,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What csrc/cpu/linear_logprob/linear_logprob.h says of a block, one token a program, with a
-    bias [count] or None.
-
-    logits, ref_logits (or None) [n, count] float32; state [n, 8] float64, of which a first block
-    (first = 0) reads nothing; factor [n]. e and e (z - z' - shift) go to e_ptr and apart_ptr
-    [n, count], None where not asked for; each may be the logits it is made of.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    row = token * count
-    state_ptr += token * 8
-    follows = first > 0
-    temperature = tl.load(temperature_ptr + token).to(tl.float64)
-    log2e = tl.full((), _LOG2E, tl.float64)
-    scale = log2e / temperature
-
-    target = tl.load(targets_ptr + token) - first
-    here = (target >= 0) & (target < count)
-    at_target = tl.load(logits_ptr + row + target, mask=here, other=float("-inf"))
-    if bias_ptr is not None:
-        at_target += tl.load(bias_ptr + target, mask=here, other=0.0)
-    tl.store(state_ptr + 7, at_target.to(tl.float64), mask=here | (first == 0))
-
-    old_top = tl.load(state_ptr, mask=follows, other=float("-inf"))
-    top = _top(logits_ptr + row, bias_ptr, old_top, count, BLOCK)
-    tl.store(state_ptr, top.to(tl.float64))
-    factor, gap = _factor(old_top, top, temperature)
-    tl.store(factor_ptr + token, factor.to(tl.float32))
-    mass = tl.load(state_ptr + 1, mask=follows, other=0.0)
-    weighted = tl.load(state_ptr + 2, mask=follows, other=0.0)
-    weighted = tl.where(mass == 0.0, weighted, factor * (weighted + gap * log2e * mass))
-    mass *= factor
-
-    if ref_logits_ptr is not None:
-        apart = factor * tl.load(state_ptr + 3, mask=follows, other=0.0)
-        old_ref_top = tl.load(state_ptr + 4, mask=follows, other=float("-inf"))
-        ref_top = _top(ref_logits_ptr + row, bias_ptr, old_ref_top, count, BLOCK)
-        tl.store(state_ptr + 4, ref_top.to(tl.float64))
-        ref_factor, _gap = _factor(old_ref_top, ref_top, temperature)
-        ref_mass = ref_factor * tl.load(state_ptr + 5, mask=follows, other=0.0)
-        shift = tl.load(state_ptr + 6, mask=follows, other=0.0).to(tl.float32)
-        if old_top == float("-inf"):
-            # Up to here no id had a logit, and no sum depends on the shift. The mean of z - z'
-            # becomes it: with another, the gradient of kl is a small difference of large sums.
-            shift = _mean_gap(
-                logits_ptr + row, ref_logits_ptr + row, bias_ptr, top, scale, count, BLOCK
-            )
-        tl.store(state_ptr + 6, shift.to(tl.float64))
-
-    for start in range(0, count, BLOCK):
-        v = start + tl.arange(0, BLOCK)
-        z = _logits(logits_ptr + row, bias_ptr, v, count)
-        e, y = _power(z, top, scale)
-        mass += tl.sum(e, axis=0).to(tl.float64)
-        weighted += tl.sum(tl.where(e == 0.0, 0.0, e * y), axis=0).to(tl.float64)
-        if ref_logits_ptr is not None:
-            ref_z = _logits(ref_logits_ptr + row, bias_ptr, v, count)
-            ref_e, _y = _power(ref_z, ref_top, scale)
-            ref_mass += tl.sum(ref_e, axis=0).to(tl.float64)
-            # An id without probability counts for nothing, whatever z' says of it.
-            terms = tl.where(e == 0.0, 0.0, e * _shifted_gap(z, ref_z, shift))
-            apart += tl.sum(terms, axis=0).to(tl.float64)
-            if apart_ptr is not None:
-                out = terms.to(apart_ptr.dtype.element_ty)
-                tl.store(apart_ptr + row + v, out, mask=v < count)
-        if e_ptr is not None:
-            tl.store(e_ptr + row + v, e.to(e_ptr.dtype.element_ty), mask=v < count)
-
-    tl.store(state_ptr + 1, mass)
-    tl.store(state_ptr + 2, weighted)
-    if ref_logits_ptr is not None:
-        tl.store(state_ptr + 3, apart)
-        tl.store(state_ptr + 5, ref_mass)
-    else:
-        for i in range(3, 7):
-            tl.store(state_ptr + i, 0.0)
 
 
 def why_not(inputs: Inputs, *_: object) -> str | None:
@@ -209,61 +64,194 @@ def linear_logprob(
 
     state = hidden.new_empty(tokens, 8, dtype=torch.float64)
     wanted = (hidden_grads, hidden_grads and ref_hidden is not None)
-    d_logprobs, d_kl = (floats(*hidden.shape) if on else floats(0) for on in wanted)
-    tau, targets = inputs.temperature.float().contiguous(), inputs.targets.contiguous()
+    sums = [hidden.new_empty(hidden.shape if on else (0,), dtype=torch.float32) for on in wanted]
     head = Head.of(inputs)
-    added = None if head.bias is None else head.bias.float().contiguous()
+    block = _Blocks(inputs, head, state)
     for begin in range(0, tokens, BLOCK_TOKENS):
-        rows = slice(begin, begin + BLOCK_TOKENS)
-        h, ref = hidden[rows], None if ref_hidden is None else ref_hidden[rows]
-        weights = None if head.weights is None else head.weights[rows]
-        factor = floats(len(h))
-        step = ids_of_a_block(len(h))
-        for first in range(0, vocab_size, step):
-            ids = slice(first, first + step)
-            experts = head.experts[:, ids]
-            z = _mixed(h, experts.mT, weights)
-            ref_z = None if ref is None else _mixed(ref, experts.mT, weights)
-            if weights is not None and added is not None:
-                for logits in (z, ref_z):
-                    if logits is not None:
-                        logits.addmm_(weights, added[:, ids])
-            e, apart = (
-                _like(logits, hidden.dtype) if hidden_grads and logits is not None else None
-                for logits in (z, ref_z)
+        rows = slice(begin, min(begin + BLOCK_TOKENS, tokens))
+        for ids in blocks_of_ids(rows.stop - begin, vocab_size):
+            logits = block.logits(rows, ids)
+            terms = [_like(z, hidden.dtype) if hidden_grads else None for z in logits]
+            block.add(
+                rows, ids, logits, terms, [total[rows] if hidden_grads else None for total in sums]
             )
+            # Sums of e W and of e (z - z' - shift) W, relative to the largest logit so far.
+            for total, part in zip(sums, terms, strict=False):
+                if part is not None:
+                    _add_product(
+                        total[rows], part, head.experts[:, ids], block.weights(rows), ids.start == 0
+                    )
+    return outputs(state, head, inputs, return_entropy, sums[0], sums[1])
+
+
+class _Blocks:
+    """The logits of blocks of tokens and ids, and the sums of the softmax over them."""
+
+    def __init__(self, inputs: Inputs, head: Head, state: Tensor) -> None:
+        self.states = [x for x in (inputs.hidden, inputs.ref_hidden) if x is not None]
+        self.head, self.state = head, state
+        self.temperature = inputs.temperature.float().contiguous()
+        self.targets = inputs.targets.contiguous()
+        # Of a mixed head it is in the logits; of a plain one the kernels add it.
+        self.bias = None if head.bias is None else head.bias.float().contiguous()
+
+    def weights(self, rows: slice) -> Tensor | None:
+        """Those of the tokens in a mixed head."""
+        return None if self.head.weights is None else self.head.weights[rows]
+
+    def logits(self, rows: slice, ids: slice) -> list[Tensor]:
+        """Of the policy and, if there is one, of the reference policy, float32."""
+        weights, found = self.weights(rows), []
+        for states in self.states:
+            z = _mixed(states[rows], self.head.experts[:, ids].mT, weights)
+            if weights is not None and self.bias is not None:
+                z.addmm_(weights, self.bias[:, ids])
+            found.append(z)
+        return found
+
+    def arguments(self, rows: slice, ids: slice, logits: list[Tensor]) -> dict[str, Any]:
+        """What both kernels take."""
+        plain = self.bias is not None and self.head.weights is None
+        return {
+            "logits_ptr": logits[0],
+            "ref_logits_ptr": logits[1] if len(logits) > 1 else None,
+            "bias_ptr": self.bias[0, ids] if plain and self.bias is not None else None,
+            "targets_ptr": self.targets[rows],
+            "temperature_ptr": self.temperature[rows],
+            "state_ptr": self.state[rows],
+            "first": ids.start,
+            "count": ids.stop - ids.start,
+            "BLOCK": BLOCK,
+        }
+
+    def add(
+        self,
+        rows: slice,
+        ids: slice,
+        logits: list[Tensor],
+        terms: Sequence[Tensor | None] = (None, None),
+        sums: Sequence[Tensor | None] = (None, None),
+    ) -> None:
+        """Adds a block to the state; `terms` become e and e (z - z' - shift), if there are any, and
+        `sums`, of the products of those of earlier blocks, are scaled."""
+        e, apart = (*terms, None)[:2]
+        with torch.cuda.device_of(self.state):
+            block_kernel[(len(logits[0]),)](
+                **self.arguments(rows, ids, logits),
+                e_ptr=e,
+                apart_ptr=apart,
+                sums_ptr=sums[0],
+                apart_sums_ptr=None if apart is None else sums[1],
+                width=self.states[0].shape[1],
+                **OPTIONS,
+            )
+
+
+def linear_logprob_backward(
+    inputs: Inputs, upstream: tuple[Tensor, ...], needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As reference.linear_logprob_backward: float32 logits and sums in every dtype.
+
+    Holds what the forward holds, for BACKWARD_TOKENS, and the needed gradients in float32. The
+    derivatives by the logits are rounded to hidden's dtype for the products; in float16 one below
+    2^-25 of the largest derivative by an output is 0. Reads nothing on the host. Deterministic.
+    """
+    hidden, ref_hidden = inputs.hidden, inputs.ref_hidden
+    tokens, vocab_size = hidden.shape[0], inputs.head_weight.shape[-2]
+    head = Head.of(inputs)
+    upstream = tuple(d.float().contiguous() for d in upstream)
+    unit = _unit(upstream, inputs)
+    m = len(head.experts)
+    shapes = (hidden.shape, head.experts.shape, (m, vocab_size), (tokens, m))
+    sums = [
+        hidden.new_zeros(shape, dtype=torch.float32) if need else None
+        for shape, need in zip(shapes, needs, strict=True)
+    ]
+    state = hidden.new_empty(tokens, 8, dtype=torch.float64)
+    block = _Blocks(inputs, head, state)
+    for begin in range(0, tokens, BACKWARD_TOKENS):
+        rows = slice(begin, min(begin + BACKWARD_TOKENS, tokens))
+        blocks = blocks_of_ids(rows.stop - begin, vocab_size)
+        logits: list[Tensor] = []
+        for ids in blocks:
+            logits = block.logits(rows, ids)
+            block.add(rows, ids, logits)
+        d_logprobs, d_entropy, d_kl = (d[rows] if d.numel() else None for d in upstream)
+        for ids in blocks:
+            if len(blocks) > 1:
+                logits = block.logits(rows, ids)
+            dz, *ref_dz = (_like(z, hidden.dtype) for z in logits)
             with torch.cuda.device_of(hidden):
-                block_kernel[(len(h),)](
-                    logits_ptr=z,
-                    ref_logits_ptr=ref_z,
-                    bias_ptr=added[0, ids] if added is not None and weights is None else None,
-                    targets_ptr=targets[rows],
-                    temperature_ptr=tau[rows],
-                    state_ptr=state[rows],
-                    factor_ptr=factor,
-                    e_ptr=e,
-                    apart_ptr=apart,
-                    first=first,
-                    count=z.shape[1],
-                    BLOCK=BLOCK,
+                gradient_kernel[(len(dz),)](
+                    **block.arguments(rows, ids, logits),
+                    unit_ptr=unit,
+                    d_logprobs_ptr=d_logprobs,
+                    d_entropy_ptr=d_entropy,
+                    d_kl_ptr=d_kl if ref_dz else None,
+                    dz_ptr=dz,
+                    ref_dz_ptr=ref_dz[0] if ref_dz else None,
                     **OPTIONS,
                 )
-            # Sums of e W and of e (z - z' - shift) W, relative to the largest logit so far.
-            for total, terms in ((d_logprobs, e), (d_kl, apart)):
-                if terms is None:
-                    continue
-                product, sums = _mixed(terms, experts, weights), total[rows]
-                if first == 0:
-                    sums.copy_(product)
-                else:
-                    torch.addcmul(product, sums, factor[:, None], out=sums)
-    return outputs(state, head, inputs, return_entropy, d_logprobs, d_kl)
+            _add_gradients(sums, head, rows, ids, dz, hidden[rows])
+            if ref_hidden is not None:
+                # It has the same head, and is not differentiated by its own states.
+                _add_gradients([None, *sums[1:]], head, rows, ids, ref_dz[0], ref_hidden[rows])
+    for total in sums:
+        if total is not None:
+            total.mul_(unit)
+    return gradients(inputs, *sums)
 
 
-def ids_of_a_block(tokens: int) -> int:
-    """How many ids a block of so many tokens has: whole tiles where the logits allow it."""
+def _unit(upstream: tuple[Tensor, ...], inputs: Inputs) -> Tensor:
+    """A power of two near the largest derivative by an output, over the temperature.
+
+    In units of it, derivatives by the logits are not lost in float16 if a loss is a mean over many
+    tokens; the scaling is exact. It stays on the device.
+    """
+    if inputs.hidden.dtype != torch.float16 or not len(inputs.hidden):
+        return inputs.hidden.new_ones((), dtype=torch.float32)
+    found = torch.cat([d / inputs.temperature.float() for d in upstream if d.numel()])
+    largest = found.abs().where(found.isfinite(), 0.0).max()
+    return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest))), 1.0)
+
+
+def _add_gradients(
+    sums: list[Tensor | None], head: Head, rows: slice, ids: slice, dz: Tensor, h: Tensor
+) -> None:
+    """Adds what dz [n, ids], the derivative by the logits of states h [n, d], gives to the sums:
+    of the states, the experts, their biases and the weights."""
+    d_hidden, d_experts, d_bias, d_weights = sums
+    experts = head.experts[:, ids]
+    if head.weights is None:
+        if d_hidden is not None:
+            _add_product(d_hidden[rows], dz, experts, None, False)
+        if d_experts is not None:
+            _addmm(d_experts[0, ids], dz.t(), h)
+        if d_bias is not None:
+            d_bias[0, ids] += dz.sum(0, dtype=torch.float32)
+        return
+    weights = head.weights[rows]
+    for i, expert in enumerate(experts):
+        column = weights[:, i, None]
+        if d_hidden is not None or d_weights is not None:
+            product = _product(dz, expert)
+            if d_hidden is not None:
+                d_hidden[rows].addcmul_(product, column)
+            if d_weights is not None:
+                d_weights[rows, i] += (product * h).sum(-1)
+                if head.bias is not None:
+                    d_weights[rows, i] += dz.float() @ head.bias[i, ids].float()
+        if d_experts is not None:
+            _addmm(d_experts[i, ids], (dz * column).to(dz.dtype).t(), h)
+    if d_bias is not None:
+        d_bias[:, ids] += weights.t() @ dz.float()
+
+
+def blocks_of_ids(tokens: int, vocab_size: int) -> list[slice]:
+    """Blocks of ids for a block of so many tokens: whole tiles where the logits allow it."""
     step = max(1, BLOCK_LOGITS // tokens)
-    return step if step < ALIGNMENT else step // ALIGNMENT * ALIGNMENT
+    step = step if step < ALIGNMENT else step // ALIGNMENT * ALIGNMENT
+    return [slice(at, min(at + step, vocab_size)) for at in range(0, vocab_size, step)]
 
 
 def _mixed(a: Tensor, matrices: Tensor, weights: Tensor | None) -> Tensor:
@@ -290,21 +278,50 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.float(), b.float())
 
 
+def _add_product(
+    total: Tensor, a: Tensor, matrices: Tensor, weights: Tensor | None, fresh: bool
+) -> None:
+    """total += sum_i w_i (a @ matrices[i]) as _mixed; `fresh`: what is in total does not count."""
+    if weights is None:
+        _addmm(total, a, matrices[0], beta=0 if fresh else 1)
+    elif fresh:
+        total.copy_(_mixed(a, matrices, weights))
+    else:
+        for i, matrix in enumerate(matrices):
+            total.addcmul_(_product(a, matrix), weights[:, i : i + 1])
+
+
+def _addmm(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
+    """total = beta total + a @ b in float32, added up by the product itself."""
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
+
+
 def _like(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Where what becomes of logits goes: in their place if the dtype allows it."""
     return logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
 
 
 def variants(capability: tuple[int, int]) -> list[Variant]:
-    """Every variant of the kernel that linear_logprob launches, on any GPU."""
+    """Every variant of the kernels that linear_logprob and its backward launch, on any GPU."""
     fp32, found = "*fp32", []
     always = {"logits": fp32, "targets": "*i64", "temperature": fp32, "state": "*fp64"}
-    always["factor"] = fp32
+    sizes = {"BLOCK": BLOCK}
     for bias in ({}, {"bias": fp32}):
+        shared = always | bias
         for kind in (None, *KINDS.values()):
-            e = {} if kind is None else {"e": kind}
-            apart = {} if kind is None else {"apart": kind}
+            e = {} if kind is None else {"e": kind, "sums": fp32}
+            apart = {} if kind is None else {"apart": kind, "apart_sums": fp32}
             for more in (e, {"ref_logits": fp32, **e, **apart}):
-                types = {**always, **bias, **more}
-                found.append(variant(block_kernel, {"BLOCK": BLOCK}, OPTIONS, types))
+                found.append(variant(block_kernel, sizes, OPTIONS, shared | more))
+        for kind in KINDS.values():
+            for entropy in ({}, {"d_entropy": fp32}):
+                dz = {"unit": fp32, "d_logprobs": fp32, **entropy, "dz": kind}
+                kl = {"ref_logits": fp32, "d_kl": fp32, "ref_dz": kind}
+                for more in (dz, dz | kl):
+                    found.append(variant(gradient_kernel, sizes, OPTIONS, shared | more))
     return found

@@ -16,11 +16,9 @@ from torch import Tensor
 from clp_kernels import linear_logprob, registry
 from clp_kernels.ops.linear_logprob import cpu, reference
 from clp_kernels.ops.linear_logprob.head import Inputs
-from clp_kernels.testing import assert_within_budget, expanded, noncontiguous
+from clp_kernels.testing import expanded, noncontiguous
 
 pytestmark = CPU_KERNELS
-
-DIFFERENTIABLE = ("hidden", "head_weight", "bias", "weights")
 
 
 def check(inputs: Inputs, isa: str = "") -> None:
@@ -115,7 +113,7 @@ def test_two_runs_give_the_same_bits(m: int) -> None:
     inputs = cases.head_inputs(70, 900, 32, F32, bias=True, m=m)
     for a, b in zip(*(cpu.linear_logprob(inputs, True, True) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
-    back = backward_arguments(inputs)
+    back = cases.head_backward(inputs)
     runs = (cpu.linear_logprob_backward(*back, isa) for isa in ISAS * 2)
     first = next(runs)
     for run in runs:
@@ -127,42 +125,12 @@ def test_layouts_of_no_dense_axis() -> None:
     gaps = Inputs(*(noncontiguous(t) if isinstance(t, Tensor) else t for t in inputs))
     gaps = gaps._replace(hidden=expanded(inputs.hidden), temperature=expanded(inputs.temperature))
     check(gaps)
-    _, (first, *others), needs = backward_arguments(gaps)
+    _, (first, *others), needs = cases.head_backward(gaps)
     check_backward((gaps, (expanded(first), *map(noncontiguous, others)), needs))
 
 
-Backward = tuple[Inputs, tuple[Tensor, ...], list[bool]]
-
-
-def backward_arguments(inputs: Inputs, *, entropy: bool = True, kl: bool = True) -> Backward:
-    """Of the backward, asking for all gradients, with upstream gradients of any sign."""
-    upstream = [torch.randn(len(inputs.hidden) if on else 0) for on in (True, entropy, kl)]
-    needs = [True, True, inputs.bias is not None, inputs.weights is not None]
-    return inputs if kl else inputs._replace(ref_hidden=None), tuple(upstream), needs
-
-
-def plain_backward(inputs: Inputs, upstream: tuple[Tensor, ...], needs: list[bool]) -> list[Tensor]:
-    """The gradients asked for, by autograd from materialised logits."""
-    names = [n for n, need in zip(DIFFERENTIABLE, needs, strict=True) if need]
-    leaves = {n: getattr(inputs, n).detach().clone().requires_grad_() for n in names}
-    inputs = inputs._replace(**leaves)
-    if inputs.ref_hidden is None:
-        inputs = inputs._replace(ref_hidden=inputs.hidden.detach())
-    results = cases.head_outputs(inputs)
-    total = sum((u * r).sum() for u, r in zip(upstream, results, strict=True) if u.numel())
-    return list(torch.autograd.grad(total, list(leaves.values())))
-
-
-def check_backward(back: Backward, isa: str = "") -> None:
-    got = cpu.linear_logprob_backward(*back, isa)
-    wide, same = plain_backward(*cases.cast(back, F64)), plain_backward(*back)
-    needs = back[-1]
-    for grad, need in zip(got, needs, strict=True):
-        assert grad.numel() > 0 if need else grad.shape == (0,)
-    asked = [i for i, need in enumerate(needs) if need]
-    for i, *two in zip(asked, wide, same, strict=True):
-        assert got[i].dtype == two[1].dtype and got[i].is_contiguous()
-        assert_within_budget(got[i], *two, name=DIFFERENTIABLE[i])
+def check_backward(back: cases.HeadBackward, isa: str = "") -> None:
+    cases.judge_head_backward(cpu.linear_logprob_backward(*back, isa), back)
 
 
 @pytest.fixture(params=["kept", "again"])
@@ -183,7 +151,7 @@ def test_gradients_of_each_instruction_set(
     torch.manual_seed(sum(sizes))
     for bias, m, extras in itertools.product((False, True), (0, 1, 3), (False, True)):
         inputs = cases.head_inputs(*sizes, dtype, bias=bias, m=m)
-        check_backward(backward_arguments(inputs, entropy=extras, kl=extras), isa)
+        check_backward(cases.head_backward(inputs, entropy=extras, kl=extras), isa)
 
 
 @given(
@@ -201,7 +169,7 @@ def test_gradients_by_blocks_of_any_size(
     """Any choice of gradients, and those not asked for are empty; the reference in float64."""
     torch.manual_seed(seed)
     inputs = cases.head_inputs(tokens, vocab_size, 12, F32, bias=bool(seed % 2), m=m)
-    *back, possible = backward_arguments(inputs, kl=bool(seed // 2 % 2))
+    *back, possible = cases.head_backward(inputs, kl=bool(seed // 2 % 2))
     asked = [a and b for a, b in zip(needs, possible, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "BLOCK_LOGITS", logits)
@@ -222,7 +190,7 @@ def test_gradients_of_masked_ids(isa: str, m: int) -> None:
     ignored token passes nothing on."""
     inputs = masked_inputs(m)
     inputs.targets[inputs.targets != -100] = 90
-    inputs, upstream, _ = backward_arguments(inputs)
+    inputs, upstream, _ = cases.head_backward(inputs)
     needs = [True, True, True, False]
     run = cpu.linear_logprob_backward
     got = run(inputs, upstream, needs, isa)
@@ -243,11 +211,11 @@ def test_gradients_where_the_largest_logit_comes_last_or_first() -> None:
         inputs = cases.head_inputs(20, 120, 4, F32, bias=True)._replace(bias=bias)
         for target in (119 if order > 0 else 0, 60):
             targets = torch.full((20,), target)
-            check_backward(backward_arguments(inputs._replace(targets=targets)))
+            check_backward(cases.head_backward(inputs._replace(targets=targets)))
 
 
 def test_gradients_of_no_tokens() -> None:
-    inputs, upstream, needs = backward_arguments(cases.head_inputs(8, 30, 4, F32, bias=True, m=2))
+    inputs, upstream, needs = cases.head_backward(cases.head_inputs(8, 30, 4, F32, bias=True, m=2))
     of_tokens = ("hidden", "targets", "example_ids", "temperature", "ref_hidden")
     none = inputs._replace(**{name: getattr(inputs, name)[:0] for name in of_tokens})
     got = cpu.linear_logprob_backward(none, tuple(u[:0] for u in upstream), needs)
@@ -300,7 +268,7 @@ def test_gradients_with_a_frozen_and_with_a_trained_head(
 def test_who_runs_it() -> None:
     inputs = cases.head_inputs(4, 10, 4, F32, bias=False, m=2)
     assert cpu.why_not(inputs, True, True) is None
-    back = backward_arguments(inputs)
+    back = cases.head_backward(inputs)
     entry = registry.select("linear_logprob_backward", "auto", *back)
     assert entry.name == "cpu" and entry.why_not(*back) is None
     invariant = inputs._replace(invariant=True)
