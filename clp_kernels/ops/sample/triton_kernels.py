@@ -1,8 +1,9 @@
 """The Triton kernels that clp_kernels.ops.sample.triton launches. Unverified on a GPU.
 
 A row is cut into slices by its vocabulary alone, and what its slices find goes through partials
-that are combined in order: a row's bits depend on nothing but that row. Scores and masses are
-float64, as the reference's: one token decides a draw, and a set of them must equal the reference's.
+that are combined in order: a row's bits depend on nothing but that row. The score of an id that may
+be drawn is float64, as the reference's, and so are the masses of filters: one token decides a draw,
+and a set of them must equal the reference's. Which few ids of a slice may be drawn, float32 tells.
 Launch them without fused multiply-add, see clp_kernels.ops.mix_logits.triton_kernels.
 """
 
@@ -16,6 +17,10 @@ DIGIT = tl.constexpr(4)
 ROUNDS = tl.constexpr(8)
 # Partials of a filter that are added up at a time.
 CHUNK = tl.constexpr(32)
+LOG2E = tl.constexpr(1.4426950408889634)
+# Ids whose scores are taken one by one.
+FEW = tl.constexpr(16)
+NO_ID = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -32,19 +37,60 @@ def _order_key(z):
 
 
 @triton.jit
-def gumbel(seed, position, slice_id, BLOCK: tl.constexpr):
-    """The noise of the ids of a slice, float64 [BLOCK]; one Philox call serves four ids.
-
-    u = (x + 0.5) / 2^32 is exact, so log(u) has full precision also where u is near 1.
-    """
+def philox_words(seed, position, slice_id, BLOCK: tl.constexpr):
+    """The 32 random bits of the ids of a slice, uint32 [BLOCK]; one Philox call serves four ids."""
     quads = (slice_id * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = quads * 0
     low = zero + (position & 0xFFFFFFFF).to(tl.uint32)
     high = zero + ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
     x0, x1, x2, x3 = tl.philox(seed, quads, low, high, zero)
-    words = tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
+    return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
+
+
+@triton.jit
+def gumbel(words):
+    """The noise of an id, float64: -log(-log(u)), u = (x + 0.5) / 2^32.
+
+    u is exact, so log(u) has full precision also where u is near 1.
+    """
     uniform = (words.to(tl.float64) + 0.5) * 2.3283064365386963e-10
     return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _powers(z, top, temperature):
+    """exp((z - top) / temperature) in float32, 0 below 2^-125.
+
+    log2(e) / temperature is used as two floats: one alone is off in the same direction for all ids.
+    """
+    scale = tl.full((), LOG2E, tl.float64) / temperature
+    high = scale.to(tl.float32)
+    low = (scale - high.to(tl.float64)).to(tl.float32)
+    floor = tl.maximum(-125.5 / scale, -3e38).to(tl.float32)
+    d = tl.maximum(z - top, floor)
+    return tl.where(d == floor, 0.0, tl.exp2(d * high + d * low))
+
+
+@triton.jit
+def _contenders(words, powers, kept, top):
+    """The ids that may have the best score: one or two of a slice, seldom more.
+
+    z / t + g is the larger, the smaller -log(u) / exp(z / t) is, and 1 - u <= -log(u) <=
+    (1 - u) / u. So the least upper bound of a slice leaves few ids, and the float64 logarithms of
+    all others need not be taken. Of the room above it 1e-3 covers the float32 numbers here, whose
+    errors are below 1e-5, and 2^-49 of the largest score the ties of huge ones, in whose sum the
+    noise is lost.
+    """
+    # 1 - u in units of 2^-32, rounded down and up.
+    short = (4294967295 - words.to(tl.int64)).to(tl.float32)
+    above = short + 1.0
+    # An id so far below the largest loses with the largest noise against it with the smallest.
+    possible = kept & (powers >= 4.8e-12)
+    divisor = tl.where(possible, powers, 1.0)
+    bound = above / (divisor * tl.maximum(1.0 - above * 2.3283064365386963e-10, 0.0))
+    bound = tl.min(tl.where(possible, bound, float("inf")), axis=0)
+    room = tl.minimum(tl.abs(top) * 1.7763568394002505e-15 + 1e-3, 60.0).to(tl.float32)
+    return possible & (short / divisor <= bound * tl.exp(room))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -57,7 +103,7 @@ def partials_kernel(
     """parts[k, b, slice] of the kept ids of a slice, float64.
 
     k = 0: the maximum of z over all its ids, +inf where one is NaN or +inf.
-    k = 1: sum exp((z - that maximum) / temperature) over the kept.
+    k = 1: sum exp((z - that maximum) / temperature) over the kept, summed in float32.
     k = 2, 3, 4, unless seed_ptr is None: the best score, its id (the lowest on ties) and its z.
 
     Kept are ids with key(z) >= least[b] and with p >= min_p[b] p_max, where these are given;
@@ -75,7 +121,6 @@ def partials_kernel(
     z = tl.where(v < vocab_size, z, float("-inf"))
     temperature = tl.load(temperature_ptr + b)
     divisor = _divisor(temperature)
-    scaled = z.to(tl.float64) / divisor
     kept = v < vocab_size
     if least_ptr is not None:
         # No threshold is above the maximum, whatever top_p holds.
@@ -89,18 +134,37 @@ def partials_kernel(
 
     maximum = tl.max(z, axis=0)
     finite = tl.abs(maximum) < float("inf")
-    shift = tl.where(finite, maximum, 0.0).to(tl.float64) / divisor
-    masses = tl.where(kept, tl.exp(tl.minimum(scaled - shift, 0.0)), 0.0)
+    powers = _powers(z, tl.where(finite, maximum, 0.0), divisor)
     count = tl.cast(batch_size, tl.int64) * slices
     tl.store(parts_ptr + pid, maximum.to(tl.float64))
-    tl.store(parts_ptr + count + pid, tl.where(finite, tl.sum(masses, axis=0), 0.0))
+    mass = tl.sum(tl.where(kept, powers, 0.0), axis=0)
+    tl.store(parts_ptr + count + pid, tl.where(finite, mass, 0.0).to(tl.float64))
     if seed_ptr is not None:
-        noise = gumbel(tl.load(seed_ptr + b), tl.load(position_ptr + b), slice_id, BLOCK)
-        score = tl.where(temperature == 0, z.to(tl.float64), scaled + noise)
-        score = tl.where(kept, score, float("-inf"))
-        best = tl.max(score, axis=0)
-        token = tl.min(tl.where(score == best, v, 2147483647), axis=0)
-        logit = tl.max(tl.where(v == token, z, float("-inf")), axis=0)
+        words = philox_words(tl.load(seed_ptr + b), tl.load(position_ptr + b), slice_id, BLOCK)
+        greedy = temperature == 0
+        near = _contenders(words, powers, kept, maximum.to(tl.float64) / divisor)
+        found = tl.where(greedy, z == maximum, near) & kept
+        best = tl.cast(float("-inf"), tl.float64)
+        token, logit = slice_id * BLOCK, tl.cast(float("-inf"), tl.float32)
+        if tl.sum(found.to(tl.int32), axis=0) > FEW:  # ties, or logits that hide the noise
+            score = tl.where(greedy, z.to(tl.float64), z.to(tl.float64) / divisor + gumbel(words))
+            score = tl.where(found, score, float("-inf"))
+            best = tl.max(score, axis=0)
+            token = tl.min(tl.where(score == best, v, NO_ID), axis=0)
+            logit = tl.max(tl.where(v == token, z, float("-inf")), axis=0)
+        else:
+            at = tl.min(tl.where(found, v, NO_ID), axis=0)
+            while at < NO_ID:
+                z_here = tl.max(tl.where(v == at, z, float("-inf")), axis=0)
+                noise = gumbel(tl.max(tl.where(v == at, words.to(tl.int64), 0), axis=0))
+                wide = z_here.to(tl.float64)
+                score = tl.where(greedy, wide, wide / divisor + noise)
+                # Ids come in ascending order: of equal scores the first stays.
+                better = score > best
+                token = tl.where(better, at, token)
+                logit = tl.where(better, z_here, logit)
+                best = tl.where(better, score, best)
+                at = tl.min(tl.where(found & (v > at), v, NO_ID), axis=0)
         tl.store(parts_ptr + 2 * count + pid, best)
         tl.store(parts_ptr + 3 * count + pid, token.to(tl.float64))
         tl.store(parts_ptr + 4 * count + pid, logit.to(tl.float64))

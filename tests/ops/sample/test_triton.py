@@ -136,7 +136,7 @@ def call(logits: Tensor, **changes: Any) -> Draw:
 @triton.jit
 def words_kernel(seed_ptr, position_ptr, out_ptr, BLOCK: tl.constexpr):
     """The noise that `partials_kernel` adds, of the second slice."""
-    noise = kernels.gumbel(tl.load(seed_ptr), tl.load(position_ptr), 1, BLOCK)
+    noise = kernels.gumbel(kernels.philox_words(tl.load(seed_ptr), tl.load(position_ptr), 1, BLOCK))
     tl.store(out_ptr + tl.arange(0, BLOCK), noise)
 
 
