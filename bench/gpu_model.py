@@ -137,10 +137,13 @@ def functions(sass: str) -> dict[str, list[Instruction]]:
 def main_loop(code: Sequence[Instruction]) -> Loop:
     """The innermost loop that loads most, or the whole kernel if no loop loads half of all bytes.
 
-    A loop with asynchronous copies comes before others. Subroutines behind the end do not count.
+    A loop with asynchronous copies comes before others. Of a whole kernel loads of fewer than 16
+    bytes do not count beside those of 16: they are of one value for all lanes, or of rows that are
+    not aligned, whose code stands beside that of aligned ones. Subroutines, which stand behind the
+    last EXIT, do not count.
     """
-    end = next((i for i, (_, p, name, _) in enumerate(code) if name == "EXIT" and not p), len(code))
-    body = code[: end + 1]
+    ends = [i for i, (_, _, name, _) in enumerate(code) if name == "EXIT"]
+    body = code[: ends[-1] + 1] if ends else code
     spans = []
     for address, _, name, operands in body:
         target = _TARGET.search(operands) if name.split(".")[0] == "BRA" else None
@@ -149,8 +152,12 @@ def main_loop(code: Sequence[Instruction]) -> Loop:
     inner = [s for s in spans if not any(s[0] <= o[0] and o[1] <= s[1] and o != s for o in spans)]
     loops = [count([i for i in body if first <= i[0] <= last]) for first, last in inner]
     whole = count(body)
-    best = max(loops, key=lambda loop: (loop.groups > 0, loop.loaded), default=whole)
-    return best if best.groups or 2 * best.loaded >= whole.loaded > 0 else whole
+    best = max(loops, key=lambda loop: (loop.groups > 0, loop.loaded), default=Loop())
+    if best.groups or 2 * best.loaded >= whole.loaded > 0:
+        return best
+    wide = count([i for i in body if i[2].startswith("LDG") and _bytes(i[2]) == 16]).loaded
+    whole.loaded = wide or whole.loaded
+    return whole
 
 
 def count(code: Iterable[Instruction]) -> Loop:
@@ -432,15 +439,16 @@ def read(path: Path = TABLE) -> list[Kernel]:
 
 
 def table(kernels: Sequence[Kernel]) -> str:
-    """A Markdown table: a line per kernel, a column per GPU; variants of equal numbers are one."""
+    """A Markdown table: a line per kernel, a column per GPU; of variants of one `short` name the
+    first, and the counts of the first GPU's architecture."""
     heads = ["op", "kernel", "registers", "KiB", "warps per SM", "instructions per KiB",
              "operations per byte", *(gpu.name for gpu in GPUS)]  # fmt: skip
     lines: dict[tuple[str, str], list[str]] = {}
-    for kernel in kernels:
+    for kernel in sorted(kernels, key=lambda kernel: kernel.target != GPUS[0].target):
         cells = lines.setdefault((f"{kernel.op}, {kernel.backend}", short(kernel)), [""] * 8)
         loop, moved = kernel.loop, kernel.loop.loaded + kernel.loop.stored
         for place, gpu in enumerate(GPUS):
-            if gpu.target != kernel.target:
+            if gpu.target != kernel.target or cells[5 + place]:
                 continue
             limit, share = bound(kernel, gpu)
             cells[5 + place] = f"{limit} {share:.2f}"

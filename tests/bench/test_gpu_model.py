@@ -67,6 +67,12 @@ def test_a_kernel_without_a_loop_counts_as_a_whole_without_its_subroutines() -> 
     assert loop == Loop(6, loaded=64 + 128, stored=512, float64=1, special=1)
 
 
+def test_of_a_whole_kernel_narrow_loads_do_not_count_beside_wide_ones() -> None:
+    code = gpu_model.functions(SASS)["_plain"]
+    wide = [(0x8, "", "LDG.E.128.CONSTANT", "R4, [R2]"), *code]
+    assert gpu_model.main_loop(wide).loaded == 512
+
+
 @pytest.mark.parametrize(
     ("name", "bytes_per_lane"),
     [("LDG.E", 4), ("LDG.E.U8", 1), ("LDG.E.U16.CONSTANT", 2), ("LDG.E.64", 8), ("ST.E.128", 16)],

@@ -65,8 +65,9 @@ def linear_logprob(
     Cost, in products of T x V x d: with a frozen head the gradients of logprobs and kl with respect
     to hidden are made in the forward, while the logits are there (2 instead of 3 for logprobs, 4
     instead of 5 with kl), and kept as [T, d] each. With a trained head, or where the entropy is
-    part of the loss, the backward makes the logits again: 4 products in all for logprobs; on the
-    CPU 5 where V is above 2^16, because the logits of too few tokens could be kept. A mixed head
+    part of the loss, the backward makes the logits again: 4 products in all for logprobs, and 5
+    where the logits of too few tokens could be kept (on the CPU V above 2^16, on a GPU more than
+    2^23 logits of 2,048 tokens). A mixed head
     takes m products where a plain one takes one, and its gradient of weights one that the hidden
     states' needs anyway.
 

@@ -59,9 +59,6 @@ def linear_logprob(
     hidden, ref_hidden = inputs.hidden, inputs.ref_hidden
     tokens, vocab_size = hidden.shape[0], inputs.head_weight.shape[-2]
 
-    def floats(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=torch.float32)
-
     state = hidden.new_empty(tokens, 8, dtype=torch.float64)
     wanted = (hidden_grads, hidden_grads and ref_hidden is not None)
     sums = [hidden.new_empty(hidden.shape if on else (0,), dtype=torch.float32) for on in wanted]
@@ -69,18 +66,15 @@ def linear_logprob(
     block = _Blocks(inputs, head, state)
     for begin in range(0, tokens, BLOCK_TOKENS):
         rows = slice(begin, min(begin + BLOCK_TOKENS, tokens))
+        # Sums of e W and of e (z - z' - shift) W, relative to the largest logit so far.
+        totals = [total[rows] for total in sums] if hidden_grads else []
         for ids in blocks_of_ids(rows.stop - begin, vocab_size):
             logits = block.logits(rows, ids)
-            terms = [_like(z, hidden.dtype) if hidden_grads else None for z in logits]
-            block.add(
-                rows, ids, logits, terms, [total[rows] if hidden_grads else None for total in sums]
-            )
-            # Sums of e W and of e (z - z' - shift) W, relative to the largest logit so far.
-            for total, part in zip(sums, terms, strict=False):
-                if part is not None:
-                    _add_product(
-                        total[rows], part, head.experts[:, ids], block.weights(rows), ids.start == 0
-                    )
+            terms = [_like(z, hidden.dtype) for z in logits] if hidden_grads else []
+            block.add(rows, ids, logits, terms, totals)
+            for total, part in zip(totals, terms, strict=False):
+                experts, weights = head.experts[:, ids], block.weights(rows)
+                _add_product(total, part, experts, weights, fresh=ids.start == 0)
     return outputs(state, head, inputs, return_entropy, sums[0], sums[1])
 
 
@@ -129,18 +123,18 @@ class _Blocks:
         rows: slice,
         ids: slice,
         logits: list[Tensor],
-        terms: Sequence[Tensor | None] = (None, None),
-        sums: Sequence[Tensor | None] = (None, None),
+        terms: Sequence[Tensor] = (),
+        sums: Sequence[Tensor] = (),
     ) -> None:
         """Adds a block to the state; `terms` become e and e (z - z' - shift), if there are any, and
         `sums`, of the products of those of earlier blocks, are scaled."""
-        e, apart = (*terms, None)[:2]
+        e, apart = (*terms, None, None)[:2]
         with torch.cuda.device_of(self.state):
             block_kernel[(len(logits[0]),)](
                 **self.arguments(rows, ids, logits),
                 e_ptr=e,
                 apart_ptr=apart,
-                sums_ptr=sums[0],
+                sums_ptr=None if e is None else sums[0],
                 apart_sums_ptr=None if apart is None else sums[1],
                 width=self.states[0].shape[1],
                 **OPTIONS,
@@ -224,7 +218,7 @@ def _add_gradients(
     experts = head.experts[:, ids]
     if head.weights is None:
         if d_hidden is not None:
-            _add_product(d_hidden[rows], dz, experts, None, False)
+            _add_product(d_hidden[rows], dz, experts, None, fresh=False)
         if d_experts is not None:
             _addmm(d_experts[0, ids], dz.t(), h)
         if d_bias is not None:
