@@ -1,4 +1,4 @@
-"""Fixtures of every test: fixed seeds, poisoned memory, two threads, the shared models."""
+"""Fixtures of every test: fixed seeds, poisoned memory, one thread, the shared models."""
 
 import json
 import os
@@ -12,6 +12,10 @@ from pathlib import Path
 # takes 10 to 30 ms on a machine where other processes run (measured: two busy cores, two threads)
 # and 0.1 ms with this.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# One thread, in the processes that tests start too: those of `make test` have a core each, and a
+# second thread would wait for the first while another process has its core. Tests of what depends
+# on the number of threads set it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -28,7 +32,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("clp")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Read when Triton is imported: its kernels then run as plain Python, on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -38,7 +42,10 @@ if not torch.cuda.is_available():
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts from the same seeds and environment, whichever tests run before it."""
     random.seed(0)
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # torch.manual_seed also keeps the stack for devices that are not here: 2 ms a test
+        torch.default_generator.manual_seed(0)
     monkeypatch.delenv("CLP_KERNELS_BACKEND", raising=False)
 
 
@@ -78,12 +85,12 @@ def kernels_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def set_threads() -> Iterator[Callable[[int], None]]:
     """torch.set_num_threads; what it sets ends with the test."""
     yield torch.set_num_threads
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
 def one_thread(set_threads: Callable[[int], None]) -> None:
-    """For tests of many ops on a few elements each, where waking a second thread costs most."""
+    """One thread, whatever the fixtures of a module have set."""
     set_threads(1)
 
 

@@ -2,13 +2,13 @@
 
 import copy
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 import tiny_runs
@@ -35,6 +35,8 @@ SMALL = {
     "save_steps": 2, "r": 2, "warmup_steps": 2, "scale_rewards": "reference",
 }  # fmt: skip
 config = partial(tiny_runs.config, **SMALL)
+# Of tests in which nothing depends on the scale: its measurement costs as much as six steps.
+unscaled = partial(config, scale_rewards="none")
 
 
 @pytest.fixture(scope="module")
@@ -80,44 +82,51 @@ def test_two_runs_are_bitwise_the_same(whole, tmp_path):
     assert metrics(whole) == metrics(tmp_path / "b")
 
 
+@pytest.fixture(scope="module")
+def by_batch(tmp_path_factory):
+    """Rewards scaled by their batch: to measure the reference's in batches of three takes long."""
+    folder = tmp_path_factory.mktemp("runs") / "by_batch"
+    CLPTrainer(args=config(folder, scale_rewards="batch")).train()
+    return folder
+
+
 LESS_MEMORY = [({"micro_batch_size": 3}, 1e-3), ({"gradient_checkpointing": True}, 1e-4)]
 
 
 @pytest.mark.parametrize(("changes", "limit"), LESS_MEMORY)
-def test_less_memory_gives_the_same_training(whole, tmp_path, changes, limit):
-    CLPTrainer(args=config(tmp_path / "b", **changes)).train()
-    for a, b in zip(metrics(whole), metrics(tmp_path / "b"), strict=True):
+def test_less_memory_gives_the_same_training(by_batch, tmp_path, changes, limit):
+    CLPTrainer(args=config(tmp_path / "b", scale_rewards="batch", **changes)).train()
+    for a, b in zip(metrics(by_batch), metrics(tmp_path / "b"), strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-4)
         assert a["loss"] == pytest.approx(b["loss"], abs=limit)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "which, steps, tokens, limit", [("mixed", 32, 8, 1e-5), ("all", 20, 16, 1e-4)]
-)
-def test_kernels_on_and_off_give_the_same_loss_curve(
-    which, steps, tokens, limit, shared_models, tmp_path, monkeypatch
-):
+def test_kernels_on_and_off_give_the_same_loss_curve(shared_models, tmp_path, monkeypatch):
     """A real pretrained model, small enough that no draw is closer than rounding. The mixed ops
     alone, the head's being the reference's in both runs, and all kernels. The loss sums over the
     tokens of a completion, and so does its rounding."""
-    if which == "mixed":
-        for op in ("linear_logprob", "linear_logprob_backward"):
-            monkeypatch.setitem(registry.BACKENDS, op, registry.BACKENDS[op][-1:])
-    runs = {}
-    for backend in ("auto", "reference"):
+
+    def curve(name, backend):
         monkeypatch.setenv("CLP_KERNELS_BACKEND", backend)
         args = CLPConfig(
-            output_dir=str(tmp_path / backend), model=str(shared_models / "stories260k"),
-            num_prompts=8, max_completion_length=tokens, max_steps=steps,
+            output_dir=str(tmp_path / name), model=str(shared_models / "stories260k"),
+            num_prompts=8, max_completion_length=12, max_steps=10, warmup_steps=2,
+            scale_rewards="batch",
         )  # fmt: skip
         CLPTrainer(args=args).train()
-        runs[backend] = metrics(tmp_path / backend)
-    assert len(runs["auto"]) == steps
-    for on, off in zip(runs["auto"], runs["reference"], strict=True):
-        assert on["num_tokens"] == off["num_tokens"]
-        assert on["loss"] == pytest.approx(off["loss"], rel=limit, abs=limit)
-        assert on["kl"] == pytest.approx(off["kl"], abs=limit)
+        return metrics(tmp_path / name)
+
+    reference, every = curve("reference", "reference"), curve("all", "auto")
+    for op in ("linear_logprob", "linear_logprob_backward"):
+        monkeypatch.setitem(registry.BACKENDS, op, registry.BACKENDS[op][-1:])
+    mixed = curve("mixed", "auto")
+    assert len(reference) == 10 and reference[-1]["kl"] > 0
+    for run, limit in ((mixed, 1e-5), (every, 1e-4)):
+        for on, off in zip(run, reference, strict=True):
+            assert on["num_tokens"] == off["num_tokens"]
+            assert on["loss"] == pytest.approx(off["loss"], rel=limit, abs=limit)
+            assert on["kl"] == pytest.approx(off["kl"], abs=limit)
 
 
 def train_until(trainer, count):
@@ -147,37 +156,65 @@ def test_resume_from_a_checkpoint_is_bitwise_the_uninterrupted_run(whole, tmp_pa
     assert metrics(folder) == metrics(whole)
 
 
+# Runs the command line in a child of its own for each line that it reads, and prints the child's
+# number and, when it has ended, its status: the children share the imports.
+FORKS = """
+import os, sys
+from clp import cli
+import clp.training.trainer
+for _ in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        cli.main()
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
 def test_kill_9_at_any_moment_then_resume(whole, tmp_path):
     """A real process, killed twice; every step saves, so a kill may fall into a save."""
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "clp.cli", "train", "--output-dir", str(folder), "--resume",
-               "--save-steps", "1"]  # fmt: skip
+    options = ["train", "--output-dir", str(folder), "--resume", "--save-steps", "1"]
     for name, value in SMALL.items():
         if name != "save_steps":
-            command += [f"--{name.replace('_', '-')}", str(value)]
+            options += [f"--{name.replace('_', '-')}", str(value)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, "-c", FORKS, *options]
     watch = folder / "metrics.jsonl"
-    for lines in (1, 4):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        while process.poll() is None:
-            if watch.exists() and watch.read_bytes().count(b"\n") >= lines:
-                # Another moment of the step or of its checkpoint each time.
-                time.sleep(0.01 * lines)
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.005)
-        process.wait()
-        for checkpoint in checkpoints(folder):
-            Policy.load(checkpoint)
-    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+
+        def told():
+            while not (line := process.stdout.readline()).strip().removeprefix("-").isdigit():
+                assert line, "the process has ended"  # what the command prints is passed over
+            return int(line)
+
+        for lines in (1, 4):
+            process.stdin.write("\n")
+            process.stdin.flush()
+            pid = told()
+            while not watch.exists() or watch.read_bytes().count(b"\n") < lines:
+                os.kill(pid, 0)  # it is there
+                time.sleep(0.005)
+            # Another moment of the step or of its checkpoint each time.
+            time.sleep(0.01 * lines)
+            os.kill(pid, signal.SIGKILL)
+            assert told() == -signal.SIGKILL
+            for checkpoint in checkpoints(folder):
+                Policy.load(checkpoint)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        told()
+        assert told() == 0
     assert metrics(folder) == metrics(whole)
 
 
 def test_resume_without_a_run_starts_one_and_a_finished_run_stays(tmp_path):
     folder = tmp_path / "new"
-    CLPTrainer(args=config(folder, resume=True, max_steps=2)).train()
+    CLPTrainer(args=unscaled(folder, resume=True, max_steps=2)).train()
     before = metrics(folder)
-    CLPTrainer(args=config(folder, resume=True, max_steps=2)).train()
+    CLPTrainer(args=unscaled(folder, resume=True, max_steps=2)).train()
     assert metrics(folder) == before
 
 
@@ -201,7 +238,7 @@ def broken(monkeypatch, trainer, bad_steps, value=float("nan")):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, value, monkeypatch):
-    trainer = broken(monkeypatch, CLPTrainer(args=config(tmp_path / "r")), {2, 3}, value)
+    trainer = broken(monkeypatch, CLPTrainer(args=unscaled(tmp_path / "r")), {2, 3}, value)
     trainer.train_step()
     parameters = [p.clone() for p in trainer.parameters.values()]
     moments = copy.deepcopy(trainer.optimizer.state_dict()["state"])
@@ -216,7 +253,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(tmp_path, v
 
 
 def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
-    trainer = CLPTrainer(args=config(tmp_path / "r"))
+    trainer = CLPTrainer(args=unscaled(tmp_path / "r"))
 
     def with_a_nan_loss(*args):
         return accumulate_gradients(*args)._replace(loss=float("nan"))
@@ -228,9 +265,9 @@ def test_a_loss_that_is_not_finite_skips_the_step(tmp_path, monkeypatch):
 
 
 def test_skipped_steps_are_resumed_exactly_and_their_metrics_are_json(tmp_path, monkeypatch):
-    broken(monkeypatch, CLPTrainer(args=config(tmp_path / "a")), {2, 3, 5}).train()
-    train_until(broken(monkeypatch, CLPTrainer(args=config(tmp_path / "b")), {2, 3, 5}), 4)
-    broken(monkeypatch, CLPTrainer(args=config(tmp_path / "b", resume=True)), {2, 3, 5}).train()
+    broken(monkeypatch, CLPTrainer(args=unscaled(tmp_path / "a")), {2, 3, 5}).train()
+    train_until(broken(monkeypatch, CLPTrainer(args=unscaled(tmp_path / "b")), {2, 3, 5}), 4)
+    broken(monkeypatch, CLPTrainer(args=unscaled(tmp_path / "b", resume=True)), {2, 3, 5}).train()
     rows = metrics(tmp_path / "a")
     assert metrics(tmp_path / "b") == rows
     assert [row["skipped_steps"] for row in rows] == [0, 1, 2, 2, 3, 3]
@@ -249,7 +286,7 @@ def test_many_skipped_steps_in_a_row_end_the_run_and_name_the_checkpoint(tmp_pat
 def test_seeds_of_any_size(tmp_path):
     rows = []
     for seed in (2**70, 2**70 + 1, 2**70 + 2**64):
-        trainer = CLPTrainer(args=config(tmp_path / str(seed), seed=seed, max_steps=1))
+        trainer = CLPTrainer(args=unscaled(tmp_path / str(seed), seed=seed, max_steps=1))
         rows.append(trainer.train_step()["reward"])
     assert len(set(rows)) == 3
 
@@ -281,23 +318,20 @@ def test_output_dir_that_is_a_file_is_refused(tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     """The kernel refuses to write more than 20 kB to a file: a checkpoint cannot be completed."""
-    script = f"""
-import resource, signal, sys
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
-from test_trainer import CLPTrainer, config
-trainer = CLPTrainer(args=config({str(tmp_path / "full")!r}))
-trainer.train_step(); trainer.train_step(); trainer.save()
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-trainer.train_step()
-try:
-    trainer.save()
-except OSError as error:
-    print("refused:", error.strerror)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "refused: File too large" in done.stdout, done.stderr
     folder = tmp_path / "full"
+    trainer = CLPTrainer(args=unscaled(folder))
+    trainer.train_step()
+    trainer.train_step()
+    trainer.save()
+    trainer.train_step()
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN  # as Python starts
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            trainer.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in checkpoints(folder)] == ["checkpoint-000002"]
     assert not [p for p in folder.iterdir() if "partial" in p.name]
     Policy.load(folder / "checkpoint-000002")
@@ -312,7 +346,7 @@ def test_built_in_functions_given_in_python_are_named_in_the_files(tmp_path):
         ({"joy": sentiment, "own": own}, ["joy=sentiment", "own"], False),
     ):
         folder = tmp_path / specs[1]
-        policy = CLPTrainer(reward_funcs=functions, args=config(folder, max_steps=1)).train()
+        policy = CLPTrainer(reward_funcs=functions, args=unscaled(folder, max_steps=1)).train()
         assert load_config(folder / "config.yaml").rewards == specs
         assert policy.rewards == (tuple(specs) if known else ())
 
@@ -321,9 +355,8 @@ def test_the_estimates_of_kls_gradient_differ_in_training_and_each_resumes(tmp_p
     """They agree in the first step, in which the policy is its reference."""
     found = {}
     for how in ("exact", "tokens", "sequence"):
-        CLPTrainer(
-            args=config(tmp_path / how, kl_gradient=how, alpha=0.5, learning_rate=0.05)
-        ).train()
+        options = {"kl_gradient": how, "alpha": 0.5, "learning_rate": 0.05, "max_steps": 4}
+        CLPTrainer(args=unscaled(tmp_path / how, **options)).train()
         found[how] = metrics(tmp_path / how)
         shutil.rmtree(tmp_path / how / "checkpoint-000004")
         CLPTrainer(args=CLPConfig.of_run(tmp_path / how)).train()
@@ -395,7 +428,7 @@ def test_training_steers(tmp_path):
 
 
 def test_excluded_modules_carry_no_adapter(tmp_path):
-    trainer = CLPTrainer(args=config(tmp_path / "a", exclude_modules=["q_proj"]))
+    trainer = CLPTrainer(args=unscaled(tmp_path / "a", exclude_modules=["q_proj"]))
     assert any("k_proj" in name for name in trainer.parameters)
     assert not any("q_proj" in name for name in trainer.parameters)
 
