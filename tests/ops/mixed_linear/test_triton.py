@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import cases
 import numpy as np
+import pairwise
 import pytest
 import torch
 from cases import BF16, F16, F32, NAN, LinearInputs
@@ -107,12 +108,17 @@ LARGE = [
 ]
 
 
+DRAWN = sampled(600)
+COVERING = pairwise.covering(DRAWN, Case._fields, lambda case: 4 + cost(case))
+
+
 def test_sample_covers_every_value() -> None:
-    columns = list(zip(*sampled(120), strict=True))
+    pairwise.check_covers(COVERING, DRAWN, Case._fields)
+    columns = list(zip(*COVERING, strict=True))
     assert [len(set(column)) for column in columns] == [2, 3, 7, 5, 5, 5, 7, 4, 2, 2]
 
 
-@pytest.mark.parametrize("case", [*sampled(120), *LARGE], ids=cases.case_id)
+@pytest.mark.parametrize("case", [*COVERING, *LARGE], ids=cases.case_id)
 def test_within_budget(case: Case) -> None:
     cases.judge_linear(backend, reference, inputs(case), case.invariant)
 

@@ -5,12 +5,13 @@ tests/gpu runs the kernels. bfloat16 is not run here: the interpreter's bfloat16
 """
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 import cases
+import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,17 @@ def draw(case: Case) -> LoraInputs:
 run = partial(cases.run_lora, backend)
 
 
-def sampled(count: int) -> list[Any]:
+AXES = [field.name for field in fields(Case)]
+
+
+def cost(case: Case) -> float:
+    """The interpreter's time, roughly: products of tiles, beside what every call takes."""
+    t, i, o, k = (-(-n // 32) for n in (case.tokens, case.in_features, case.out_features, case.r))
+    examples = 1 if case.layout == "flat" else case.batch
+    return 8 + examples * t * (i * o + case.m * k * (i + o))
+
+
+def sampled(count: int) -> list[Case]:
     """Every axis sampled; few cases of the largest sizes, a program takes milliseconds here."""
     rng = random.Random(0)
     found = []
@@ -118,12 +129,23 @@ def sampled(count: int) -> list[Any]:
             invariant=mode == "invariant",
             path=None if mode == "invariant" else mode,
         )
-        found.append(pytest.param(case, id=f"{i}-{case}"))
+        found.append(case)
     return found
 
 
+DRAWN = sampled(800)
+COVERING = pairwise.covering(DRAWN, AXES, cost)
+
+
+def test_sample_covers_every_pair() -> None:
+    pairwise.check_covers(COVERING, DRAWN, AXES)
+    columns = zip(*([getattr(case, axis) for axis in AXES] for case in COVERING), strict=True)
+    counts = [2, 2, 3, 7, 3, 5, 5, 5, 6, len(WEIGHT_KINDS), 4, 2, 2, 3]
+    assert [len(set(column)) for column in columns] == counts
+
+
 @interpreted
-@pytest.mark.parametrize("case", sampled(120))
+@pytest.mark.parametrize("case", COVERING, ids=str)
 def test_sampled_case_within_budget(case: Case) -> None:
     # A result of few distinct numbers is not judged by one of them: plain PyTorch can be lucky.
     few = case.tokens and (case.tokens <= 2 or case.strides == "expanded")
