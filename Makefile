@@ -35,7 +35,7 @@ demo: .venv/.ready  ## train the tiny model, sweep the weights, print samples (S
 	$(BIN)/clp eval runs/demo --seed $(SEED)
 
 test: .venv/.ready  ## the whole CPU test suite
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 gate: .venv/.ready  ## compile every kernel for sm_80, sm_90 and sm_100, without a GPU (5 minutes)
 	$(BIN)/python -m pytest -m gate tests/test_build.py tests/ops/test_compile_gate.py

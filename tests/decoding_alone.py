@@ -3,6 +3,7 @@
 import math
 from contextlib import nullcontext
 from functools import cache
+from typing import ClassVar
 
 import torch
 from tiny_runs import randomised
@@ -34,16 +35,21 @@ def without_end(max_tokens, **changes):
 
 
 class Alone:
-    """Completions of requests, each decoded one at a time; remembered by what was asked."""
+    """Completions of requests, each decoded one at a time; remembered by what was asked of which
+    policy, also for other tests of the process."""
+
+    _known: ClassVar = {}
 
     def __init__(self, max_prefill_tokens=2048, invariant=False):
-        self._known = {}
         self._tokens, self._invariant = max_prefill_tokens, invariant
         self.flips = self.compared = 0
 
     def of(self, request):
         """The completions of a request alone on a fresh sampler with one slot."""
-        key = (tuple(request.prompt_ids), tuple(request.weights.tolist()), request.params)
+        values = spread_policy().trainable_parameters().values()
+        numbers = tuple(float(p.detach().double().abs().sum()) for p in values)
+        asked = (tuple(request.prompt_ids), tuple(request.weights.tolist()), request.params)
+        key = (numbers, self._tokens, self._invariant, *asked)
         if key not in self._known:
             alone = Sampler(spread_policy(), max_batch_size=1, max_prefill_tokens=self._tokens)
             own = alone.submit(request.prompt_ids, request.weights, request.params, simplex=False)

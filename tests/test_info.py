@@ -27,8 +27,14 @@ def info(*argv: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_json_lists_the_backends_that_run_here_and_why_the_others_do_not() -> None:
-    report = json.loads(info("--json"))
+@pytest.fixture(scope="module")
+def plain_report() -> Any:
+    """Of a process of its own, without anything in the environment."""
+    return json.loads(info("--json", CLP_KERNELS_CPU_ISA=""))
+
+
+def test_json_lists_the_backends_that_run_here_and_why_the_others_do_not(plain_report) -> None:
+    report = plain_report
     absent = {name: registry.missing(name) for name in ("cpu", "cuda")}
     if not torch.cuda.is_available():
         off = "Triton's interpreter (TRITON_INTERPRET=1) is off"
@@ -81,33 +87,35 @@ def test_without_the_environment(monkeypatch) -> None:
 
 
 @pytest.mark.skipif(native.cpu_missing() is not None, reason=str(native.cpu_missing()))
-def test_the_instruction_set_of_the_environment_is_reported() -> None:
+def test_the_instruction_set_of_the_environment_is_reported(plain_report) -> None:
     report = json.loads(info("--json", CLP_KERNELS_CPU_ISA="nonsense"))
     wanted = "must be one of scalar, avx2, avx512, avx512_bf16, got 'nonsense'"
     assert wanted in report["modules"]["_cpu"]
     assert report["backends not here"]["cpu"] == report["modules"]["_cpu"]
     assert "cpu" not in report["backends"]["sample"]
-    report = json.loads(info("--json", CLP_KERNELS_CPU_ISA=""))
+    report = plain_report
     built = f"built with {native.cpu().BUILT_WITH}"
     assert report["modules"]["_cpu"] == f"loaded, instruction set {native.isa()}, {built}"
     assert re.fullmatch(r"\w+ [\d.]+, (OpenMP|one thread)", native.cpu().BUILT_WITH)
 
 
 @pytest.mark.skipif(native.load("_cuda")[0] is None, reason="_cuda has not been built")
-def test_a_cuda_module_without_a_gpu_says_how_it_was_built() -> None:
+def test_a_cuda_module_without_a_gpu_says_how_it_was_built(plain_report) -> None:
     """It was built with nvcc, on another machine if there is none here: a wheel carries it."""
-    shown = json.loads(info("--json"))["modules"]["_cuda"]
+    shown = plain_report["modules"]["_cuda"]
     how = r"built with nvcc [\d.]+, static CUDA runtime, for sm_80 sm_90a sm_100"
     where = "loaded, " if torch.cuda.is_available() else "not used: PyTorch sees no CUDA device; "
     assert re.fullmatch(where + how, shown)
 
 
 @pytest.mark.parametrize("argv", [["--jso"], ["--js"], ["--json", "sample"]])
-def test_an_unknown_argument_is_an_error(argv) -> None:
-    done = run(*argv)
-    assert (done.returncode, done.stdout) == (2, "")
+def test_an_unknown_argument_is_an_error(argv, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module.main(argv)
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
     wrong = next(a for a in argv if a != "--json")
-    assert done.stderr == f"info takes no argument but --json, got {wrong!r}\n"
+    assert said.err == f"info takes no argument but --json, got {wrong!r}\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["--json"]])
@@ -118,5 +126,7 @@ def test_a_reader_that_ends_early_is_no_error(argv) -> None:
     assert (process.stderr.read(), process.wait()) == (b"", 0)
 
 
-def test_help() -> None:
-    assert "--json" in info("--help")
+def test_help(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0 and "--json" in capsys.readouterr().out

@@ -115,6 +115,7 @@ TARGETS = {
     "rwkv": ["receptance", "key"],
 }
 LENGTHS = [1, 4, 23, 50]
+COUNT = 9  # tokens of a completion: the shortest prompts grow beyond the window
 WEIGHTS = [[0.0, 0.0], [0.5, 0.5], [1.0, 0.0], [-0.5, 2.0]]
 
 
@@ -147,7 +148,7 @@ def prompts():
     return [torch.randint(3, 1024, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def greedy(max_tokens=16):
+def greedy(max_tokens=COUNT):
     return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
 
 
@@ -164,25 +165,21 @@ def check_greedy(policy, prompt, weights, completion):
     assert completion.logprobs == pytest.approx(wanted.tolist(), abs=1e-6)
 
 
-@pytest.mark.parametrize("budget", [2048, 7])
 @pytest.mark.parametrize("name", SERVED)
-def test_a_family_is_served_with_its_own_numbers(name, budget):
-    policy = policy_of(made(*SERVED[name]))
-    sampler = Sampler(policy, max_batch_size=4, max_prefill_tokens=budget)
-    assert (sampler.runner.models[0].recording is None) == (name in UNRECORDED)
-    done = sampler.generate(prompts(), WEIGHTS, greedy(), simplex=False)
-    for prompt, weights, completion in zip(prompts(), WEIGHTS, done, strict=True):
-        assert len(completion.token_ids) == 16
-        check_greedy(policy, prompt, weights, completion)
-
-
-@pytest.mark.parametrize("name", SERVED)
-def test_weights_of_zero_are_the_base_models_generate(name):
+def test_a_family_is_served_with_its_own_numbers(name):
+    """In one forward per prompt and in several; with weights of zero as the base's generate."""
     base, policy = made(*SERVED[name]), policy_of(made(*SERVED[name]))
+    for budget in (7, 2048):
+        sampler = Sampler(policy, max_batch_size=4, max_prefill_tokens=budget)
+        assert (sampler.runner.models[0].recording is None) == (name in UNRECORDED)
+        done = sampler.generate(prompts(), WEIGHTS, greedy(), simplex=False)
+        for prompt, weights, completion in zip(prompts(), WEIGHTS, done, strict=True):
+            assert len(completion.token_ids) == COUNT
+            check_greedy(policy, prompt, weights, completion)
     base.generation_config.eos_token_id = None
     done = Sampler(policy).generate(prompts(), [0.0, 0.0], greedy(), simplex=False)
     for prompt, completion in zip(prompts(), done, strict=True):
-        out = base.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
+        out = base.generate(torch.tensor([prompt]), max_new_tokens=COUNT, do_sample=False)
         assert completion.token_ids == out[0, len(prompt) :].tolist()
 
 

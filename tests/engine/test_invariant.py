@@ -62,7 +62,7 @@ def together(policy, cases, budget, order_seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_the_same_bits_alone_and_in_any_company(policy, budget):
-    cases = asked(48)
+    cases = asked(24)
     with clp_kernels.batch_invariant():
         wanted = alone(policy, cases, budget)
         assert together(policy, cases, budget, order_seed=budget) == wanted
@@ -70,6 +70,6 @@ def test_the_same_bits_alone_and_in_any_company(policy, budget):
 
 def test_without_the_mode_some_request_differs(policy):
     """So the mode is needed; the tokens are nearly always the same, the last bits are not."""
-    cases = asked(24)
+    cases = asked(12)
     wanted = alone(policy, cases, 2048)
     assert together(policy, cases, 2048, 0) != wanted

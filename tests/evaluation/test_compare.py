@@ -381,7 +381,7 @@ def child(last):
     sys.argv = ["clp", "compare", sys.argv[1]]
     cli.main()
 
-for number in (4 * i + j for i in range(20) for j in (1, 2)):
+for number in (6 * i + j for i in range(20) for j in (1, 2)):
     pid = os.fork()
     if pid == 0:
         try:

@@ -153,8 +153,9 @@ def test_sampling_and_training_see_the_same_log_probabilities(policies, conditio
     policy = policies[conditioning]
     params = [SamplingParams(max_tokens=8, seed=i) for i in range(5)]
     done = Sampler(policy).generate(PROMPTS, WEIGHTS, params, simplex=False)
+    sampler = Sampler(policy)
     alone = [
-        Sampler(policy).generate([p], [w], one, simplex=False)[0]
+        sampler.generate([p], [w], one, simplex=False)[0]
         for p, w, one in zip(PROMPTS, WEIGHTS, params, strict=True)
     ]
     assert [c.token_ids for c in done] == [c.token_ids for c in alone]

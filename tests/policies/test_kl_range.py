@@ -98,12 +98,13 @@ def test_a_mixed_batch_samples_what_each_request_does_alone(policies, conditioni
     policy = policies[conditioning]
     params = SamplingParams(max_tokens=12, temperature=0)
     together = Sampler(policy).generate(PROMPTS, CONDITIONS, params, simplex=False)
+    single = Sampler(policy)
     for prompt, condition, got in zip(PROMPTS, CONDITIONS, together, strict=True):
-        (alone,) = Sampler(policy).generate([prompt], condition, params, simplex=False)
+        (alone,) = single.generate([prompt], condition, params, simplex=False)
         assert got.token_ids == alone.token_ids
     # The strength matters: the same prompt and weights at the ends of the range.
     ends = [Condition([0.5, 0.5], kl) for kl in RANGE]
-    low, high = Sampler(policy).generate([PROMPTS[1]] * 2, ends, params)
+    low, high = single.generate([PROMPTS[1]] * 2, ends, params)
     assert low.token_ids != high.token_ids or low.logprobs != high.logprobs
 
 
@@ -199,10 +200,11 @@ def test_evaluation_at_a_strength(policies, tmp_path):
     ],
 )
 def test_a_strength_that_was_not_trained_is_refused(policies, kl, message):
+    sampler = Sampler(policies["lora"])
     with pytest.raises(ValueError, match=message):
-        Sampler(policies["lora"]).submit("a", Condition("joy=1", kl))
+        sampler.submit("a", Condition("joy=1", kl))
     with pytest.raises(ValueError, match=message):
-        Sampler(policies["lora"]).generate(["a"], [Condition("joy=1", kl)])
+        sampler.generate(["a"], [Condition("joy=1", kl)])
 
 
 def test_a_strength_for_a_policy_of_one_strength_is_refused():

@@ -307,8 +307,6 @@ def test_the_command_prints_a_table(
 @pytest.mark.parametrize(
     ("argv", "environment", "message"),
     [
-        (["--device", "cuda"], {}, "--tune measures on the CPU, got --device cuda"),
-        (["--op", "sample"], {}, "--tune measures mixed_lora, and takes no --op and no --backend"),
         ([], {"CLP_KERNELS_TUNE": "2"}, "CLP_KERNELS_TUNE must be 0 or 1, got '2'"),
         ([], {"CLP_KERNELS_TUNE": "0"}, "nothing is measured here"),
     ],
@@ -316,12 +314,31 @@ def test_the_command_prints_a_table(
 def test_wrong_arguments_are_one_line_and_exit_code_2(
     argv: list[str], environment: dict[str, str], message: str
 ) -> None:
-    options = ["--device", "cpu"] if "--device" not in argv else []
-    done = python("-m", "clp_kernels.selftest", "--tune", *options, *argv, **environment)
-    if argv == ["--device", "cuda"] and not torch.cuda.is_available():
-        message = "--device cuda: PyTorch sees 0 GPUs"
+    done = python("-m", "clp_kernels.selftest", "--tune", "--device", "cpu", *argv, **environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--device", "cuda"], "--tune measures on the CPU, got --device cuda"),
+        (
+            ["--device", "cpu", "--op", "sample"],
+            "--tune measures mixed_lora, and takes no --op and no --backend",
+        ),
+    ],
+)
+def test_arguments_without_a_use_are_one_line_and_exit_code_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if argv == ["--device", "cuda"] and not torch.cuda.is_available():
+        message = "--device cuda: PyTorch sees 0 GPUs"
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--tune", *argv])
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert message in said.err
 
 
 def test_a_sampler_has_its_models_measured(monkeypatch: pytest.MonkeyPatch) -> None:
