@@ -82,9 +82,10 @@ def test_triton_serves_a_whole_model(make, model_type, monkeypatch):
     assert torch.equal(drawn.tokens, clp_kernels.sample(stacked, **options, backend="cpu").tokens)
     clp_kernels.mix_logits(stacked.requires_grad_(), WEIGHTS, backend="triton").sum().backward()
     assert {name for _, name, _ in ran} == {"triton"}
-    assert {op for op, _, other in ran if other} == {"linear_logprob_backward"}
+    assert not [op for op, _, other in ran if other]  # each has kernels of its own
     layer = "mixed_lora" if make is adapted else "mixed_linear"
-    assert {layer, f"{layer}_backward", "mix_logits_backward", "sample"} <= {op for op, *_ in ran}
+    wanted = {layer, f"{layer}_backward", "linear_logprob_backward", "mix_logits_backward"}
+    assert wanted | {"sample"} <= {op for op, *_ in ran}
 
 
 def test_what_wraps_a_model_takes_a_backend(tmp_path):
