@@ -18,7 +18,7 @@ shared memory allow needs at least, per iteration of all its warps, in cycles:
     latency     LATENCY / iterations whose loads are under way at the same time
 
 The largest one is the bound, and memory / largest is the share of the bandwidth that the loop can
-reach. What the model leaves out: launches, the first and last wave of blocks, dependencies between
+reach. What the model leaves out: launches, SMs without a block at the end, dependencies between
 instructions, bank conflicts, branches (each instruction counts once). It assumes that each byte
 comes from memory, or, in loops with more than CACHED operations per byte, from the L2 cache: other
 blocks read what tiles that large read. Its numbers order variants and say what limits one; how fast

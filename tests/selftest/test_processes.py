@@ -193,45 +193,24 @@ def wait_for_end(pid: int) -> None:
         time.sleep(0.05)
 
 
-# Tests the kernels in a child of its own for each line that it reads, prints the child's number,
-# and its status when it has ended: the children share the imports.
-CALLERS = """
-import os, signal, sys, torch
-from clp_kernels.selftest import processes
-for _ in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup has it ignored
-        jobs = processes.jobs(torch.device('cpu'), ['mix_logits', 'sample'], 'cpu')
-        try:
-            processes.test(jobs, torch.device('cpu'), program=sys.argv[1])
-        finally:
-            os._exit(1)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-def test_a_kernel_that_hangs_ends_with_its_caller(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_kernel_that_hangs_ends_with_its_caller(stop: int, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     body = f"open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    command = [sys.executable, "-c", CALLERS, BAD.format(body) + PROGRAM]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, text=True, **pipes) as process:
-        for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-            pid.unlink(missing_ok=True)
-            process.stdin.write("\n")
-            process.stdin.flush()
-            caller = int(process.stdout.readline())
-            while not pid.is_file() or not pid.read_text():
-                os.kill(caller, 0)  # it is there
-                time.sleep(0.05)
-            begin = time.monotonic()
-            os.kill(caller, stop)
-            status = int(process.stdout.readline())
-            assert status == (1 if stop == signal.SIGINT else -stop)
-            assert time.monotonic() - begin < 20
-            wait_for_end(int(pid.read_text()))
+    code = (
+        "import signal, sys, torch; from clp_kernels.selftest import processes\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # nohup has it ignored
+        "jobs = processes.jobs(torch.device('cpu'), ['mix_logits', 'sample'], 'cpu')\n"
+        "processes.test(jobs, torch.device('cpu'), program=sys.argv[1])\n"
+    )
+    command = [sys.executable, "-c", code, BAD.format(body) + PROGRAM]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not pid.is_file() or not pid.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(stop)
+    assert process.wait(20) != 0
+    wait_for_end(int(pid.read_text()))
 
 
 def test_an_interrupt_ends_the_process_and_keeps_nothing(

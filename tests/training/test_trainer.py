@@ -85,51 +85,44 @@ def test_two_runs_are_bitwise_the_same(tmp_path, set_threads):
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
-@pytest.fixture(scope="module")
-def by_batch(tmp_path_factory):
-    """Rewards scaled by their batch: to measure the reference's in batches of three takes long."""
-    folder = tmp_path_factory.mktemp("runs") / "by_batch"
-    CLPTrainer(args=config(folder, scale_rewards="batch")).train()
-    return folder
-
-
 LESS_MEMORY = [({"micro_batch_size": 3}, 1e-3), ({"gradient_checkpointing": True}, 1e-4)]
 
 
 @pytest.mark.parametrize(("changes", "limit"), LESS_MEMORY)
-def test_less_memory_gives_the_same_training(by_batch, tmp_path, changes, limit):
-    CLPTrainer(args=config(tmp_path / "b", scale_rewards="batch", **changes)).train()
-    for a, b in zip(metrics(by_batch), metrics(tmp_path / "b"), strict=True):
+def test_less_memory_gives_the_same_training(whole, tmp_path, changes, limit):
+    CLPTrainer(args=config(tmp_path / "b", **changes)).train()
+    for a, b in zip(metrics(whole), metrics(tmp_path / "b"), strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-4)
         assert a["loss"] == pytest.approx(b["loss"], abs=limit)
 
 
 @pytest.mark.slow
-def test_kernels_on_and_off_give_the_same_loss_curve(shared_models, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "which, steps, tokens, limit", [("mixed", 32, 8, 1e-5), ("all", 20, 16, 1e-4)]
+)
+def test_kernels_on_and_off_give_the_same_loss_curve(
+    which, steps, tokens, limit, shared_models, tmp_path, monkeypatch
+):
     """A real pretrained model, small enough that no draw is closer than rounding. The mixed ops
     alone, the head's being the reference's in both runs, and all kernels. The loss sums over the
     tokens of a completion, and so does its rounding."""
-
-    def curve(name, backend):
+    if which == "mixed":
+        for op in ("linear_logprob", "linear_logprob_backward"):
+            monkeypatch.setitem(registry.BACKENDS, op, registry.BACKENDS[op][-1:])
+    runs = {}
+    for backend in ("auto", "reference"):
         monkeypatch.setenv("CLP_KERNELS_BACKEND", backend)
         args = CLPConfig(
-            output_dir=str(tmp_path / name), model=str(shared_models / "stories260k"),
-            num_prompts=8, max_completion_length=12, max_steps=10, warmup_steps=2,
-            scale_rewards="batch",
+            output_dir=str(tmp_path / backend), model=str(shared_models / "stories260k"),
+            num_prompts=8, max_completion_length=tokens, max_steps=steps,
         )  # fmt: skip
         CLPTrainer(args=args).train()
-        return metrics(tmp_path / name)
-
-    reference, every = curve("reference", "reference"), curve("all", "auto")
-    for op in ("linear_logprob", "linear_logprob_backward"):
-        monkeypatch.setitem(registry.BACKENDS, op, registry.BACKENDS[op][-1:])
-    mixed = curve("mixed", "auto")
-    assert len(reference) == 10 and reference[-1]["kl"] > 0
-    for run, limit in ((mixed, 1e-5), (every, 1e-4)):
-        for on, off in zip(run, reference, strict=True):
-            assert on["num_tokens"] == off["num_tokens"]
-            assert on["loss"] == pytest.approx(off["loss"], rel=limit, abs=limit)
-            assert on["kl"] == pytest.approx(off["kl"], abs=limit)
+        runs[backend] = metrics(tmp_path / backend)
+    assert len(runs["auto"]) == steps
+    for on, off in zip(runs["auto"], runs["reference"], strict=True):
+        assert on["num_tokens"] == off["num_tokens"]
+        assert on["loss"] == pytest.approx(off["loss"], rel=limit, abs=limit)
+        assert on["kl"] == pytest.approx(off["kl"], abs=limit)
 
 
 def train_until(trainer, count):
